@@ -1,0 +1,68 @@
+"""Configuration of the composite model: one tokenizer and one prior."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from .configuration_pixelcnn import PixelCNNConfig
+from .configuration_vqvae import VQVAEConfig
+
+PRIOR_CONFIGS: dict[str, type[PreTrainedConfig]] = {PixelCNNConfig.model_type: PixelCNNConfig}
+
+
+@strict
+class IsicVQConfig(PreTrainedConfig):
+    """What an `IsicVQModel` is built from.
+
+    Args:
+        vqvae_config: the tokenizer's configuration, an object or its dictionary.
+        prior_config: the prior's configuration; a dictionary names its class by `model_type`
+            (`isic_pixelcnn` when it has none).
+    """
+
+    model_type = "isic_vq"
+    sub_configs_defaults = {
+        "vqvae_config": VQVAEConfig,
+        "prior_config": SubConfigSpec(config_class=PixelCNNConfig),
+    }
+
+    vqvae_config: Any = None
+    prior_config: Any = None
+
+    def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
+        if not type(self).__module__.startswith("transformers_modules."):
+            # The installed package needs none of the repository's code, and with these two keys set
+            # transformers.pipeline() would insist on trust_remote_code.
+            kwargs.pop("custom_pipelines", None)
+            kwargs.pop("auto_map", None)
+        if isinstance(self.prior_config, dict):
+            # Resolved here because transformers would look the type up in its own table only.
+            fields = dict(self.prior_config)
+            model_type = fields.pop("model_type", PixelCNNConfig.model_type)
+            if model_type not in PRIOR_CONFIGS:
+                raise ValueError(
+                    f"prior model_type is {model_type!r}: expected one of {sorted(PRIOR_CONFIGS)}"
+                )
+            self.prior_config = PRIOR_CONFIGS[model_type](**fields)
+        super().__post_init__(**kwargs)
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Diagnoses the prior can be asked for, id to name."""
+        return self.prior_config.id2label
+
+    def validate_architecture(self) -> None:
+        """Check that tokenizer and prior speak of the same codes; called by `strict` at construction."""
+        vqvae, prior = self.vqvae_config, self.prior_config
+        if not isinstance(vqvae, PreTrainedConfig) or not isinstance(prior, PreTrainedConfig):
+            return  # strict validates once before __post_init__ has resolved the parts
+        if vqvae.num_codes != prior.num_codes:
+            raise ValueError(
+                f"the tokenizer has {vqvae.num_codes} codes but the prior models {prior.num_codes}"
+            )
+        if vqvae.grid_size != prior.grid_size:
+            raise ValueError(
+                f"the tokenizer makes {vqvae.grid_size}x{vqvae.grid_size} codes but the prior models "
+                f"{prior.grid_size}x{prior.grid_size}"
+            )

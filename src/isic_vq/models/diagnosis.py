@@ -1,0 +1,144 @@
+"""Names of diagnoses: the eight classes of ISIC 2019, `unknown`, and every spelling that means one of them.
+
+Source: the order is that of ISIC 2019 (MEL, NV, BCC, AK, BKL, DF, VASC, SCC); the abbreviations of HAM10000
+(Tschandl et al., 2018, doi 10.1038/sdata.2018.161) and the ISIC archive's own terms are aliases.
+Differs: HAM10000's `akiec` joins actinic keratoses and intraepithelial carcinoma (Bowen's disease) under one
+label; this table counts it as actinic keratosis.
+It does not guess: a spelling that is not in the table is an error that lists the closest known ones.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from numbers import Integral
+
+DIAGNOSES = (
+    "melanoma",
+    "nevus",
+    "basal_cell_carcinoma",
+    "actinic_keratosis",
+    "benign_keratosis",
+    "dermatofibroma",
+    "vascular_lesion",
+    "squamous_cell_carcinoma",
+    "unknown",
+)
+
+# Spellings are compared without case, spaces and punctuation: "Basal-cell carcinoma" is "basalcellcarcinoma".
+_ALIASES = {
+    "melanoma": (
+        "mel",
+        "malignant melanoma",
+        "melanoma in situ",
+        "melanoma invasive",
+        "melanoma nos",
+        "malignant melanocytic proliferations (melanoma)",
+    ),
+    "nevus": ("nv", "nevi", "naevus", "naevi", "melanocytic nevus", "melanocytic nevi", "melanocytic naevus"),
+    "basal_cell_carcinoma": ("bcc", "basalioma"),
+    "actinic_keratosis": (
+        "ak",
+        "akiec",
+        "actinic keratoses",
+        "solar keratosis",
+        "solar or actinic keratosis",
+        "intraepithelial carcinoma",
+        "actinic keratoses and intraepithelial carcinoma",
+        "bowen disease",
+        "bowen's disease",
+    ),
+    "benign_keratosis": (
+        "bkl",
+        "bk",
+        "benign keratosis like lesion",
+        "benign keratosis like lesions",
+        "seborrheic keratosis",
+        "seborrhoeic keratosis",
+        "sk",
+        "solar lentigo",
+        "lichen planus like keratosis",
+        "lplk",
+        "pigmented benign keratosis",
+        "benign epidermal proliferations",
+    ),
+    "dermatofibroma": ("df", "dermatofibromas"),
+    "vascular_lesion": (
+        "vasc",
+        "vascular",
+        "vascular lesions",
+        "angioma",
+        "hemangioma",
+        "haemangioma",
+        "angiokeratoma",
+        "pyogenic granuloma",
+        "benign soft tissue proliferations - vascular",
+    ),
+    "squamous_cell_carcinoma": ("scc", "invasive squamous cell carcinoma", "squamous cell carcinoma nos"),
+    "unknown": ("unk", "none of the others", "not available"),
+}
+
+
+def _key(name: str) -> str:
+    """Reduce a spelling to what is compared: lower-case letters and digits."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+_CANONICAL_OF = {_key(spelling): name for name, aliases in _ALIASES.items() for spelling in (name, *aliases)}
+
+
+def canonical_diagnosis(name: str) -> str:
+    """Return the canonical name that a spelling, alias or abbreviation stands for.
+
+    Args:
+        name: case, spaces, hyphens and underscores do not matter.
+
+    Returns:
+        One of `DIAGNOSES`.
+
+    Raises:
+        ValueError: no diagnosis is called that; the message lists the known names and the closest spellings.
+
+    Example:
+        >>> canonical_diagnosis("MEL"), canonical_diagnosis("Seborrheic keratosis")
+        ('melanoma', 'benign_keratosis')
+    """
+    canonical = _CANONICAL_OF.get(_key(name))
+    if canonical is None:
+        close = difflib.get_close_matches(_key(name), _CANONICAL_OF, n=3, cutoff=0.7)
+        meant = dict.fromkeys(_CANONICAL_OF[key] for key in close)
+        hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
+        raise ValueError(f"{name!r} is not a known diagnosis.{hint} Known names: {', '.join(DIAGNOSES)}.")
+    return canonical
+
+
+def resolve_label(label: int | str, id2label: Mapping[int, str]) -> int:
+    """Return the class id that a label means to a model.
+
+    Args:
+        label: a class id, or a class name, alias or abbreviation ("melanoma", "MEL", "3").
+        id2label: the model's classes, as in its config.
+
+    Returns:
+        A key of `id2label`.
+
+    Raises:
+        ValueError: the model has no such class; the message names the label and the model's classes.
+    """
+    classes = ", ".join(f"{index} = {name}" for index, name in sorted(id2label.items())) or "none"
+    if isinstance(label, bool) or not isinstance(label, (Integral, str)):
+        raise ValueError(
+            f"label {label!r} is a {type(label).__name__}; give a class id or a name. Classes: {classes}."
+        )
+    if isinstance(label, Integral) or label.strip().isdecimal():
+        if int(label) in id2label:
+            return int(label)
+        raise ValueError(f"label {label!r} is not a class id of this model. Classes: {classes}.")
+    ids = {_key(name): index for index, name in id2label.items()}
+    wanted = _CANONICAL_OF.get(_key(label))
+    if _key(label) in ids:
+        return ids[_key(label)]
+    for name, index in ids.items():
+        if wanted is not None and _CANONICAL_OF.get(name) == wanted:
+            return index
+    known_as = f" ({wanted})" if wanted is not None else ""
+    raise ValueError(f"label {label!r}{known_as} is not a class of this model. Classes: {classes}.")

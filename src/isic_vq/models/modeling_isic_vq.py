@@ -1,0 +1,210 @@
+"""The composite model: a tokenizer and a prior in one folder, each weight stored once.
+
+A saved folder holds `config.json`, `model.safetensors.index.json` and one subfolder per part
+(`vqvae/`, `prior/`) with its own config and weights. Tensor names inside the parts carry the part's prefix, so
+that transformers reads the whole through the index and each part through its subfolder or its class.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_isic_vq import IsicVQConfig
+from .diagnosis import resolve_label
+from .modeling_pixelcnn import PixelCNNModel
+from .modeling_vqvae import VQVAEModel, VQVAEOutput
+from .sampling import image_generators, position_uniforms
+
+PRIOR_MODELS: dict[str, type[PreTrainedModel]] = {PixelCNNModel.config_class.model_type: PixelCNNModel}
+PARTS = ("vqvae", "prior")
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+
+Labels = int | str | Sequence[int | str] | Tensor | None
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """Output of `IsicVQModel.generate`.
+
+    Args:
+        pixel_values: `(B, 3, H, W)`, RGB in [0, 1].
+        codes: `(B, h, w)` int64 in [0, K).
+        labels: `(B,)` int64, the class ids; the unconditional id where none was asked for.
+    """
+
+    pixel_values: Tensor | None = None
+    codes: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class IsicVQModel(PreTrainedModel):
+    """Images from codes from a prior, and back.
+
+    Example:
+        >>> from isic_vq import IsicVQModel
+        >>> model = IsicVQModel.from_pretrained("model_cards/isic-vq-128")  # doctest: +SKIP
+        >>> model.generate(4, labels="melanoma", seed=0).pixel_values.shape  # doctest: +SKIP
+        torch.Size([4, 3, 128, 128])
+    """
+
+    config: IsicVQConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: IsicVQConfig):
+        super().__init__(config)
+        self.vqvae = VQVAEModel._from_config(config.vqvae_config)
+        self.prior = PRIOR_MODELS[config.prior_config.model_type]._from_config(config.prior_config)
+        self.post_init()
+        # Each part ignores the other's keys when loaded alone; transformers hands those rules up to the whole,
+        # which would then load any foreign key in silence.
+        self._keys_to_ignore_on_load_unexpected = None
+
+    @classmethod
+    def from_parts(cls, vqvae: VQVAEModel, prior: PreTrainedModel) -> "IsicVQModel":
+        """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
+
+        Raises:
+            ValueError: the prior was made for other codes.
+        """
+        try:
+            config = IsicVQConfig(vqvae_config=vqvae.config, prior_config=prior.config)
+        except StrictDataclassClassValidationError as error:
+            raise ValueError(f"the prior was made for other codes: {error.__cause__}") from error
+        model = cls(config)
+        model.vqvae, model.prior = vqvae, prior
+        return model.eval()
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Codes `(B, h, w)` int64 of images `(B, 3, H, W)` in [0, 1]."""
+        return self.vqvae.encode(pixel_values)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)`."""
+        return self.vqvae.decode(codes)
+
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None
+    ) -> VQVAEOutput | tuple[Tensor, ...]:
+        """Reconstruct images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.forward`."""
+        return self.vqvae(pixel_values, return_dict=return_dict)
+
+    def label_ids(self, labels: Labels, num_images: int) -> Tensor:
+        """Class ids `(num_images,)` from a name, an id, one per image, or None for unconditional.
+
+        Raises:
+            ValueError: an unknown label, or a sequence of another length.
+        """
+        if labels is None:
+            return torch.full((num_images,), self.prior.config.unconditional_id)
+        if isinstance(labels, Tensor):  # class ids already, the unconditional one among them
+            return self.prior.checked_labels(labels, num_images)
+        if isinstance(labels, (Integral, str)):  # numpy integers too
+            labels = [labels] * num_images
+        if len(labels) != num_images:
+            raise ValueError(
+                f"there are {len(labels)} labels for {num_images} images: give one, or one per image"
+            )
+        return torch.tensor([resolve_label(label, self.config.class_names) for label in labels])
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        num_images: int = 1,
+        labels: Labels = None,
+        *,
+        seed: int | None = None,
+        first_index: int = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        on_row: Callable[[], None] | None = None,
+    ) -> GenerationOutput:
+        """Sample code grids from the prior and decode them, all in one batch.
+
+        Args:
+            num_images: how many, at least 1.
+            labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
+            seed: makes image i a function of (seed, first_index + i); without seed and generator the
+                draw is random.
+            first_index: index of the first image, for generating one seeded set in several calls.
+            generator: one for all images, or one per image, instead of a seed.
+            temperature: below 1 sharpens, above 1 flattens the distributions.
+            top_k: keep this many most likely codes at each position.
+            top_p: keep the most likely codes that hold this much probability.
+            guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
+            on_row: called after each finished row of the code grid.
+
+        Raises:
+            ValueError: an argument outside its range, an unknown label, or both seed and generator.
+        """
+        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+            raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator are both given: give one of them")
+        ids = self.label_ids(labels, num_images)
+        num_positions = self.config.prior_config.grid_size**2
+        if isinstance(generator, Sequence):
+            if len(generator) != num_images:
+                raise ValueError(
+                    f"there are {len(generator)} generators for {num_images} images: give one per image"
+                )
+            uniforms = position_uniforms(generator, num_positions)
+        elif generator is not None:
+            shape = (num_images, num_positions)
+            uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        else:
+            seed = torch.Generator().seed() % 2**63 if seed is None else seed  # torch.seed() would reseed torch
+            uniforms = position_uniforms(image_generators(seed, num_images, first_index), num_positions)
+        codes = self.prior.sample(
+            uniforms,
+            ids,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+            on_row=on_row,
+        )
+        return GenerationOutput(pixel_values=self.decode(codes), codes=codes, labels=ids)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save the whole so that it and each part load from the folder, without a weight stored twice."""
+        if kwargs.pop("push_to_hub", False):
+            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, **kwargs)
+            return
+        kwargs.pop("max_shard_size", None)
+        folder = Path(save_directory)
+        super().save_pretrained(folder, *args, **kwargs)
+        single = folder / WEIGHTS_FILE
+        weight_map: dict[str, str] = {}
+        total_size = 0
+        with safe_open(single, "pt") as file:
+            for part in PARTS:
+                tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{part}.")}  # noqa: SIM118
+                (folder / part).mkdir(exist_ok=True)
+                save_file(tensors, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, f"{part}/{WEIGHTS_FILE}")
+                total_size += sum(tensor.nbytes for tensor in tensors.values())
+                module = getattr(self, part)
+                module.config.architectures = [type(module).__name__]
+                module.config.save_pretrained(folder / part)
+        single.unlink()  # at the root it would win over the index
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,266 @@
+"""PixelCNN: an autoregressive prior over grids of codes, in raster order.
+
+Source: "gated": van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", arXiv 1606.05328,
+eq. 2 and figure 2 (vertical and horizontal stacks, no blind spot). "plain": van den Oord et al., "Pixel
+Recurrent Neural Networks", arXiv 1601.06759, section 3.4 (masks A and B), with BatchNorm and ReLU as in the
+report "Image Generation using VQ-VAE and Pixel CNN".
+Differs: codes enter through an embedding; a learned position embedding follows the first layer; the vertical
+stack has residual connections too; a masked convolution is written as two small ones, over the rows above and
+over the codes to the left, which is the same function without multiplying masked taps by zero.
+BatchNorm in train mode mixes positions (and so leaks future codes): the plain net's causality and likelihood
+hold in eval mode.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_pixelcnn import PixelCNNConfig
+from .pixelcnn_sampler import sample_codes
+
+
+@dataclass
+class PriorOutput(ModelOutput):
+    """Output of a prior.
+
+    Args:
+        loss: scalar, cross-entropy in nats per code, mean over B, h, w.
+        logits: `(B, K, h, w)`, raw scores; those at a position depend on earlier codes only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def gate(features: Tensor) -> Tensor:
+    """tanh(first half of the channels) * sigmoid(second half) (eq. 2)."""
+    signal, opening = features.chunk(2, dim=1)
+    return signal.tanh() * opening.sigmoid()
+
+
+class CausalConv2d(nn.Module):
+    """A masked convolution without its masked taps: rows above, plus codes to the left.
+
+    Args:
+        size_in: input channels.
+        size_out: output channels.
+        kernel_size: side of the kernel it stands for; odd.
+        sees_itself: False is mask A (strictly earlier positions), True is mask B.
+    """
+
+    def __init__(self, size_in: int, size_out: int, kernel_size: int, sees_itself: bool):
+        super().__init__()
+        self.reach, self.sees_itself = kernel_size // 2, sees_itself
+        self.above = nn.Conv2d(size_in, size_out, (self.reach, kernel_size))
+        self.left = nn.Conv2d(size_in, size_out, (1, self.reach + sees_itself), bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features `(B, C, h, w)` to `(B, size_out, h, w)`."""
+        reach, last = self.reach, 0 if self.sees_itself else -1
+        above = self.above(F.pad(features, (reach, reach, reach, -1)))  # row i sees rows i-reach .. i-1
+        return above + self.left(F.pad(features, (reach, last)))
+
+
+class PlainLayer(nn.Module):
+    """relu(BatchNorm(masked convolution)); layers of type B add their input."""
+
+    def __init__(self, size_in: int, config: PixelCNNConfig, first: bool):
+        super().__init__()
+        self.first = first
+        kernel_size = config.first_kernel_size if first else config.kernel_size
+        self.conv = CausalConv2d(size_in, config.hidden_size, kernel_size, sees_itself=not first)
+        self.norm = nn.BatchNorm2d(config.hidden_size)
+        self.class_bias = nn.Embedding(config.unconditional_id + 1, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(features)) + self.class_bias(labels)[:, :, None, None]
+        hidden = self.dropout(hidden.relu())
+        return hidden if self.first else features + hidden
+
+
+class GatedLayer(nn.Module):
+    """One layer of the vertical and the horizontal stack.
+
+    The vertical stack at row i sees rows above i (its kernel includes row i of its *input*, except in the first
+    layer, whose input is the codes themselves); the horizontal stack sees the codes to the left, and the
+    vertical stack through a 1x1 convolution.
+    """
+
+    def __init__(self, config: PixelCNNConfig, first: bool):
+        super().__init__()
+        size = config.hidden_size
+        kernel_size = config.first_kernel_size if first else config.kernel_size
+        self.first, self.reach = first, kernel_size // 2
+        depth = self.reach if first else self.reach + 1
+        self.vertical = nn.Conv2d(size, 2 * size, (depth, kernel_size))
+        self.vertical_to_horizontal = nn.Conv2d(2 * size, 2 * size, 1, bias=False)
+        self.horizontal = nn.Conv2d(size, 2 * size, (1, depth))
+        self.output = nn.Conv2d(size, size, 1)
+        self.class_bias = nn.Embedding(config.unconditional_id + 1, 4 * size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        reach, last = self.reach, -1 if self.first else 0
+        class_vertical, class_horizontal = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
+        above = self.vertical(F.pad(vertical, (reach, reach, reach, last)))
+        left = self.horizontal(F.pad(horizontal, (reach, last)))
+        new_vertical = self.dropout(gate(above + class_vertical))
+        new_horizontal = gate(left + self.vertical_to_horizontal(above) + class_horizontal)
+        new_horizontal = self.dropout(self.output(new_horizontal))
+        if self.first:
+            return new_vertical, new_horizontal
+        return vertical + new_vertical, horizontal + new_horizontal
+
+
+class PixelCNNPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading rules of the PixelCNN prior."""
+
+    config: PixelCNNConfig
+    base_model_prefix = "prior"
+    main_input_name = "codes"
+    input_modalities = ("image",)
+    _no_split_modules: list[str] = []
+    _keys_to_ignore_on_load_unexpected = [r"^vqvae\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # Codes start apart; class biases start at zero, so that every class starts as "no class".
+            init.normal_(module.weight) if module is self.code_embedding else init.zeros_(module.weight)
+        elif isinstance(module, PixelCNNModel):
+            init.zeros_(module.position_embedding)
+        else:
+            super()._init_weights(module)
+
+
+class PixelCNNModel(PixelCNNPreTrainedModel):
+    """p(codes | label) = product over raster order of p(code | earlier codes, label).
+
+    Example:
+        >>> import torch
+        >>> from isic_vq import PixelCNNConfig, PixelCNNModel
+        >>> config = PixelCNNConfig(num_codes=16, grid_size=4, hidden_size=8, num_layers=1, first_kernel_size=3)
+        >>> model = PixelCNNModel(config).eval()
+        >>> model(torch.zeros(2, 4, 4, dtype=torch.long)).logits.shape
+        torch.Size([2, 16, 4, 4])
+    """
+
+    def __init__(self, config: PixelCNNConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.code_embedding = nn.Embedding(config.num_codes, size)
+        self.position_embedding = nn.Parameter(torch.zeros(1, size, config.grid_size, config.grid_size))
+        kinds = [True] + [False] * config.num_layers
+        if config.architecture == "gated":
+            self.layers = nn.ModuleList([GatedLayer(config, first) for first in kinds])
+        else:
+            self.layers = nn.ModuleList([PlainLayer(size, config, first) for first in kinds])
+        self.head = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(size, config.head_size, 1),
+            nn.ReLU(),
+            nn.Conv2d(config.head_size, config.num_codes, 1),
+        )
+        self.post_init()
+
+    def forward(
+        self, codes: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
+    ) -> PriorOutput | tuple[Tensor, ...]:
+        """Predict every code from the earlier ones and measure how well.
+
+        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
+            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: codes of another grid, or labels that are not the model's.
+        """
+        grid = self.config.grid_size
+        if codes.ndim != 3 or codes.shape[1:] != (grid, grid):
+            raise ValueError(f"codes have shape {tuple(codes.shape)}: expected (batch, {grid}, {grid})")
+        labels = self.checked_labels(labels, len(codes))
+        if self.training and self.config.class_dropout:
+            dropped = torch.rand(len(codes), device=labels.device) < self.config.class_dropout
+            labels = labels.masked_fill(dropped, self.config.unconditional_id)
+        embedded = self.code_embedding(codes).permute(0, 3, 1, 2)
+        first, *others = self.layers
+        if self.config.architecture == "gated":
+            vertical, hidden = first(embedded, embedded, labels)
+            vertical, hidden = vertical + self.position_embedding, hidden + self.position_embedding
+            for layer in others:
+                vertical, hidden = layer(vertical, hidden, labels)
+        else:
+            hidden = first(embedded, labels) + self.position_embedding
+            for layer in others:
+                hidden = layer(hidden, labels)
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits.float(), codes)
+        output = PriorOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+    def checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """Class ids `(B,)` on the model's device; None becomes the unconditional id.
+
+        Raises:
+            ValueError: wrong shape, or an id outside [0, number of classes].
+        """
+        last = self.config.unconditional_id
+        if labels is None:
+            return torch.full((batch_size,), last, dtype=torch.long, device=self.device)
+        if labels.shape != (batch_size,):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: expected ({batch_size},), one per image"
+            )
+        if labels.numel() and (labels.min() < 0 or labels.max() > last):
+            raise ValueError(
+                f"labels lie in [{labels.min().item()}, {labels.max().item()}]: expected class ids below {last}, "
+                f"or {last} for unconditional"
+            )
+        return labels.to(self.device)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        uniforms: Tensor,
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        on_row: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Fill empty grids code by code in raster order; exact, with cached features.
+
+        Args:
+            uniforms (`torch.Tensor` of shape `(B, h*w)`): noise of each image and position, in [0, 1).
+            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            temperature: below 1 sharpens, above 1 flattens the distributions.
+            top_k: keep this many most likely codes.
+            top_p: keep the most likely codes that hold this much probability.
+            guidance_scale: 1 is off; see `sampling.guided_logits`.
+            on_row: called after each finished row, for progress bars.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
+        """
+        labels = self.checked_labels(labels, len(uniforms))
+        was_training = self.training
+        self.eval()
+        try:
+            return sample_codes(self, uniforms, labels, temperature, top_k, top_p, guidance_scale, on_row)
+        finally:
+            self.train(was_training)

@@ -1,0 +1,242 @@
+"""The VQ-VAE tokenizer: encoder, vector quantizer, decoder.
+
+Source: van den Oord et al., arXiv 1711.00937; layer order after the report "Image Generation using
+VQ-VAE and Pixel CNN": every convolution is followed by normalisation and ReLU, the decoder mirrors the
+encoder with transposed convolutions, a sigmoid closes it.
+Differs: the encoder ends in a linear 1x1 projection to the code dimension (a ReLU there would leave half
+of the code space empty), and the decoder's last transposed convolution has the sigmoid alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_vqvae import VQVAEConfig
+from .vector_quantizer import VectorQuantizer, nearest_codes
+
+
+@dataclass
+class VQVAEOutput(ModelOutput):
+    """Output of `VQVAEModel`.
+
+    Args:
+        loss: scalar, l1_weight * l1_loss + mse_weight * mse_loss + beta * commitment_loss
+            (+ codebook_loss when the codebook learns by gradient).
+        reconstruction: `(B, 3, H, W)`, RGB in [0, 1].
+        codes: `(B, h, w)` int64 in [0, K); None when `quantize=False`.
+        latents: `(B, D, h, w)`, the encoder's output.
+        l1_loss: scalar, mean absolute error over B, 3, H, W.
+        mse_loss: scalar, mean squared error over B, 3, H, W.
+        commitment_loss: scalar, mean of (z - sg(e))^2 over B, D, h, w.
+        codebook_loss: scalar, mean of (sg(z) - e)^2.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    codes: Tensor | None = None
+    latents: Tensor | None = None
+    l1_loss: Tensor | None = None
+    mse_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    codebook_loss: Tensor | None = None
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """BatchNorm, or GroupNorm in (up to) eight groups."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def conv_norm_relu(conv: nn.Module, norm: str) -> nn.Sequential:
+    """Follow a (transposed) convolution by normalisation and ReLU."""
+    return nn.Sequential(conv, norm_layer(norm, conv.out_channels), nn.ReLU())
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + norm(conv1x1(relu(norm(conv3x3(x)))))): shape-preserving, `(B, C, h, w)`."""
+
+    def __init__(self, channels: int, residual_size: int, norm: str):
+        super().__init__()
+        self.inner = conv_norm_relu(nn.Conv2d(channels, residual_size, 3, padding=1, bias=False), norm)
+        self.outer = nn.Sequential(
+            nn.Conv2d(residual_size, channels, 1, bias=False), norm_layer(norm, channels)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.relu(hidden + self.outer(self.inner(hidden)))
+
+
+class Encoder(nn.Module):
+    """Image `(B, 3, H, W)` to latents `(B, D, H/f, W/f)`: space shrinks, depth grows."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        sizes = [config.num_channels, *config.hidden_sizes]
+        self.down = nn.Sequential(
+            *(
+                conv_norm_relu(nn.Conv2d(size_in, size_out, 4, stride=2, padding=1, bias=False), config.norm)
+                for size_in, size_out in zip(sizes, sizes[1:], strict=False)
+            )
+        )
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(sizes[-1], config.residual_size, config.norm)
+                for _ in range(config.num_residual_blocks)
+            )
+        )
+        self.project = nn.Conv2d(sizes[-1], config.code_dim, 1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.project(self.blocks(self.down(2 * pixel_values - 1)))
+
+
+class Decoder(nn.Module):
+    """Quantized latents `(B, D, h, w)` to an image `(B, 3, h*f, w*f)` in [0, 1]: the encoder, mirrored."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        sizes = list(reversed(config.hidden_sizes))
+        self.project = conv_norm_relu(nn.Conv2d(config.code_dim, sizes[0], 1, bias=False), config.norm)
+        self.blocks = nn.Sequential(
+            *(
+                ResidualBlock(sizes[0], config.residual_size, config.norm)
+                for _ in range(config.num_residual_blocks)
+            )
+        )
+        self.up = nn.Sequential(
+            *(
+                conv_norm_relu(
+                    nn.ConvTranspose2d(size_in, size_out, 4, stride=2, padding=1, bias=False), config.norm
+                )
+                for size_in, size_out in zip(sizes, sizes[1:], strict=False)
+            )
+        )
+        self.to_pixels = nn.ConvTranspose2d(sizes[-1], config.num_channels, 4, stride=2, padding=1)
+
+    def forward(self, quantized: Tensor) -> Tensor:
+        return self.to_pixels(self.up(self.blocks(self.project(quantized)))).sigmoid()
+
+
+class VQVAEPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading rules of the tokenizer."""
+
+    config: VQVAEConfig
+    base_model_prefix = "vqvae"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules: list[str] = []
+    _keys_to_ignore_on_load_unexpected = [r"^prior\."]
+    # Distances between latents and codes need float32 even when the convolutions run in bfloat16.
+    _keep_in_fp32_modules_strict = ["quantizer.codebook", "quantizer.cluster_size", "quantizer.code_sums"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, VectorQuantizer):
+            init.normal_(module.codebook)
+            init.ones_(module.cluster_size)
+            init.copy_(module.code_sums, module.codebook)
+            init.zeros_(module.num_updates)
+        else:
+            super()._init_weights(module)  # BatchNorm and GroupNorm: ones and zeros
+
+
+class VQVAEModel(VQVAEPreTrainedModel):
+    """Tokenizer between images in [0, 1] and grids of codes.
+
+    Example:
+        >>> import torch
+        >>> from isic_vq import VQVAEConfig, VQVAEModel
+        >>> model = VQVAEModel(VQVAEConfig(image_size=32, hidden_sizes=(8, 8), num_codes=16)).eval()
+        >>> codes = model.encode(torch.rand(2, 3, 32, 32))
+        >>> codes.shape, model.decode(codes).shape
+        (torch.Size([2, 8, 8]), torch.Size([2, 3, 32, 32]))
+    """
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.quantizer = VectorQuantizer(
+            config.num_codes,
+            config.code_dim,
+            config.codebook_update,
+            config.ema_decay,
+            config.ema_epsilon,
+            config.dead_code_threshold,
+        )
+        self.decoder = Decoder(config)
+        self.post_init()
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Encoder output `(B, D, h, w)` for images `(B, 3, H, W)` in [0, 1].
+
+        Raises:
+            ValueError: if the images are not square RGB of a side divisible by the downsampling.
+        """
+        step, shape = self.config.downsampling, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != self.config.num_channels or shape[2] != shape[3] or shape[2] % step:
+            raise ValueError(
+                f"pixel_values has shape {shape}: expected (batch, {self.config.num_channels}, side, side) with "
+                f"side a multiple of {step}, as the image processor makes it"
+            )
+        return self.encoder(pixel_values)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Codes `(B, h, w)` int64 in [0, K) of images `(B, 3, H, W)` in [0, 1]; never learns."""
+        latents = self.embed(pixel_values.to(self.dtype))
+        batch, dim, height, width = latents.shape
+        codebook = self.quantizer.codebook
+        flat = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(codebook.dtype)
+        return nearest_codes(flat, codebook).view(batch, height, width)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)` int64 in [0, K)."""
+        return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
+
+    def forward(
+        self, pixel_values: Tensor, quantize: bool = True, return_dict: bool | None = None
+    ) -> VQVAEOutput | tuple[Tensor, ...]:
+        """Reconstruct images and report every loss.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].
+            quantize: False skips the quantizer, which makes a plain autoencoder: the warm-up before the
+                codebook's k-means start.
+            return_dict: False returns a tuple.
+        """
+        latents = self.embed(pixel_values.to(self.dtype))
+        if quantize:
+            quantization = self.quantizer(latents)
+            reconstruction = self.decoder(quantization.quantized.to(latents.dtype))
+            codes = quantization.codes
+            commitment_loss, codebook_loss = quantization.commitment_loss, quantization.codebook_loss
+        else:
+            reconstruction, codes = self.decoder(latents), None
+            commitment_loss = codebook_loss = latents.new_zeros(())
+        difference = reconstruction.float() - pixel_values.float()
+        l1_loss, mse_loss = difference.abs().mean(), difference.square().mean()
+        loss = self.config.l1_weight * l1_loss + self.config.mse_weight * mse_loss
+        loss = loss + self.config.beta * commitment_loss  # eq. 3, third term
+        if self.config.codebook_update == "gradient":
+            loss = loss + codebook_loss  # eq. 3, second term
+        output = VQVAEOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            codes=codes,
+            latents=latents,
+            l1_loss=l1_loss,
+            mse_loss=mse_loss,
+            commitment_loss=commitment_loss,
+            codebook_loss=codebook_loss,
+        )
+        return output if return_dict is not False else output.to_tuple()

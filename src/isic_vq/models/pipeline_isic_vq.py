@@ -1,0 +1,122 @@
+"""transformers pipeline for the task "unconditional-image-generation": labels in, PIL images out.
+
+It chains sampling of code grids from the prior and decoding by the tokenizer. Images are sampled in batches
+of a fixed size, image i with noise that depends on (seed, i) alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Pipeline
+
+from .image_processing_isic_vq import IsicVQImageProcessor
+
+TASK = "unconditional-image-generation"
+
+
+class UnconditionalImageGenerationPipeline(Pipeline):
+    """Generate images from a composite model.
+
+    Example:
+        >>> from transformers import pipeline
+        >>> import isic_vq
+        >>> pipe = pipeline("unconditional-image-generation", model="model_cards/isic-vq-128")  # doctest: +SKIP
+        >>> images = pipe(num_images=8, seed=0)  # doctest: +SKIP
+        >>> images = pipe("melanoma", num_images=4, guidance_scale=1.5)  # doctest: +SKIP
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = False
+
+    def __call__(  # type: ignore[override]
+        self,
+        labels: int | str | Sequence[int | str] | None = None,
+        *,
+        num_images: int | None = None,
+        seed: int | None = None,
+        batch_size: int = 16,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_codes: bool = False,
+        progress: bool = False,
+    ) -> Any:
+        """Generate `num_images` images.
+
+        Args:
+            labels: a diagnosis (name, alias or id) for all images, one per image, or None for unconditional.
+            num_images: how many; by default one per label.
+            seed: makes image i a function of (seed, i); random without it.
+            batch_size: images sampled at once.
+            temperature: below 1 sharpens, above 1 flattens the distributions.
+            top_k: keep this many most likely codes at each position.
+            top_p: keep the most likely codes that hold this much probability.
+            guidance_scale: 1 is off; larger values follow the label more closely.
+            output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
+                `(N, 3, H, W)` in [0, 1].
+            return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`) and `labels`.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: an argument outside its range, or an unknown label.
+        """
+        one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
+        if num_images is None:
+            num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(
+                f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
+            )
+        ids = self.model.label_ids(labels, num_images)
+        seed = torch.Generator().seed() % 2**63 if seed is None else seed  # torch.seed() would reseed torch
+        sampling = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "guidance_scale": guidance_scale,
+        }
+        rows = self.model.config.prior_config.grid_size * -(-num_images // batch_size)
+        with tqdm(total=rows, disable=not progress, unit="row", desc="sampling") as bar:
+            chunks = [
+                super(UnconditionalImageGenerationPipeline, self).__call__(
+                    {"labels": ids[first : first + batch_size], "seed": seed, "first_index": first},
+                    on_row=bar.update,
+                    **sampling,
+                )
+                for first in range(0, num_images, batch_size)
+            ]
+        pixel_values = torch.cat([chunk["pixel_values"] for chunk in chunks])
+        processor = IsicVQImageProcessor(size=self.model.config.vqvae_config.image_size)
+        images = processor.postprocess(pixel_values, output_type=output_type)
+        if not return_codes:
+            return images
+        return {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        return {}, kwargs, {}
+
+    def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pass a chunk's labels, seed and first index on."""
+        return inputs
+
+    def _forward(self, model_inputs: dict[str, Any], **sampling: Any) -> Any:
+        labels = model_inputs["labels"]
+        return self.model.generate(
+            len(labels),
+            labels,
+            seed=model_inputs["seed"],
+            first_index=model_inputs["first_index"],
+            **sampling,
+        )
+
+    def postprocess(self, model_outputs: Any) -> Any:
+        """Return a chunk's tensors; images are made once all chunks are there."""
+        return model_outputs

@@ -1,0 +1,87 @@
+"""From logits to codes: guidance, temperature, top-k, top-p, and reproducible draws.
+
+A draw is inverse-CDF sampling of one uniform number, so the randomness of an image is a fixed array of
+uniforms, one per grid position: it depends on the seed and the image's index alone, never on the batch the
+image happens to be computed in. Top-p after Holtzman et al., arXiv 1904.09751; guidance after Ho and
+Salimans, arXiv 2207.12598, written as u + s (c - u): scale 1 is off.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, guidance_scale: float) -> None:
+    """Refuse sampling settings that have no meaning.
+
+    Raises:
+        ValueError: names the argument, what it was and what was expected.
+    """
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}: expected more than 0 (top_k=1 takes the most likely code)"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: expected at least 1, or None for all codes")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: expected a probability in (0, 1], or None")
+    if not guidance_scale >= 0:
+        raise ValueError(f"guidance_scale is {guidance_scale}: expected at least 0; 1 is off")
+
+
+def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[torch.Generator]:
+    """One CPU generator per image, a function of (seed, image index) alone."""
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: expected 0 or more")
+    states = [
+        np.random.SeedSequence(seed, spawn_key=(first_index + index,)).generate_state(1, np.uint64)[0]
+        for index in range(num_images)
+    ]
+    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+
+def position_uniforms(generators: Sequence[torch.Generator], num_positions: int) -> Tensor:
+    """Uniforms in [0, 1), `(len(generators), num_positions)` float64: row i is the noise of image i."""
+    return torch.stack([torch.rand(num_positions, generator=g, dtype=torch.float64) for g in generators])
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """u + s (c - u): s = 1 gives c, s = 0 gives u, s > 1 exaggerates what the label changes."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def filtered_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Scale logits `(B, K)` by the temperature and set excluded codes to -inf.
+
+    top-k keeps the k most likely codes (and those tied with the k-th); top-p then keeps the smallest set of
+    most likely codes whose probability reaches p, never less than one code.
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        mass_before = probabilities.cumsum(-1) - probabilities
+        excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+        logits = logits.masked_fill(excluded, -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sample: the first code whose cumulative probability exceeds the uniform.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): -inf excludes a code.
+        uniforms (`torch.Tensor` of shape `(B,)`): in [0, 1), float64.
+
+    Returns:
+        `torch.LongTensor` of shape `(B,)`, in [0, K).
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    # Rounding can leave the total a little off 1, so the uniform is scaled to it.
+    target = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

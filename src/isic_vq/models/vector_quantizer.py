@@ -1,0 +1,251 @@
+"""Vector quantization: nearest codebook vector, commitment loss, codebook learning.
+
+Source: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937v2: eq. 1
+(nearest vector), eq. 3 (losses), appendix A.1 (moving-average codebook).
+Differs: Laplace-smoothed counts; codes that fall out of use are moved onto latents of the batch; the
+codebook starts at k-means centroids when the caller asks for it (Lancucki et al., arXiv 2005.08520).
+Several public implementations put beta on the codebook term; here it multiplies the commitment term
+||z - sg(e)||^2, as in the paper.
+
+This file is tensor math only: it knows nothing of images, optimizers or processes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 2048  # latents scored at once: bounds the score matrix to 2048 x K, which stays in cache
+
+
+def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook vector nearest to each latent, the lowest index on ties (eq. 1).
+
+    argmin_k ||z - e_k||^2 = argmin_k ||e_k||^2 - 2 z.e_k, because ||z||^2 is the same for every k.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, D)`): float32 or float64.
+        codebook (`torch.Tensor` of shape `(K, D)`): same dtype.
+
+    Returns:
+        `torch.LongTensor` of shape `(N,)`, in [0, K).
+    """
+    squared_norms = codebook.square().sum(1)
+    codes = [
+        torch.addmm(squared_norms, part, codebook.t(), alpha=-2).argmin(1) for part in latents.split(CHUNK)
+    ]
+    return torch.cat(codes) if codes else latents.new_zeros(0, dtype=torch.long)
+
+
+def assignment_sums(latents: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Count the latents of each code and add them up: what processes sum before a codebook update.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, D)`): encoder outputs.
+        codes (`torch.LongTensor` of shape `(N,)`): their codes.
+        num_codes: K.
+
+    Returns:
+        Counts of shape `(K,)` and sums of shape `(K, D)`, in the dtype of `latents`.
+    """
+    counts = torch.bincount(codes, minlength=num_codes).to(latents.dtype)
+    sums = latents.new_zeros(num_codes, latents.shape[1]).index_add_(0, codes, latents)
+    return counts, sums
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[float, float]:
+    """Summarise how a whole dataset uses the codebook.
+
+    Args:
+        counts (`torch.Tensor` of shape `(K,)`): how often each code was used, over the dataset.
+
+    Returns:
+        The share of codes used at least once, in [0, 1], and the perplexity exp(entropy), in [1, K].
+
+    Raises:
+        ValueError: if nothing was counted.
+    """
+    total = counts.sum()
+    if total <= 0:
+        raise ValueError("no code was counted: expected at least one image")
+    probabilities = counts.double() / total.double()
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+def kmeans(latents: Tensor, num_codes: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
+    """Lloyd's k-means from distinct random latents; an empty cluster restarts at a random latent.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, D)`): float32 or float64, N >= `num_codes`.
+        num_codes: K.
+        generator: CPU generator every random choice is drawn from.
+        iterations: Lloyd iterations.
+
+    Returns:
+        Centroids of shape `(K, D)`.
+
+    Raises:
+        ValueError: if there are fewer latents than codes.
+    """
+    num_latents = latents.shape[0]
+    if num_latents < num_codes:
+        raise ValueError(
+            f"k-means needs at least {num_codes} latents, one per code, but got {num_latents}: "
+            "give it more images or lower num_codes"
+        )
+    start = torch.randperm(num_latents, generator=generator)[:num_codes]
+    centroids = latents[start.to(latents.device)].clone()
+    for _ in range(iterations):
+        counts, sums = assignment_sums(latents, nearest_codes(latents, centroids), num_codes)
+        spare = torch.randint(num_latents, (num_codes,), generator=generator).to(latents.device)
+        means = sums / counts.clamp(min=1)[:, None]
+        centroids = torch.where((counts > 0)[:, None], means, latents[spare])
+    return centroids
+
+
+@dataclass
+class Quantization:
+    """What `VectorQuantizer` returns.
+
+    Attributes:
+        quantized: `(B, D, h, w)`, the codebook vectors; its gradient goes straight through to the latents.
+        codes: `(B, h, w)` int64 in [0, K).
+        commitment_loss: scalar, mean over B, h, w and D of (z - sg(e))^2.
+        codebook_loss: scalar, mean of (sg(z) - e)^2; carries no gradient when the codebook is a moving average.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook of K vectors, learned by moving averages ("ema") or by gradient ("gradient").
+
+    In training mode each forward pass updates the moving statistics once, in eval mode never. Runs in
+    the codebook's own precision (float32 or better) even under autocast.
+
+    Args:
+        num_codes: K.
+        code_dim: D.
+        update: "ema" or "gradient".
+        decay: decay of the moving statistics per forward pass.
+        epsilon: Laplace smoothing of the counts.
+        dead_code_threshold: moving count (latents per pass) below which a code is moved; 0 = never.
+    """
+
+    codebook: Tensor
+    cluster_size: Tensor
+    code_sums: Tensor
+    num_updates: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        update: str,
+        decay: float,
+        epsilon: float,
+        dead_code_threshold: float,
+    ):
+        super().__init__()
+        self.num_codes, self.code_dim, self.update = num_codes, code_dim, update
+        self.decay, self.epsilon, self.dead_code_threshold = decay, epsilon, dead_code_threshold
+        codebook = torch.empty(num_codes, code_dim)
+        if update == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("cluster_size", torch.empty(num_codes))  # moving counts
+        self.register_buffer("code_sums", torch.empty(num_codes, code_dim))  # moving sums of latents
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))  # seeds the resets
+
+    def forward(self, latents: Tensor) -> Quantization:
+        """Quantize latents of shape `(B, D, h, w)`.
+
+        Raises:
+            ValueError: if the channel count is not `code_dim`.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.code_dim:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: expected (batch, {self.code_dim}, height, width)"
+            )
+        with torch.autocast(latents.device.type, enabled=False):
+            batch, _, height, width = latents.shape
+            z = latents.to(self.codebook.dtype)
+            flat = z.permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+            codes = nearest_codes(flat.detach(), self.codebook.detach())
+            e = (
+                F.embedding(codes, self.codebook)
+                .view(batch, height, width, self.code_dim)
+                .permute(0, 3, 1, 2)
+            )
+            commitment_loss = F.mse_loss(z, e.detach())
+            codebook_loss = F.mse_loss(e, z.detach())
+            quantized = z + (e - z).detach()
+            if self.training:
+                self.learn(flat.detach(), codes)
+        return Quantization(quantized, codes.view(batch, height, width), commitment_loss, codebook_loss)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codebook vectors of shape `(B, D, h, w)` for codes of shape `(B, h, w)`.
+
+        Raises:
+            ValueError: if a code lies outside [0, K).
+        """
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
+            raise ValueError(
+                f"codes lie in [{codes.min().item()}, {codes.max().item()}]: expected [0, {self.num_codes}); "
+                "they come from another tokenizer"
+            )
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def learn(self, latents: Tensor, codes: Tensor) -> None:
+        """Update the moving statistics, the codebook if it is one of them, and move unused codes.
+
+        n_k <- decay n_k + (1 - decay) counts_k,  m_k <- decay m_k + (1 - decay) sums_k,  e_k = m_k / n_k
+        (appendix A.1), with n_k smoothed as (n_k + eps) / (n + K eps) * n.
+        """
+        counts, sums = assignment_sums(latents, codes, self.num_codes)
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        self.code_sums.lerp_(sums, 1 - self.decay)
+        if self.update == "ema":
+            total = self.cluster_size.sum()
+            smoothed = (self.cluster_size + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+            self.codebook.copy_(self.code_sums / smoothed[:, None])
+        self.move_dead_codes(latents)
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def move_dead_codes(self, latents: Tensor) -> None:
+        """Put each code below the threshold onto a random latent, counted as if it held the threshold.
+
+        The draw depends on the number of updates alone, so that a resumed run repeats it.
+        """
+        dead = self.cluster_size < self.dead_code_threshold
+        if not dead.any():
+            return
+        generator = torch.Generator().manual_seed(int(self.num_updates))
+        picks = torch.randint(latents.shape[0], (self.num_codes,), generator=generator).to(latents.device)
+        replacement = latents[picks]
+        self.codebook.copy_(torch.where(dead[:, None], replacement, self.codebook))
+        self.cluster_size.masked_fill_(dead, self.dead_code_threshold)
+        self.code_sums.copy_(
+            torch.where(dead[:, None], replacement * self.dead_code_threshold, self.code_sums)
+        )
+
+    @torch.no_grad()
+    def start_from(self, codebook: Tensor, counts: Tensor) -> None:
+        """Set the codebook and restart the moving statistics at it.
+
+        Args:
+            codebook (`torch.Tensor` of shape `(K, D)`): new vectors, for example k-means centroids.
+            counts (`torch.Tensor` of shape `(K,)`): expected latents per code in one training step.
+        """
+        self.codebook.copy_(codebook)
+        self.cluster_size.copy_(counts)
+        self.code_sums.copy_(codebook * counts[:, None])

@@ -1,0 +1,117 @@
+"""Make transformers' Auto classes and pipelines know isic-vq, without importing transformers.
+
+transformers has no entry points for packages, so the names are registered when its own modules are loaded:
+at once where they already are, else right after their import, through a finder that wraps their loader.
+That keeps `import isic_vq` and `isic-vq --help` free of torch.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def _register_configs(module: ModuleType) -> None:
+    from isic_vq.models.configuration_isic_vq import IsicVQConfig
+    from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+    from isic_vq.models.configuration_vqvae import VQVAEConfig
+
+    for config in (IsicVQConfig, PixelCNNConfig, VQVAEConfig):
+        module.AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_models(module: ModuleType) -> None:
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+    from isic_vq.models.modeling_vqvae import VQVAEModel
+
+    for model in (IsicVQModel, PixelCNNModel, VQVAEModel):
+        module.AutoModel.register(model.config_class, model, exist_ok=True)
+
+
+def _register_image_processor(module: ModuleType) -> None:
+    from isic_vq.models.configuration_isic_vq import IsicVQConfig
+    from isic_vq.models.configuration_vqvae import VQVAEConfig
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+
+    for config in (IsicVQConfig, VQVAEConfig):
+        module.AutoImageProcessor.register(
+            config, image_processor_classes={"pil": IsicVQImageProcessor}, exist_ok=True
+        )
+
+
+def _load_pipeline(module: ModuleType) -> None:
+    # Our pipeline module may be the one that is importing transformers.pipelines; it registers once it is whole.
+    importlib.import_module(PIPELINE_MODULE)
+
+
+def _register_pipeline(module: ModuleType) -> None:
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    PIPELINE_REGISTRY.register_pipeline(
+        module.TASK,
+        pipeline_class=module.UnconditionalImageGenerationPipeline,
+        pt_model=AutoModel,
+        type="image",
+    )
+
+
+PIPELINE_MODULE = "isic_vq.models.pipeline_isic_vq"
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.image_processing_auto": _register_image_processor,
+    "transformers.pipelines": _load_pipeline,
+    PIPELINE_MODULE: _register_pipeline,
+}
+
+
+class _HookLoader(importlib.abc.Loader):
+    """Runs a module through its own loader, then registers."""
+
+    def __init__(self, loader: importlib.abc.Loader, hook: Callable[[ModuleType], None]):
+        self.loader, self.hook = loader, hook
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader  # leave no trace of this wrapper
+        self.loader.exec_module(module)
+        self.hook(module)
+
+
+class _HookFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `HOOKS` as the other finders do, with the loader wrapped."""
+
+    def __init__(self) -> None:
+        self.busy: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in HOOKS or name in self.busy:
+            return None
+        self.busy.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy.discard(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _HookLoader(spec.loader, HOOKS[name])
+        return spec
+
+
+def install() -> None:
+    """Register with the transformers modules that are loaded, and with the others once they are. Idempotent."""
+    if not any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _HookFinder())
+    for name, hook in HOOKS.items():
+        if name in sys.modules:
+            hook(sys.modules[name])
