@@ -1,0 +1,176 @@
+"""Code grids of a data set, in its dihedral views, as one parquet file: what priors are trained on.
+
+The file carries the hash of exactly the tokenizer weights that decide codes (encoder and codebook), so that
+codes of another tokenizer are refused. Codes are uint16; one row per image holds all its views.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from isic_vq.data.augmentation import NUM_VIEWS, dihedral
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import SourceInfo
+from isic_vq.files import write_atomically
+from isic_vq.models.diagnosis import DIAGNOSES
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_vqvae import VQVAEModel
+
+METADATA_KEY = b"isic_vq"
+
+
+@dataclass(frozen=True)
+class CodeCache:
+    """Codes of a data set.
+
+    Attributes:
+        codes: uint16 of shape (N, views, h, w), in [0, num_codes).
+        isic_ids: N image ids.
+        diagnoses: N canonical diagnoses.
+        num_codes: K of the tokenizer.
+        tokenizer_hash: of the tokenizer that made them.
+        source: what may be published about the images.
+    """
+
+    codes: NDArray[np.uint16]
+    isic_ids: list[str]
+    diagnoses: list[str]
+    num_codes: int
+    tokenizer_hash: str
+    source: SourceInfo
+
+    def counts(self) -> torch.Tensor:
+        """How often each code occurs, over all views: int64 of shape (K,)."""
+        return torch.from_numpy(np.bincount(self.codes.ravel(), minlength=self.num_codes))
+
+    def class_names(self) -> list[str]:
+        """Diagnoses that occur, in the fixed order of `DIAGNOSES`, without "unknown"."""
+        present = set(self.diagnoses) - {"unknown"}
+        return [name for name in DIAGNOSES if name in present]
+
+
+def tokenizer_hash(model: VQVAEModel) -> str:
+    """sha256 over the tensors that decide an image's codes: the encoder's and the codebook."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("encoder.") or name == "quantizer.codebook":
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def encode_source(
+    model: VQVAEModel,
+    processor: IsicVQImageProcessor,
+    records: Dataset,
+    source: SourceInfo,
+    num_views: int = NUM_VIEWS,
+    batch_size: int = 32,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> CodeCache:
+    """Encode the first `num_views` dihedral views of every image.
+
+    Raises:
+        ValueError: `num_views` is not in 1 to 8, or the codebook is too large for uint16.
+        DataError: too many images are corrupt, or none is left.
+    """
+    if not 1 <= num_views <= NUM_VIEWS:
+        raise ValueError(f"num_views is {num_views}: expected 1 to {NUM_VIEWS}")
+    if model.config.num_codes > 2**16:
+        raise ValueError(f"num_codes is {model.config.num_codes}: a code cache holds at most {2**16}")
+    model.eval()
+    grids: list[NDArray[np.uint16]] = []
+    ids: list[str] = []
+    rows: list[int] = []
+    with tqdm(total=len(records), unit="image", desc="encoding", disable=not progress) as bar:
+        for batch in iter_batches(records, processor, batch_size, max_corrupt_share=max_corrupt_share):
+            pixel_values = batch["pixel_values"].to(model.device)
+            views = [
+                model.encode(dihedral(pixel_values, torch.full((len(pixel_values),), view)))
+                for view in range(num_views)
+            ]
+            grids.append(torch.stack(views, dim=1).cpu().numpy().astype(np.uint16))
+            ids += batch["isic_ids"]
+            rows += batch["indices"].tolist()
+            bar.update(len(pixel_values))
+    if not grids:
+        raise DataError(f"{source.name} holds no readable image")
+    diagnoses = records["diagnosis"]
+    return CodeCache(
+        codes=np.concatenate(grids),
+        isic_ids=ids,
+        diagnoses=[diagnoses[row] for row in rows],
+        num_codes=model.config.num_codes,
+        tokenizer_hash=tokenizer_hash(model),
+        source=source,
+    )
+
+
+def write_code_cache(cache: CodeCache, path: Path) -> None:
+    """Write a cache as parquet, whole or not at all."""
+    num_images, views, height, width = cache.codes.shape
+    metadata = {
+        "views": views,
+        "grid": [height, width],
+        "num_codes": cache.num_codes,
+        "tokenizer_hash": cache.tokenizer_hash,
+        "source": asdict(cache.source),
+    }
+    flat = pa.array(cache.codes.ravel())
+    table = pa.table(
+        {
+            "isic_id": cache.isic_ids,
+            "diagnosis": cache.diagnoses,
+            "codes": pa.FixedSizeListArray.from_arrays(flat, views * height * width),
+        }
+    ).replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_code_cache(path: Path) -> CodeCache:
+    """Read a cache.
+
+    Raises:
+        DataError: the file is missing, damaged or no code cache.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file: write it with isic-vq encode")
+    try:
+        table = pq.read_table(path)
+        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    except (pa.ArrowInvalid, KeyError, ValueError, OSError) as error:
+        raise DataError(f"{path.name} is not a code cache ({error}): write it with isic-vq encode") from error
+    height, width = metadata["grid"]
+    flat = table["codes"].combine_chunks().flatten().to_numpy()
+    return CodeCache(
+        codes=flat.reshape(-1, metadata["views"], height, width),
+        isic_ids=table["isic_id"].to_pylist(),
+        diagnoses=table["diagnosis"].to_pylist(),
+        num_codes=metadata["num_codes"],
+        tokenizer_hash=metadata["tokenizer_hash"],
+        source=SourceInfo(**metadata["source"]),
+    )
+
+
+def check_tokenizer(cache: CodeCache, model: VQVAEModel, name: str) -> None:
+    """Refuse codes of another tokenizer.
+
+    Raises:
+        DataError: the cache's hash is not the model's.
+    """
+    if cache.tokenizer_hash != tokenizer_hash(model):
+        raise DataError(f"{name} was encoded by another tokenizer: encode the images again with this one")

@@ -1,0 +1,228 @@
+"""From records to batches of pixels, with corrupt images skipped, named and counted.
+
+An image that cannot be decoded becomes an item with an `error`, leaves its batch at `collate`, and is counted
+by a `SkipCounter`, which raises once too many are corrupt: a damaged file never stops a run of hours, and
+damaged data never passes for sound data. Sizes and pixel range belong to the image processor, which decodes.
+It does not shuffle or augment.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, IterableDataset
+from numpy.typing import NDArray
+
+from isic_vq.data.schema import DataError
+from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMED_SKIPS = 5
+
+
+class Batch(TypedDict):
+    """A collated batch.
+
+    Attributes:
+        pixel_values: float32 of shape (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if every image
+            is corrupt.
+        labels: int64 of shape (batch,); the unconditional id for a diagnosis that the model does not have.
+        indices: int64 of shape (batch,), rows of the data set.
+        skipped: one "name: reason" per corrupt image, which the tensors leave out.
+        isic_ids: the images' ids; only from `iter_batches`.
+    """
+
+    pixel_values: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    skipped: list[str]
+    isic_ids: NotRequired[list[str]]
+
+
+class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
+    """A map-style torch data set that decodes images through the image processor.
+
+    Args:
+        records: has the columns of `FEATURES`.
+        image_processor: fixes the size.
+        label2id: class ids by canonical diagnosis; a diagnosis that is not in it, or any without `label2id`,
+            gets the unconditional id, `len(label2id)`.
+        cache: keep decoded pixels in memory (about 48 KiB per image of 128 x 128 pixels, in each worker
+            process).
+    """
+
+    def __init__(
+        self,
+        records: Dataset,
+        image_processor: IsicVQImageProcessor,
+        label2id: Mapping[str, int] | None = None,
+        cache: bool = False,
+    ):
+        self.records = records.cast_column("image", Image(decode=False))
+        self.image_processor = image_processor
+        self.labels = [_label(diagnosis, label2id) for diagnosis in records["diagnosis"]]
+        self.cache: dict[int, NDArray[np.uint8] | str] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        """Return the number of images, corrupt ones included."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {"pixel_values", "label", "index"}, or {"index", "error"} for a corrupt image.
+
+        `pixel_values` is float32 of shape (3, height, width), RGB in [0, 1].
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is not in 0 to {len(self) - 1}")
+        if self.cache is None:
+            return _item(self._decode(index), self.labels[index], index)
+        if index not in self.cache:
+            self.cache[index] = self._decode(index)
+        return _item(self.cache[index], self.labels[index], index)
+
+    def _decode(self, index: int) -> NDArray[np.uint8] | str:
+        """Return the pixels of a row, or its error."""
+        return _decode(self.records[index], index, self.image_processor)
+
+
+class SkipCounter:
+    """Count corrupt images over a run, log each once by name, and raise once they are too many.
+
+    Args:
+        max_share: allowed share of corrupt images, 0 to 1.
+        min_images: the share is taken of at least this many images, so that one corrupt image among the first
+            few stops nothing; the size of the data set where it is known.
+
+    Attributes:
+        num_images: images counted so far, corrupt ones included; an image seen in two epochs counts twice.
+        num_skipped: corrupt images among them.
+    """
+
+    def __init__(self, max_share: float = 0.01, min_images: int = 1000):
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_share is {max_share}, expected a share from 0 to 1 such as 0.01.")
+        self.max_share = max_share
+        self.min_images = min_images
+        self.num_images = 0
+        self.num_skipped = 0
+        self._logged: dict[str, str] = {}
+
+    def count(self, batch: Batch) -> None:
+        """Add a batch.
+
+        Raises:
+            DataError: the share of corrupt images is above `max_share`.
+        """
+        self.num_skipped += len(batch["skipped"])
+        self.num_images += len(batch["indices"]) + len(batch["skipped"])
+        for skipped in batch["skipped"]:
+            name = skipped.partition(": ")[0]
+            if name not in self._logged:
+                logger.warning("Skipped a corrupt image: %s", skipped)
+                self._logged[name] = skipped
+        self._check(max(self.num_images, self.min_images))
+
+    def finish(self) -> None:
+        """Check the share once more when the data has ended, whatever `min_images` is.
+
+        Raises:
+            DataError: the share of corrupt images is above `max_share`.
+        """
+        self._check(self.num_images)
+
+    def _check(self, num_images: int) -> None:
+        """Raise if more than the allowed share of this many images is corrupt."""
+        if self.num_skipped > self.max_share * num_images:
+            examples = "; ".join(list(self._logged.values())[:NUM_NAMED_SKIPS])
+            raise DataError(
+                f"{self.num_skipped} of {self.num_images} images are corrupt, more than the allowed share of "
+                f"{self.max_share:g}, for example {examples}. Replace or remove them, or allow a larger share."
+            )
+
+
+def collate(items: list[dict[str, Any]]) -> Batch:
+    """Join items of `DecodedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`."""
+    sound = [item for item in items if "error" not in item]
+    return {
+        "pixel_values": torch.stack([i["pixel_values"] for i in sound]) if sound else torch.empty(0, 3, 0, 0),
+        "labels": torch.tensor([item["label"] for item in sound], dtype=torch.int64),
+        "indices": torch.tensor([item["index"] for item in sound], dtype=torch.int64),
+        "skipped": [item["error"] for item in items if "error" in item],
+    }
+
+
+def iter_batches(
+    dataset: Dataset | IterableDataset,
+    image_processor: IsicVQImageProcessor,
+    batch_size: int,
+    label2id: Mapping[str, int] | None = None,
+    max_corrupt_share: float = 0.01,
+) -> Iterator[Batch]:
+    """Yield the images of a data set or stream once, in order, in batches that also carry `isic_ids`.
+
+    A corrupt image makes its batch smaller; a batch without a sound image is left out.
+
+    Args:
+        dataset: has the columns of `FEATURES`.
+        image_processor: fixes the size.
+        batch_size: number of records per batch.
+        label2id: as for `DecodedImages`.
+        max_corrupt_share: as for `SkipCounter`.
+
+    Raises:
+        DataError: too many images are corrupt.
+    """
+    counter = SkipCounter(max_corrupt_share, len(dataset) if isinstance(dataset, Dataset) else 1000)
+    records = enumerate(dataset.cast_column("image", Image(decode=False)))
+    while chunk := list(itertools.islice(records, batch_size)):
+        names = {index: _name(record, index) for index, record in chunk}
+        batch = collate(
+            [
+                _item(_decode(record, index, image_processor), _label(record["diagnosis"], label2id), index)
+                for index, record in chunk
+            ]
+        )
+        counter.count(batch)
+        batch["isic_ids"] = [names[index] for index in batch["indices"].tolist()]
+        if batch["isic_ids"]:
+            yield batch
+    counter.finish()
+
+
+def _label(diagnosis: str, label2id: Mapping[str, int] | None) -> int:
+    """Return the class id of a diagnosis, or the unconditional id."""
+    return 0 if label2id is None else label2id.get(diagnosis, len(label2id))
+
+
+def _name(record: Mapping[str, Any], index: int) -> str:
+    """Return what an image is called in messages."""
+    return record["isic_id"] or f"image {index}"
+
+
+def _decode(
+    record: Mapping[str, Any], index: int, image_processor: IsicVQImageProcessor
+) -> NDArray[np.uint8] | str:
+    """Return a record's pixels, uint8 of shape (height, width, 3), or "name: reason" if it is corrupt."""
+    image, name = record["image"], _name(record, index)
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        return f"{name}: the record has no image"
+    content, path = image["bytes"], image["path"] or ""
+    try:
+        return image_processor.to_square(path if content is None else content, name=name)
+    except ImageError as error:
+        return str(error).replace(path, os.path.basename(path))  # the reason may end up in a published report
+
+
+def _item(square: NDArray[np.uint8] | str, label: int, index: int) -> dict[str, Any]:
+    """Return the item of one decoded or corrupt image."""
+    if isinstance(square, str):
+        return {"index": index, "error": square}
+    pixel_values = (
+        torch.from_numpy(square).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    )
+    return {"pixel_values": pixel_values / 255, "label": label, "index": index}

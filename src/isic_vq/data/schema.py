@@ -1,0 +1,129 @@
+"""One schema for every source: eleven columns, one name per thing, and missing values as None.
+
+Source: the column names of HAM10000, of the ISIC challenges' CSV files and of the ISIC archive's metadata.
+Differs: archives write "unknown", "" or NaN for a missing value; here all of them are None, except that a
+missing diagnosis is the class `unknown`, which a model may be asked about.
+It does not decode images: `normalise` hands the `image` column on as it came.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from datasets import Features, Image, Value
+
+from isic_vq.models.diagnosis import canonical_diagnosis
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "isic_id": Value("string"),
+        "lesion_id": Value("string"),
+        "patient_id": Value("string"),
+        "diagnosis": Value("string"),
+        "age": Value("float32"),
+        "sex": Value("string"),
+        "site": Value("string"),
+        "source": Value("string"),
+        "license": Value("string"),
+        "attribution": Value("string"),
+    }
+)
+
+# Where a source has several of these columns, the first that is not missing in a row counts.
+COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
+    "isic_id": ("isic_id", "image_id", "image_name"),
+    "lesion_id": ("lesion_id",),
+    "patient_id": ("patient_id",),
+    "diagnosis": ("diagnosis", "dx", "label"),
+    "age": ("age", "age_approx"),
+    "sex": ("sex", "gender"),
+    "site": ("site", "localization", "anatom_site_general", "anatom_site_general_challenge"),
+    "source": ("source", "dataset"),
+    "license": ("license", "copyright_license"),
+    "attribution": ("attribution",),
+}
+
+_MISSING = frozenset({"", "unknown", "unk", "nan", "none", "null", "n/a", "na"})
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is; the message says what was expected and the way out."""
+
+
+def normalise(
+    record: Mapping[str, Any], where: str, class_names: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Bring one record of any source to the columns of `FEATURES`.
+
+    It takes a row whose image is not decoded, such as one of a data set cast to `Image(decode=False)`.
+
+    Args:
+        record: one row under any of the names in `COLUMN_ALIASES`; other columns are dropped.
+        where: what error messages call the row, such as its number.
+        class_names: for columns that hold class ids (`datasets.ClassLabel`), the names behind the ids.
+
+    Returns:
+        The row's values under the names of `FEATURES`; `image` only if the record has it.
+
+    Raises:
+        DataError: the diagnosis or the age cannot be read; the message names the row.
+    """
+    named = {
+        column: None if record[column] is None or record[column] < 0 else names[record[column]]
+        for column, names in (class_names or {}).items()
+    }
+    values = {name: _first_present({**record, **named}, aliases) for name, aliases in COLUMN_ALIASES.items()}
+    if values["isic_id"] is None:
+        values["isic_id"] = _file_stem(record)
+    where = where if values["isic_id"] is None else f"{where} ({values['isic_id']})"
+    normal: dict[str, Any] = {name: None if v is None else str(v).strip() for name, v in values.items()}
+    normal["diagnosis"] = _diagnosis(values["diagnosis"], where)
+    normal["age"] = _age(values["age"], where)
+    if normal["sex"] is not None:
+        normal["sex"] = normal["sex"].lower()
+    return {"image": record["image"], **normal} if "image" in record else normal
+
+
+def _first_present(record: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+    """Return the first value among these columns that is not a spelling of "missing"."""
+    for column in columns:
+        value = record.get(column)
+        if isinstance(value, float) and math.isnan(value):
+            continue
+        if value is not None and str(value).strip().lower() not in _MISSING:
+            return value
+    return None
+
+
+def _file_stem(record: Mapping[str, Any]) -> str | None:
+    """Return the name of the image file without folders and suffix, or None if the record names no file."""
+    image = record.get("image")
+    name = record.get("file_name") or (image.get("path") if isinstance(image, Mapping) else None)
+    return None if name is None else PurePosixPath(name.replace("\\", "/")).stem
+
+
+def _diagnosis(value: object, where: str) -> str:
+    """Return the canonical diagnosis of one row."""
+    if value is None:
+        return "unknown"
+    try:
+        return canonical_diagnosis(str(value))
+    except ValueError as error:
+        raise DataError(f"{where}: {error} Correct the row, or leave its diagnosis empty.") from None
+
+
+def _age(value: object, where: str) -> float | None:
+    """Return the age of one row in years."""
+    if value is None:
+        return None
+    try:
+        age = float(str(value))
+    except ValueError:
+        age = math.nan
+    if not 0 <= age <= 130:
+        raise DataError(
+            f"{where}: age {value!r} is not a number of years from 0 to 130; leave it empty if unknown."
+        )
+    return age
