@@ -1,0 +1,1 @@
+"""Measurements: reconstruction, codebook use, likelihood, and the report that holds them."""

@@ -1,0 +1,272 @@
+"""The evaluation report: every number that leaves the project, with unit, count, split, data set and seed.
+
+One `report.json` per evaluated model is the only source of numbers for the figures and the model card: a number that
+is not in it cannot appear there. The file is plain JSON (sorted keys, finite numbers only), written atomically, and
+reading it back gives an equal `Report`. Values must be Python's own types: a tensor or NumPy scalar is refused
+rather than converted, because rounding belongs to whoever computed the number.
+
+Privacy: a report is published, so a string that looks like an absolute path is refused anywhere in it, and
+`environment` records models of hardware and versions, never a host, a user or a folder.
+
+It computes no metric itself; `evaluation/` does that. Source: none (own format); differences: not applicable.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from isic_vq import __version__
+from isic_vq.files import write_atomically
+
+# A slash, home, drive or UNC start at the beginning of the text or after a separator; "https://" and "a/b" are not.
+ABSOLUTE_PATH = re.compile(
+    r"""(?:^|[\s"'`=(\[{,;:|])(?:/[\w.~-]|~/|~[A-Za-z_][\w.-]*/|[A-Za-z]:[\\/]|\\\\\w)|file://"""
+)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number and everything needed to read it.
+
+    Args:
+        name: What was measured, for example `"psnr"`.
+        value: The number, finite, in `unit`.
+        unit: Its unit, for example `"dB"`; `"1"` for a ratio.
+        n: Number of items (usually images) the value is computed from, at least 1.
+        split: Split of the data set, for example `"test"`.
+        dataset: Data set the items come from.
+        seed: Seed of whatever was random in the measurement; `None` if nothing was.
+
+    Raises:
+        ValueError: A field has the wrong type, is empty or not finite.
+    """
+
+    name: str
+    value: float
+    unit: str
+    n: int
+    split: str
+    dataset: str
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("name", "unit", "split", "dataset"):
+            text = getattr(self, key)
+            if type(text) is not str or not text:
+                raise ValueError(f"Metric.{key} must be a non-empty str, got {text!r} (unit of a ratio: '1')")
+        label = f"metric {self.name!r}"
+        if type(self.value) not in (int, float):
+            raise ValueError(f"{label}: value must be an int or float, got {_kind(self.value)}")
+        if not math.isfinite(self.value):
+            raise ValueError(
+                f"{label}: value must be finite, got {self.value}; leave an undefined metric out"
+            )
+        if type(self.n) is not int or self.n < 1:
+            raise ValueError(f"{label}: n must be an int of at least 1, got {self.n!r}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise ValueError(f"{label}: seed must be an int or None, got {_kind(self.seed)}")
+
+
+@dataclass
+class Report:
+    """What one evaluation found.
+
+    Args:
+        model: What was evaluated: its name, configuration, weights hash.
+        metrics: The numbers.
+        tables: Anything longer than one number, by name, for example `"codebook_counts"`: K integers.
+        environment: Where it was measured; see `environment`.
+    """
+
+    model: dict[str, Any]
+    metrics: list[Metric]
+    tables: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str, split: str | None = None, dataset: str | None = None) -> float:
+        """Look up the one metric of that name, in the unit the metric names.
+
+        Args:
+            name: Name of the metric.
+            split: Only this split; needed where several splits have the metric.
+            dataset: Only this data set; needed where several data sets have the metric.
+
+        Raises:
+            KeyError: No metric matches, or more than one does; the message lists what exists.
+        """
+        wanted = {"name": name, "split": split, "dataset": dataset}
+        found = [
+            metric
+            for metric in self.metrics
+            if all(text is None or getattr(metric, key) == text for key, text in wanted.items())
+        ]
+        if len(found) == 1:
+            return found[0].value
+        asked = ", ".join(f"{key}={text!r}" for key, text in wanted.items() if text is not None)
+        listed = "; ".join(
+            f"{m.name} (split {m.split}, data set {m.dataset}, seed {m.seed})" for m in found or self.metrics
+        )
+        problem = f"{len(found)} metrics match" if found else "no metric matches"
+        raise KeyError(f"{problem} {asked}. {'They' if found else 'The report'}: {listed or 'empty'}")
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON, atomically: a failure leaves the old file as it was.
+
+        Raises:
+            ValueError: A value is not plain JSON, not finite, or looks like an absolute path.
+        """
+        _check_report(self)
+        text = json.dumps(
+            dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False
+        )
+        write_atomically(path, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Read a report that `save` wrote.
+
+        Raises:
+            ValueError: The file is not such a report; the message names the file and the place.
+        """
+        try:
+            content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+            _check_keys(content, cls, "the report")
+            if type(content["metrics"]) is not list:
+                raise ValueError(f"metrics must be a list, got {_kind(content['metrics'])}")
+            for index, record in enumerate(content["metrics"]):
+                _check_keys(record, Metric, f"metrics[{index}]")
+            report = cls(**{**content, "metrics": [Metric(**record) for record in content["metrics"]]})
+            _check_report(report)
+        except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+            raise ValueError(f"{path} is not a report: {error}") from error
+        return report
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Describe where a number was measured: versions, hardware models and commit; no host, user or folder.
+
+    Args:
+        device: Device the measurement ran on, as torch names it; by default CUDA where there is one, else the CPU.
+
+    Returns:
+        `isic_vq`, `python`, `torch`, `transformers`: versions. `device`: model name of the CPU or GPU. `cores`: CPU
+        cores this process may use. `threads`: threads torch uses. `git_commit` and `git_dirty` (tracked files of the
+        package differ from it): `None` unless the package runs from a git checkout.
+    """
+    import torch  # here, so that reading a report (figures, the card) does not cost its import
+
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    commit, dirty = git_state(Path(__file__).resolve())
+    return {
+        "isic_vq": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": metadata.version("transformers"),
+        "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the CPU's model name; outside Linux what `platform` knows, at least the architecture."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name" and name.strip():
+                return name.strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def git_state(file: Path) -> tuple[str | None, bool | None]:
+    """Return the commit that a tracked file's folder is at and whether tracked files there differ from it.
+
+    `(None, None)` where git is not installed or does not track the file: a package installed into a virtual
+    environment inside someone's checkout must not report that checkout's commit.
+    """
+    if shutil.which("git") is None or _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None, None
+    commit = _git(file.parent, "rev-parse", "--verify", "--quiet", "HEAD")
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return (commit, bool(changes)) if commit else (None, None)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return a git command's output, or None where git answers with an error."""
+    inherited = {
+        key: text for key, text in os.environ.items() if not key.startswith("GIT_")
+    }  # set inside hooks
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _check_report(report: Report) -> None:
+    """Raise ValueError unless the report can be written and read back as the same report."""
+    for key in ("model", "tables", "environment"):
+        if type(getattr(report, key)) is not dict:
+            raise ValueError(f"{key} must be a dict, got {_kind(getattr(report, key))}")
+    for index, metric in enumerate(report.metrics):
+        if type(metric) is not Metric:
+            raise ValueError(f"metrics[{index}] must be a Metric, got {_kind(metric)}")
+    for key, content in dataclasses.asdict(report).items():
+        _check_json(content, key)
+
+
+def _check_json(content: Any, place: str) -> None:
+    """Raise ValueError for anything JSON would change, and for text that looks like an absolute path."""
+    if type(content) is dict:
+        for key, entry in content.items():
+            if type(key) is not str:
+                raise ValueError(f"{place}: key {key!r} must be a str, got {_kind(key)}")
+            _check_text(key, f"a key of {place}")
+            _check_json(entry, f"{place}.{key}")
+    elif type(content) is list:
+        for index, entry in enumerate(content):
+            _check_json(entry, f"{place}[{index}]")
+    elif type(content) is str:
+        _check_text(content, place)
+    elif type(content) is float:
+        if not math.isfinite(content):
+            raise ValueError(f"{place} must be finite, got {content}")
+    elif content is not None and type(content) not in (bool, int):
+        raise ValueError(
+            f"{place} must be a dict, list, str, int, float, bool or None, got {_kind(content)}; "
+            "convert scalars with .item() and arrays or tuples with .tolist() or list()"
+        )
+
+
+def _check_text(text: str, place: str) -> None:
+    if ABSOLUTE_PATH.search(text):
+        raise ValueError(
+            f"{place} looks like an absolute path: {text!r}; a report is published, so name the thing instead"
+        )
+
+
+def _check_keys(record: Any, owner: type, place: str) -> None:
+    """Raise ValueError unless a JSON object has exactly the fields of a dataclass."""
+    if type(record) is not dict:
+        raise ValueError(f"{place} must be an object, got {_kind(record)}")
+    fields = {item.name for item in dataclasses.fields(owner)}
+    if set(record) != fields:
+        missing, unknown = sorted(fields - set(record)), sorted(set(record) - fields)
+        raise ValueError(f"{place} must have the keys {sorted(fields)}: missing {missing}, unknown {unknown}")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"the number {name} is not finite")
+
+
+def _kind(content: Any) -> str:
+    return f"{type(content).__module__}.{type(content).__qualname__}".removeprefix("builtins.")

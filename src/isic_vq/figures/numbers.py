@@ -1,0 +1,129 @@
+"""The numbers that the figures show, computed from a run's records; plain NumPy, no drawing.
+
+* Smoothing: centred moving mean, cut off at both ends. Differs from W&B's exponential average, which lags behind a
+  falling loss and so shows it too high.
+* Codebook: perplexity exp(-sum p ln p) of code use, in [1, K] (van den Oord et al., arXiv 1711.00937).
+* Reconstruction: PSNR 10 log10(255^2 / mean squared error) per image, in dB.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NATS_PER_BIT = math.log(2)
+SPLITS = ("train", "validation", "averaged")
+
+Columns = dict[str, list[Any]]
+
+
+def column(records: Iterable[dict[str, Any]], key: str, scale: float = 1.0) -> np.ndarray:
+    """Return one value per record times `scale`, float64, NaN where a record lacks it."""
+    return np.array([record.get(key, math.nan) for record in records], dtype=np.float64) * scale
+
+
+def smoothing_window(number: int) -> int:
+    """Choose over how many steps to average a curve of that many points: about a fiftieth of it, an odd number."""
+    return number // 100 * 2 + 1
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Average each value with its (window - 1) / 2 neighbours on either side, leaving out what is not finite.
+
+    Args:
+        values: One value per step, shape (number,).
+        window: Length of the mean, in steps, odd; 1 returns the values as they are.
+
+    Returns:
+        Shape (number,); NaN where the value itself is not finite.
+    """
+    finite = np.isfinite(values)
+    reach = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    starts = np.maximum(np.arange(len(values)) - reach, 0)
+    ends = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    means = (sums[ends] - sums[starts]) / np.maximum(counts[ends] - counts[starts], 1)
+    return np.where(finite, means, np.nan)
+
+
+def batch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Columns:
+    """Return step, epoch, loss and smoothed loss of every optimizer step, the losses times `scale`."""
+    loss = column(records, "loss", scale)
+    return {
+        "step": [record["step"] for record in records],
+        "epoch": [record["epoch"] for record in records],
+        "loss": loss.tolist(),
+        "smoothed_loss": smooth(loss, smoothing_window(len(loss))).tolist(),
+    }
+
+
+def epoch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Columns:
+    """Return step, epoch and, times `scale`, the loss and every `*_loss` of each split per epoch."""
+    keys = {key for record in records for key in record if key.endswith(("/loss", "_loss"))}
+    ordered = sorted(keys, key=lambda key: (not key.endswith("/loss"), *split_and_name(key)))
+    steps: Columns = {key: [record[key] for record in records] for key in ("step", "epoch")}
+    return steps | {key: column(records, key, scale).tolist() for key in ordered}
+
+
+def split_and_name(key: str) -> tuple[int, str, str]:
+    """Sort key of a logged name: training first, then validation, then validation of averaged parameters."""
+    split, _, name = key.partition("/")
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split, name
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """How a codebook is used.
+
+    Args:
+        counts: How often each code occurs, K integers.
+    """
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(type(count) is not int or count < 0 for count in self.counts) or sum(self.counts) == 0:
+            raise ValueError(f"codebook_counts must be counts with a sum above 0, got {self.counts!r:.120}")
+
+    @property
+    def perplexity(self) -> float:
+        """exp(entropy) of code use, in [1, K] codes."""
+        total = sum(self.counts)
+        return math.exp(-math.fsum(n / total * math.log(n / total) for n in self.counts if n))
+
+    @property
+    def num_used(self) -> int:
+        """Number of codes that occur at all."""
+        return sum(count > 0 for count in self.counts)
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything as JSON: sizes are numbers of codes, `usage_percent` is in [0, 100]."""
+        return {
+            "num_codes": len(self.counts),
+            "num_tokens": sum(self.counts),
+            "num_used": self.num_used,
+            "usage_percent": 100 * self.num_used / len(self.counts),
+            "perplexity": self.perplexity,
+            "counts": list(self.counts),
+        }
+
+
+def reconstruction_columns(originals: np.ndarray, reconstructions: np.ndarray) -> Columns:
+    """Return per image the mean absolute error in [0, 1] and the PSNR in dB (infinite for an exact copy).
+
+    Args:
+        originals: RGB of shape (number, height, width, 3), uint8.
+        reconstructions: The same shape, uint8.
+    """
+    error = (originals.astype(np.float64) - reconstructions.astype(np.float64)) / 255
+    squared = np.mean(error**2, axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        psnr = 10 * np.log10(1 / squared)
+    return {
+        "image": list(range(len(originals))),
+        "mean_absolute_error": np.mean(np.abs(error), axis=(1, 2, 3)).tolist(),
+        "psnr_db": psnr.tolist(),
+    }

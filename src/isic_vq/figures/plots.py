@@ -1,0 +1,211 @@
+"""Draw numbers and pictures as matplotlib figures; the only module that touches matplotlib.
+
+Every function takes finished numbers and returns a `Figure` that belongs to nobody: no pyplot, no global style, no
+file. Colours are those of Okabe and Ito's palette (Color Universal Design), which colour-blind readers can tell
+apart; line styles repeat what matters. An axis is logarithmic only where `use_log_scale` says so.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from .numbers import CodebookUse, Columns
+
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+INK, GRID = "#333333", "#E3E3E3"
+SPLIT_COLORS = {"train": BLUE, "validation": VERMILLION, "averaged": "#009E73"}
+SPLIT_LABELS = {"averaged": "validation, averaged weights"}
+LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+DPI = 150
+PICTURE_DPI = 100
+FEW = 12  # up to so many points, each gets a marker
+
+
+def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
+    """Draw the loss of every optimizer step and, unless the window is 1, the smoothed one over it.
+
+    Args:
+        columns: `step`, `loss` and `smoothed_loss`, as `numbers.batch_columns` gives them.
+        title: Title of the figure.
+        unit: What the vertical axis shows.
+        window: Number of batches in each mean.
+    """
+    figure, (axes,) = _figure(8, 4.5, panels=1)
+    alpha = 0.35 if window > 1 else 1.0
+    (raw,) = axes.plot(
+        columns["step"], columns["loss"], color=BLUE, alpha=alpha, linewidth=0.8, label="each batch"
+    )
+    if len(columns["step"]) <= FEW:
+        raw.set(marker="o", markersize=4.5)
+    if window > 1:
+        label = f"mean of {window} batches"
+        axes.plot(columns["step"], columns["smoothed_loss"], color=VERMILLION, linewidth=1.8, label=label)
+    _finish(axes, title, "optimizer step", unit, columns["loss"])
+    return figure
+
+
+def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
+    """Draw the loss of each split per epoch and, where the loss has components, a second panel with those.
+
+    Args:
+        columns: `epoch`, `<split>/loss` and `<split>/<component>_loss`, as `numbers.epoch_columns` gives them.
+        title: Title of the figure.
+        unit: What the vertical axes show.
+    """
+    totals = [key for key in columns if key.endswith("/loss")]
+    parts = [key for key in columns if key.endswith("_loss")]
+    figure, (axes, *others) = _figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
+    for key in totals:
+        split = key.partition("/")[0]
+        _line(
+            axes,
+            columns,
+            key,
+            color=SPLIT_COLORS.get(split, INK),
+            style="-",
+            label=SPLIT_LABELS.get(split, split),
+        )
+    _finish(axes, title, "epoch", unit, *(columns[key] for key in totals))
+    if others:
+        _components(others[0], columns, parts)
+        _finish(others[0], "Components", "epoch", unit, *(columns[key] for key in parts), legend=False)
+    return figure
+
+
+def codebook_usage(use: CodebookUse) -> Figure:
+    """Draw how often each code is used, by code and by rank, with the count that even use would give."""
+    counts = np.array(use.counts)
+    ranked = np.sort(counts)[::-1]
+    even = counts.sum() / len(counts)
+    figure, (by_code, by_rank) = _figure(11, 4.5, panels=2)
+    by_code.stairs(counts, np.arange(len(counts) + 1) - 0.5, fill=True, color=BLUE, linewidth=0)
+    used = ranked[: use.num_used]
+    (line,) = by_rank.plot(
+        np.arange(1, len(used) + 1), used, color=BLUE, linewidth=1.8, label="codes by rank"
+    )
+    if len(used) <= FEW:
+        line.set(marker="o", markersize=4.5)
+    if unused := len(counts) - use.num_used:
+        by_rank.axvspan(
+            use.num_used + 0.5, len(counts) + 0.5, color=GRID, linewidth=0, label=f"{unused} unused"
+        )
+    for axes in (by_code, by_rank):
+        axes.axhline(
+            even, color=VERMILLION, linestyle="--", linewidth=1.2, label=f"even use ({even:.4g} each)"
+        )
+    by_code.set_ylim(bottom=0)
+    _finish(by_code, "By code", "code", "times used", legend=False)
+    _finish(by_rank, "By rank", "rank", "times used", used)
+    percent = 100 * use.num_used / len(counts)
+    title = f"Codebook use: K = {len(counts)}, perplexity {use.perplexity:.1f}, {percent:.1f} % of codes used"
+    figure.suptitle(title, fontsize=13, color=INK)
+    return figure
+
+
+def picture(image: Image.Image, title: str, rows: Sequence[tuple[int, str]] = ()) -> Figure:
+    """Put a title above a picture and text left of its rows, pixel for pixel.
+
+    Args:
+        image: The picture, RGB.
+        title: Title of the figure.
+        rows: Centre of a row, in pixels of the picture from its top, and the text for it.
+    """
+    pixels = np.asarray(image)
+    left, top, margin = (140 if rows else 16), 48, 16
+    width, height = max(left + pixels.shape[1] + margin, 480), top + pixels.shape[0] + margin
+    figure = Figure(figsize=(width / PICTURE_DPI, height / PICTURE_DPI), dpi=PICTURE_DPI)
+    figure.figimage(pixels, xo=left, yo=margin, origin="upper")
+    figure.text(left / width, 1 - top / 2 / height, title, fontsize=13, color=INK, va="center")
+    for center, text in rows:
+        y = 1 - (top + center) / height
+        figure.text((left - 10) / width, y, text, fontsize=10.5, color=INK, ha="right", va="center")
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """Render a figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=figure.dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def use_log_scale(values: np.ndarray) -> bool:
+    """Whether values differ so much (a factor of 30) that a linear axis would hide the small ones.
+
+    Zeros do not count, though a logarithmic axis cannot show them: a part of the loss that is off at first is zero.
+    """
+    positive = values[values > 0]
+    return bool(len(positive) and (values >= 0).all() and positive.max() > 30 * positive.min())
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of that size in inches and its panels, side by side."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _line(axes: Axes, columns: Columns, key: str, color: str, style: str, label: str) -> None:
+    """Draw one value per epoch, joined over the epochs that lack it, with markers where the epochs are few."""
+    points = [(x, y) for x, y in zip(columns["epoch"], columns[key], strict=True) if math.isfinite(y)]
+    epochs, values = zip(*points, strict=True) if points else ((), ())
+    (line,) = axes.plot(epochs, values, color=color, linestyle=style, linewidth=1.8, label=label)
+    if len(points) <= FEW:
+        line.set(marker="o", markersize=4.5, markerfacecolor=color if style == "-" else "white")
+
+
+def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
+    """Draw the loss's components: one colour per component, one line style per split."""
+    pairs = [tuple(key.split("/", 1)) for key in keys]
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(n for _, n in pairs))}
+    styles = {
+        split: LINE_STYLES[i % len(LINE_STYLES)] for i, split in enumerate(dict.fromkeys(s for s, _ in pairs))
+    }
+    for split, name in pairs:
+        _line(axes, columns, f"{split}/{name}", color=colors[name], style=styles[split], label="")
+    names = [Line2D([], [], color=color, linewidth=3, label=_words(name)) for name, color in colors.items()]
+    splits = [
+        Line2D([], [], color=INK, linestyle=style, label=SPLIT_LABELS.get(split, split))
+        for split, style in styles.items()
+    ]
+    _legend(axes, [*names, *splits])
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_loss").replace("_", " ")
+
+
+def _finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], legend: bool = True) -> None:
+    """Give a panel its texts, light grid and scale, the last from the values it shows."""
+    shown = np.array([value for group in values for value in group if math.isfinite(value)], dtype=np.float64)
+    if use_log_scale(shown):
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_title(title, fontsize=12, color=INK, loc="left")
+    axes.set_xlabel(x, fontsize=11, color=INK)
+    axes.set_ylabel(y, fontsize=11, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.tick_params(labelsize=10, colors=INK, length=3)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    if legend:
+        _legend(axes, axes.get_legend_handles_labels()[0])
+
+
+def _legend(axes: Axes, handles: list[Any]) -> None:
+    """Add a legend that hides the grid behind it, but draws no box."""
+    axes.legend(
+        handles=handles, facecolor="white", edgecolor="none", framealpha=0.9, fontsize=10, labelcolor=INK
+    )

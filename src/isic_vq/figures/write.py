@@ -1,0 +1,228 @@
+"""Write every figure a run has the data for, each with its numbers beside it.
+
+Figures of the report this project reproduces (its section 2): reconstructed images, use of the codebook's vectors,
+loss per epoch and per batch of the VQ-VAE, loss of the PixelCNN, generated images. Differs from it: the prior's loss
+is drawn per batch too, and in bits per code (its loss is a mean cross-entropy in nats per code) so that codebooks of
+different sizes can be compared.
+
+Reconstructions show source images, whose licence and subjects differ from the model's: they stay in the run's folder
+whatever the output folder is.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isic_vq.files import write_atomically
+
+from . import numbers
+from .grid import check_images, enlarge, image_grid, paired_grid
+from .runs import MissingPartError, Run, find_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+TITLES = {"vqvae": "VQ-VAE", "prior": "Prior"}
+UNITS = {"vqvae": "loss", "prior": "bits per code"}
+SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT}
+MAX_PICTURES = 64
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, its numbers and where they go.
+
+    Args:
+        name: File name without suffix.
+        figure: The picture.
+        suffix: Suffix of the file of numbers, `.csv` or `.json`.
+        content: That file's content.
+        shows_source_images: It may not leave the run's folder.
+    """
+
+    name: str
+    figure: "Figure"
+    suffix: str
+    content: bytes
+    shows_source_images: bool = False
+
+
+def write_figures(run_dir: Path, output_dir: Path | None = None) -> list[Path]:
+    """Draw all figures of a run, or of the runs below a folder, as PNG with the numbers as CSV or JSON beside each.
+
+    A figure whose data the run does not have is named, with the reason, in a warning of this module's logger. Of
+    several runs with the same stage each gets its own folder, named like the run's path below `run_dir`.
+
+    Args:
+        run_dir: Folder with a `metrics.jsonl`, or a folder with such folders below it.
+        output_dir: Folder for the figures, by default `run_dir/figures`. Reconstructions always go to the default.
+
+    Returns:
+        The files written, the numbers before their picture.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no run in it.
+        ImportError: matplotlib is not installed.
+        ValueError: A run has nothing to draw, or something in it is broken; the message names file and place.
+    """
+    runs = find_runs(run_dir)
+    private_dir = run_dir / "figures"
+    per_stage = Counter(run.stage for run in runs)
+    drawings = [(run, drawing) for run in runs for drawing in draw_run(run)]
+    written = []
+    for run, drawing in drawings:
+        folder = private_dir if output_dir is None or drawing.shows_source_images else output_dir
+        if per_stage[run.stage] > 1:
+            folder = folder / run.folder.relative_to(run_dir)
+        written += write_drawing(drawing, folder)
+    return written
+
+
+def write_drawing(drawing: Drawing, folder: Path) -> list[Path]:
+    """Write a figure's numbers and its picture, each atomically, and return the two paths."""
+    from .plots import png_bytes
+
+    paths = [folder / f"{drawing.name}{suffix}" for suffix in (drawing.suffix, ".png")]
+    for path, content in zip(paths, (drawing.content, png_bytes(drawing.figure)), strict=True):
+        write_atomically(path, content)
+    return paths
+
+
+def draw_run(run: Run) -> list[Drawing]:
+    """Draw what the run has the data for, and log what it has not.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw, or the data is broken.
+    """
+    try:
+        import matplotlib  # noqa: F401 - asked here once, so that the drawing functions need not
+    except ModuleNotFoundError as error:
+        raise ImportError("figures need matplotlib: pip install 'isic-vq[figures]'") from error
+    drawings, reasons = [], []
+    for draw in FIGURES[run.stage]:
+        try:
+            drawings.append(draw(run))
+        except MissingPartError as reason:
+            reasons.append(f"{draw.__name__.removeprefix('draw_')}: {reason}")
+            logger.warning("figure not drawn: %s", reasons[-1])
+    if not drawings:
+        raise ValueError(
+            f"{run.folder} has nothing to draw; train or evaluate it first. " + "; ".join(reasons)
+        )
+    return drawings
+
+
+def draw_batch_loss(run: Run) -> Drawing:
+    """Draw the loss per optimizer step."""
+    from . import plots
+
+    columns = numbers.batch_columns(run.records("batch", "loss"), SCALES[run.stage])
+    warn_of_gaps(run, "batch", columns["loss"])
+    title = f"{TITLES[run.stage]}: loss per batch"
+    window = numbers.smoothing_window(len(columns["step"]))
+    figure = plots.batch_loss(columns, title, UNITS[run.stage], window)
+    return Drawing(f"{run.stage}_batch_loss", figure, ".csv", csv_bytes(columns))
+
+
+def draw_epoch_loss(run: Run) -> Drawing:
+    """Draw the loss of each split per epoch, with its components."""
+    from . import plots
+
+    columns = numbers.epoch_columns(run.records("epoch", "train/loss"), SCALES[run.stage])
+    for key in columns:
+        if key.endswith("loss"):
+            warn_of_gaps(run, f"epoch ({key})", columns[key])
+    figure = plots.epoch_loss(columns, f"{TITLES[run.stage]}: loss per epoch", UNITS[run.stage])
+    return Drawing(f"{run.stage}_epoch_loss", figure, ".csv", csv_bytes(columns))
+
+
+def draw_codebook_usage(run: Run) -> Drawing:
+    """Draw how often each code is used."""
+    from . import plots
+
+    use = numbers.CodebookUse(tuple(run.table("codebook_counts")))
+    return Drawing("codebook_usage", plots.codebook_usage(use), ".json", json_bytes(use.summary()))
+
+
+def draw_reconstructions(run: Run) -> Drawing:
+    """Draw originals above their reconstructions."""
+    from . import plots
+
+    originals, reconstructions = run.arrays("reconstructions", "originals", "reconstructions")
+    check_images(originals, f"{run.folder}: originals")
+    check_images(reconstructions, f"{run.folder}: reconstructions")
+    if originals.shape != reconstructions.shape:
+        raise ValueError(
+            f"{run.folder}: originals and reconstructions must have one shape, "
+            f"got {originals.shape} and {reconstructions.shape}; evaluate the run again"
+        )
+    columns = numbers.reconstruction_columns(originals, reconstructions)
+    picture, centers = paired_grid(enlarge(originals[:MAX_PICTURES]), enlarge(reconstructions[:MAX_PICTURES]))
+    rows = [row for upper, lower in centers for row in ((upper, "original"), (lower, "reconstruction"))]
+    figure = plots.picture(picture, f"Reconstructions ({count_text(len(originals))})", rows)
+    return Drawing("reconstructions", figure, ".csv", csv_bytes(columns), shows_source_images=True)
+
+
+def draw_generated_images(run: Run) -> Drawing:
+    """Draw generated images with their diagnoses."""
+    from . import plots
+
+    images, labels = run.arrays("samples", "images", "labels")
+    check_images(images, f"{run.folder}: images of samples")
+    names = run.table("sample_labels")
+    if not len(names) == len(labels) == len(images):
+        raise ValueError(
+            f"{run.folder}: samples must have one label and one name per image, "
+            f"got {len(images)} images, {len(labels)} labels and {len(names)} names; evaluate the run again"
+        )
+    diagnoses = [str(name) for name in names[:MAX_PICTURES]]
+    grid = image_grid(enlarge(images[:MAX_PICTURES]), labels=diagnoses, padding=6)
+    columns = {"image": list(range(len(images))), "label": labels.tolist(), "name": names}
+    figure = plots.picture(grid, f"Generated images ({count_text(len(images))})")
+    return Drawing("generated_images", figure, ".csv", csv_bytes(columns))
+
+
+FIGURES: dict[str, Sequence[Callable[[Run], Drawing]]] = {
+    "vqvae": (draw_batch_loss, draw_epoch_loss, draw_codebook_usage, draw_reconstructions),
+    "prior": (draw_batch_loss, draw_epoch_loss, draw_generated_images),
+}
+
+
+def count_text(number: int) -> str:
+    """Say how many images there are and, where the figure shows fewer, how many it shows."""
+    return f"n = {number}" if number <= MAX_PICTURES else f"n = {number}, the first {MAX_PICTURES} shown"
+
+
+def warn_of_gaps(run: Run, name: str, values: Sequence[float]) -> None:
+    """Log how many values are missing or not finite, because the curve silently leaves them out."""
+    if gaps := int(np.sum(~np.isfinite(values))):
+        logger.warning(
+            "%s: %d of %d %s losses are missing or not finite", run.folder, gaps, len(values), name
+        )
+
+
+def csv_bytes(columns: numbers.Columns) -> bytes:
+    """Return a table as CSV with full precision; a cell without a value (NaN) is empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
+    return buffer.getvalue().encode()
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Return a JSON object, indented, with finite numbers only."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -1,0 +1,102 @@
+"""Find and open checkpoints: the shipped one, a folder, or a Hub repository.
+
+Opening is strict: a folder of another class, or one with missing or foreign tensors, is refused by name, where
+transformers alone would warn and go on with random weights.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+DEFAULT_CHECKPOINT = "isic-vq-128"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ModelError(ValueError):
+    """A checkpoint that is missing, damaged or of another class."""
+
+
+def default_checkpoint() -> Path:
+    """Folder of the shipped checkpoint: inside an installed wheel, or in `model_cards/` of a clone.
+
+    Raises:
+        ModelError: it is in neither place.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "checkpoints", package.parents[1] / "model_cards"):
+        if (folder / DEFAULT_CHECKPOINT / "config.json").is_file():
+            return folder / DEFAULT_CHECKPOINT
+    raise ModelError(f"the checkpoint {DEFAULT_CHECKPOINT} is not part of this installation: name a model")
+
+
+def resolve(model: str | None) -> str:
+    """Turn what a user calls a model into what `from_pretrained` takes.
+
+    Args:
+        model: a folder, a Hub id "user/name", or None for the shipped checkpoint.
+
+    Raises:
+        ModelError: it is none of them.
+    """
+    if model is None:
+        return str(default_checkpoint())
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} holds no config.json: expected a model folder, such as a run's model/")
+        return model
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model} is neither a model folder nor a Hub id such as user/isic-vq-128")
+    return model
+
+
+def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
+    """Open a checkpoint as `model_class`, in eval mode, on the GPU if there is one.
+
+    Raises:
+        ModelError: the checkpoint is of another class, or its tensors are not exactly the model's.
+        OSError: a Hub repository cannot be reached.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    name = resolve(model)
+    path = Path(name)
+    if path.is_dir():
+        _check_class(path, model_class)
+    try:
+        loaded, info = model_class.from_pretrained(name, output_loading_info=True)
+    except (SafetensorError, StrictDataclassError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and not path.is_dir():
+            raise  # the Hub, not the folder
+        raise ModelError(f"{path.name} cannot be read as {model_class.__name__}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            keys = sorted(info[kind])
+            raise ModelError(
+                f"{path.name} has {len(keys)} {kind.replace('_', ' ')} for {model_class.__name__}: {keys[:3]}"
+            )
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
+    """Refuse a folder whose config is neither the class's nor that of a whole that contains it."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder.name}/config.json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder.name}/config.json is not a JSON object: expected a model's configuration")
+    wanted = model_class.config_class
+    found, part = config.get("model_type"), config.get(wanted.base_config_key)
+    if wanted.model_type not in (found, part.get("model_type") if isinstance(part, dict) else None):
+        raise ModelError(
+            f"{folder.name} is a {found!r} checkpoint: expected {wanted.model_type!r} for {model_class.__name__}"
+        )
