@@ -1,0 +1,71 @@
+"""Exponential moving average of a model's trainable parameters.
+
+Source: Polyak averaging with a warm-up, decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's
+ExponentialMovingAverage has it. Buffers are left out: BatchNorm statistics and a moving-average codebook
+belong to the parameters they were gathered under and are re-estimated with the averaged ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedParameters:
+    """Shadow copy of the trainable parameters, by name.
+
+    Args:
+        model: the model whose parameters are followed.
+        decay: limit of the decay per step, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.num_updates = decay, 0
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """shadow <- decay_t shadow + (1 - decay_t) parameter, for every trainable parameter."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        parameters = dict(model.named_parameters())
+        names = list(self.shadow)
+        torch._foreach_lerp_(
+            [self.shadow[name] for name in names], [parameters[name].detach() for name in names], 1 - decay
+        )
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """Run a block with the averaged parameters in the model; the raw ones come back afterwards."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's trainable parameters with the averaged ones."""
+        for name, parameter in model.named_parameters():
+            if name in self.shadow:
+                parameter.copy_(self.shadow[name])
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.shadow:
+                raw = parameter.detach().clone()
+                parameter.copy_(self.shadow[name])
+                self.shadow[name].copy_(raw)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The shadow parameters, and the number of updates as `num_updates`."""
+        shadow = {name: tensor.contiguous() for name, tensor in self.shadow.items()}  # safetensors' demand
+        return {**shadow, "num_updates": torch.tensor(self.num_updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self.num_updates = int(state["num_updates"])
+        for name, tensor in self.shadow.items():
+            tensor.copy_(state[name])

@@ -1,0 +1,176 @@
+"""Train a prior on cached codes, and join it with its tokenizer into the model that generates images."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from isic_vq.data.augmentation import random_views
+from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
+from isic_vq.data.schema import DataError
+from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
+from isic_vq.evaluation.report import Report, environment
+from isic_vq.files import replaced_directory
+from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.loop import Trainer
+from isic_vq.training.recipe import PriorRecipe
+from isic_vq.training.run import build_config, open_run
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_BATCH = 16
+
+
+class CodeGrids(torch.utils.data.Dataset):
+    """Items of a code cache: (codes of all views, class id).
+
+    Args:
+        cache: the codes.
+        class_names: the prior's classes; any other diagnosis gets the unconditional id.
+    """
+
+    def __init__(self, cache: CodeCache, class_names: list[str]):
+        ids = {name: index for index, name in enumerate(class_names)}
+        self.codes = torch.from_numpy(cache.codes.astype("int64"))
+        self.labels = torch.tensor([ids.get(name, len(class_names)) for name in cache.diagnoses])
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.codes[index], self.labels[index]
+
+
+class PriorTask:
+    """The prior stage, as the loop sees it.
+
+    Args:
+        model: the prior.
+        train_set: training codes, all views.
+        validation_set: validation codes; the first view is measured.
+        seed: of the choice of views.
+    """
+
+    averages_directly = True
+
+    def __init__(self, model: PixelCNNModel, train_set: CodeGrids, validation_set: CodeGrids, seed: int):
+        self.model, self.train_set, self.validation_set, self.seed = model, train_set, validation_set, seed
+
+    def collate(self, items: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Stack codes `(B, views, h, w)` and labels `(B,)`."""
+        codes, labels = zip(*items, strict=True)
+        return {"codes": torch.stack(codes), "labels": torch.stack(labels), "size": len(codes)}
+
+    def before_step(self, step: int) -> None:
+        """Nothing to prepare."""
+
+    def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Cross-entropy in nats per code, each image in one random view."""
+        codes = batch["codes"]
+        views = random_views(len(codes), self.seed, step).to(codes.device) % codes.shape[1]
+        chosen = codes[torch.arange(len(codes), device=codes.device), views]
+        return {"loss": model(chosen, batch["labels"]).loss}
+
+    def validate(self) -> dict[str, float]:
+        """Conditional validation loss: `loss` in nats per code, and the same in bits."""
+        bits = (
+            bits_per_code(self.model, self.validation_set.codes[:, 0], self.validation_set.labels)
+            .mean()
+            .item()
+        )
+        return {"loss": bits * math.log(2), "bits_per_code": bits}
+
+    def save(self, folder: Path) -> None:
+        """Save the prior, whole or not at all."""
+        with replaced_directory(folder) as temporary:
+            self.model.save_pretrained(temporary)
+
+
+def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
+    """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
+
+    Raises:
+        DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
+    """
+    for name in ("tokenizer", "train_codes", "validation_codes"):
+        if not getattr(recipe, name):
+            raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
+    tokenizer = VQVAEModel.from_pretrained(recipe.tokenizer)
+    caches = {"train": read_code_cache(Path(recipe.train_codes))}
+    caches["validation"] = read_code_cache(Path(recipe.validation_codes))
+    for name, cache in caches.items():
+        check_tokenizer(cache, tokenizer, f"{name}_codes")
+    class_names = caches["train"].class_names()
+    fields = {
+        "num_codes": tokenizer.config.num_codes,
+        "grid_size": caches["train"].codes.shape[-1],
+        **recipe.model,
+    }
+    config = build_config(PixelCNNConfig, fields)
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in enumerate(class_names)}
+    sources = {name: cache.source for name, cache in caches.items()}
+    run_dir = open_run(recipe, sources, resume)
+    torch.manual_seed(recipe.loop.seed)
+    task = PriorTask(
+        PixelCNNModel(config),
+        CodeGrids(caches["train"], class_names),
+        CodeGrids(caches["validation"], class_names),
+        recipe.loop.seed,
+    )
+    trainer = Trainer(task, recipe.loop, run_dir, settings={"stage": recipe.stage, **config.to_diff_dict()})
+    if resume:
+        trainer.resume()
+    trainer.train()
+    prior = PixelCNNModel.from_pretrained(run_dir / "best")
+    model = IsicVQModel.from_parts(tokenizer, prior).to(trainer.accelerator.device)
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    with replaced_directory(run_dir / "model") as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    report = write_results(model, task, caches, recipe, run_dir)
+    trainer.finish()
+    return report
+
+
+def write_results(
+    model: IsicVQModel, task: PriorTask, caches: dict[str, CodeCache], recipe: PriorRecipe, run_dir: Path
+) -> Report:
+    """Write `report.json` and `arrays/samples.safetensors`: images of every class in turn, then unconditional ones."""
+    validation = task.validation_set
+    classes = [*model.config.class_names, model.prior.config.unconditional_id]
+    labels = torch.tensor([classes[index % len(classes)] for index in range(recipe.num_samples)])
+    images = [
+        model.generate(len(part), part, seed=recipe.loop.seed, first_index=index * SAMPLE_BATCH)[
+            "pixel_values"
+        ]
+        for index, part in enumerate(labels.split(SAMPLE_BATCH))
+    ]
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    pixels = torch.from_numpy(processor.postprocess(torch.cat(images), output_type="np"))
+    (run_dir / "arrays").mkdir(exist_ok=True)
+    save_file({"images": pixels, "labels": labels}, run_dir / "arrays" / "samples.safetensors")
+    names = {**model.config.class_names, model.prior.config.unconditional_id: "unconditional"}
+    report = Report(
+        model={"type": "isic_vq", "prior": model.prior.config.model_type},
+        metrics=likelihood_metrics(
+            model,
+            caches["train"].counts(),
+            validation.codes[:, 0],
+            validation.labels,
+            "validation",
+            caches["validation"].source.name,
+        ),
+        tables={"sample_labels": [names[label] for label in labels.tolist()]},
+        environment=environment(),
+    )
+    report.save(run_dir / "report.json")
+    return report

@@ -1,0 +1,243 @@
+"""Recipes: one run is one YAML file plus `key=value` overrides; an unknown key fails.
+
+A recipe is a dataclass checked field by field (type and range) at construction. What is saved beside the
+weights is the resolved recipe with data named by URI or data set name, never by a machine's folders.
+"""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from huggingface_hub.dataclasses import strict
+
+from isic_vq.evaluation.report import ABSOLUTE_PATH
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used."""
+
+
+@strict
+@dataclasses.dataclass
+class LoopRecipe:
+    """How long, how fast and how carefully to train.
+
+    Args:
+        max_steps: optimizer steps.
+        batch_size: images per optimizer step, over all processes.
+        learning_rate: peak of the schedule (linear warm-up, then cosine to zero).
+        warmup_steps: optimizer steps of the warm-up.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this norm.
+        average_decay: decay per step of the averaged weights; 0 turns averaging off.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively.
+        seed: of weights, data order and augmentation.
+        eval_every: epochs between validations.
+        save_every: optimizer steps between checkpoints.
+        keep_checkpoints: how many checkpoints are kept.
+        patience: validations without improvement after which training stops; 0 never stops early.
+        num_workers: data loader processes; 0 loads in the training process.
+        trackers: any of "wandb", "tensorboard", "trackio"; the JSONL metrics are always written.
+        project: the trackers' project name.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float | int = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float | int = 0.0
+    max_grad_norm: float | int = 1.0
+    average_decay: float | int = 0.999
+    precision: str = "auto"
+    seed: int = 0
+    eval_every: int = 1
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    patience: int = 0
+    num_workers: int = 0
+    trackers: list[str] = dataclasses.field(default_factory=list)
+    project: str = "isic-vq"
+
+    def validate_ranges(self) -> None:
+        """Check what the types do not say; called by `strict`."""
+        for name in (
+            "max_steps",
+            "batch_size",
+            "learning_rate",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}: expected 'auto', 'fp32' or 'bf16'")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}: expected a value in [0, 1)")
+        unknown = set(self.trackers) - {"wandb", "tensorboard", "trackio"}
+        if unknown:
+            raise ValueError(f"trackers has {sorted(unknown)}: expected any of wandb, tensorboard, trackio")
+
+
+@strict
+@dataclasses.dataclass
+class DataRecipe:
+    """Which images.
+
+    Args:
+        train: URI of the training images (`parquet:`, `folder:`, `synthetic:` or a path).
+        validation: URI of the validation images; without it a share of `train` is split off by lesion.
+        validation_share: that share, in (0, 1).
+        max_corrupt_share: share of unreadable images past which the run fails.
+        cache: keep decoded images in memory (48 KiB each at 128 pixels).
+    """
+
+    train: str = ""
+    validation: str | None = None
+    validation_share: float = 0.1
+    max_corrupt_share: float | int = 0.01
+    cache: bool = True
+
+
+@strict
+@dataclasses.dataclass
+class VQVAERecipe:
+    """A tokenizer run.
+
+    Args:
+        output_dir: the run's folder.
+        data: which images.
+        loop: how to train.
+        model: fields of `VQVAEConfig`; `preset` ("f8" or "f4") fills in the others.
+        codebook_warmup_steps: steps trained without quantization before the codebook's k-means start.
+        ssim_weight: weight of 1 - SSIM in the loss; 0 leaves it out.
+        augment: show each image in a random one of its eight dihedral views.
+    """
+
+    output_dir: str = "runs/vqvae"
+    stage: str = "vqvae"
+    data: DataRecipe = dataclasses.field(default_factory=DataRecipe)
+    loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
+    model: dict = dataclasses.field(default_factory=dict)
+    codebook_warmup_steps: int = 100
+    ssim_weight: float | int = 0.0
+    augment: bool = True
+
+
+@strict
+@dataclasses.dataclass
+class PriorRecipe:
+    """A prior run, on codes written by `isic-vq encode`.
+
+    Args:
+        output_dir: the run's folder.
+        tokenizer: folder of the tokenizer that made the codes.
+        train_codes: code cache of the training images.
+        validation_codes: code cache of the validation images.
+        loop: how to train.
+        model: fields of the prior's config; codebook size, grid and classes come from the code cache.
+        num_samples: images generated at the end, for the figures.
+    """
+
+    output_dir: str = "runs/prior"
+    stage: str = "prior"
+    tokenizer: str = ""
+    train_codes: str = ""
+    validation_codes: str = ""
+    loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
+    model: dict = dataclasses.field(default_factory=dict)
+    num_samples: int = 64
+
+
+Recipe = TypeVar("Recipe", VQVAERecipe, PriorRecipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; this reads it as the number it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+# The resolver added last is asked last; integers must be asked first.
+for _first in list("-+0123456789"):
+    _Loader.yaml_implicit_resolvers[_first] = sorted(
+        _Loader.yaml_implicit_resolvers[_first], key=lambda pair: not pair[0].endswith(":int")
+    )
+
+
+def load_recipe(recipe_class: type[Recipe], config: Path | None, overrides: list[str]) -> Recipe:
+    """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
+
+    Raises:
+        RecipeError: the file is missing or not a mapping, a key is unknown, or a value is of the wrong type.
+    """
+    fields: dict[str, Any] = {}
+    if config is not None:
+        if not config.is_file():
+            raise RecipeError(
+                f"{config} is not a file: expected a YAML recipe, such as one of examples/configs"
+            )
+        try:
+            fields = yaml.load(config.read_text(), Loader=_Loader) or {}  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{config} is not YAML: {error}") from error
+        if not isinstance(fields, dict):
+            raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(
+                f"{override!r} is not an override: expected key=value, such as loop.max_steps=200"
+            )
+        node = fields
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"{key!r} reaches inside {parent!r}, which is a value")
+        node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    if fields.get("stage", recipe_class().stage) != recipe_class().stage:
+        raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {recipe_class().stage!r} one")
+    return _build(recipe_class, fields, "")
+
+
+def _build(cls: type, fields: dict[str, Any], prefix: str) -> Any:
+    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise RecipeError(
+                f"unknown recipe key {prefix}{name}{hint} Known: {', '.join(prefix + k for k in known)}"
+            )
+    values = {}
+    for name, value in fields.items():
+        inner = known[name].type
+        is_recipe = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        if is_recipe and not isinstance(value, dict):
+            raise RecipeError(f"{prefix}{name} is {value!r}: expected keys and values")
+        values[name] = _build(inner, value, f"{prefix}{name}.") if is_recipe else value
+    try:
+        return cls(**values)
+    except Exception as error:  # strict raises its own family, not ValueError
+        raise RecipeError(f"recipe {prefix.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def public_recipe(recipe: VQVAERecipe | PriorRecipe) -> dict[str, Any]:
+    """The recipe as a dictionary that may be published: a machine's folders are cut down to the last name."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(entry) for key, entry in value.items()}
+        if isinstance(value, str) and ABSOLUTE_PATH.search(value):
+            scheme, separator, rest = value.rpartition(":")
+            return scheme + separator + Path(rest).name
+        return value
+
+    return clean(dataclasses.asdict(recipe))
