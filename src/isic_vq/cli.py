@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
 
 from isic_vq import __version__
 
@@ -19,7 +21,20 @@ if TYPE_CHECKING:
 
     from isic_vq.evaluation.report import Report
 
+
+class _Commands(TyperGroup):
+    """The commands; an interrupted one says where it stopped, which typer alone would swallow."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Discrete generative models of dermoscopy images. A research tool, not a diagnostic device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -125,7 +140,7 @@ def reconstruct(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path(
         "reconstructions"
     ),
-    limit: Annotated[int, typer.Option(help="At most this many images.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many images.")] = 64,
 ) -> None:
     """Send images through the tokenizer and back, and write both beside each other."""
     import itertools
@@ -174,7 +189,7 @@ def encode(
         str, typer.Option(help="all, or the train or validation part that training splits off by itself.")
     ] = "all",
     validation_share: Annotated[float, typer.Option(help="As data.validation_share of the recipe.")] = 0.1,
-    batch_size: Annotated[int, typer.Option(help="Images encoded at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on."""
     from isic_vq.data.code_cache import encode_source, write_code_cache
@@ -251,6 +266,20 @@ def evaluate(
     report.save(output)
     _print_report(report)
     typer.echo(f"wrote {output}")
+
+
+@app.command(epilog="Example:\n\n  isic-vq figures runs/quickstart")
+def figures(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder, or a folder with runs below it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: figures/ in the run.")
+    ] = None,
+) -> None:
+    """Draw loss curves, codebook use, reconstructions and generated images of a run."""
+    from isic_vq.figures import write_figures
+
+    for path in write_figures(run_dir, output):
+        typer.echo(path)
 
 
 @app.command(
@@ -355,10 +384,7 @@ def main() -> None:
     """Run the command line; errors that a user can act on are printed in one line."""
     try:
         app()
-    except KeyboardInterrupt as error:
-        typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         if _debug:
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)

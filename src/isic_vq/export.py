@@ -31,8 +31,9 @@ LICENSE_IDS = {
     "CC-BY-NC": "cc-by-nc-4.0",
     "CC-BY": "cc-by-4.0",
     "CC-0": "cc0-1.0",
+    "unknown": "unknown",
 }
-RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0"]
+RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
 
 
 def export_repository(model: str, output: Path, train_codes: Path, bf16: bool) -> None:
@@ -98,6 +99,8 @@ def write_previews(model: IsicVQModel, processor: IsicVQImageProcessor, folder: 
 
 def weights_license(licenses: dict[str, int]) -> str:
     """The Hub's licence id for weights trained on images of these licences: the most restrictive one.
+
+    Images without a licence make it "unknown".
 
     Raises:
         ValueError: a licence that is not one of ISIC's.

@@ -152,18 +152,23 @@ def read_code_cache(path: Path) -> CodeCache:
     try:
         table = pq.read_table(path)
         metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
-    except (pa.ArrowInvalid, KeyError, ValueError, OSError) as error:
+        height, width = metadata["grid"]
+        column = table["codes"]
+        if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.uint16():
+            raise ValueError(f"its codes are {column.type}")
+        flat = column.combine_chunks().flatten().to_numpy()
+        if len(flat) == 0 or flat.max() >= metadata["num_codes"]:
+            raise ValueError("it holds no codes, or codes beyond num_codes")
+        return CodeCache(
+            codes=flat.reshape(table.num_rows, metadata["views"], height, width),
+            isic_ids=table["isic_id"].to_pylist(),
+            diagnoses=table["diagnosis"].to_pylist(),
+            num_codes=metadata["num_codes"],
+            tokenizer_hash=metadata["tokenizer_hash"],
+            source=SourceInfo(**metadata["source"]),
+        )
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path.name} is not a code cache ({error}): write it with isic-vq encode") from error
-    height, width = metadata["grid"]
-    flat = table["codes"].combine_chunks().flatten().to_numpy()
-    return CodeCache(
-        codes=flat.reshape(-1, metadata["views"], height, width),
-        isic_ids=table["isic_id"].to_pylist(),
-        diagnoses=table["diagnosis"].to_pylist(),
-        num_codes=metadata["num_codes"],
-        tokenizer_hash=metadata["tokenizer_hash"],
-        source=SourceInfo(**metadata["source"]),
-    )
 
 
 def check_tokenizer(cache: CodeCache, model: VQVAEModel, name: str) -> None:

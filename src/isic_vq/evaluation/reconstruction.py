@@ -1,8 +1,9 @@
 """How well a tokenizer reconstructs images it has not seen, and how it uses its codebook.
 
 PSNR is 10 log10(1 / MSE) per image, SSIM is Wang et al. 2004 with an 11-pixel Gaussian window (sigma 1.5)
-on pixel values in [0, 1], computed by torchmetrics; both are averaged over images. Perplexity and usage are
-taken over all codes of the data set, not per batch, where they would depend on the batch size.
+on pixel values in [0, 1], computed by torchmetrics at every pixel with the border mirrored (scikit-image leaves
+the outermost 5 pixels out: about 0.001 apart); both are averaged over images. Perplexity and usage are taken
+over all codes of the data set, not per batch, where they would depend on the batch size.
 """
 
 from collections.abc import Iterable

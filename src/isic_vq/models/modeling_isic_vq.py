@@ -121,7 +121,7 @@ class IsicVQModel(PreTrainedModel):
             )
         return torch.tensor([resolve_label(label, self.config.class_names) for label in labels])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         num_images: int = 1,
@@ -170,7 +170,8 @@ class IsicVQModel(PreTrainedModel):
             shape = (num_images, num_positions)
             uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
         else:
-            seed = torch.Generator().seed() % 2**63 if seed is None else seed  # torch.seed() would reseed torch
+            if seed is None:
+                seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
             uniforms = position_uniforms(image_generators(seed, num_images, first_index), num_positions)
         codes = self.prior.sample(
             uniforms,
@@ -190,7 +191,12 @@ class IsicVQModel(PreTrainedModel):
             self.push_to_hub(repo_id, **kwargs)
             return
         kwargs.pop("max_shard_size", None)
+        if not kwargs.get("is_main_process", True):
+            return
         folder = Path(save_directory)
+        for part in PARTS:  # first, because the root config holds the parts' configs too
+            module = getattr(self, part)
+            module.config.architectures, module.config.dtype = [type(module).__name__], module.dtype
         super().save_pretrained(folder, *args, **kwargs)
         single = folder / WEIGHTS_FILE
         weight_map: dict[str, str] = {}
@@ -202,9 +208,7 @@ class IsicVQModel(PreTrainedModel):
                 save_file(tensors, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, f"{part}/{WEIGHTS_FILE}")
                 total_size += sum(tensor.nbytes for tensor in tensors.values())
-                module = getattr(self, part)
-                module.config.architectures = [type(module).__name__]
-                module.config.save_pretrained(folder / part)
+                getattr(self, part).config.save_pretrained(folder / part)
         single.unlink()  # at the root it would win over the index
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -232,7 +232,6 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
             )
         return labels.to(self.device)
 
-    @torch.inference_mode()
     def sample(
         self,
         uniforms: Tensor,
@@ -261,6 +260,10 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         was_training = self.training
         self.eval()
         try:
-            return sample_codes(self, uniforms, labels, temperature, top_k, top_p, guidance_scale, on_row)
+            with torch.inference_mode():
+                codes = sample_codes(
+                    self, uniforms, labels, temperature, top_k, top_p, guidance_scale, on_row
+                )
         finally:
             self.train(was_training)
+        return codes.clone()  # a normal tensor: autograd refuses those of inference mode

@@ -8,6 +8,8 @@ of the code space empty), and the decoder's last transposed convolution has the 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -191,17 +193,30 @@ class VQVAEModel(VQVAEPreTrainedModel):
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Codes `(B, h, w)` int64 in [0, K) of images `(B, 3, H, W)` in [0, 1]; never learns."""
-        latents = self.embed(pixel_values.to(self.dtype))
+        """Codes `(B, h, w)` int64 in [0, K) of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode."""
+        with self.evaluating():
+            latents = self.embed(pixel_values.to(self.dtype))
         batch, dim, height, width = latents.shape
         codebook = self.quantizer.codebook
-        flat = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(codebook.dtype)
-        return nearest_codes(flat, codebook).view(batch, height, width)
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(codebook.dtype)
+            return nearest_codes(flat, codebook).view(batch, height, width)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)` int64 in [0, K)."""
-        return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
+        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)` int64 in [0, K); never learns, in either mode."""
+        with self.evaluating():
+            return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for a block: BatchNorm uses its running statistics and leaves them alone."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def forward(
         self, pixel_values: Tensor, quantize: bool = True, return_dict: bool | None = None

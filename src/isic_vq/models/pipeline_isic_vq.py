@@ -14,6 +14,8 @@ from transformers import Pipeline
 from .image_processing_isic_vq import IsicVQImageProcessor
 
 TASK = "unconditional-image-generation"
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+BATCH_SIZE = 16
 
 
 class UnconditionalImageGenerationPipeline(Pipeline):
@@ -34,20 +36,17 @@ class UnconditionalImageGenerationPipeline(Pipeline):
     _load_tokenizer = False
     _pipeline_calls_generate = False
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         labels: int | str | Sequence[int | str] | None = None,
         *,
         num_images: int | None = None,
         seed: int | None = None,
-        batch_size: int = 16,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_codes: bool = False,
         progress: bool = False,
+        **sampling: float | int | None,
     ) -> Any:
         """Generate `num_images` images.
 
@@ -55,34 +54,31 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             labels: a diagnosis (name, alias or id) for all images, one per image, or None for unconditional.
             num_images: how many; by default one per label.
             seed: makes image i a function of (seed, i); random without it.
-            batch_size: images sampled at once.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            top_k: keep this many most likely codes at each position.
-            top_p: keep the most likely codes that hold this much probability.
-            guidance_scale: 1 is off; larger values follow the label more closely.
+            batch_size: images sampled at once; 16 unless the pipeline was built with another.
             output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
                 `(N, 3, H, W)` in [0, 1].
             return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`) and `labels`.
             progress: show a progress bar.
+            sampling: `temperature` (below 1 sharpens, above 1 flattens the distributions), `top_k` (keep this many
+                most likely codes at each position), `top_p` (keep the most likely codes that hold this much
+                probability), `guidance_scale` (1 is off; larger values follow the label more closely). Given to
+                `pipeline(...)` they become its defaults.
 
         Raises:
+            TypeError: an argument that is none of these.
             ValueError: an argument outside its range, or an unknown label.
         """
         one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
         if num_images is None:
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
+        if batch_size is None:
+            batch_size = self._batch_size or BATCH_SIZE
         if num_images < 1 or batch_size < 1:
             raise ValueError(
                 f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
             )
         ids = self.model.label_ids(labels, num_images)
         seed = torch.Generator().seed() % 2**63 if seed is None else seed  # torch.seed() would reseed torch
-        sampling = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "guidance_scale": guidance_scale,
-        }
         rows = self.model.config.prior_config.grid_size * -(-num_images // batch_size)
         with tqdm(total=rows, disable=not progress, unit="row", desc="sampling") as bar:
             chunks = [
@@ -100,8 +96,11 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             return images
         return {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
-        return {}, kwargs, {}
+    def _sanitize_parameters(self, **sampling: Any) -> tuple[dict, dict, dict]:
+        unknown = sorted(set(sampling) - {*SAMPLING, "on_row"})
+        if unknown:
+            raise TypeError(f"unexpected argument {unknown[0]!r}: expected one of {', '.join(SAMPLING)}")
+        return {}, sampling, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pass a chunk's labels, seed and first index on."""

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import load
+from accelerate.utils.constants import RNG_STATE_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from isic_vq.files import replaced_directory
@@ -68,7 +71,11 @@ class Checkpoints:
                 if averaged is not None:
                     save_file(averaged.state_dict(), folder / "averaged.safetensors")
                 (folder / "progress.json").write_text(json.dumps(asdict(progress)))
-        except OSError as error:
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # a full disk: Python's, safetensors', torch's
             last = self.list()
             raise CheckpointError(
                 f"checkpoint of step {progress.step} was not written ({error}); the last good one is "
@@ -87,6 +94,8 @@ class Checkpoints:
         for path in reversed(self.list()):
             try:
                 progress = Progress(**json.loads((path / "progress.json").read_text()))
+                # accelerate passes over damaged random states in silence; this does not
+                load(path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
                 accelerator.load_state(str(path))
                 if averaged is not None:
                     averaged.load_state_dict(load_file(path / "averaged.safetensors"))
@@ -97,5 +106,6 @@ class Checkpoints:
                 continue
             return progress
         raise CheckpointError(
-            f"{self.folder.parent.name} has no readable checkpoint: start it without --resume"
+            f"{self.folder.parent.name} has no readable checkpoint: delete that folder, or choose another "
+            "output_dir, and start without --resume"
         )

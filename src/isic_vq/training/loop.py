@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -129,13 +130,14 @@ class MetricLog:
     def __init__(self, path: Path, accelerator: Accelerator):
         self.path, self.accelerator = path, accelerator
 
-    def rewind(self, step: int) -> None:
-        """Drop the records past a step, and a last line that a killed run left half-written."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop the records past a step, and a last line that a killed run left half-written; return the others."""
         if not self.accelerator.is_main_process or not self.path.exists():
-            return
+            return []
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_atomically(self.path, "".join(kept).encode())
+        return [json.loads(line) for line in kept]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Append a record and hand it to the trackers."""
@@ -159,6 +161,11 @@ class Trainer:
 
     def __init__(self, task: Task, recipe: LoopRecipe, run_dir: Path, settings: dict[str, Any]):
         self.task, self.recipe, self.run_dir = task, recipe, run_dir
+        missing = set(recipe.trackers) - {tracker.value for tracker in get_available_trackers()}
+        if missing:
+            raise TrainingError(
+                f"loop.trackers has {sorted(missing)}, not installed here: pip install 'isic-vq[trackers]'"
+            )
         set_seed(recipe.seed)
         probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(probe))
@@ -170,9 +177,15 @@ class Trainer:
             # BatchNorm buffers stay each process's own: broadcasting rank 0's would hide a difference.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.precision = "bf16" if use_bf16 else "fp32"
+        if self.accelerator.num_processes > 1:
+            raise TrainingError(
+                f"training was started in {self.accelerator.num_processes} processes: this version trains in one, "
+                "because codebooks are not yet kept equal across processes"
+            )
         if recipe.trackers:
-            self.accelerator.init_trackers(recipe.project, config=settings)
+            scalars = (bool, int, float, str)  # all that TensorBoard takes
+            shown = {name: v if isinstance(v, scalars) else str(v) for name, v in settings.items()}
+            self.accelerator.init_trackers(recipe.project, config=shown)
         optimizer = torch.optim.AdamW(
             [p for p in task.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
@@ -199,11 +212,17 @@ class Trainer:
         self.checkpoints = Checkpoints(run_dir / "checkpoints", recipe.keep_checkpoints)
         self.log = MetricLog(run_dir / "metrics.jsonl", self.accelerator)
         self.progress = Progress()
+        self.epoch_values: list[dict[str, float]] = []  # of the current epoch's steps
 
     def resume(self) -> None:
         """Restore the newest checkpoint of the run folder."""
         self.progress = self.checkpoints.load_newest(self.accelerator, self.averaged)
-        self.log.rewind(self.progress.step)
+        kept = self.log.rewind(self.progress.step)
+        self.epoch_values = [
+            {name: value for name, value in record.items() if name not in ("kind", "step", "epoch")}
+            for record in kept
+            if record["kind"] == "batch" and record["epoch"] == self.progress.epoch
+        ]
         logger.info("resumed at step %d", self.progress.step)
 
     def train(self) -> None:
@@ -223,7 +242,7 @@ class Trainer:
             dynamic_ncols=True,
         )
         with stop_requests() as stop, bar:
-            while progress.step < recipe.max_steps and not self._should_stop_early():
+            while not self._is_finished():
                 self._run_epoch(bar, stop)
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.accelerator, self.averaged, progress)
@@ -233,23 +252,25 @@ class Trainer:
         """End the trackers' run."""
         self.accelerator.end_training()
 
-    def _should_stop_early(self) -> bool:
-        return 0 < self.recipe.patience <= self.progress.validations_since_best
+    def _is_finished(self) -> bool:
+        progress, recipe = self.progress, self.recipe
+        if 0 < recipe.patience <= progress.validations_since_best:
+            return True
+        # A run stopped after its last step still owes that epoch's validation.
+        return progress.step >= recipe.max_steps and progress.batch == 0
 
     def _run_epoch(self, bar: tqdm, stop: threading.Event) -> None:
         progress, recipe = self.progress, self.recipe
         self.batches.epoch, self.batches.start = progress.epoch, progress.batch
-        sums: dict[str, float] = defaultdict(float)
         started = time.perf_counter()
-        num_steps = 0
         self.model.train()
         for batch in self.loader:
+            if progress.step >= recipe.max_steps:
+                break
             values = self._step(batch)
             now = time.perf_counter()
             values["images_per_second"], started = batch["size"] / (now - started), now
-            num_steps += 1
-            for name, value in values.items():
-                sums[name] += value
+            self.epoch_values.append(values)
             self.log.write("batch", progress.step, progress.epoch, values)
             bar.update()
             bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}")
@@ -257,11 +278,14 @@ class Trainer:
                 self._stop()
             if progress.step % recipe.save_every == 0:
                 self._save()
-            if progress.step == recipe.max_steps:
-                break
         epoch, progress.epoch, progress.batch = progress.epoch, progress.epoch + 1, 0
-        record = {f"train/{name}": total / num_steps for name, total in sums.items() if name != "lr"}
-        if progress.epoch % recipe.eval_every == 0 or progress.step == recipe.max_steps:
+        sums: dict[str, float] = defaultdict(float)
+        for values in self.epoch_values:
+            for name, value in values.items():
+                sums[name] += value
+        record = {f"train/{name}": sums[name] / len(self.epoch_values) for name in sums if name != "lr"}
+        self.epoch_values = []
+        if progress.epoch % recipe.eval_every == 0 or progress.step >= recipe.max_steps:
             record |= self._validate()
         self.log.write("epoch", progress.step, epoch, record)
 

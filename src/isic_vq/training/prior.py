@@ -15,6 +15,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.files import replaced_directory
+from isic_vq.hub import load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -98,12 +99,13 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
     """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
 
     Raises:
-        DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
+        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
+            docstrings say.
     """
     for name in ("tokenizer", "train_codes", "validation_codes"):
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
-    tokenizer = VQVAEModel.from_pretrained(recipe.tokenizer)
+    tokenizer = load_model(VQVAEModel, recipe.tokenizer)
     caches = {"train": read_code_cache(Path(recipe.train_codes))}
     caches["validation"] = read_code_cache(Path(recipe.validation_codes))
     for name, cache in caches.items():
@@ -131,6 +133,8 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
         trainer.resume()
     trainer.train()
     prior = PixelCNNModel.from_pretrained(run_dir / "best")
+    for part in (tokenizer, prior):
+        part.config.name_or_path = ""  # transformers would publish the folder it was read from
     model = IsicVQModel.from_parts(tokenizer, prior).to(trainer.accelerator.device)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     with replaced_directory(run_dir / "model") as folder:

@@ -126,6 +126,14 @@ class VQVAERecipe:
     ssim_weight: float | int = 0.0
     augment: bool = True
 
+    def validate_warmup(self) -> None:
+        """Check that the codebook is ever used; called by `strict`."""
+        if not 0 <= self.codebook_warmup_steps < self.loop.max_steps:
+            raise ValueError(
+                f"codebook_warmup_steps is {self.codebook_warmup_steps}: expected at least 0 and less than "
+                f"loop.max_steps ({self.loop.max_steps}), or the codebook would never start"
+            )
+
 
 @strict
 @dataclasses.dataclass
@@ -150,6 +158,11 @@ class PriorRecipe:
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     model: dict = dataclasses.field(default_factory=dict)
     num_samples: int = 64
+
+    def validate_ranges(self) -> None:
+        """Check what the types do not say; called by `strict`."""
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}: expected at least 1")
 
 
 Recipe = TypeVar("Recipe", VQVAERecipe, PriorRecipe)
@@ -200,7 +213,10 @@ def load_recipe(recipe_class: type[Recipe], config: Path | None, overrides: list
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise RecipeError(f"{key!r} reaches inside {parent!r}, which is a value")
-        node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        try:
+            node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{override!r} is not YAML after the =: put the value in quotes") from error
     if fields.get("stage", recipe_class().stage) != recipe_class().stage:
         raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {recipe_class().stage!r} one")
     return _build(recipe_class, fields, "")
@@ -211,8 +227,8 @@ def _build(cls: type, fields: dict[str, Any], prefix: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
             raise RecipeError(
                 f"unknown recipe key {prefix}{name}{hint} Known: {', '.join(prefix + k for k in known)}"
             )
@@ -236,8 +252,8 @@ def public_recipe(recipe: VQVAERecipe | PriorRecipe) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: clean(entry) for key, entry in value.items()}
         if isinstance(value, str) and ABSOLUTE_PATH.search(value):
-            scheme, separator, rest = value.rpartition(":")
-            return scheme + separator + Path(rest).name
+            path = re.sub(r"^[A-Za-z][\w+.-]+:", "", value)  # without a scheme; a drive letter is none
+            return value.removesuffix(path) + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
         return value
 
     return clean(dataclasses.asdict(recipe))

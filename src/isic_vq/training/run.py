@@ -1,6 +1,7 @@
 """A run's folder: its recipe, where it was run, and on what data."""
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,9 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
     }
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise RecipeError(f"unknown recipe key model.{unknown[0]}. Known: {', '.join(sorted(known))}")
+        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        hint = f"; did you mean model.{close[0]}?" if close else "."
+        raise RecipeError(f"unknown recipe key model.{unknown[0]}{hint} Known: {', '.join(sorted(known))}")
     try:
         return config_class(**fields)
     except Exception as error:  # strict raises its own family, not ValueError
@@ -49,11 +52,13 @@ def open_run(recipe: VQVAERecipe | PriorRecipe, sources: dict[str, Any], resume:
     """
     run_dir = Path(recipe.output_dir)
     data = {name: dataclasses.asdict(info) for name, info in sources.items()}
-    if (run_dir / "run.json").exists():
-        if not resume:
-            raise TrainingError(
-                f"{run_dir.name} already holds a run: continue it with --resume, or choose another output_dir"
-            )
+    if (
+        not resume and (run_dir / "metrics.jsonl").exists()
+    ):  # a run that failed before its first step may start anew
+        raise TrainingError(
+            f"{run_dir.name} already holds a run: continue it with --resume, or choose another output_dir"
+        )
+    if resume and (run_dir / "run.json").exists():
         began = json.loads((run_dir / "run.json").read_text())["data"]
         for name, info in data.items():
             if began.get(name, {}).get("fingerprint") != info["fingerprint"]:

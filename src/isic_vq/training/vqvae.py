@@ -8,10 +8,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -31,6 +30,9 @@ from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_cod
 from isic_vq.training.loop import Trainer
 from isic_vq.training.recipe import DataRecipe, VQVAERecipe
 from isic_vq.training.run import build_config, open_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class VQVAETask:
     ):
         self.model, self.processor, self.recipe = model, processor, recipe
         self.train_set, self.validation_set = train_set, validation_set
-        self.skipped = SkipCounter(recipe.data.max_corrupt_share, min_images=len(train_set))
+        self.skipped = SkipCounter(recipe.data.max_corrupt_share, len(train_set) + len(validation_set))
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Join decoded images; corrupt ones are left out."""
@@ -88,8 +90,9 @@ class VQVAETask:
             "l1_loss": output.l1_loss,
             "mse_loss": output.mse_loss,
             "commitment_loss": output.commitment_loss,
-            "codebook_loss": output.codebook_loss,
         }
+        if self.model.config.codebook_update == "gradient":  # else it is the commitment loss's twin
+            losses["codebook_loss"] = output.codebook_loss
         if self.recipe.ssim_weight:
             similarity = structural_similarity_index_measure(
                 output.reconstruction.float(), pixel_values, data_range=1.0
@@ -98,9 +101,19 @@ class VQVAETask:
             losses["loss"] = losses["loss"] + self.recipe.ssim_weight * losses["ssim_loss"]
         return losses
 
+    def images(self, dataset: torch.utils.data.Dataset) -> Iterator[Tensor]:
+        """Pixel values of a data set in order, in batches; corrupt images are left out and counted."""
+        loader = torch.utils.data.DataLoader(
+            dataset, self.recipe.loop.batch_size, collate_fn=collate, generator=torch.Generator()
+        )
+        for batch in loader:
+            self.skipped.count(batch)
+            if len(batch["indices"]):
+                yield batch["pixel_values"]
+
     def validate(self) -> dict[str, float]:
         """Metrics of the model on the validation images; `loss` weighs L1 and MSE as training does."""
-        result = evaluate_reconstruction(self.model, images(self.validation_set, self.recipe.loop.batch_size))
+        result = evaluate_reconstruction(self.model, self.images(self.validation_set))
         loss = self.model.config.l1_weight * result.l1 + self.model.config.mse_weight * result.mse
         return {
             "loss": loss,
@@ -125,9 +138,7 @@ class VQVAETask:
         order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(loop.seed))
         chosen = torch.utils.data.Subset(self.train_set, order[: KMEANS_BATCHES * loop.batch_size].tolist())
         with quantizer_frozen(self.model):
-            latents = torch.cat(
-                [flat_latents(self.model, batch) for batch in images(chosen, loop.batch_size)]
-            )
+            latents = torch.cat([flat_latents(self.model, batch) for batch in self.images(chosen)])
         generator = torch.Generator().manual_seed(loop.seed)
         latents = latents[torch.randperm(len(latents), generator=generator)[: 64 * config.num_codes]]
         centroids = kmeans(latents, config.num_codes, generator)
@@ -141,18 +152,10 @@ class VQVAETask:
         loop = self.recipe.loop
         order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(loop.seed + 1))
         chosen = torch.utils.data.Subset(self.train_set, order[: REFIT_BATCHES * loop.batch_size].tolist())
-        refit_batch_norm(self.model, images(chosen, loop.batch_size))
+        refit_batch_norm(self.model, self.images(chosen))
         if self.model.config.codebook_update == "ema":
-            refit_codebook(self.model, images(chosen, loop.batch_size))
-            refit_batch_norm(self.model, images(chosen, loop.batch_size))  # the decoder sees new vectors
-
-
-def images(dataset: torch.utils.data.Dataset, batch_size: int) -> Iterator[Tensor]:
-    """Pixel values of a data set in order, in batches, corrupt images left out."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size, collate_fn=collate, generator=torch.Generator())
-    for batch in loader:
-        if len(batch["indices"]):
-            yield batch["pixel_values"]
+            refit_codebook(self.model, self.images(chosen))
+            refit_batch_norm(self.model, self.images(chosen))  # the decoder sees new vectors
 
 
 def flat_latents(model: VQVAEModel, pixel_values: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     quantizer.start_from(codebook, counts / num_batches)
 
 
-def open_data(recipe: DataRecipe) -> tuple[Dataset, Dataset, dict[str, SourceInfo]]:
+def open_data(recipe: DataRecipe) -> "tuple[Dataset, Dataset, dict[str, SourceInfo]]":
     """Training and validation records, and what may be published about their sources."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
@@ -246,7 +249,6 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction:
 def choose_model(task: VQVAETask, trainer: Trainer, run_dir: Path) -> tuple[str, Reconstruction]:
     """Load the better of best raw and re-estimated averaged parameters into `task.model` and save it as `model/`."""
     best = VQVAEModel.from_pretrained(run_dir / "best").state_dict()
-    batch_size = task.recipe.loop.batch_size
     candidates = {"raw": best}
     if trainer.averaged is not None:
         trainer.averaged.copy_to(task.model)
@@ -255,7 +257,7 @@ def choose_model(task: VQVAETask, trainer: Trainer, run_dir: Path) -> tuple[str,
     results = {}
     for name, state in candidates.items():
         task.model.load_state_dict(state)
-        results[name] = evaluate_reconstruction(task.model, images(task.validation_set, batch_size))
+        results[name] = evaluate_reconstruction(task.model, task.images(task.validation_set))
         logger.info("%s model: %.2f dB on %d images", name, results[name].psnr, results[name].num_images)
     chosen = min(results, key=lambda name: results[name].mse)
     task.model.load_state_dict(candidates[chosen])
@@ -275,7 +277,7 @@ def write_results(
         environment=environment(),
     ).save(run_dir / "report.json")
     shown = torch.utils.data.Subset(task.validation_set, range(min(SHOWN_IMAGES, len(task.validation_set))))
-    originals = next(images(shown, SHOWN_IMAGES)).to(task.model.device)
+    originals = torch.cat(list(task.images(shown))).to(task.model.device)
     reconstructions = task.model.decode(task.model.encode(originals))
     arrays = {"originals": originals, "reconstructions": reconstructions}
     folder = run_dir / "arrays"
