@@ -1,0 +1,104 @@
+"""One schema: aliases, missing values, canonical diagnoses, and errors that name the row."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isic_vq.data.schema import COLUMN_ALIASES, FEATURES, DataError, normalise
+
+HAM10000_ROW = {
+    "image": {"bytes": b"...", "path": "ISIC_0031176.jpg"},
+    "isic_id": "ISIC_0031176",
+    "lesion_id": "HAM_0003952",
+    "dx": "nv",
+    "dx_type": "follow_up",
+    "age": 45.0,
+    "sex": "female",
+    "localization": "trunk",
+    "source": "vidir_molemax",
+    "license": "CC-BY-NC-4.0",
+    "attribution": "Tschandl et al.",
+}
+
+
+def test_row_of_ham10000_becomes_the_schema():
+    assert normalise(HAM10000_ROW, "row 0") == {
+        "image": HAM10000_ROW["image"],
+        "isic_id": "ISIC_0031176",
+        "lesion_id": "HAM_0003952",
+        "patient_id": None,
+        "diagnosis": "nevus",
+        "age": 45.0,
+        "sex": "female",
+        "site": "trunk",
+        "source": "vidir_molemax",
+        "license": "CC-BY-NC-4.0",
+        "attribution": "Tschandl et al.",
+    }
+
+
+def test_row_of_the_archive_becomes_the_schema():
+    row = {
+        "isic_id": "ISIC_1",
+        "age_approx": "60",
+        "anatom_site_general": "head/neck",
+        "copyright_license": "CC-0",
+    }
+    normal = normalise(row, "row 0")
+    assert (normal["age"], normal["site"], normal["license"]) == (60.0, "head/neck", "CC-0")
+    assert "image" not in normal
+
+
+def test_aliases_cover_every_column_but_the_image():
+    assert ["image", *COLUMN_ALIASES] == list(FEATURES)
+
+
+@given(st.sampled_from([None, "", " ", "unknown", "Unknown", "NaN", "n/a", math.nan]))
+def test_missing_is_none_and_a_missing_diagnosis_is_unknown(missing):
+    row = dict.fromkeys(("isic_id", "lesion_id", "dx", "age", "sex", "localization", "license"), missing)
+    expected = dict.fromkeys(COLUMN_ALIASES) | {"diagnosis": "unknown"}
+    assert normalise(row, "row 0") == expected
+
+
+def test_normalising_twice_changes_nothing():
+    once = normalise(HAM10000_ROW, "row 0")
+    assert normalise(once, "row 0") == once
+
+
+def test_second_alias_fills_in_for_a_missing_first():
+    assert normalise({"diagnosis": None, "dx": "mel"}, "row 0")["diagnosis"] == "melanoma"
+
+
+def test_id_falls_back_on_the_file_name():
+    assert normalise({"file_name": "a\\b/ISIC_7.v2.jpg"}, "row 0")["isic_id"] == "ISIC_7.v2"
+    assert normalise({"image": {"bytes": b"", "path": "a/ISIC_8.jpg"}}, "row 0")["isic_id"] == "ISIC_8"
+
+
+def test_class_ids_are_read_through_their_names():
+    names = {"label": ["MEL", "NV"]}
+    assert [normalise({"label": i}, "row 0", names)["diagnosis"] for i in (0, 1, None, -1)] == [
+        "melanoma",
+        "nevus",
+        "unknown",
+        "unknown",
+    ]
+
+
+def test_unknown_diagnosis_names_row_and_image():
+    with pytest.raises(DataError, match=r"row 12 \(ISIC_9\): 'wart' is not a known diagnosis"):
+        normalise({"isic_id": "ISIC_9", "dx": "wart"}, "row 12")
+
+
+@pytest.mark.parametrize("age", ["old", -1, 200, "1e999"])
+def test_impossible_age_is_refused(age):
+    with pytest.raises(DataError, match=r"row 3: age .* is not a number of years"):
+        normalise({"age": age}, "row 3")
+
+
+def test_importing_the_package_does_not_import_datasets():
+    code = "import sys, isic_vq.data; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,91 @@
+"""The shipped checkpoint: loads whole and in parts, is as good as its report says, and generates repeatably."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import open_source
+from isic_vq.evaluation.reconstruction import evaluate_reconstruction
+from isic_vq.evaluation.report import Report
+from isic_vq.export import metric_table
+from isic_vq.hub import default_checkpoint, load_model
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_vqvae import VQVAEModel
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(IsicVQModel)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return Report.load(default_checkpoint() / "reports" / "validation.json")
+
+
+def test_parts_load_alone_without_missing_or_unexpected_keys_and_equal_the_whole(model):
+    for part_class, part in ((VQVAEModel, model.vqvae), (PixelCNNModel, model.prior)):
+        loaded, info = part_class.from_pretrained(default_checkpoint(), output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        state = part.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_saving_and_loading_changes_no_output_bit(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = load_model(IsicVQModel, str(tmp_path))
+    first, second = (m.generate(2, "melanoma", seed=3) for m in (model, again))
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.pixel_values, second.pixel_values)
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(model):
+    first, again, other = (model.generate(1, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.pixel_values, again.pixel_values)
+    assert not torch.equal(first.codes, other.codes)
+
+
+def test_it_is_conditional_on_the_seven_ham10000_diagnoses(model):
+    assert sorted(model.config.class_names.values()) == [
+        "actinic_keratosis",
+        "basal_cell_carcinoma",
+        "benign_keratosis",
+        "dermatofibroma",
+        "melanoma",
+        "nevus",
+        "vascular_lesion",
+    ]
+
+
+def test_the_report_meets_what_the_release_asks_for(report):
+    assert report.value("psnr") >= 30
+    assert report.value("usage") >= 0.85
+    assert report.value("bits_per_code_unigram") - report.value("bits_per_code") >= 2.0
+
+
+def test_the_readme_shows_the_reports_numbers():
+    readme = (ROOT / "README.md").read_text()
+    reports = [Report.load(path) for path in sorted((default_checkpoint() / "reports").glob("*.json"))]
+    shown = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    assert shown.strip() == metric_table(reports)
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_the_reported_reconstruction_is_measured_again_on_the_real_validation_images(model, report, data_dir):
+    records = open_source(f"parquet:{data_dir}/ham10000/validation-*.parquet")
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    batches = (batch["pixel_values"] for batch in iter_batches(records, processor, batch_size=32))
+    result = evaluate_reconstruction(model.vqvae, batches)
+    assert result.num_images == 597
+    assert result.psnr == pytest.approx(report.value("psnr"), abs=0.01)
+    assert result.ssim == pytest.approx(report.value("ssim"), abs=0.001)
+    assert result.usage == pytest.approx(report.value("usage"), abs=0.005)

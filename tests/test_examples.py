@@ -1,0 +1,56 @@
+"""The code in README, card and examples/ runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from isic_vq.data.synthetic import synthetic_image
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "model_cards" / "isic-vq-128"
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def run(arguments: list[str], folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder that sees the models as README and card name them, and holds two images."""
+    (tmp_path / "model_cards").symlink_to(CARD.parent)
+    (tmp_path / CARD.name).symlink_to(CARD)
+    for index, name in enumerate(("image.jpg", "other.jpg")):
+        Image.fromarray(synthetic_image(index, seed=0)).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [ROOT / "README.md", CARD / "README.md"], ids=["readme", "card"])
+def test_every_python_block_runs(path, workplace):
+    blocks = python_blocks(path)
+    assert len(blocks) == 2
+    for block in blocks:
+        run(["-c", block], workplace)
+
+
+@pytest.mark.slow
+def test_example_generate_writes_its_picture(workplace):
+    run([str(ROOT / "examples" / "generate.py"), "--per-class", "1"], workplace)
+    assert Image.open(workplace / "diagnoses.png").size[1] > 128
+
+
+@pytest.mark.slow
+def test_example_code_swap_writes_its_picture(workplace):
+    run([str(ROOT / "examples" / "code_swap.py"), "image.jpg", "other.jpg"], workplace)
+    assert Image.open(workplace / "swapped.png").size[0] > 4 * 128
