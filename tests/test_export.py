@@ -123,6 +123,8 @@ def test_previews_exist_for_every_class_and_unconditional(repository):
         ({"CC-0": 5}, "cc0-1.0"),
         ({"CC-0": 5, "CC-BY": 1}, "cc-by-4.0"),
         ({"CC-BY": 5, "CC-BY-NC": 1}, "cc-by-nc-4.0"),
+        ({"CC-BY-NC-4.0": 5387}, "cc-by-nc-4.0"),
+        ({"CC0-1.0": 8}, "cc0-1.0"),
     ],
 )
 def test_weights_take_the_most_restrictive_licence(licenses, expected):

@@ -50,6 +50,9 @@ ModelOption = Annotated[
 DataOption = Annotated[
     str, typer.Option("--data", help="parquet:PATTERN, folder:DIR, synthetic:NUM[:SEED] or a path.")
 ]
+CorruptShareOption = Annotated[
+    float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")
+]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
 Overrides = Annotated[
@@ -141,6 +144,7 @@ def reconstruct(
         "reconstructions"
     ),
     limit: Annotated[int, typer.Option(min=1, help="At most this many images.")] = 64,
+    max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Send images through the tokenizer and back, and write both beside each other."""
     import itertools
@@ -148,7 +152,7 @@ def reconstruct(
     import torch
 
     from isic_vq.evaluation.reconstruction import evaluate_reconstruction
-    from isic_vq.figures.grid import paired_grid
+    from isic_vq.figures.grid import image_grid, paired_grid
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -159,7 +163,7 @@ def reconstruct(
     if Path(data).is_file() and not data.endswith(".parquet"):
         originals = processor(data, return_tensors="pt")["pixel_values"]
     else:
-        parts = _images(data, processor)
+        parts = _images(data, processor, max_corrupt_share)
         originals = torch.cat(
             list(itertools.islice(itertools.chain.from_iterable(p.split(1) for p in parts), limit))
         )
@@ -170,6 +174,7 @@ def reconstruct(
     before, after = (processor.postprocess(images, output_type="np") for images in (originals, decoded))
     for index, pixels in enumerate(after):
         _write_png(pixels, output / f"image-{index:05d}.png", {"Comment": "VQ-VAE reconstruction"})
+    _write_png(image_grid(after), output / "reconstructions.png", {"Comment": "VQ-VAE reconstructions"})
     pairs, _ = paired_grid(before, after)
     _write_png(pairs, output / "grid.png", {"Comment": "originals above reconstructions"})
     typer.echo(
@@ -189,6 +194,7 @@ def encode(
         str, typer.Option(help="all, or the train or validation part that training splits off by itself.")
     ] = "all",
     validation_share: Annotated[float, typer.Option(help="As data.validation_share of the recipe.")] = 0.1,
+    max_corrupt_share: CorruptShareOption = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on."""
@@ -202,7 +208,9 @@ def encode(
     records, source = open_part(data, part, validation_share)
     tokenizer = load_model(VQVAEModel, model)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    cache = encode_source(tokenizer, processor, records, source, views, batch_size, progress=True)
+    cache = encode_source(
+        tokenizer, processor, records, source, views, batch_size, max_corrupt_share, progress=True
+    )
     write_code_cache(cache, output)
     typer.echo(f"wrote the codes of {len(cache.isic_ids)} images in {views} views to {output}")
 
@@ -257,12 +265,13 @@ def evaluate(
         Path | None, typer.Option(help="Code cache of the training images, for the unigram yardstick.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Report to write.")] = Path("report.json"),
+    max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure reconstruction, codebook use and, for a whole model, likelihood."""
     from isic_vq.evaluation.evaluate import evaluate_checkpoint
 
     _quiet_transformers()
-    report = evaluate_checkpoint(model, data, split, train_codes)
+    report = evaluate_checkpoint(model, data, split, train_codes, max_corrupt_share)
     report.save(output)
     _print_report(report)
     typer.echo(f"wrote {output}")
@@ -346,12 +355,13 @@ def _print_report(report: "Report") -> None:
         )
 
 
-def _images(uri: str, processor: Any) -> Iterator["torch.Tensor"]:
+def _images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator["torch.Tensor"]:
     """Yield the pixel values of a source, in batches."""
     from isic_vq.data.loading import iter_batches
     from isic_vq.data.sources import open_source
 
-    for batch in iter_batches(open_source(uri, streaming=True), processor, batch_size=32):
+    records = open_source(uri, streaming=True)
+    for batch in iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share):
         yield batch["pixel_values"]
 
 

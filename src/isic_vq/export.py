@@ -6,6 +6,7 @@ rendered from the reports that lie in the folder. A number that no report holds 
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,8 @@ from isic_vq.models.pipeline_isic_vq import TASK
 
 PREVIEWS_PER_CLASS = 6
 PREVIEW_SEED = 0
-LICENSE_IDS = {
-    "CC-BY-NC 4.0": "cc-by-nc-4.0",
-    "CC-BY-NC": "cc-by-nc-4.0",
-    "CC-BY": "cc-by-4.0",
-    "CC-0": "cc0-1.0",
-    "unknown": "unknown",
-}
+# By the letters of a licence's name, so that CC-BY-NC, CC-BY-NC-4.0 and CC BY-NC 4.0 are one; CC-0 leaves "cc".
+LICENSE_IDS = {"cc": "cc0-1.0", "ccby": "cc-by-4.0", "ccbync": "cc-by-nc-4.0", "unknown": "unknown"}
 RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
 
 
@@ -107,9 +103,12 @@ def weights_license(licenses: dict[str, int]) -> str:
     """
     ids = set()
     for license_name in licenses:
-        if license_name not in LICENSE_IDS:
-            raise ValueError(f"images are under {license_name!r}: expected one of {sorted(LICENSE_IDS)}")
-        ids.add(LICENSE_IDS[license_name])
+        letters = re.sub(r"[^a-z]", "", license_name.lower())
+        if letters not in LICENSE_IDS:
+            raise ValueError(
+                f"images are under {license_name!r}: expected CC-0, CC-BY or CC-BY-NC, ISIC's licences"
+            )
+        ids.add(LICENSE_IDS[letters])
     return max(ids, key=RESTRICTIVENESS.index)
 
 

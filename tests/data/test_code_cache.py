@@ -67,7 +67,9 @@ def test_codes_are_those_of_each_dihedral_view(model, image_folder):
 
 
 def test_fewer_views_are_the_first_of_the_eight(model, image_folder):
-    assert np.array_equal(encode(model, image_folder, num_views=3).codes, encode(model, image_folder).codes[:, :3])
+    assert np.array_equal(
+        encode(model, image_folder, num_views=3).codes, encode(model, image_folder).codes[:, :3]
+    )
 
 
 def test_ids_diagnoses_and_source_come_from_the_records(model, image_folder):
@@ -202,7 +204,9 @@ def other_parquet(cache, path):
 )
 def test_damaged_or_foreign_file_is_named_with_the_way_out(cache, tmp_path, damage):
     damage(cache, tmp_path / "codes.parquet")
-    with pytest.raises(DataError, match=r"(?s)codes.parquet is not a code cache \(.*write it with isic-vq encode"):
+    with pytest.raises(
+        DataError, match=r"(?s)codes.parquet is not a code cache \(.*write it with isic-vq encode"
+    ):
         read_code_cache(tmp_path / "codes.parquet")
 
 
@@ -237,5 +241,7 @@ def test_codes_of_another_tokenizer_are_refused(model, image_folder):
     check_tokenizer(cache, model, "train_codes")
     with torch.no_grad():
         model.quantizer.codebook[0] += 1e-3
-    with pytest.raises(DataError, match="train_codes was encoded by another tokenizer: encode the images again"):
+    with pytest.raises(
+        DataError, match="train_codes was encoded by another tokenizer: encode the images again"
+    ):
         check_tokenizer(cache, model, "train_codes")

@@ -82,7 +82,9 @@ def test_labels_matter_and_none_is_the_unconditional_id(model, codes):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_bits_do_not_depend_on_the_batch_size(model, codes, batch_size):
     whole = bits_per_code(model.prior, codes, LABELS)
-    torch.testing.assert_close(bits_per_code(model.prior, codes, LABELS, batch_size), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        bits_per_code(model.prior, codes, LABELS, batch_size), whole, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_prior_is_measured_without_dropout(model, codes):

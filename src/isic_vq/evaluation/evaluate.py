@@ -15,7 +15,9 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 
-def evaluate_checkpoint(model: str | None, uri: str, split: str, train_codes: Path | None = None) -> Report:
+def evaluate_checkpoint(
+    model: str | None, uri: str, split: str, train_codes: Path | None = None, max_corrupt_share: float = 0.01
+) -> Report:
     """Measure a whole model on every image of a source.
 
     Args:
@@ -23,6 +25,7 @@ def evaluate_checkpoint(model: str | None, uri: str, split: str, train_codes: Pa
         uri: the images.
         split: what the report calls them.
         train_codes: code cache of the training images; with it the report has the unigram yardstick.
+        max_corrupt_share: share of unreadable images past which to fail.
 
     Raises:
         ModelError, DataError: as their docstrings say.
@@ -30,10 +33,11 @@ def evaluate_checkpoint(model: str | None, uri: str, split: str, train_codes: Pa
     loaded = load_model(IsicVQModel, model)
     records, source = open_source(uri), describe_source(uri)
     processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
-    result = evaluate_reconstruction(
-        loaded.vqvae, (batch["pixel_values"] for batch in iter_batches(records, processor, batch_size=32))
+    batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
+    result = evaluate_reconstruction(loaded.vqvae, (batch["pixel_values"] for batch in batches))
+    cache = encode_source(
+        loaded.vqvae, processor, records, source, num_views=1, max_corrupt_share=max_corrupt_share
     )
-    cache = encode_source(loaded.vqvae, processor, records, source, num_views=1)
     label2id = {name: index for index, name in loaded.config.class_names.items()}
     labels = torch.tensor([label2id.get(name, len(label2id)) for name in cache.diagnoses])
     train_counts = None

@@ -111,7 +111,7 @@ class GatedLayer(nn.Module):
         class_vertical, class_horizontal = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
         above = self.vertical(F.pad(vertical, (reach, reach, reach, last)))
         left = self.horizontal(F.pad(horizontal, (reach, last)))
-        new_vertical = self.dropout(gate(above + class_vertical))
+        new_vertical = gate(above + class_vertical)
         new_horizontal = gate(left + self.vertical_to_horizontal(above) + class_horizontal)
         new_horizontal = self.dropout(self.output(new_horizontal))
         if self.first:

@@ -123,7 +123,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
     run_dir = open_run(recipe, sources, resume)
     torch.manual_seed(recipe.loop.seed)
     task = PriorTask(
-        PixelCNNModel(config),
+        PixelCNNModel(config).to(memory_format=torch.channels_last),
         CodeGrids(caches["train"], class_names),
         CodeGrids(caches["validation"], class_names),
         recipe.loop.seed,

@@ -1,0 +1,599 @@
+"""The command line: every command on a tiny run, and every mistake answered by one line that says what to do."""
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+
+from isic_vq import __version__, cli
+from isic_vq.data.code_cache import read_code_cache
+from isic_vq.evaluation.report import Report
+from isic_vq.hub import ModelError
+from isic_vq.training.vqvae import VQVAETask
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "PIL", "pyarrow")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; returns exit code, stdout and stderr."""
+
+    def invoke(*arguments):
+        monkeypatch.setattr(sys, "argv", ["isic-vq", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return invoke
+
+
+@pytest.fixture
+def fails(run):
+    """Run a command that must fail with one line and without a traceback; returns the line."""
+
+    def invoke(*arguments):
+        code, _, stderr = run(*arguments)
+        lines = stderr.strip().splitlines()
+        assert code == 1, stderr
+        assert lines[-1].startswith("error: "), stderr
+        assert sum(line.startswith("error: ") for line in lines) == 1, "said once"
+        assert "Traceback" not in stderr
+        return lines[-1]
+
+    return invoke
+
+
+def commands(group=None, name=()):
+    """Every command of the tree with its words, groups left out."""
+    group = group or typer.main.get_command(cli.app)
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*name, word))
+        else:
+            yield (*name, word), command
+
+
+COMMANDS = list(commands())
+NAMES = [" ".join(name) for name, _ in COMMANDS]
+
+
+def pngs(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+# Help
+
+
+def test_help_of_every_command_loads_nothing_heavy():
+    """In a fresh process, since this one has loaded everything."""
+    script = f"""
+import sys
+from isic_vq.cli import main
+for command in {[[], *map(list, (name for name, _ in COMMANDS))]}:
+    sys.argv = ["isic-vq", *command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, command
+print("LOADED", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=NAMES)
+def test_help_shows_an_example(run, name, command):
+    code, text, _ = run(*name, "--help")
+    assert code == 0
+    assert "Example" in text
+    assert f"isic-vq {' '.join(name)}" in " ".join(text.split())
+    assert command.help, "and says what the command does"
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=NAMES)
+def test_examples_in_the_help_parse_and_name_files_that_exist(name, command):
+    examples = [line.strip() for line in command.epilog.splitlines() if line.strip().startswith("isic-vq ")]
+    assert examples
+    for example in examples:
+        words = shlex.split(example)[1:]
+        assert tuple(words[: len(name)]) == name
+        command.make_context(
+            words[0], words[len(name) :]
+        )  # raises for an unknown option or a missing argument
+        for word in words:
+            assert not word.startswith("examples/") or (ROOT / word).is_file(), (
+                f"{word} is not in the repository"
+            )
+
+
+def test_version_is_the_packages(run):
+    assert run("--version")[:2] == (0, f"isic-vq {__version__}\n")
+
+
+def test_without_arguments_the_help_is_shown(run):
+    code, stdout, stderr = run()
+    assert "Usage" in stdout + stderr
+    assert code in (0, 2)
+
+
+# Every command on the tiny run
+
+
+def test_generate_writes_images_a_grid_and_what_they_are(run, tiny_run, tmp_path):
+    arguments = [
+        "generate",
+        "-m",
+        tiny_run.prior / "model",
+        "-n",
+        2,
+        "-l",
+        "mel",
+        "--seed",
+        3,
+        "-o",
+        tmp_path,
+    ]
+    code, stdout, _ = run(*arguments)
+    assert (code, stdout) == (0, f"wrote 2 images and {tmp_path / 'grid.png'}\n")
+    assert set(pngs(tmp_path)) == {"image-00000.png", "image-00001.png", "grid.png"}
+    image = Image.open(tmp_path / "image-00001.png")
+    assert (image.size, image.mode) == ((16, 16), "RGB")
+    assert image.text == {
+        "Software": f"isic-vq {__version__}",
+        "Title": "melanoma",
+        "Source": "model",
+        "Comment": "synthetic image, seed 3, index 1",
+    }
+
+
+def test_the_same_seed_writes_the_same_bytes(run, tiny_run, tmp_path):
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = ["-m", tiny_run.prior / "model", "-n", 2, "--seed", seed, "-o", tmp_path / folder]
+        assert run("generate", *options)[0] == 0
+    assert pngs(tmp_path / "a") == pngs(tmp_path / "b")
+    images = [pngs(tmp_path / folder)["image-00000.png"] for folder in ("a", "c")]
+    assert images[0] != images[1]
+
+
+def test_one_label_per_image(run, tiny_run, tmp_path):
+    options = ["-m", tiny_run.prior / "model", "-n", 2, "-l", "melanoma", "-l", "nv", "-o", tmp_path]
+    assert run("generate", *options)[0] == 0
+    titles = [Image.open(tmp_path / f"image-0000{index}.png").text["Title"] for index in range(2)]
+    assert titles == ["melanoma", "nevus"]
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "prior"])
+def test_reconstruct_a_folder_with_a_tokenizer_or_a_whole_model(run, tiny_run, tmp_path, stage):
+    model, images = getattr(tiny_run, stage) / "model", tiny_run.images["validation"]
+    code, stdout, _ = run("reconstruct", images, "-m", model, "-o", tmp_path, "--limit", 5)
+    assert code == 0
+    assert stdout.startswith("5 images: PSNR ")
+    assert set(pngs(tmp_path)) >= {f"image-{index:05d}.png" for index in range(5)} | {"grid.png"}
+    assert "image-00005.png" not in pngs(tmp_path)
+
+
+def test_reconstruct_measures_what_the_run_reported(run, tiny_run, tmp_path):
+    report = Report.load(tiny_run.vqvae / "report.json")
+    stdout = run(
+        "reconstruct", tiny_run.images["validation"], "-m", tiny_run.vqvae / "model", "-o", tmp_path
+    )[1]
+    assert f"PSNR {report.value('psnr'):.2f} dB, SSIM {report.value('ssim'):.4f}" in stdout
+
+
+def test_encode_writes_the_codes_that_the_library_writes(run, tiny_run, tmp_path):
+    data = f"folder:{tiny_run.images['train']}"
+    output = tmp_path / "codes.parquet"
+    code, stdout, _ = run("encode", tiny_run.vqvae / "model", "--data", data, "-o", output)
+    assert (code, stdout) == (0, f"wrote the codes of 16 images in 8 views to {output}\n")
+    found, expected = read_code_cache(output), read_code_cache(tiny_run.codes["train"])
+    assert np.array_equal(found.codes, expected.codes)
+    assert (found.tokenizer_hash, found.source) == (expected.tokenizer_hash, expected.source)
+
+
+def test_train_both_stages_from_their_recipes(run, tiny_run, tmp_path):
+    for stage, said in (("vqvae", "validation images; wrote"), ("prior", "bits per code on validation")):
+        output = tmp_path / stage
+        options = ["-c", tiny_run.configs[stage], f"output_dir={output}", "loop.max_steps=3"]
+        code, stdout, _ = run("train", stage, *options)
+        assert code == 0
+        assert said in stdout
+        assert stdout.endswith(f"wrote {output}/model\n")
+        assert (output / "model" / "config.json").is_file()
+        assert yaml.safe_load((output / "recipe.yaml").read_text())["loop"]["max_steps"] == 3
+
+
+def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path):
+    data = f"folder:{tiny_run.images['validation']}"
+    output = tmp_path / "report.json"
+    options = ["-m", tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "-o", output]
+    code, stdout, _ = run("evaluate", "--data", data, *options)
+    assert code == 0
+    found = Report.load(output)
+    for stage in ("vqvae", "prior"):
+        for metric in Report.load(getattr(tiny_run, stage) / "report.json").metrics:
+            assert found.value(metric.name) == pytest.approx(metric.value, rel=1e-5), metric.name
+            assert metric.name in stdout
+    assert found.tables["diagnoses"] == read_code_cache(tiny_run.codes["validation"]).source.diagnoses
+
+
+def test_figures_of_a_run_are_drawn(run, tiny_run, tmp_path):
+    for stage in ("vqvae", "prior"):
+        shutil.copytree(getattr(tiny_run, stage), tmp_path / stage)
+    code, stdout, _ = run("figures", tmp_path)
+    assert code == 0
+    written = {Path(line).name for line in stdout.split()}
+    assert {
+        "vqvae_epoch_loss.png",
+        "prior_batch_loss.csv",
+        "codebook_usage.png",
+        "generated_images.png",
+    } <= written
+    assert all(Path(line).is_file() for line in stdout.split())
+
+
+def test_info_describes_the_model(run, tiny_run):
+    code, stdout, _ = run("info", tiny_run.prior / "model")
+    assert code == 0
+    assert f"isic-vq {__version__}, model model" in stdout
+    assert "16 px -> 4x4 codes of 8" in stdout
+    assert "prior: isic_pixelcnn" in stdout
+    assert "0 melanoma, 1 nevus" in stdout
+
+
+def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
+    folder, data = tmp_path / "my-model", f"folder:{tiny_run.images['validation']}"
+    codes = ["--train-codes", tiny_run.codes["train"]]
+    assert run("export", tiny_run.prior / "model", folder, *codes)[0] == 0
+    assert run("evaluate", "--data", data, "-m", folder, *codes, "-o", folder / "reports" / "a.json")[0] == 0
+    code, stdout, stderr = run("card", folder)
+    assert code == 0, stderr
+    assert stdout == f"wrote {folder / 'README.md'}\n"
+    stdout = run("info", folder)[1]
+    assert "weights licence:" in stdout
+    assert "bits_per_code" in stdout, "info shows the reports of a repository"
+    private = str(tiny_run.prior.parent).encode()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path.name for path in files if private in path.read_bytes()] == []
+
+
+# Errors
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    with pytest.raises(ModelError, match="holds no config.json"):
+        run("--debug", "generate", "-m", tmp_path)
+
+
+def test_debug_of_one_call_does_not_stay_on(run, fails, tmp_path):
+    with pytest.raises(ModelError):
+        run("--debug", "generate", "-m", tmp_path)
+    assert "holds no config.json" in fails("generate", "-m", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", 0], "num_images"),
+        (["-n", -3], "num_images"),
+        (["--batch-size", 0], "batch_size"),
+        (["-l", "mellanoma"], "label 'mellanoma' is not a class of this model. Classes: 0 = melanoma"),
+        (["-l", "99"], "label '99' is not a class id of this model"),
+        (["-n", 3, "-l", "nv", "-l", "mel"], "there are 2 labels for 3 images"),
+        (["--temperature", 0], "temperature is 0.0: expected more than 0"),
+        (["--top-k", 0], "top_k is 0: expected at least 1"),
+        (["--top-p", 1.5], "top_p is 1.5: expected a probability"),
+        (["--guidance-scale", -1], "guidance_scale is -1.0: expected at least 0"),
+        (["--seed", -1], "seed is -1: expected 0 or more"),
+    ],
+)
+def test_generate_refuses_settings_without_a_meaning(fails, tiny_run, tmp_path, options, message):
+    output = tmp_path / "samples"
+    assert message in fails("generate", "-m", tiny_run.prior / "model", "-o", output, *options)
+    assert not output.exists(), "nothing is written before the arguments are checked"
+
+
+def test_checkpoint_of_another_class_is_refused_by_name(fails, tiny_run):
+    line = fails("generate", "-m", tiny_run.vqvae / "model")
+    assert "model is a 'isic_vqvae' checkpoint: expected 'isic_vq' for IsicVQModel" in line
+
+
+def test_damaged_weights_are_refused_by_name(fails, tiny_run, tmp_path):
+    model = shutil.copytree(tiny_run.vqvae / "model", tmp_path / "cut")
+    (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    assert "cut cannot be read as VQVAEModel" in fails("reconstruct", tiny_run.images["train"], "-m", model)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no/such/folder", "no/such/folder is neither a model folder nor a Hub id such as user/isic-vq-128"),
+        ("{images}/000.png", "is neither a model folder nor a Hub id"),
+        ("{images}", "holds no config.json: expected a model folder, such as a run's model/"),
+    ],
+)
+def test_model_that_is_none_is_named(fails, tiny_run, model, message):
+    assert message in fails("generate", "-m", model.format(images=tiny_run.images["train"]))
+
+
+@pytest.fixture
+def reconstruct(tiny_run, tmp_path):
+    """Arguments that reconstruct what is appended."""
+    return ["reconstruct", "-m", tiny_run.vqvae / "model", "-o", tmp_path / "out"]
+
+
+def text_called_jpg(path):
+    path.write_text("this is no image")
+
+
+def truncated_jpg(path):
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def empty_jpg(path):
+    path.write_bytes(b"")
+
+
+def too_small_jpg(path):
+    Image.new("RGB", (40, 12)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (text_called_jpg, "expected a complete image that Pillow can decode to RGB"),
+        (truncated_jpg, "expected a complete image that Pillow can decode to RGB"),
+        (empty_jpg, "expected a complete image that Pillow can decode to RGB"),
+        (too_small_jpg, "expected a shorter side of at least 16 px, got 40 x 12 px"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_image_that_cannot_be_used_is_named(fails, reconstruct, tmp_path, kind, damage, message):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    damage(folder / "mole.jpg")
+    line = fails(*reconstruct, folder / "mole.jpg" if kind == "file" else folder)
+    assert message in line
+    assert "mole" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing.jpg", "Nothing matches parquet:missing.jpg"),
+        ("folder:missing", "folder:missing is not a directory"),
+        ("{empty}", "No images in the folder 'empty' or below: expected files that end in"),
+        ("https://example.org/a.jpg", "unknown scheme 'https'"),
+        ("synthetic:none", "is not synthetic:NUM"),
+    ],
+)
+def test_data_that_is_not_there_is_named(fails, reconstruct, tmp_path, data, message):
+    (tmp_path / "empty").mkdir()
+    assert message in fails(*reconstruct, data.format(empty=tmp_path / "empty"))
+
+
+def test_image_of_40_megapixels_is_reconstructed(run, reconstruct, tmp_path):
+    Image.new("RGB", (8000, 5000), (200, 150, 140)).save(tmp_path / "large.jpg")
+    code, stdout, _ = run(*reconstruct, tmp_path / "large.jpg")
+    assert (code, stdout[:9]) == (0, "1 images:")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_16_bit_grey_is_scaled_and_not_clipped(run, reconstruct, tmp_path, kind):
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    ramp = np.linspace(0, 65535, 32, dtype=np.uint16)[None, :].repeat(32, axis=0)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    assert run(*reconstruct, folder / "ramp.png" if kind == "file" else folder)[0] == 0
+    shown = np.asarray(Image.open(tmp_path / "out" / "grid.png"))[:16, :16]
+    assert len(np.unique(shown[8, :, 0])) > 12, "a clipped ramp would be white but for a pixel or two"
+
+
+def test_one_corrupt_image_in_training_is_counted_and_named(run, tiny_run, tmp_path, caplog):
+    images = shutil.copytree(tiny_run.images["train"], tmp_path / "images")
+    (images / "003.png").write_text("this is no image")
+    options = [f"output_dir={tmp_path / 'run'}", f"data.train=folder:{images}", "data.max_corrupt_share=0.1"]
+    assert run("train", "vqvae", "-c", tiny_run.configs["vqvae"], *options, "loop.max_steps=4")[0] == 0
+    named = [
+        record.getMessage() for record in caplog.records if "Skipped a corrupt image" in record.getMessage()
+    ]
+    assert len(named) == 1
+    assert "SYNTHETIC_0_0000003" in named[0]
+
+
+def test_too_many_corrupt_images_stop_a_command(fails, tiny_run, tmp_path):
+    images = shutil.copytree(tiny_run.images["train"], tmp_path / "images")
+    (images / "003.png").write_text("this is no image")
+    output = tmp_path / "codes.parquet"
+    line = fails("encode", tiny_run.vqvae / "model", "--data", f"folder:{images}", "-o", output)
+    assert "1 of 16 images are corrupt" in line
+    assert "SYNTHETIC_0_0000003" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "evaluate"])
+def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, tmp_path, command):
+    images = shutil.copytree(tiny_run.images["train"], tmp_path / "images")
+    (images / "003.png").write_text("this is no image")
+    data, model, output = f"folder:{images}", tiny_run.prior / "model", tmp_path / "out"
+    arguments = {
+        "encode": [model, "--data", data, "-o", output],
+        "reconstruct": [data, "-m", model, "-o", output],
+        "evaluate": ["--data", data, "-m", model, "-o", output],
+    }[command]
+    code, stdout, stderr = run(command, *arguments, "--max-corrupt-share", 0.1)
+    assert code == 0, stderr
+    assert "15 images" in stdout or "n = 15" in stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["loop.max_step=3"], "unknown recipe key loop.max_step; did you mean loop.max_steps?"),
+        (["model.num_code=3"], "unknown recipe key model.num_code; did you mean model.num_codes?"),
+        (["loop.max_steps=many"], "recipe loop:"),
+        (["data.train=*.parquet"], "is not YAML after the =: put the value in quotes"),
+        (["data.train=''"], "data.train is not set"),
+        (["loop.batch_size=64"], "the training set has 16 images, fewer than one batch of 64"),
+        (["--resume"], "has no readable checkpoint"),
+    ],
+)
+def test_recipe_that_cannot_run_is_answered_in_one_line(fails, tiny_run, tmp_path, options, message):
+    output = f"output_dir={tmp_path / 'run'}"
+    assert message in fails("train", "vqvae", "-c", tiny_run.configs["vqvae"], output, *options)
+
+
+def test_recipe_of_the_other_stage_and_missing_recipe(fails, tiny_run, tmp_path):
+    assert "is not a file: expected a YAML recipe" in fails("train", "prior", "-c", tmp_path / "no.yaml")
+    (tmp_path / "a.yaml").write_text("stage: vqvae\n")
+    assert "this is a 'vqvae' recipe" in fails("train", "prior", "-c", tmp_path / "a.yaml")
+
+
+def test_finished_run_is_not_overwritten(fails, tiny_run):
+    assert "vqvae already holds a run" in fails("train", "vqvae", "-c", tiny_run.configs["vqvae"])
+
+
+def test_code_cache_that_is_none_is_named(fails, tiny_run, tmp_path):
+    data = f"folder:{tiny_run.images['validation']}"
+    (tmp_path / "codes.parquet").write_text("this is no parquet")
+    options = ["-m", tiny_run.prior / "model", "--train-codes", tmp_path / "codes.parquet"]
+    assert "codes.parquet is not a code cache" in fails("evaluate", "--data", data, *options)
+
+
+@pytest.mark.parametrize("option", [["--limit", 0], ["--limit", "few"], ["--colour", "red"]])
+def test_usage_error_exits_with_2(run, reconstruct, option):
+    code, _, stderr = run(*reconstruct, "photo.jpg", *option)
+    assert code == 2
+    assert option[0] in stderr
+
+
+# Full disk, interruption
+
+
+def full_disk(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_while_generating_leaves_whole_files_only(fails, run, tiny_run, tmp_path, monkeypatch):
+    options = ["-m", tiny_run.prior / "model", "-n", 2, "-o", tmp_path / "out"]
+    assert run("generate", *options)[0] == 0
+    before = pngs(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert "No space left on device" in fails("generate", *options, "--seed", 7)
+    assert pngs(tmp_path / "out") == before
+    assert len(list((tmp_path / "out").iterdir())) == 3, "no leftovers"
+
+
+def test_full_disk_at_a_checkpoint_names_the_last_one_and_the_way_on(
+    run, fails, tiny_run, tmp_path, monkeypatch
+):
+    save_state = Accelerator.save_state
+
+    def full_after_the_first(self, folder):
+        if "step-00000002" not in folder:
+            full_disk()
+        save_state(self, folder)
+
+    options = ["-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full_after_the_first)
+        line = fails("train", "vqvae", *options)
+    assert "checkpoint of step 4 was not written" in line
+    assert (
+        "the last good one is step-00000002. Free some space and run the same command with --resume" in line
+    )
+    assert run("train", "vqvae", *options, "--resume")[0] == 0
+
+
+def test_weights_that_cannot_be_written_are_one_line_too(fails, tiny_run, tmp_path):
+    """A limit on file size fails in safetensors' own writer, whose error is neither OSError nor ValueError."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    codes = ["--train-codes", tiny_run.codes["train"]]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        line = fails("export", tiny_run.prior / "model", tmp_path / "out", *codes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in line
+    assert list(tmp_path.iterdir()) == [], "no half-written repository"
+
+
+def test_interrupted_training_says_where_it_stopped_and_how_to_go_on(run, tiny_run, tmp_path, monkeypatch):
+    options = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VQVAETask, "before_step", lambda self, step: step == 1 and signal.raise_signal(signal.SIGINT)
+        )
+        code, _, stderr = run(*options)
+    assert code == 130, "the shell's code for Ctrl-C"
+    last = stderr.strip().splitlines()[-1]
+    assert last == (
+        "interrupted: stopped at step 2; a checkpoint was saved. Continue with the same command and --resume"
+    )
+
+
+def test_other_commands_end_quietly_on_ctrl_c(run, tiny_run, monkeypatch):
+    def ctrl_c(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isic_vq.hub.load_model", ctrl_c)
+    code, _, stderr = run("info", tiny_run.prior / "model")
+    assert (code, stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    options = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    options = [*map(str, options), "loop.max_steps=200"]
+    command = [sys.executable, "-c", "from isic_vq.cli import main; main()", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no step after five minutes"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, stderr
+    assert "a checkpoint was saved. Continue with the same command and --resume" in stderr
+    assert "Traceback" not in stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"*{stopped_at(stderr):08d}")
+    step = json.loads((checkpoint / "progress.json").read_text())["step"]
+    assert 2 < step < 200
+    assert run(*options[:-1], f"loop.max_steps={step + 2}", "--resume")[0] == 0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def stopped_at(stderr):
+    return int(stderr.partition("stopped at step ")[2].partition(";")[0])
+
+
+def test_torch_is_left_as_it_was(run, tiny_run, tmp_path):
+    """Commands run inside a notebook must not change its global settings."""
+    before = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+    assert (
+        run("reconstruct", tiny_run.images["train"], "-m", tiny_run.vqvae / "model", "-o", tmp_path)[0] == 0
+    )
+    assert (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()) == before

@@ -1,0 +1,186 @@
+"""Imports point one way: read from the source by `ast`, so that an import inside a function counts, too."""
+
+import ast
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "isic_vq"
+
+# A part imports parts of a lower rank only; its own files import each other without a cycle.
+RANKS = {
+    "files": 0,
+    "registration": 0,  # holds the names of model classes and imports them when transformers is imported
+    "models": 0,
+    "hub": 1,
+    "data": 1,
+    "evaluation.report": 1,  # the form in which numbers leave the project; computes none
+    "evaluation": 2,
+    "figures": 2,
+    "training": 3,
+    "export": 3,
+    "cli": 4,
+}
+# Third-party packages that one part alone may import, and all that `models` may: a Hub repository runs without us.
+OWNERS = {
+    "accelerate": {"training"},
+    "datasets": {"data"},
+    "matplotlib": {"figures"},
+    "pyarrow": {"data"},
+    "torchmetrics": {"evaluation", "training"},
+    "typer": {"cli"},
+    "yaml": {"training", "figures"},
+}
+MODELS_MAY_IMPORT = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors", "tqdm"}
+
+
+def module_name(path):
+    """Name below the package: "models.modeling_vqvae", "cli"; "" is the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def type_checking_only(tree):
+    """Nodes below `if TYPE_CHECKING:`, which never run."""
+    return {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If)
+        and isinstance(branch.test, ast.Name)
+        and branch.test.id == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+
+
+@functools.cache
+def imports_of(name):
+    """(absolute module, relative level, is it at the top of the file) of every import that runs."""
+    path = FILES[name]
+    tree = ast.parse(path.read_text())
+    skipped = type_checking_only(tree)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        at_the_top = node in tree.body
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0, at_the_top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = ["isic_vq", *filter(None, package.split("."))]
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:  # a name may be a module itself
+                is_module = f"{module}.{alias.name}".removeprefix("isic_vq.") in FILES
+                found.append((f"{module}.{alias.name}" if is_module else module, node.level, at_the_top))
+    return found
+
+
+def own(name):
+    """Modules of the package that a module imports."""
+    return {
+        module.removeprefix("isic_vq").removeprefix(".")
+        for module, _, _ in imports_of(name)
+        if module.split(".")[0] == "isic_vq"
+    }
+
+
+def third_party(name):
+    roots = {module.split(".")[0] for module, _, _ in imports_of(name)}
+    return roots - {"isic_vq"} - sys.stdlib_module_names
+
+
+def part(name):
+    """The entry of `RANKS` that a module belongs to."""
+    return max((key for key in RANKS if f"{name}.".startswith(f"{key}.")), key=len)
+
+
+def test_every_module_has_a_rank():
+    homeless = [name for name in FILES if name and not any(f"{name}.".startswith(f"{key}.") for key in RANKS)]
+    assert homeless == [], "give the new part a place in RANKS"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name])
+def test_module_imports_lower_parts_only(name):
+    for target in sorted(own(name) - {""}):
+        same_part = part(target) == part(name)
+        if name == "registration":
+            assert target.startswith("models."), f"{name} -> {target}"
+        elif not same_part:
+            assert RANKS[part(target)] < RANKS[part(name)], f"{name} -> {target} points up or sideways"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name.startswith(("models.", "data.", "evaluation."))]
+)
+def test_nothing_below_training_imports_it(name):
+    assert not any(target.startswith(("training", "cli", "export")) for target in own(name))
+
+
+def test_training_is_imported_by_the_command_line_alone():
+    importers = {name for name in FILES if any(target.startswith("training") for target in own(name))}
+    assert {name for name in importers if not name.startswith("training")} == {"cli"}
+
+
+def test_no_import_cycle():
+    """Depth-first over all modules, packages standing for their `__init__`."""
+    arrows = {name: {target for target in own(name) if target} for name in FILES}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(arrows[name]):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in arrows:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("models.")])
+def test_models_run_from_a_hub_repository(name):
+    """The folder is what `save_pretrained` copies: flat, siblings by `from .x import name`, few packages."""
+    assert third_party(name) <= MODELS_MAY_IMPORT
+    for module, level, _ in imports_of(name):
+        if module.startswith("isic_vq"):
+            assert level == 1, (
+                f"{name} imports {module} absolutely or from a parent: the copy would not find it"
+            )
+            assert module.startswith("isic_vq.models."), f"{name}: `from . import x` is not exported"
+            assert FILES[module.removeprefix("isic_vq.")].parent == PACKAGE / "models", "the folder is flat"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_package_is_imported_by_its_owners_alone(package):
+    importers = {name for name in FILES if package in third_party(name)}
+    strangers = {name for name in importers if name.split(".")[0] not in OWNERS[package]}
+    assert importers, f"nobody imports {package}: drop it from OWNERS, and from the dependencies"
+    assert strangers == set()
+
+
+def test_only_the_plots_draw_with_matplotlib():
+    at_the_top = {
+        name
+        for name in FILES
+        for module, _, top in imports_of(name)
+        if top and module.startswith("matplotlib")
+    }
+    assert at_the_top == {"figures.plots"}, "elsewhere it may be asked for inside a function"
+
+
+def test_the_loop_knows_nothing_of_images_or_codes():
+    allowed = {"files", "training.averaging", "training.checkpoints", "training.recipe"}
+    assert own("training.loop") <= allowed, "what is trained reaches the loop as a Task"
+
+
+@pytest.mark.parametrize("name", ["", "registration", "cli", "hub", "files"])
+def test_light_modules_import_nothing_heavy_at_the_top(name):
+    heavy = {"torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "PIL", "pyarrow"}
+    assert not {module.split(".")[0] for module, _, top in imports_of(name) if top} & heavy

@@ -1,0 +1,471 @@
+"""The loop: where it stands in the data, when it saves, validates and stops, and that a resumed run is the same run."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from line_task import LineTask, interrupt_at
+from safetensors.torch import load_file
+
+from isic_vq.training import prior as prior_stage
+from isic_vq.training import vqvae as vqvae_stage
+from isic_vq.training.checkpoints import CheckpointError
+from isic_vq.training.loop import (
+    EpochBatches,
+    InterruptedTraining,
+    MetricLog,
+    Trainer,
+    TrainingError,
+    learning_rate_scale,
+    native_bf16,
+)
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe, load_recipe
+
+
+def records(run_dir, kind=None):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if not k.endswith("images_per_second")} for line in lines]
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# Where a run stands in its data
+
+
+def epoch_of(batches, epoch, start=0):
+    batches.epoch, batches.start = epoch, start
+    return list(batches)
+
+
+def test_an_epoch_is_a_permutation_in_whole_batches():
+    batches = EpochBatches(num_items=11, batch_size=3, seed=0)
+    for epoch in range(4):
+        drawn = epoch_of(batches, epoch)
+        assert [len(batch) for batch in drawn] == [3, 3, 3] == [3] * len(batches)
+        flat = sum(drawn, [])
+        assert len(set(flat)) == 9, "no image twice in an epoch"
+        assert set(flat) <= set(range(11))
+    assert {i for epoch in range(20) for i in sum(epoch_of(batches, epoch), [])} == set(range(11)), (
+        "the two images that an epoch leaves out are others each time"
+    )
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    batches, other = (EpochBatches(num_items=32, batch_size=4, seed=seed) for seed in (0, 1))
+    assert epoch_of(batches, 0) != epoch_of(batches, 1)
+    assert epoch_of(batches, 0) != epoch_of(other, 0)
+    assert epoch_of(batches, 0) == epoch_of(EpochBatches(32, 4, 0), 0), (
+        "the order depends on (seed, epoch) alone"
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_epoch_resumes_at_its_start(start):
+    batches = EpochBatches(num_items=12, batch_size=4, seed=0)
+    assert epoch_of(batches, 5, start) == epoch_of(batches, 5)[start:]
+
+
+def test_fewer_images_than_a_batch_are_refused():
+    with pytest.raises(TrainingError, match="3 images, fewer than one batch of 4: lower loop.batch_size"):
+        EpochBatches(num_items=3, batch_size=4, seed=0)
+
+
+def test_the_loop_feeds_each_epoch_in_its_permutation(make_trainer):
+    trainer = make_trainer(max_steps=7)
+    trainer.train()
+    x = trainer.task.train_set.tensors[0].flatten()
+    expected = [x[batch].tolist() for epoch in (0, 1) for batch in epoch_of(EpochBatches(10, 2, 0), epoch)]
+    assert trainer.task.seen == expected[:7]
+
+
+# Learning rate and precision
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.25),
+        (1, 0.5),
+        (3, 1.0),
+        (4, 1.0),
+        (7, 0.75),
+        (8, 0.5 * (1 + math.cos(4 / 9 * math.pi))),
+        (13, 0.0),
+    ],
+)
+def test_learning_rate_warms_up_linearly_and_falls_as_half_a_cosine(step, expected):
+    # 4 steps of warm-up, then 9: a third of the way down the cosine is at 3/4, since cos(pi/3) = 1/2.
+    assert learning_rate_scale(step, warmup_steps=4, max_steps=13) == pytest.approx(expected)
+
+
+def test_learning_rate_without_warmup_starts_at_the_peak():
+    assert learning_rate_scale(0, warmup_steps=0, max_steps=10) == 1.0
+    assert learning_rate_scale(5, warmup_steps=0, max_steps=10) == pytest.approx(0.5)
+
+
+def test_the_logged_learning_rate_is_the_schedules(make_trainer):
+    trainer = make_trainer(max_steps=6, warmup_steps=2, learning_rate=0.1)
+    trainer.train()
+    logged = [record["lr"] for record in records(trainer.run_dir, "batch")]
+    assert logged == pytest.approx([0.1 * learning_rate_scale(step, 2, 6) for step in range(6)])
+
+
+def test_native_bf16_is_a_plain_answer_here():
+    assert native_bf16(torch.device("cpu")) in (True, False)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(("step", "last"), [(4, "step-00000003"), (1, "none")])
+def test_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(make_trainer, step, last):
+    class Exploding(LineTask):
+        def losses(self, model, batch, now):
+            losses = super().losses(model, batch, now)
+            return {**losses, "loss": losses["loss"] * math.nan} if now == step else losses
+
+    trainer = make_trainer(task=Exploding())
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    assert f"the loss is nan at step {step}; the last good checkpoint is {last}." in str(error.value)
+    assert "Lower loop.learning_rate or set loop.precision=fp32" in str(error.value)
+    assert all(torch.isfinite(value).all() for value in trainer.task.model.state_dict().values())
+    assert len(records(trainer.run_dir, "batch")) == step, "the broken step is not logged as a step"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_a_checkpoint_and_names_the_step(make_trainer, number):
+    task = LineTask()
+    task.before = interrupt_at(3, number)
+    trainer = make_trainer(task=task, save_every=100)
+    before = signal.getsignal(number)
+    with pytest.raises(InterruptedTraining, match="stopped at step 4; a checkpoint was saved.*--resume"):
+        trainer.train()
+    assert [path.name for path in trainer.checkpoints.list()] == ["step-00000004"]
+    assert signal.getsignal(number) is before, "the process gets its own handlers back"
+
+
+def test_interrupted_training_ends_a_program_as_ctrl_c_does():
+    assert issubclass(InterruptedTraining, KeyboardInterrupt), "no `except Exception` may swallow it"
+
+
+def test_full_disk_at_a_checkpoint_ends_the_run_with_the_earlier_one_kept(make_trainer):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    task = LineTask()
+    task.before = lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard)) if step == 5 else None
+    trainer = make_trainer(task=task, max_steps=6)
+    try:
+        with pytest.raises(CheckpointError, match="checkpoint of step 6 .* last good one is step-00000003"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resumed = make_trainer(max_steps=6)
+    resumed.resume()
+    resumed.train()
+    assert resumed.progress.step == 6
+
+
+# Stop and resume
+
+
+@pytest.fixture(scope="module")
+def line_reference(tmp_path_factory):
+    """An uninterrupted run of 13 steps."""
+    folder = tmp_path_factory.mktemp("reference")
+    loop = LoopRecipe(
+        max_steps=13,
+        batch_size=2,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        save_every=3,
+        average_decay=0.5,
+        precision="fp32",
+    )
+    trainer = Trainer(LineTask(), loop, folder, settings={})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 8, 12])
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(make_trainer, line_reference, step):
+    """Stops at the first step, within an epoch, at its end (5 batches each), and after the last step."""
+    task = LineTask()
+    task.before = interrupt_at(step)
+    stopped = make_trainer(task=task, max_steps=13)
+    with pytest.raises(InterruptedTraining):
+        stopped.train()
+    torch.manual_seed(99)
+    resumed = make_trainer(max_steps=13)
+    resumed.resume()
+    assert resumed.progress.step == step + 1
+    resumed.train()
+    for name, value in line_reference.task.model.state_dict().items():
+        assert torch.equal(resumed.task.model.state_dict()[name], value), name
+    for name, value in line_reference.averaged.state_dict().items():
+        assert torch.equal(resumed.averaged.state_dict()[name], value), name
+    assert resumed.progress == line_reference.progress
+    assert digests(resumed.run_dir / "best") == digests(line_reference.run_dir / "best")
+    assert untimed(records(resumed.run_dir)) == untimed(records(line_reference.run_dir))
+
+
+def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(make_trainer, line_reference):
+    """A run that dies without notice has logged steps that no checkpoint holds."""
+
+    class Killed(LineTask):
+        def before_step(self, step):
+            if step == 8:
+                raise SystemExit
+
+    killed = make_trainer(task=Killed(), max_steps=13)
+    with pytest.raises(SystemExit):
+        killed.train()
+    with (killed.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "batch", "step": 9, "lo')
+    resumed = make_trainer(max_steps=13)
+    resumed.resume()
+    assert resumed.progress.step == 6
+    resumed.train()
+    assert untimed(records(resumed.run_dir)) == untimed(records(line_reference.run_dir))
+    for name, value in line_reference.task.model.state_dict().items():
+        assert torch.equal(resumed.task.model.state_dict()[name], value), name
+
+
+def test_a_finished_run_resumes_to_nothing(make_trainer):
+    trainer = make_trainer(max_steps=7)
+    trainer.train()
+    before = untimed(records(trainer.run_dir))
+    again = make_trainer(max_steps=7)
+    again.resume()
+    again.train()
+    assert again.task.seen == [], "no step past the end"
+    assert untimed(records(trainer.run_dir)) == before
+
+
+STAGES = {
+    "vqvae": (vqvae_stage, "VQVAETask", VQVAERecipe, "train_vqvae"),
+    "prior": (prior_stage, "PriorTask", PriorRecipe, "train_prior"),
+}
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_and_resumed_stage_writes_the_same_bytes(tiny_run, tmp_path, monkeypatch, stage, step):
+    """Stops before and at the codebook's start (step 2), at an epoch's end (4 steps), within one, after the last."""
+    module, task, recipe_class, train = STAGES[stage]
+    recipe = load_recipe(recipe_class, tiny_run.configs[stage], [f"output_dir={tmp_path / 'run'}"])
+    before_step, interrupt = getattr(module, task).before_step, interrupt_at(step)
+
+    def interrupted_step(self, now):
+        interrupt(now)
+        before_step(self, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(module, task), "before_step", interrupted_step)
+        with pytest.raises(InterruptedTraining, match=f"stopped at step {step + 1}"):
+            getattr(module, train)(recipe)
+    torch.manual_seed(99)
+    getattr(module, train)(recipe, resume=True)
+    reference = getattr(tiny_run, stage)
+    for part in ("best", "model", "arrays"):
+        assert digests(tmp_path / "run" / part) == digests(reference / part), part
+    assert digests(tmp_path / "run")["report.json"] == digests(reference)["report.json"]
+    assert untimed(records(tmp_path / "run")) == untimed(records(reference))
+
+
+# Validation, the best model, early stopping
+
+
+def test_early_stopping_counts_validations_without_improvement(make_trainer):
+    task = LineTask()
+    task.averages_directly = False
+    task.validation_losses = [3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 1.95]
+    trainer = make_trainer(task=task, max_steps=100, patience=3)
+    trainer.train()
+    assert task.validated == [3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 1.95], "an equal loss is no improvement"
+    assert trainer.progress.step == 7 * 5
+    assert (trainer.progress.best_loss, trainer.progress.best_step) == (1.9, 4 * 5)
+
+
+def test_without_patience_a_run_goes_to_its_end(make_trainer):
+    task = LineTask()
+    task.validation_losses = [1.0] + [2.0] * 20
+    trainer = make_trainer(task=task, max_steps=20, patience=0)
+    trainer.train()
+    assert trainer.progress.step == 20
+
+
+def test_best_is_the_model_of_the_lowest_validation_loss(make_trainer):
+    class Remembering(LineTask):
+        states: list = []
+
+        def validate(self):
+            self.states.append({name: value.clone() for name, value in self.model.state_dict().items()})
+            return super().validate()
+
+    task = Remembering()
+    task.averages_directly = False
+    task.validation_losses = [3.0, 1.0, 2.0]
+    trainer = make_trainer(task=task, max_steps=15)
+    trainer.train()
+    saved = load_file(trainer.run_dir / "best" / "model.safetensors")
+    for name, value in task.states[1].items():
+        assert torch.equal(saved[name], value), name
+    assert any(not torch.equal(task.states[1][name], task.states[2][name]) for name in saved)
+
+
+@pytest.mark.parametrize(("losses", "weights"), [([2.0, 1.0], "averaged"), ([1.0, 2.0], "raw")])
+def test_best_is_the_averaged_model_where_that_is_better(make_trainer, losses, weights):
+    task = LineTask()
+    task.validation_losses = list(losses)
+    trainer = make_trainer(task=task, max_steps=5)
+    trainer.train()
+    saved = load_file(trainer.run_dir / "best" / "model.safetensors")
+    expected = trainer.averaged.shadow if weights == "averaged" else dict(task.model.named_parameters())
+    for name in trainer.averaged.shadow:
+        assert torch.equal(saved[name], expected[name]), name
+    (epoch,) = records(trainer.run_dir, "epoch")
+    assert (epoch["validation/loss"], epoch["averaged/loss"]) == tuple(losses)
+
+
+def test_validation_loss_is_logged_as_measured(make_trainer):
+    task = LineTask()
+    task.averages_directly = False
+    trainer = make_trainer(task=task, max_steps=15)
+    trainer.train()
+    assert [record["validation/loss"] for record in records(trainer.run_dir, "epoch")] == task.validated, (
+        "no smoothing, no averaging with earlier epochs"
+    )
+    assert len(set(task.validated)) == 3
+
+
+def test_validation_every_other_epoch_and_always_at_the_end(make_trainer):
+    trainer = make_trainer(max_steps=23, eval_every=2)
+    trainer.train()
+    validated = ["validation/loss" in record for record in records(trainer.run_dir, "epoch")]
+    assert validated == [False, True, False, True, True], "the last, incomplete epoch is validated, too"
+
+
+def test_training_goes_on_in_train_mode_after_a_validation(make_trainer):
+    modes = []
+    task = LineTask()
+    task.before = lambda step: modes.append(task.model.training)
+    make_trainer(task=task, max_steps=12).train()
+    assert modes == [True] * 12
+
+
+# metrics.jsonl and trackers
+
+
+def test_metrics_hold_a_record_per_step_and_per_epoch(make_trainer):
+    trainer = make_trainer(max_steps=12)
+    trainer.train()
+    batches, epochs = records(trainer.run_dir, "batch"), records(trainer.run_dir, "epoch")
+    assert [record["step"] for record in batches] == list(range(1, 13))
+    assert [record["epoch"] for record in batches] == [0] * 5 + [1] * 5 + [2] * 2
+    assert [(record["step"], record["epoch"]) for record in epochs] == [(5, 0), (10, 1), (12, 2)]
+    for record in batches:
+        assert {"loss", "double_loss", "lr", "grad_norm", "images_per_second"} <= set(record)
+    for epoch, size in enumerate((5, 5, 2)):
+        losses = [record["loss"] for record in batches if record["epoch"] == epoch]
+        assert epochs[epoch]["train/loss"] == pytest.approx(sum(losses) / size)
+    assert "train/lr" not in epochs[0], "a mean learning rate means nothing"
+
+
+def test_rewind_drops_later_and_half_written_lines(tmp_path, make_trainer):
+    path = tmp_path / "metrics.jsonl"
+    kept = [{"kind": "batch", "step": 2, "epoch": 0}, {"kind": "epoch", "step": 2, "epoch": 0}]
+    late = {"kind": "batch", "step": 3, "epoch": 1}
+    lines = [json.dumps(record) + "\n" for record in (*kept, late)]
+    path.write_text("".join(lines) + '{"kind": "batch", "st')
+    assert MetricLog(path, make_trainer().accelerator).rewind(2) == kept
+    assert path.read_text() == "".join(lines[:2])
+
+
+def test_rewind_of_a_run_without_metrics_is_nothing(tmp_path, make_trainer):
+    assert MetricLog(tmp_path / "metrics.jsonl", make_trainer().accelerator).rewind(2) == []
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_gets_settings_and_metrics(make_trainer):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(max_steps=5, trackers=["tensorboard"], project="mine")
+    trainer.train()
+    trainer.finish()
+    events = EventAccumulator(str(trainer.run_dir / "mine")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("batch/loss")}
+    expected = {record["step"]: record["loss"] for record in records(trainer.run_dir, "batch")}
+    assert logged == pytest.approx(expected, rel=1e-6)
+    assert events.Scalars("epoch/validation/loss")[0].step == 5
+
+
+def test_wandb_offline_run_is_written(make_trainer, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = make_trainer(max_steps=5, trackers=["wandb"], project="mine")
+    trainer.train()
+    trainer.finish()
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"epoch/validation/loss" in run.read_bytes()
+
+
+def test_tracker_that_is_not_installed_is_refused_rather_than_left_out(make_trainer):
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    with pytest.raises(
+        TrainingError, match=r"\['trackio'\], not installed here: pip install 'isic-vq\[trackers\]'"
+    ):
+        make_trainer(trackers=["trackio"])
+
+
+# The run's folder
+
+
+def test_folder_of_a_run_is_not_overwritten_without_resume(tiny_run):
+    before = digests(tiny_run.vqvae)
+    with pytest.raises(
+        TrainingError, match="vqvae already holds a run: continue it with --resume, or choose"
+    ):
+        vqvae_stage.train_vqvae(load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], []))
+    assert digests(tiny_run.vqvae) == before
+
+
+def test_resuming_on_changed_data_is_refused(tiny_run, tmp_path):
+    os.symlink(tiny_run.vqvae / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    os.symlink(tiny_run.vqvae / "run.json", tmp_path / "run.json")
+    changed = f"data.train=folder:{tiny_run.images['validation']}"
+    recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], [f"output_dir={tmp_path}", changed])
+    with pytest.raises(TrainingError, match="the train data differ from those the run began with"):
+        vqvae_stage.train_vqvae(recipe, resume=True)
+
+
+def test_run_that_failed_before_its_first_step_may_start_anew(tiny_run, tmp_path):
+    overrides = [f"output_dir={tmp_path / 'run'}", "loop.max_steps=3"]
+    recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], [*overrides, "loop.batch_size=64"])
+    with pytest.raises(TrainingError, match="fewer than one batch of 64"):
+        vqvae_stage.train_vqvae(recipe)
+    vqvae_stage.train_vqvae(load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], overrides))
+
+
+def test_resume_without_a_run_says_how_to_go_on(tiny_run, tmp_path):
+    recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], [f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(CheckpointError, match="has no readable checkpoint"):
+        vqvae_stage.train_vqvae(recipe, resume=True)

@@ -1,0 +1,232 @@
+"""The prior stage: codes of the right tokenizer, labels in their fixed order, and a model that generates."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from isic_vq.data.code_cache import CodeCache, read_code_cache, write_code_cache
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import describe_source
+from isic_vq.evaluation.report import Report
+from isic_vq.hub import ModelError, load_model
+from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+from isic_vq.models.diagnosis import DIAGNOSES
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.prior import CodeGrids, PriorTask, train_prior
+from isic_vq.training.recipe import PriorRecipe, load_recipe
+
+
+def cache_of(diagnoses, views=8, num_codes=8):
+    """Codes that name their image and view: image i, view v is filled with (i + v) mod K."""
+    shape = (len(diagnoses), views, 4, 4)
+    image, view = np.arange(len(diagnoses))[:, None, None, None], np.arange(views)[None, :, None, None]
+    codes = np.broadcast_to((image + view) % num_codes, shape).astype(np.uint16)
+    ids = [f"image {index}" for index in range(len(diagnoses))]
+    return CodeCache(codes, ids, diagnoses, num_codes, "hash", describe_source("synthetic:1"))
+
+
+@pytest.fixture
+def make_recipe(tiny_run, tmp_path):
+    def make(*overrides):
+        overrides = [f"output_dir={tmp_path / 'run'}", *overrides]
+        return load_recipe(PriorRecipe, tiny_run.configs["prior"], overrides)
+
+    return make
+
+
+@pytest.fixture
+def make_task():
+    """Tasks on codes that name their image and view."""
+
+    def make(views=8, seed=0, **config):
+        torch.manual_seed(0)
+        fields = {"num_codes": 8, "grid_size": 4, "hidden_size": 8, "num_layers": 1, "head_size": 8}
+        fields |= {"first_kernel_size": 3, "id2label": {0: "melanoma"}}
+        grids = CodeGrids(cache_of(["melanoma"] * 8, views), ["melanoma"])
+        return PriorTask(PixelCNNModel(PixelCNNConfig(**{**fields, **config})), grids, grids, seed)
+
+    return make
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("part", ["train_codes", "validation_codes"])
+def test_codes_of_another_tokenizer_are_refused(tiny_run, make_recipe, tmp_path, part):
+    cache = read_code_cache(tiny_run.codes["train"])
+    other = CodeCache(**{**vars(cache), "tokenizer_hash": "of another one"})
+    write_code_cache(other, tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=f"{part} was encoded by another tokenizer: encode the images again"):
+        train_prior(make_recipe(f"{part}={tmp_path / 'other.parquet'}"))
+    assert not (tmp_path / "run").exists(), "a run that cannot begin leaves no folder"
+
+
+def test_another_tokenizer_refuses_the_codes(make_recipe, tiny_run, tmp_path):
+    model = load_model(VQVAEModel, str(tiny_run.vqvae / "model"))
+    with torch.no_grad():
+        model.quantizer.codebook[0] += 1e-3
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="train_codes was encoded by another tokenizer"):
+        train_prior(make_recipe(f"tokenizer={tmp_path / 'other'}"))
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "train_codes", "validation_codes"])
+def test_recipe_without_its_inputs_names_the_key(make_recipe, key):
+    with pytest.raises(DataError, match=f"{key} is not set: name it in the recipe or as {key}=PATH"):
+        train_prior(make_recipe(f"{key}=''"))
+
+
+def test_folder_that_is_no_tokenizer_is_refused_by_name(tiny_run, make_recipe):
+    with pytest.raises(ModelError, match="best is a 'isic_pixelcnn' checkpoint: expected 'isic_vqvae'"):
+        train_prior(make_recipe(f"tokenizer={tiny_run.prior / 'best'}"))
+
+
+def test_damaged_tokenizer_is_refused_by_name(tiny_run, make_recipe, tmp_path):
+    load_model(VQVAEModel, str(tiny_run.vqvae / "model")).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cut cannot be read as VQVAEModel"):
+        train_prior(make_recipe(f"tokenizer={tmp_path / 'cut'}"))
+
+
+# Labels and views
+
+
+def test_label_ids_follow_the_fixed_order_of_the_diagnoses():
+    cache = cache_of(["vascular_lesion", "melanoma", "unknown", "nevus", "melanoma"])
+    assert cache.class_names() == ["melanoma", "nevus", "vascular_lesion"], (
+        "the order of DIAGNOSES, not of the data"
+    )
+    assert CodeGrids(cache, cache.class_names()).labels.tolist() == [2, 0, 3, 1, 0], (
+        "unknown is unconditional"
+    )
+
+
+def test_diagnosis_that_training_never_saw_is_unconditional():
+    grids = CodeGrids(cache_of(["nevus", "dermatofibroma"]), ["melanoma", "nevus"])
+    assert grids.labels.tolist() == [1, 2]
+
+
+def test_trained_prior_knows_its_classes_by_name_and_id(tiny_run):
+    config = load_model(IsicVQModel, str(tiny_run.prior / "model")).config.prior_config
+    assert config.id2label == dict(enumerate(DIAGNOSES[:8]))
+    assert config.label2id == {name: index for index, name in config.id2label.items()}
+
+
+def views_shown(task, step):
+    """The view of each image that a step's loss is computed on."""
+    shown = []
+
+    def model(codes, labels):
+        shown.append(codes[:, 0, 0])
+        return PriorOutput(loss=codes.float().mean())
+
+    batch = task.collate([task.train_set[index] for index in range(8)])
+    task.losses(model, batch, step)
+    return ((shown[0] - torch.arange(8)) % 8).tolist()
+
+
+def test_views_depend_on_seed_and_step_alone(make_task):
+    task = make_task()
+    torch.manual_seed(1)
+    first = views_shown(task, step=5)
+    torch.manual_seed(2)
+    assert views_shown(task, step=5) == first
+    assert views_shown(task, step=6) != first
+    assert views_shown(make_task(seed=1), step=5) != first
+
+
+def test_every_view_has_its_turn_and_none_is_invented(make_task):
+    assert {view for step in range(20) for view in views_shown(make_task(), step)} == set(range(8))
+    assert {view for step in range(20) for view in views_shown(make_task(views=4), step)} == set(range(4))
+    assert views_shown(make_task(views=1), 0) == [0] * 8
+
+
+def test_validation_measures_the_first_view_in_eval_mode(make_task):
+    task = make_task(dropout=0.5, class_dropout=0.5)
+    with torch.no_grad():
+        logits = task.model.eval()(
+            task.validation_set.codes[:, 0], task.validation_set.labels
+        ).logits.double()
+    target = task.validation_set.codes[:, :1]
+    nats = -logits.log_softmax(1).gather(1, target).mean().item()
+    task.model.train()
+    found = task.validate()
+    assert found["loss"] == pytest.approx(nats, rel=1e-5)
+    assert found["bits_per_code"] == pytest.approx(nats / math.log(2), rel=1e-5)
+
+
+# Loss
+
+
+def test_loss_of_an_untrained_prior_is_near_log_k(make_task):
+    task = make_task(num_codes=64, hidden_size=16)
+    task.train_set.codes = torch.randint(64, task.train_set.codes.shape)
+    batch = task.collate([task.train_set[index] for index in range(8)])
+    loss = task.losses(task.model, batch, step=0)["loss"].item()
+    assert loss == pytest.approx(math.log(64), rel=0.1), (
+        "it knows nothing yet, and must not be sure of anything"
+    )
+
+
+def test_two_steps_lower_the_loss_on_one_batch(make_task):
+    task = make_task(dropout=0.0, class_dropout=0.0)
+    batch = task.collate([task.train_set[index] for index in range(8)])
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    history = []
+    for _ in range(3):
+        loss = task.losses(task.model, batch, step=0)["loss"]
+        history.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert history[2] < history[0], history
+
+
+# What a run leaves behind
+
+
+def test_model_folder_generates_the_samples_of_the_run(tiny_run):
+    model = load_model(IsicVQModel, str(tiny_run.prior / "model"))
+    arrays = load_file(tiny_run.prior / "arrays" / "samples.safetensors")
+    assert (arrays["images"].shape, arrays["images"].dtype) == ((10, 16, 16, 3), torch.uint8)
+    assert arrays["labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0], (
+        "each class in turn, then unconditional"
+    )
+    pixel_values = model.generate(10, arrays["labels"], seed=0).pixel_values
+    expected = IsicVQImageProcessor(size=16).postprocess(pixel_values, output_type="np")
+    assert np.array_equal(arrays["images"], expected), "what was saved is what the figures show"
+
+
+def test_model_folder_holds_the_tokenizer_bit_for_bit(tiny_run):
+    whole = load_model(IsicVQModel, str(tiny_run.prior / "model"))
+    tokenizer = load_model(VQVAEModel, str(tiny_run.vqvae / "model"))
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(whole.vqvae.state_dict()[name], value), name
+
+
+def test_report_lines_are_consistent(tiny_run):
+    report = Report.load(tiny_run.prior / "report.json")
+    bits = report.value("bits_per_code")
+    assert report.value("bits_per_code_flat") == 3.0, "log2 of 8 codes"
+    assert report.value("bits_per_pixel") == pytest.approx(bits / 16), "one code covers 4 x 4 pixels"
+    train, validation = (read_code_cache(tiny_run.codes[part]) for part in ("train", "validation"))
+    counts = np.bincount(train.codes.ravel(), minlength=8) + 1
+    unigram = -np.log2(counts / counts.sum())[validation.codes[:, 0].ravel()].mean()
+    assert report.value("bits_per_code_unigram") == pytest.approx(unigram, rel=1e-9)
+    assert {metric.n for metric in report.metrics} == {16}
+    assert report.tables["sample_labels"] == [*DIAGNOSES[:8], "unconditional", "melanoma"]
+
+
+def test_reported_bits_are_those_of_the_best_validation(tiny_run):
+    lines = [json.loads(line) for line in (tiny_run.prior / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    best = min(min(line["validation/bits_per_code"], line["averaged/bits_per_code"]) for line in epochs)
+    assert Report.load(tiny_run.prior / "report.json").value("bits_per_code") == pytest.approx(best, rel=1e-6)
