@@ -298,7 +298,9 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder of a whole model.")],
     output: Annotated[Path, typer.Argument(help="Repository folder to write; replaced whole.")],
     train_codes: Annotated[Path, typer.Option(help="Code cache of the training images: their provenance.")],
-    bf16: Annotated[bool, typer.Option("--bf16", help="Store parameters in half the space.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Store the prior's parameters in half the space.")
+    ] = False,
 ) -> None:
     """Write a Hub repository folder: weights, processor, previews and provenance."""
     from isic_vq.export import export_repository
@@ -351,7 +353,7 @@ def _print_report(report: "Report") -> None:
     """Print a report's metrics as a table."""
     for metric in report.metrics:
         typer.echo(
-            f"  {metric.name:<28} {metric.value:>10.4f} {metric.unit:<30} {metric.split}, n = {metric.n}"
+            f"  {metric.name:<28} {metric.value:>10.5g} {metric.unit:<30} {metric.split}, n = {metric.n}"
         )
 
 

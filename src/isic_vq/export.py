@@ -22,7 +22,7 @@ from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.hub import load_model
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import PARTS, WEIGHTS_FILE, IsicVQModel
+from isic_vq.models.modeling_isic_vq import WEIGHTS_FILE, IsicVQModel
 from isic_vq.models.pipeline_isic_vq import TASK
 
 PREVIEWS_PER_CLASS = 6
@@ -39,7 +39,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool) -
         model: folder of a whole model.
         output: repository folder; replaced whole.
         train_codes: code cache of the images the model was trained on: their provenance.
-        bf16: round the parameters to bfloat16 and store them so; they are still computed with in float32.
+        bf16: round the prior's parameters to bfloat16 and store them so; they are still computed with in float32.
 
     Raises:
         ModelError, DataError: as their docstrings say.
@@ -52,23 +52,23 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool) -
         loaded.save_pretrained(folder)
         processor.save_pretrained(folder)
         if bf16:
-            store_parameters_as_bf16(folder, loaded)
+            store_prior_as_bf16(folder, loaded)
             loaded = load_model(IsicVQModel, str(folder)).cpu()
         (folder / "provenance.json").write_text(json.dumps(provenance(cache), indent=2) + "\n")
         write_previews(loaded, processor, folder / "previews")
 
 
-@torch.no_grad()
-def store_parameters_as_bf16(folder: Path, model: IsicVQModel) -> None:
-    """Rewrite the parts' weight files with bfloat16 parameters; buffers (codebook, statistics) stay float32."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for part in PARTS:
-        path = folder / part / WEIGHTS_FILE
-        tensors = {
-            name: tensor.bfloat16() if name in parameters else tensor
-            for name, tensor in load_file(path).items()
-        }
-        save_file(tensors, path, metadata={"format": "pt"})
+def store_prior_as_bf16(folder: Path, model: IsicVQModel) -> None:
+    """Rewrite the prior's weight file with bfloat16 parameters; its buffers stay float32.
+
+    The tokenizer is left alone: rounding its encoder would change codes, and codes are what caches and priors rest on.
+    """
+    parameters = {f"prior.{name}" for name, _ in model.prior.named_parameters()}
+    path = folder / "prior" / WEIGHTS_FILE
+    tensors = {
+        name: tensor.bfloat16() if name in parameters else tensor for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def provenance(cache: CodeCache) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def metric_table(reports: list[Report]) -> str:
         values = []
         for report in reports:
             found = [m for m in report.metrics if m.name == metric.name]
-            values.append(f"{found[0].value:.4f}" if found else "")
+            values.append(f"{found[0].value:.5g}" if found else "")
         lines.append(f"| {metric.name} | {metric.unit} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
