@@ -150,3 +150,9 @@ def test_registration_needs_no_trust_for_a_repository_that_ships_code(folder, tm
 
     images = pipeline(TASK, model=copy)(seed=0, output_type="pt")
     assert torch.isfinite(images).all()
+
+
+def test_importing_after_transformers_pipelines_registers_once_and_warns_of_nothing():
+    code = "from transformers import pipeline; import isic_vq"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -112,6 +112,6 @@ def install() -> None:
     """Register with the transformers modules that are loaded, and with the others once they are. Idempotent."""
     if not any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _HookFinder())
-    for name, hook in HOOKS.items():
-        if name in sys.modules:
-            hook(sys.modules[name])
+    loaded = [name for name in HOOKS if name in sys.modules]  # before a hook imports more of them
+    for name in loaded:
+        HOOKS[name](sys.modules[name])

@@ -300,3 +300,10 @@ def test_class_names_are_the_priors(composite):
 def test_save_takes_a_path_as_text(composite, tmp_path):
     composite.save_pretrained(os.fspath(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b" / "config.json").is_file()
+
+
+def test_a_model_joined_from_loaded_parts_does_not_publish_where_they_lay(composite_folder, tmp_path):
+    parts = (VQVAEModel.from_pretrained(composite_folder), PixelCNNModel.from_pretrained(composite_folder))
+    IsicVQModel.from_parts(*parts).save_pretrained(tmp_path / "joined")
+    for path in (tmp_path / "joined").rglob("*.json"):
+        assert str(composite_folder) not in path.read_text(), path.name

@@ -352,3 +352,11 @@ def test_too_many_corrupt_images_stop_the_run_by_name(make_task, damaged):
     task = make_task(f"data.train=folder:{damaged}", "data.max_corrupt_share=0.01")
     with pytest.raises(DataError, match="1 of 4 images are corrupt.*SYNTHETIC_0_0000003"):
         task.losses(task.model, batch_of(task, range(4)), step=0)
+
+
+def test_batch_of_corrupt_images_alone_is_named(make_task, damaged):
+    task = make_task(f"data.train=folder:{damaged}", "data.max_corrupt_share=0.1")
+    with pytest.raises(
+        DataError, match="every image of a batch is corrupt .SYNTHETIC_0_0000003.*loop.batch_size"
+    ):
+        task.losses(task.model, batch_of(task, [3]), step=0)

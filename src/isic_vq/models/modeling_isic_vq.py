@@ -87,6 +87,8 @@ class IsicVQModel(PreTrainedModel):
             raise ValueError(f"the prior was made for other codes: {error.__cause__}") from error
         model = cls(config)
         model.vqvae, model.prior = vqvae, prior
+        for part in (vqvae, prior):
+            part.config.name_or_path = ""  # transformers would publish the folder it was read from
         return model.eval()
 
     def encode(self, pixel_values: Tensor) -> Tensor:

@@ -71,11 +71,8 @@ class Checkpoints:
                 if averaged is not None:
                     save_file(averaged.state_dict(), folder / "averaged.safetensors")
                 (folder / "progress.json").write_text(json.dumps(asdict(progress)))
-        except (
-            OSError,
-            SafetensorError,
-            RuntimeError,
-        ) as error:  # a full disk: Python's, safetensors', torch's
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # A full disk is an OSError to Python, the other two to safetensors and torch.
             last = self.list()
             raise CheckpointError(
                 f"checkpoint of step {progress.step} was not written ({error}); the last good one is "

@@ -133,8 +133,6 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
         trainer.resume()
     trainer.train()
     prior = PixelCNNModel.from_pretrained(run_dir / "best")
-    for part in (tokenizer, prior):
-        part.config.name_or_path = ""  # transformers would publish the folder it was read from
     model = IsicVQModel.from_parts(tokenizer, prior).to(trainer.accelerator.device)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     with replaced_directory(run_dir / "model") as folder:

@@ -79,6 +79,10 @@ class VQVAETask:
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Reconstruction and quantizer losses of a batch."""
         self.skipped.count(cast(Batch, batch))
+        if not len(batch["indices"]):
+            raise DataError(
+                f"every image of a batch is corrupt ({batch['skipped'][0]}): replace these, or raise loop.batch_size"
+            )
         pixel_values = batch["pixel_values"].to(self.model.device)
         if self.recipe.augment:
             views = random_views(len(pixel_values), self.recipe.loop.seed, step).to(pixel_values.device)
