@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -424,6 +425,11 @@ def test_wandb_offline_run_is_written(make_trainer, tmp_path, monkeypatch):
     trainer.train()
     trainer.finish()
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = (
+        time.monotonic() + 60
+    )  # another process writes the file, and may do so after finish() has returned
+    while b"epoch/validation/loss" not in run.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert b"epoch/validation/loss" in run.read_bytes()
 
 
