@@ -89,18 +89,18 @@ def test_what_does_not_fit_is_refused(shape, views, message):
 
 
 def test_random_views_depend_on_arguments_only():
-    views = random_views(64, seed=5, step=7)
+    views = random_views(64, seed=5, epoch=7)
     torch.manual_seed(123)
     torch.rand(10)
-    assert torch.equal(views, random_views(64, seed=5, step=7))
+    assert torch.equal(views, random_views(64, seed=5, epoch=7))
     assert (views.dtype, views.shape) == (torch.int64, (64,))
     code = "from isic_vq.data.augmentation import random_views; print(random_views(64, 5, 7).tolist())"
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert other.stdout.strip() == str(views.tolist()), "another process draws the same"
 
 
-def test_steps_and_seeds_draw_their_own_views():
-    drawn = {tuple(random_views(32, seed, step).tolist()) for seed in range(8) for step in range(8)}
+def test_epochs_and_seeds_draw_their_own_views():
+    drawn = {tuple(random_views(32, seed, epoch).tolist()) for seed in range(8) for epoch in range(8)}
     assert len(drawn) == 64
 
 
@@ -110,7 +110,12 @@ def test_random_views_leave_the_global_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_each_image_meets_every_view_over_the_epochs():
+    met = torch.stack([random_views(16, seed=3, epoch=epoch) for epoch in range(80)])
+    assert [sorted(column.unique().tolist()) for column in met.t()] == [list(range(8))] * 16
+
+
 def test_random_views_are_uniform():
-    counts = torch.bincount(random_views(16_000, seed=1, step=0), minlength=8)
+    counts = torch.bincount(random_views(16_000, seed=1, epoch=0), minlength=8)
     assert counts.sum() == 16_000
     assert (counts - 2000).abs().max() < 200, "between four and five standard deviations of a binomial"

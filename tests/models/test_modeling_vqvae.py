@@ -252,6 +252,14 @@ def test_images_of_another_shape_are_refused(model, method, shape):
         getattr(model, method)(torch.zeros(shape))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("switch", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+def test_gradient_checkpointing_is_refused_rather_than_learning_each_pass_twice(model, switch):
+    """It would run every layer again in the backward pass, BatchNorm's statistics and the codebook's included."""
+    with pytest.raises(ValueError, match="VQVAEModel does not support activation checkpointing"):
+        getattr(model, switch)()
+
+
 def test_codes_of_another_tokenizer_are_refused(model):
     with pytest.raises(ValueError, match=r"expected \[0, 7\); they come from another tokenizer"):
         model.decode(torch.full((1, 4, 4), 7))

@@ -322,6 +322,68 @@ def test_reset_draw_differs_from_update_to_update():
     assert len(set(moved)) > 3, "the same latent is picked at every update"
 
 
+# --- learning by the step ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_deferred_passes_are_noted_and_teach_nothing_yet(update):
+    quantizer = make_quantizer(update=update, dead_code_threshold=1e9).train()
+    quantizer.defer()
+    before = state_of(quantizer)
+    passes = [normal(9, 5, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    codes = [quantizer(as_grid(latents)).codes.flatten() for latents in passes]
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"a deferred pass changed {name}"
+    noted = quantizer.take_noted()
+    for latents, ids, (noted_latents, noted_ids) in zip(passes, codes, noted, strict=True):
+        assert torch.equal(noted_latents, latents)
+        assert torch.equal(noted_ids, ids)
+        assert not noted_latents.requires_grad
+    assert quantizer.take_noted() == [], "handed over once"
+
+
+def test_deferred_passes_keep_no_graph_alive():
+    quantizer = make_quantizer().train()
+    quantizer.defer()
+    quantizer(as_grid(normal(9, 5, dtype=torch.float32)).requires_grad_())
+    ((latents, _),) = quantizer.take_noted()
+    assert latents.grad_fn is None, "the encoder's activations would stay in memory until the update"
+
+
+def test_eval_mode_notes_nothing():
+    quantizer = make_quantizer()
+    quantizer.defer()
+    quantizer.eval()(as_grid(LATENTS))
+    assert quantizer.take_noted() == []
+
+
+def test_update_with_the_sums_of_a_pass_is_what_the_pass_teaches():
+    by_pass, by_update = make_quantizer_with_a_dead_code(), make_quantizer_with_a_dead_code()
+    latents = batch_around_two_codes()
+    codes = nearest_codes(latents, by_update.codebook)
+    by_pass(as_grid(latents))
+    by_update.update(*assignment_sums(latents, codes, 3), lambda rows: latents[rows])
+    for name, tensor in by_pass.state_dict().items():
+        assert torch.equal(tensor, by_update.state_dict()[name]), name
+
+
+def test_update_asks_for_latents_only_when_a_code_is_dead():
+    quantizer = make_quantizer_with_a_dead_code(threshold=0.0)
+    latents = batch_around_two_codes()
+    codes = nearest_codes(latents, quantizer.codebook)
+    quantizer.update(
+        *assignment_sums(latents, codes, 3), lambda rows: pytest.fail("a collective for nothing")
+    )
+
+
+def test_deferral_is_not_saved():
+    quantizer = make_quantizer()
+    names = set(quantizer.state_dict())
+    quantizer.defer()
+    quantizer.train()(as_grid(LATENTS))
+    assert set(quantizer.state_dict()) == names
+
+
 def test_start_from_sets_codebook_counts_and_sums():
     quantizer = make_quantizer()
     counts = torch.tensor([1.0, 2.0, 3.0, 4.0])

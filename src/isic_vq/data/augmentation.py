@@ -11,6 +11,7 @@ augmentation here.
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 NUM_VIEWS = 8
 
@@ -49,17 +50,25 @@ def dihedral(pixel_values: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def random_views(batch_size: int, seed: int, step: int) -> torch.Tensor:
-    """Draw one view per image; the same arguments give the same views, on any machine and after any resume.
+def view(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
+    """Show one image, of shape (side, side, channels), in the view of that number; a view of the same memory."""
+    return np.rot90(pixels[:, ::-1] if number >= 4 else pixels, number % 4)
+
+
+def random_views(num_images: int, seed: int, epoch: int) -> torch.Tensor:
+    """Draw the view in which each image of a data set is shown in an epoch.
+
+    The same arguments give the same views on any machine, after any resume, and however the epoch is cut into
+    batches, micro-batches and processes.
 
     Args:
-        batch_size: number of views.
+        num_images: number of images of the data set.
         seed: seed of the run, not negative.
-        step: position in the run, not negative; every step draws its own views.
+        epoch: number of the epoch, not negative; every epoch draws its own views.
 
     Returns:
-        torch.Tensor of shape (batch_size,), int64, uniform in 0 to 7.
+        torch.Tensor of shape (num_images,), int64, uniform in 0 to 7.
     """
-    state = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
-    return torch.randint(NUM_VIEWS, (batch_size,), generator=generator)
+    return torch.randint(NUM_VIEWS, (num_images,), generator=generator)

@@ -9,7 +9,7 @@ It does not shuffle or augment.
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from numpy.typing import NDArray
 
+from isic_vq.data.augmentation import view
 from isic_vq.data.schema import DataError
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
@@ -73,9 +74,9 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return {"pixel_values", "label", "index"}, or {"index", "error"} for a corrupt image.
+        """Return {"pixels", "label", "index"}, or {"index", "error"} for a corrupt image.
 
-        `pixel_values` is float32 of shape (3, height, width), RGB in [0, 1].
+        `pixels` is uint8 of shape (height, width, 3), RGB: `collate` makes a whole batch floating-point at once.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in 0 to {len(self) - 1}")
@@ -83,6 +84,8 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
             return _item(self._decode(index), self.labels[index], index)
         if index not in self.cache:
             self.cache[index] = self._decode(index)
+            if isinstance(pixels := self.cache[index], np.ndarray):
+                pixels.setflags(write=False)  # the next epoch reads them, too
         return _item(self.cache[index], self.labels[index], index)
 
     def _decode(self, index: int) -> NDArray[np.uint8] | str:
@@ -145,11 +148,24 @@ class SkipCounter:
             )
 
 
-def collate(items: list[dict[str, Any]]) -> Batch:
-    """Join items of `DecodedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`."""
+def collate(items: list[dict[str, Any]], views: Sequence[int] | None = None) -> Batch:
+    """Join items of `DecodedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`.
+
+    `pixel_values` lies in memory channels last, as decoded images do and as convolutions like it.
+
+    Args:
+        items: of `DecodedImages`.
+        views: one per image of the data set: the dihedral view it is shown in; None shows all as they are.
+    """
     sound = [item for item in items if "error" not in item]
+    pixels = [
+        item["pixels"] if views is None else view(item["pixels"], views[item["index"]]) for item in sound
+    ]
+    pixel_values = (
+        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() if sound else torch.empty(0, 3, 0, 0)
+    )
     return {
-        "pixel_values": torch.stack([i["pixel_values"] for i in sound]) if sound else torch.empty(0, 3, 0, 0),
+        "pixel_values": pixel_values.div_(255),
         "labels": torch.tensor([item["label"] for item in sound], dtype=torch.int64),
         "indices": torch.tensor([item["index"] for item in sound], dtype=torch.int64),
         "skipped": [item["error"] for item in items if "error" in item],
@@ -222,7 +238,4 @@ def _item(square: NDArray[np.uint8] | str, label: int, index: int) -> dict[str, 
     """Return the item of one decoded or corrupt image."""
     if isinstance(square, str):
         return {"index": index, "error": square}
-    pixel_values = (
-        torch.from_numpy(square).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    )
-    return {"pixel_values": pixel_values / 255, "label": label, "index": index}
+    return {"pixels": square, "label": label, "index": index}

@@ -238,7 +238,8 @@ class VQVAEModel(VQVAEPreTrainedModel):
         else:
             reconstruction, codes = self.decoder(latents), None
             commitment_loss = codebook_loss = latents.new_zeros(())
-        difference = reconstruction.float() - pixel_values.float()
+        precise = torch.promote_types(reconstruction.dtype, torch.float32)
+        difference = reconstruction.to(precise) - pixel_values.to(precise)
         l1_loss, mse_loss = difference.abs().mean(), difference.square().mean()
         loss = self.config.l1_weight * l1_loss + self.config.mse_weight * mse_loss
         loss = loss + self.config.beta * commitment_loss  # eq. 3, third term

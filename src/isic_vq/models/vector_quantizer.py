@@ -10,6 +10,7 @@ Several public implementations put beta on the codebook term; here it multiplies
 This file is tensor math only: it knows nothing of images, optimizers or processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,16 +126,18 @@ class Quantization:
 class VectorQuantizer(nn.Module):
     """Codebook of K vectors, learned by moving averages ("ema") or by gradient ("gradient").
 
-    In training mode each forward pass updates the moving statistics once, in eval mode never. Runs in
-    the codebook's own precision (float32 or better) even under autocast.
+    In training mode each forward pass updates the moving statistics once, in eval mode never. A training loop
+    whose step is made of several passes (accumulation, several processes) calls `defer` first: passes are then
+    only noted down, and the loop calls `update` once per step with what all of them saw. Runs in the codebook's
+    own precision (float32 or better) even under autocast.
 
     Args:
         num_codes: K.
         code_dim: D.
         update: "ema" or "gradient".
-        decay: decay of the moving statistics per forward pass.
+        decay: decay of the moving statistics per step.
         epsilon: Laplace smoothing of the counts.
-        dead_code_threshold: moving count (latents per pass) below which a code is moved; 0 = never.
+        dead_code_threshold: moving count (latents per step) below which a code is moved; 0 = never.
     """
 
     codebook: Tensor
@@ -152,7 +155,7 @@ class VectorQuantizer(nn.Module):
         dead_code_threshold: float,
     ):
         super().__init__()
-        self.num_codes, self.code_dim, self.update = num_codes, code_dim, update
+        self.num_codes, self.code_dim, self.learns_by = num_codes, code_dim, update
         self.decay, self.epsilon, self.dead_code_threshold = decay, epsilon, dead_code_threshold
         codebook = torch.empty(num_codes, code_dim)
         if update == "gradient":
@@ -162,6 +165,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.empty(num_codes))  # moving counts
         self.register_buffer("code_sums", torch.empty(num_codes, code_dim))  # moving sums of latents
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))  # seeds the resets
+        self.noted: list[tuple[Tensor, Tensor]] | None = None  # passes since the last update, once deferred
 
     def forward(self, latents: Tensor) -> Quantization:
         """Quantize latents of shape `(B, D, h, w)`.
@@ -187,7 +191,7 @@ class VectorQuantizer(nn.Module):
             codebook_loss = F.mse_loss(e, z.detach())
             quantized = z + (e - z).detach()
             if self.training:
-                self.learn(flat.detach(), codes)
+                self._see(flat.detach(), codes)
         return Quantization(quantized, codes.view(batch, height, width), commitment_loss, codebook_loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -203,39 +207,58 @@ class VectorQuantizer(nn.Module):
             )
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
 
+    def defer(self) -> None:
+        """From now on note training passes down for `take_noted`, and leave the learning to the caller."""
+        self.noted = []
+
+    def take_noted(self) -> list[tuple[Tensor, Tensor]]:
+        """Hand over the (latents `(N, D)`, codes `(N,)`) of the training passes since the last call."""
+        noted = self.noted or []
+        if self.noted is not None:
+            self.noted = []
+        return noted
+
+    def _see(self, latents: Tensor, codes: Tensor) -> None:
+        """Learn from a training pass at once or, once deferred, note it down."""
+        if self.noted is not None:
+            self.noted.append((latents, codes))
+        else:
+            counts, sums = assignment_sums(latents, codes, self.num_codes)
+            self.update(counts, sums, lambda rows: latents[rows])
+
     @torch.no_grad()
-    def learn(self, latents: Tensor, codes: Tensor) -> None:
-        """Update the moving statistics, the codebook if it is one of them, and move unused codes.
+    def update(self, counts: Tensor, sums: Tensor, latents_at: Callable[[Tensor], Tensor]) -> None:
+        """Take one step: moving statistics, the codebook if it is one of them, codes out of use.
 
         n_k <- decay n_k + (1 - decay) counts_k,  m_k <- decay m_k + (1 - decay) sums_k,  e_k = m_k / n_k
-        (appendix A.1), with n_k smoothed as (n_k + eps) / (n + K eps) * n.
+        (appendix A.1), with n_k smoothed as (n_k + eps) / (n + K eps) * n. A code whose n_k falls below the
+        threshold is put onto a random latent of the step, counted as if it held the threshold. That draw depends
+        on the number of updates alone, so that a resumed run and every process of a run repeat it.
+
+        Args:
+            counts (`torch.Tensor` of shape `(K,)`): the step's latents per code.
+            sums (`torch.Tensor` of shape `(K, D)`): their sums.
+            latents_at: the step's latents `(R, D)` at rows `(R,)`, in [0, sum of counts).
         """
-        counts, sums = assignment_sums(latents, codes, self.num_codes)
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.code_sums.lerp_(sums, 1 - self.decay)
-        if self.update == "ema":
+        if self.learns_by == "ema":
             total = self.cluster_size.sum()
             smoothed = (self.cluster_size + self.epsilon) / (total + self.num_codes * self.epsilon) * total
             self.codebook.copy_(self.code_sums / smoothed[:, None])
-        self.move_dead_codes(latents)
+        dead = self.cluster_size < self.dead_code_threshold
+        if dead.any():
+            generator = torch.Generator().manual_seed(int(self.num_updates))
+            rows = torch.randint(int(counts.sum()), (self.num_codes,), generator=generator)
+            self._move(dead, latents_at(rows.to(counts.device)))
         self.num_updates += 1
 
-    @torch.no_grad()
-    def move_dead_codes(self, latents: Tensor) -> None:
-        """Put each code below the threshold onto a random latent, counted as if it held the threshold.
-
-        The draw depends on the number of updates alone, so that a resumed run repeats it.
-        """
-        dead = self.cluster_size < self.dead_code_threshold
-        if not dead.any():
-            return
-        generator = torch.Generator().manual_seed(int(self.num_updates))
-        picks = torch.randint(latents.shape[0], (self.num_codes,), generator=generator).to(latents.device)
-        replacement = latents[picks]
-        self.codebook.copy_(torch.where(dead[:, None], replacement, self.codebook))
+    def _move(self, dead: Tensor, replacements: Tensor) -> None:
+        """Put the codes of the mask `dead` onto their row of `replacements` `(K, D)`."""
+        self.codebook.copy_(torch.where(dead[:, None], replacements, self.codebook))
         self.cluster_size.masked_fill_(dead, self.dead_code_threshold)
         self.code_sums.copy_(
-            torch.where(dead[:, None], replacement * self.dead_code_threshold, self.code_sums)
+            torch.where(dead[:, None], replacements * self.dead_code_threshold, self.code_sums)
         )
 
     @torch.no_grad()
