@@ -455,6 +455,11 @@ def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, 
         (["data.train=*.parquet"], "is not YAML after the =: put the value in quotes"),
         (["data.train=''"], "data.train is not set"),
         (["loop.batch_size=64"], "the training set has 16 images, fewer than one batch of 64"),
+        (
+            ["loop.accumulation_steps=3"],
+            "loop.batch_size is 4: expected a multiple of 3, 3 accumulated parts",
+        ),
+        (["loop.trackers=[mlflow]"], "trackers has ['mlflow']: expected any of wandb, tensorboard, trackio"),
         (["--resume"], "has no readable checkpoint"),
     ],
 )
@@ -563,7 +568,8 @@ def test_other_commands_end_quietly_on_ctrl_c(run, tiny_run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run, tmp_path, number):
     metrics = tmp_path / "run" / "metrics.jsonl"
     options = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     options = [*map(str, options), "loop.max_steps=200"]
@@ -574,7 +580,7 @@ def test_ctrl_c_in_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run,
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no step after five minutes"
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stderr = process.communicate(timeout=300)[1]
     assert process.returncode == 130, stderr
     assert "a checkpoint was saved. Continue with the same command and --resume" in stderr

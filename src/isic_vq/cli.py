@@ -230,6 +230,8 @@ def train_vqvae(
     _quiet_transformers()
     recipe = load_recipe(VQVAERecipe, config, overrides or [])
     result = train(recipe, resume)
+    if result is None:
+        return  # the main process tells
     typer.echo(
         f"{result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {result.usage:.1%} of codes used, perplexity "
         f"{result.perplexity:.0f} on {result.num_images} validation images; wrote {recipe.output_dir}/model"
@@ -247,11 +249,39 @@ def train_prior(
     _quiet_transformers()
     recipe = load_recipe(PriorRecipe, config, overrides or [])
     report = train(recipe, resume)
+    if report is None:
+        return  # the main process tells
     typer.echo(
         f"{report.value('bits_per_code'):.3f} bits per code on validation (unigram "
         f"{report.value('bits_per_code_unigram'):.3f}, flat {report.value('bits_per_code_flat'):.0f}); "
         f"wrote {recipe.output_dir}/model"
     )
+
+
+@train_app.command(
+    "decoder", epilog="Example:\n\n  isic-vq train decoder -c examples/configs/decoder-f8.yaml"
+)
+def train_decoder(
+    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+) -> None:
+    """Fine-tune a tokenizer's decoder for looks; its codes stay the same."""
+    from isic_vq.training.decoder import train_decoder as train
+    from isic_vq.training.recipe import DecoderRecipe, load_recipe
+
+    _quiet_transformers()
+    recipe = load_recipe(DecoderRecipe, config, overrides or [])
+    report = train(recipe, resume)
+    if report is None:
+        return  # the main process tells
+    changes = [
+        f"{words} {report.value(name + '_before'):.4g} -> {report.value(name):.4g}"
+        for name, words in (
+            ("frechet_distance", "Frechet distance"),
+            ("feature_distance", "feature distance"),
+            ("psnr", "PSNR"),
+        )
+    ]
+    typer.echo(f"{', '.join(changes)} dB on validation; wrote {recipe.output_dir}/model")
 
 
 @app.command(

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
+
+from isic_vq.training.processes import Processes
 
 
 class LineTask:
@@ -33,9 +36,21 @@ class LineTask:
         self.seen: list[list[float]] = []
         self.before: Callable[[int], None] = lambda step: None
 
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.model]
+
+    def begin(self, processes: Processes) -> None:
+        self.processes = processes
+
     def collate(self, items: list[Any]) -> dict[str, Any]:
         x, y = (torch.stack(column) for column in zip(*items, strict=True))
         return {"x": x, "y": y, "size": len(x)}
+
+    def check(self, batch: dict[str, Any]) -> None:
+        pass
+
+    def before_epoch(self, epoch: int) -> None:
+        pass
 
     def before_step(self, step: int) -> None:
         self.before(step)
@@ -45,6 +60,9 @@ class LineTask:
         loss = (model(batch["x"]) - batch["y"]).square().mean()
         return {"loss": loss, "double_loss": 2 * loss}
 
+    def after_step(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def validate(self) -> dict[str, float]:
         self.model.eval()
         x, y = self.train_set.tensors
@@ -52,6 +70,9 @@ class LineTask:
             loss = (self.model(x) - y).square().mean().item()
         self.validated.append(self.validation_losses.pop(0) if self.validation_losses else loss)
         return {"loss": self.validated[-1]}
+
+    def pictures(self) -> dict[str, Image.Image]:
+        return {"line": Image.new("RGB", (4, 3), (255, 0, 0))}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)

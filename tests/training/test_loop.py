@@ -1,100 +1,36 @@
 """The loop: where it stands in the data, when it saves, validates and stops, and that a resumed run is the same run."""
 
-import hashlib
-import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from line_task import LineTask, interrupt_at
+from run_folder import digests, records, scalars, untimed
 from safetensors.torch import load_file
 
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training import prior as prior_stage
 from isic_vq.training import vqvae as vqvae_stage
 from isic_vq.training.checkpoints import CheckpointError
 from isic_vq.training.loop import (
-    EpochBatches,
+    PROFILED_STEPS,
     InterruptedTraining,
-    MetricLog,
     Trainer,
     TrainingError,
     learning_rate_scale,
-    native_bf16,
 )
+from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe, load_recipe
+from isic_vq.training.run import Run
 
-
-def records(run_dir, kind=None):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in (None, line["kind"])]
-
-
-def untimed(lines):
-    return [{k: v for k, v in line.items() if not k.endswith("images_per_second")} for line in lines]
-
-
-def digests(folder):
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-# Where a run stands in its data
-
-
-def epoch_of(batches, epoch, start=0):
-    batches.epoch, batches.start = epoch, start
-    return list(batches)
-
-
-def test_an_epoch_is_a_permutation_in_whole_batches():
-    batches = EpochBatches(num_items=11, batch_size=3, seed=0)
-    for epoch in range(4):
-        drawn = epoch_of(batches, epoch)
-        assert [len(batch) for batch in drawn] == [3, 3, 3] == [3] * len(batches)
-        flat = sum(drawn, [])
-        assert len(set(flat)) == 9, "no image twice in an epoch"
-        assert set(flat) <= set(range(11))
-    assert {i for epoch in range(20) for i in sum(epoch_of(batches, epoch), [])} == set(range(11)), (
-        "the two images that an epoch leaves out are others each time"
-    )
-
-
-def test_epochs_and_seeds_differ_and_repeat():
-    batches, other = (EpochBatches(num_items=32, batch_size=4, seed=seed) for seed in (0, 1))
-    assert epoch_of(batches, 0) != epoch_of(batches, 1)
-    assert epoch_of(batches, 0) != epoch_of(other, 0)
-    assert epoch_of(batches, 0) == epoch_of(EpochBatches(32, 4, 0), 0), (
-        "the order depends on (seed, epoch) alone"
-    )
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_an_epoch_resumes_at_its_start(start):
-    batches = EpochBatches(num_items=12, batch_size=4, seed=0)
-    assert epoch_of(batches, 5, start) == epoch_of(batches, 5)[start:]
-
-
-def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(TrainingError, match="3 images, fewer than one batch of 4: lower loop.batch_size"):
-        EpochBatches(num_items=3, batch_size=4, seed=0)
-
-
-def test_the_loop_feeds_each_epoch_in_its_permutation(make_trainer):
-    trainer = make_trainer(max_steps=7)
-    trainer.train()
-    x = trainer.task.train_set.tensors[0].flatten()
-    expected = [x[batch].tolist() for epoch in (0, 1) for batch in epoch_of(EpochBatches(10, 2, 0), epoch)]
-    assert trainer.task.seen == expected[:7]
-
-
-# Learning rate and precision
+# Learning rate
 
 
 @pytest.mark.parametrize(
@@ -122,31 +58,11 @@ def test_learning_rate_without_warmup_starts_at_the_peak():
 def test_the_logged_learning_rate_is_the_schedules(make_trainer):
     trainer = make_trainer(max_steps=6, warmup_steps=2, learning_rate=0.1)
     trainer.train()
-    logged = [record["lr"] for record in records(trainer.run_dir, "batch")]
+    logged = [record["lr"] for record in records(trainer.run.folder, "batch")]
     assert logged == pytest.approx([0.1 * learning_rate_scale(step, 2, 6) for step in range(6)])
 
 
-def test_native_bf16_is_a_plain_answer_here():
-    assert native_bf16(torch.device("cpu")) in (True, False)
-
-
-# What goes wrong
-
-
-@pytest.mark.parametrize(("step", "last"), [(4, "step-00000003"), (1, "none")])
-def test_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(make_trainer, step, last):
-    class Exploding(LineTask):
-        def losses(self, model, batch, now):
-            losses = super().losses(model, batch, now)
-            return {**losses, "loss": losses["loss"] * math.nan} if now == step else losses
-
-    trainer = make_trainer(task=Exploding())
-    with pytest.raises(TrainingError) as error:
-        trainer.train()
-    assert f"the loss is nan at step {step}; the last good checkpoint is {last}." in str(error.value)
-    assert "Lower loop.learning_rate or set loop.precision=fp32" in str(error.value)
-    assert all(torch.isfinite(value).all() for value in trainer.task.model.state_dict().values())
-    assert len(records(trainer.run_dir, "batch")) == step, "the broken step is not logged as a step"
+# Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -165,23 +81,6 @@ def test_interrupted_training_ends_a_program_as_ctrl_c_does():
     assert issubclass(InterruptedTraining, KeyboardInterrupt), "no `except Exception` may swallow it"
 
 
-def test_full_disk_at_a_checkpoint_ends_the_run_with_the_earlier_one_kept(make_trainer):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    task = LineTask()
-    task.before = lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard)) if step == 5 else None
-    trainer = make_trainer(task=task, max_steps=6)
-    try:
-        with pytest.raises(CheckpointError, match="checkpoint of step 6 .* last good one is step-00000003"):
-            trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    resumed = make_trainer(max_steps=6)
-    resumed.resume()
-    resumed.train()
-    assert resumed.progress.step == 6
-
-
 # Stop and resume
 
 
@@ -198,7 +97,7 @@ def line_reference(tmp_path_factory):
         average_decay=0.5,
         precision="fp32",
     )
-    trainer = Trainer(LineTask(), loop, folder, settings={})
+    trainer = Trainer(LineTask(), loop, Run(folder, "0123abcd"), Processes(loop, folder), settings={})
     trainer.train()
     return trainer
 
@@ -221,8 +120,8 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(make_trainer, line
     for name, value in line_reference.averaged.state_dict().items():
         assert torch.equal(resumed.averaged.state_dict()[name], value), name
     assert resumed.progress == line_reference.progress
-    assert digests(resumed.run_dir / "best") == digests(line_reference.run_dir / "best")
-    assert untimed(records(resumed.run_dir)) == untimed(records(line_reference.run_dir))
+    assert digests(resumed.run.folder / "best") == digests(line_reference.run.folder / "best")
+    assert untimed(records(resumed.run.folder)) == untimed(records(line_reference.run.folder))
 
 
 def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(make_trainer, line_reference):
@@ -236,13 +135,13 @@ def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(make_traine
     killed = make_trainer(task=Killed(), max_steps=13)
     with pytest.raises(SystemExit):
         killed.train()
-    with (killed.run_dir / "metrics.jsonl").open("a") as file:
+    with (killed.run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "batch", "step": 9, "lo')
     resumed = make_trainer(max_steps=13)
     resumed.resume()
     assert resumed.progress.step == 6
     resumed.train()
-    assert untimed(records(resumed.run_dir)) == untimed(records(line_reference.run_dir))
+    assert untimed(records(resumed.run.folder)) == untimed(records(line_reference.run.folder))
     for name, value in line_reference.task.model.state_dict().items():
         assert torch.equal(resumed.task.model.state_dict()[name], value), name
 
@@ -250,12 +149,12 @@ def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(make_traine
 def test_a_finished_run_resumes_to_nothing(make_trainer):
     trainer = make_trainer(max_steps=7)
     trainer.train()
-    before = untimed(records(trainer.run_dir))
+    before = untimed(records(trainer.run.folder))
     again = make_trainer(max_steps=7)
     again.resume()
     again.train()
     assert again.task.seen == [], "no step past the end"
-    assert untimed(records(trainer.run_dir)) == before
+    assert untimed(records(trainer.run.folder)) == before
 
 
 STAGES = {
@@ -324,7 +223,7 @@ def test_best_is_the_model_of_the_lowest_validation_loss(make_trainer):
     task.validation_losses = [3.0, 1.0, 2.0]
     trainer = make_trainer(task=task, max_steps=15)
     trainer.train()
-    saved = load_file(trainer.run_dir / "best" / "model.safetensors")
+    saved = load_file(trainer.run.folder / "best" / "model.safetensors")
     for name, value in task.states[1].items():
         assert torch.equal(saved[name], value), name
     assert any(not torch.equal(task.states[1][name], task.states[2][name]) for name in saved)
@@ -336,11 +235,11 @@ def test_best_is_the_averaged_model_where_that_is_better(make_trainer, losses, w
     task.validation_losses = list(losses)
     trainer = make_trainer(task=task, max_steps=5)
     trainer.train()
-    saved = load_file(trainer.run_dir / "best" / "model.safetensors")
+    saved = load_file(trainer.run.folder / "best" / "model.safetensors")
     expected = trainer.averaged.shadow if weights == "averaged" else dict(task.model.named_parameters())
     for name in trainer.averaged.shadow:
         assert torch.equal(saved[name], expected[name]), name
-    (epoch,) = records(trainer.run_dir, "epoch")
+    (epoch,) = records(trainer.run.folder, "epoch")
     assert (epoch["validation/loss"], epoch["averaged/loss"]) == tuple(losses)
 
 
@@ -349,7 +248,7 @@ def test_validation_loss_is_logged_as_measured(make_trainer):
     task.averages_directly = False
     trainer = make_trainer(task=task, max_steps=15)
     trainer.train()
-    assert [record["validation/loss"] for record in records(trainer.run_dir, "epoch")] == task.validated, (
+    assert [record["validation/loss"] for record in records(trainer.run.folder, "epoch")] == task.validated, (
         "no smoothing, no averaging with earlier epochs"
     )
     assert len(set(task.validated)) == 3
@@ -358,7 +257,7 @@ def test_validation_loss_is_logged_as_measured(make_trainer):
 def test_validation_every_other_epoch_and_always_at_the_end(make_trainer):
     trainer = make_trainer(max_steps=23, eval_every=2)
     trainer.train()
-    validated = ["validation/loss" in record for record in records(trainer.run_dir, "epoch")]
+    validated = ["validation/loss" in record for record in records(trainer.run.folder, "epoch")]
     assert validated == [False, True, False, True, True], "the last, incomplete epoch is validated, too"
 
 
@@ -370,13 +269,13 @@ def test_training_goes_on_in_train_mode_after_a_validation(make_trainer):
     assert modes == [True] * 12
 
 
-# metrics.jsonl and trackers
+# metrics.jsonl
 
 
 def test_metrics_hold_a_record_per_step_and_per_epoch(make_trainer):
     trainer = make_trainer(max_steps=12)
     trainer.train()
-    batches, epochs = records(trainer.run_dir, "batch"), records(trainer.run_dir, "epoch")
+    batches, epochs = records(trainer.run.folder, "batch"), records(trainer.run.folder, "epoch")
     assert [record["step"] for record in batches] == list(range(1, 13))
     assert [record["epoch"] for record in batches] == [0] * 5 + [1] * 5 + [2] * 2
     assert [(record["step"], record["epoch"]) for record in epochs] == [(5, 0), (10, 1), (12, 2)]
@@ -388,58 +287,82 @@ def test_metrics_hold_a_record_per_step_and_per_epoch(make_trainer):
     assert "train/lr" not in epochs[0], "a mean learning rate means nothing"
 
 
-def test_rewind_drops_later_and_half_written_lines(tmp_path, make_trainer):
-    path = tmp_path / "metrics.jsonl"
-    kept = [{"kind": "batch", "step": 2, "epoch": 0}, {"kind": "epoch", "step": 2, "epoch": 0}]
-    late = {"kind": "batch", "step": 3, "epoch": 1}
-    lines = [json.dumps(record) + "\n" for record in (*kept, late)]
-    path.write_text("".join(lines) + '{"kind": "batch", "st')
-    assert MetricLog(path, make_trainer().accelerator).rewind(2) == kept
-    assert path.read_text() == "".join(lines[:2])
-
-
-def test_rewind_of_a_run_without_metrics_is_nothing(tmp_path, make_trainer):
-    assert MetricLog(tmp_path / "metrics.jsonl", make_trainer().accelerator).rewind(2) == []
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_tensorboard_gets_settings_and_metrics(make_trainer):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trainer = make_trainer(max_steps=5, trackers=["tensorboard"], project="mine")
+def test_each_step_tells_its_time_its_throughput_and_its_memory(make_trainer):
+    task = LineTask()
+    task.before = lambda step: time.sleep(0.05)
+    trainer = make_trainer(task=task, max_steps=6)
     trainer.train()
-    trainer.finish()
-    events = EventAccumulator(str(trainer.run_dir / "mine")).Reload()
-    logged = {event.step: event.value for event in events.Scalars("batch/loss")}
-    expected = {record["step"]: record["loss"] for record in records(trainer.run_dir, "batch")}
-    assert logged == pytest.approx(expected, rel=1e-6)
-    assert events.Scalars("epoch/validation/loss")[0].step == 5
+    used = psutil.Process().memory_info().rss / 2**30
+    for record in records(trainer.run.folder, "batch"):
+        assert 0 < record["data_seconds"] < 0.05 <= record["compute_seconds"], "the sleep is part of the step"
+        seconds = record["data_seconds"] + record["compute_seconds"]
+        assert record["images_per_second"] == pytest.approx(2 / seconds)
+        assert used / 2 < record["memory_gib"] <= 2 * used
 
 
-def test_wandb_offline_run_is_written(make_trainer, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = make_trainer(max_steps=5, trackers=["wandb"], project="mine")
+def test_time_spent_waiting_for_data_is_counted_as_such(make_trainer):
+    class Slow(LineTask):
+        def collate(self, items):
+            time.sleep(0.05)
+            return super().collate(items)
+
+    trainer = make_trainer(task=Slow(), max_steps=3)
     trainer.train()
-    trainer.finish()
-    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = (
-        time.monotonic() + 60
-    )  # another process writes the file, and may do so after finish() has returned
-    while b"epoch/validation/loss" not in run.read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert b"epoch/validation/loss" in run.read_bytes()
+    assert all(record["data_seconds"] >= 0.05 for record in records(trainer.run.folder, "batch"))
 
 
-def test_tracker_that_is_not_installed_is_refused_rather_than_left_out(make_trainer):
-    if importlib.util.find_spec("trackio"):
-        pytest.skip("trackio is installed")
-    with pytest.raises(
-        TrainingError, match=r"\['trackio'\], not installed here: pip install 'isic-vq\[trackers\]'"
-    ):
-        make_trainer(trackers=["trackio"])
+# Profiling and compilation
+
+
+def test_profile_is_a_trace_of_a_few_steps(make_trainer):
+    trainer = make_trainer(max_steps=12, profile=True)
+    trainer.train()
+    (path,) = (trainer.run.folder / "profile").iterdir()
+    assert path.name == "steps-process0.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert len([name for name in names if name.startswith("ProfilerStep#")]) == PROFILED_STEPS
+    assert any(name.startswith("aten::") for name in names)
+    assert any(name.startswith("Optimizer.step") for name in names)
+    assert "[memory]" in names
+
+
+def test_profile_of_a_run_that_ends_early_is_written_all_the_same(make_trainer):
+    make_trainer(max_steps=5, profile=True).train()
+    trainer = make_trainer("unprofiled", max_steps=5)
+    trainer.train()
+    (path,) = trainer.run.folder.parent.rglob("profile/*.json")
+    assert json.loads(path.read_text())["traceEvents"]
+    assert not (trainer.run.folder / "profile").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile has some of its own
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled_stage_takes_the_same_steps_and_saves_the_same_model(tiny_run, tmp_path, stage):
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"torch.compile needs a C++ compiler, and there is no {compiler} here")
+    module, _, recipe_class, train = STAGES[stage]
+    shared = [] if stage == "vqvae" else ["model.dropout=0"]  # compiled dropout draws its own numbers
+    plain, compiled = (
+        [f"output_dir={tmp_path / str(on)}", f"loop.compile={on}", *shared] for on in (False, True)
+    )
+    torch._dynamo.utils.counters.clear()
+    getattr(module, train)(load_recipe(recipe_class, tiny_run.configs[stage], plain))
+    assert not torch._dynamo.utils.counters["frames"]
+    getattr(module, train)(load_recipe(recipe_class, tiny_run.configs[stage], compiled))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "premise: something was compiled"
+    found, expected = (scalars(untimed(records(tmp_path / name))) for name in ("True", "False"))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    found, expected = (
+        load_file(tmp_path / name / "best" / "model.safetensors") for name in ("True", "False")
+    )
+    assert set(found) == set(expected), "no trace of the compilation in the names"
+    model_class = {"vqvae": VQVAEModel, "prior": PixelCNNModel}[stage]
+    loaded = model_class.from_pretrained(tmp_path / "True" / "best").state_dict()
+    for name, value in found.items():
+        assert torch.equal(loaded[name], value), name
 
 
 # The run's folder

@@ -14,13 +14,15 @@ from isic_vq.data.sources import describe_source
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import ModelError, load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.diagnosis import DIAGNOSES
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.prior import CodeGrids, PriorTask, train_prior
-from isic_vq.training.recipe import PriorRecipe, load_recipe
+from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, load_recipe
 
 
 def cache_of(diagnoses, views=8, num_codes=8):
@@ -42,15 +44,21 @@ def make_recipe(tiny_run, tmp_path):
 
 
 @pytest.fixture
-def make_task():
-    """Tasks on codes that name their image and view."""
+def make_task(tmp_path):
+    """Tasks on codes that name their image and view, ready for their first epoch."""
 
     def make(views=8, seed=0, **config):
         torch.manual_seed(0)
         fields = {"num_codes": 8, "grid_size": 4, "hidden_size": 8, "num_layers": 1, "head_size": 8}
         fields |= {"first_kernel_size": 3, "id2label": {0: "melanoma"}}
+        config = PixelCNNConfig(**{**fields, **config})
+        tokenizer = VQVAEConfig(image_size=16, hidden_sizes=[4, 8], num_codes=config.num_codes, code_dim=4)
         grids = CodeGrids(cache_of(["melanoma"] * 8, views), ["melanoma"])
-        return PriorTask(PixelCNNModel(PixelCNNConfig(**{**fields, **config})), grids, grids, seed)
+        recipe = PriorRecipe(loop=LoopRecipe(seed=seed, precision="fp32"))
+        task = PriorTask(PixelCNNModel(config), VQVAEModel(tokenizer), grids, grids, recipe)
+        task.begin(Processes(recipe.loop, tmp_path))
+        task.before_epoch(0)
+        return task
 
     return make
 
@@ -120,33 +128,35 @@ def test_trained_prior_knows_its_classes_by_name_and_id(tiny_run):
     assert config.label2id == {name: index for index, name in config.id2label.items()}
 
 
-def views_shown(task, step):
-    """The view of each image that a step's loss is computed on."""
+def views_shown(task, epoch, indices=range(8), step=0):
+    """The view of each image that the loss is computed on in an epoch."""
     shown = []
 
     def model(codes, labels):
         shown.append(codes[:, 0, 0])
         return PriorOutput(loss=codes.float().mean())
 
-    batch = task.collate([task.train_set[index] for index in range(8)])
-    task.losses(model, batch, step)
-    return ((shown[0] - torch.arange(8)) % 8).tolist()
+    task.before_epoch(epoch)
+    task.losses(model, task.collate([task.train_set[index] for index in indices]), step)
+    return ((shown[0] - torch.tensor(list(indices))) % 8).tolist()
 
 
-def test_views_depend_on_seed_and_step_alone(make_task):
+def test_view_of_an_image_depends_on_seed_epoch_and_index_alone(make_task):
     task = make_task()
-    torch.manual_seed(1)
-    first = views_shown(task, step=5)
+    first = views_shown(task, epoch=5)
     torch.manual_seed(2)
-    assert views_shown(task, step=5) == first
-    assert views_shown(task, step=6) != first
-    assert views_shown(make_task(seed=1), step=5) != first
+    for part in ([6], [3, 1, 2], [7, 6, 5, 4, 3, 2, 1, 0]):
+        assert views_shown(task, 5, part, step=9) == [first[index] for index in part], (
+            "whatever the batch, its order and the step"
+        )
+    assert views_shown(task, epoch=6) != first
+    assert views_shown(make_task(seed=1), epoch=5) != first
 
 
-def test_every_view_has_its_turn_and_none_is_invented(make_task):
-    assert {view for step in range(20) for view in views_shown(make_task(), step)} == set(range(8))
-    assert {view for step in range(20) for view in views_shown(make_task(views=4), step)} == set(range(4))
-    assert views_shown(make_task(views=1), 0) == [0] * 8
+@pytest.mark.parametrize("views", [1, 4, 8])
+def test_every_view_has_its_turn_and_none_is_invented(make_task, views):
+    task = make_task(views=views)
+    assert {view for epoch in range(20) for view in views_shown(task, epoch)} == set(range(views))
 
 
 def test_validation_measures_the_first_view_in_eval_mode(make_task):
@@ -188,6 +198,22 @@ def test_two_steps_lower_the_loss_on_one_batch(make_task):
         loss.backward()
         optimizer.step()
     assert history[2] < history[0], history
+
+
+# Pictures
+
+
+def test_pictures_are_samples_of_the_prior_as_it_is(make_task):
+    task = make_task()
+    state = torch.get_rng_state()
+    first = np.asarray(task.pictures()["samples"])
+    assert first.shape == (4 * 18 + 2, 4 * 18 + 2, 3), "4 x 4 images of 16 pixels, 2 between them"
+    assert np.array_equal(np.asarray(task.pictures()["samples"]), first), "the same noise every time"
+    assert torch.equal(torch.get_rng_state(), state), "training would go on elsewhere"
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert not np.array_equal(np.asarray(task.pictures()["samples"]), first)
 
 
 # What a run leaves behind

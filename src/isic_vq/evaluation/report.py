@@ -165,7 +165,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
     import torch  # here, so that reading a report (figures, the card) does not cost its import
 
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    commit, dirty = git_state(Path(__file__).resolve())
+    commit, dirty = git_state(Path(__file__).resolve().parents[1] / "__init__.py")
     return {
         "isic_vq": __version__,
         "python": platform.python_version(),

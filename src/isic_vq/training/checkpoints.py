@@ -8,17 +8,17 @@ safetensors only.
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import load
 from accelerate.utils.constants import RNG_STATE_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from isic_vq.files import replaced_directory
 from isic_vq.training.averaging import AveragedParameters
+from isic_vq.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -49,60 +49,132 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoint folders of one run, `step-00000500` and so on."""
+    """The checkpoint folders of one run, `step-00000500` and so on.
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    Every process takes part in saving (each has random states of its own) and in loading; the folder is on a disk
+    that all of them see. The main process makes and renames.
+
+    Args:
+        folder: where they are.
+        keep: how many of them are kept.
+        processes: the group.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: Processes):
+        self.folder, self.keep, self.processes = folder, keep, processes
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
-    def save(self, accelerator: Accelerator, averaged: AveragedParameters | None, progress: Progress) -> Path:
+    def newest_name(self) -> str:
+        """Name of the newest complete checkpoint, for messages."""
+        saved = self.list()
+        return saved[-1].name if saved else "none"
+
+    def save(self, averaged: AveragedParameters | None, progress: Progress) -> Path:
         """Write a checkpoint and drop the oldest ones past `keep`.
 
         Raises:
-            CheckpointError: it cannot be written; the earlier checkpoints are untouched.
+            CheckpointError: it cannot be written, by any process; the earlier checkpoints are untouched.
         """
         target = self.folder / f"step-{progress.step:08d}"
-        try:
-            with replaced_directory(target) as folder:
-                accelerator.save_state(str(folder))
-                if averaged is not None:
-                    save_file(averaged.state_dict(), folder / "averaged.safetensors")
-                (folder / "progress.json").write_text(json.dumps(asdict(progress)))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # A full disk is an OSError to Python, the other two to safetensors and torch.
-            last = self.list()
+        temporary = self.folder / f".{target.name}.tmp"
+        error = self._attempt(lambda: self._begin(temporary), on_main=True)
+        error = error or self._attempt(lambda: self._fill(temporary, averaged, progress))
+        error = error or self._attempt(lambda: self._publish(temporary, target), on_main=True)
+        if error:
+            if self.processes.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint of step {progress.step} was not written ({error}); the last good one is "
-                f"{last[-1].name if last else 'none'}. Free some space and run the same command with --resume"
-            ) from error
-        for old in self.list()[: -self.keep]:
-            shutil.rmtree(old)
+                f"{self.newest_name()}. Free some space and run the same command with --resume"
+            )
         return target
 
-    def load_newest(self, accelerator: Accelerator, averaged: AveragedParameters | None) -> Progress:
-        """Restore the newest checkpoint that can be read; a damaged one is passed over with a warning.
+    def _attempt(self, action: Callable[[], None], on_main: bool = False) -> str | None:
+        """Do something in every process, or in the main one; what went wrong in this one or elsewhere."""
+        error = None
+        try:
+            if self.processes.is_main or not on_main:
+                action()
+        except (OSError, SafetensorError, RuntimeError) as failure:
+            # A full disk is an OSError to Python, the other two to safetensors and torch.
+            error = str(failure)
+        if self.processes.agree(error is not None):
+            return error or "another process failed"
+        return None
+
+    def _begin(self, temporary: Path) -> None:
+        """Make an empty folder; what a killed run left half-written goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    def _fill(self, temporary: Path, averaged: AveragedParameters | None, progress: Progress) -> None:
+        """Write this process's part."""
+        self.processes.accelerator.save_state(str(temporary))
+        if self.processes.is_main:
+            if averaged is not None:
+                save_file(averaged.state_dict(), temporary / "averaged.safetensors")
+            state = {**asdict(progress), "num_processes": self.processes.world}
+            (temporary / "progress.json").write_text(json.dumps(state))
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        """Let the finished folder take its name, and drop the oldest ones."""
+        old = self.folder / f"{target.name}.old"  # still listed, should the process be killed right here
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        temporary.rename(target)
+        if old.exists():
+            shutil.rmtree(old)
+        for path in self.list()[: -self.keep]:
+            shutil.rmtree(path)
+
+    def load_newest(self, averaged: AveragedParameters | None) -> Progress:
+        """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or it was written by another number of processes.
         """
         for path in reversed(self.list()):
+            progress, error = None, None
             try:
-                progress = Progress(**json.loads((path / "progress.json").read_text()))
-                # accelerate passes over damaged random states in silence; this does not
-                load(path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
-                accelerator.load_state(str(path))
-                if averaged is not None:
-                    averaged.load_state_dict(load_file(path / "averaged.safetensors"))
-            except Exception as error:  # torch, safetensors and json each raise their own for a damaged file
+                progress = self._read(path, averaged)
+            except CheckpointError:
+                raise
+            except (
+                Exception
+            ) as failure:  # torch, safetensors and json each raise their own for a damaged file
+                error = failure
+            if self.processes.agree(error is not None):
                 logger.warning(
-                    "checkpoint %s cannot be read (%s); trying the one before it", path.name, error
+                    "checkpoint %s cannot be read (%s); trying the one before it",
+                    path.name,
+                    error or "by another process",
                 )
                 continue
+            assert progress is not None
             return progress
         raise CheckpointError(
             f"{self.folder.parent.name} has no readable checkpoint: delete that folder, or choose another "
             "output_dir, and start without --resume"
         )
+
+    def _read(self, path: Path, averaged: AveragedParameters | None) -> Progress:
+        """Restore one checkpoint."""
+        fields = json.loads((path / "progress.json").read_text())
+        num_processes = fields.pop("num_processes")
+        if num_processes != self.processes.world:
+            raise CheckpointError(
+                f"{path.name} was written by {num_processes} processes, this run has {self.processes.world}: an exact "
+                "resume needs as many, each with its own random state"
+            )
+        # accelerate passes over damaged random states in silence; this does not
+        load(path / f"{RNG_STATE_NAME}_{self.processes.rank}.pkl")
+        self.processes.accelerator.load_state(str(path))
+        if averaged is not None:
+            averaged.load_state_dict(load_file(path / "averaged.safetensors"))
+        return Progress(**fields)

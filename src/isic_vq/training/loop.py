@@ -1,11 +1,10 @@
 """The training loop: optimizer steps, validation, checkpoints, metrics. It knows nothing of images or codes.
 
-What is trained is a `Task`. Both stages share this loop; their losses and metrics live in their own files.
-Every random choice of the data (order, views) is a function of (seed, epoch or step), so that a resumed run
-continues exactly where the interrupted one stood.
+What is trained is a `Task`. All stages share this loop; their losses and metrics live in their own files. Every
+random choice of the data (order, views) is a function of (seed, epoch, item), so that a resumed run continues
+exactly where the interrupted one stood, and a run in several processes does what a run in one does.
 """
 
-import json
 import logging
 import math
 import signal
@@ -13,29 +12,29 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from isic_vq.files import write_atomically
 from isic_vq.training.averaging import AveragedParameters
+from isic_vq.training.batches import EpochBatches
 from isic_vq.training.checkpoints import CheckpointError, Checkpoints, Progress
+from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
+from isic_vq.training.run import Run
+from isic_vq.training.tracking import MetricLog
 
 logger = logging.getLogger(__name__)
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a loss that is not finite, or a run folder that is taken."""
+PROFILED_STEPS = 5  # after three that warm up
 
 
 class InterruptedTraining(KeyboardInterrupt):
@@ -55,44 +54,38 @@ class Task(Protocol):
     def train_set(self) -> Dataset:
         """What it is trained on; has a length."""
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `loop.compile` compiles: modules without random choices of Python's or data-dependent branches."""
+
+    def begin(self, processes: Processes) -> None:
+        """Get ready; the model is on its device."""
+
     def collate(self, items: list[Any]) -> dict[str, Any]:
         """Join items of `train_set` into a batch; batch["size"] tells how many images it holds."""
 
+    def check(self, batch: dict[str, Any]) -> None:
+        """Raise if a batch cannot be trained on."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Prepare for an epoch or the rest of one."""
+
     def before_step(self, step: int) -> None:
-        """Prepare for a step, in every process."""
+        """Prepare for a step."""
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Scalars of a batch; `loss` is the one that is minimised."""
+        """Scalars of a micro-batch, means over its images; `loss` is the one that is minimised."""
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Learn what is not learned by gradient, once per optimizer step; returns more scalars to log."""
 
     def validate(self) -> dict[str, float]:
-        """Validation metrics of `model` as it is; `loss` is the one that selects."""
+        """Validation metrics of `model` as it is, in the main process alone; `loss` is the one that selects."""
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """What trackers show of the last validation."""
 
     def save(self, folder: Path) -> None:
         """Save `model` for others to load."""
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Batches of a seeded permutation per epoch; the last incomplete one is dropped.
-
-    `epoch` and `start` are set by the loop before each pass: the position in the data is two integers.
-    """
-
-    def __init__(self, num_items: int, batch_size: int, seed: int):
-        if num_items < batch_size:
-            raise TrainingError(
-                f"the training set has {num_items} images, fewer than one batch of {batch_size}: lower loop.batch_size"
-            )
-        self.num_items, self.batch_size, self.seed, self.drop_last = num_items, batch_size, seed, True
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.num_items // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(self.epoch,)))
-        permutation = order.permutation(self.num_items).tolist()
-        for batch in range(self.start, len(self)):
-            yield permutation[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def learning_rate_scale(step: int, warmup_steps: int, max_steps: int) -> float:
@@ -100,13 +93,6 @@ def learning_rate_scale(step: int, warmup_steps: int, max_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 @contextmanager
@@ -124,29 +110,20 @@ def stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class MetricLog:
-    """metrics.jsonl and the trackers: one record per optimizer step, one per epoch."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host could not give memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch's CPU allocator, C++ containers, cuBLAS and cuDNN say so in the text of a RuntimeError only
+    texts = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
-    def __init__(self, path: Path, accelerator: Accelerator):
-        self.path, self.accelerator = path, accelerator
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records past a step, and a last line that a killed run left half-written; return the others."""
-        if not self.accelerator.is_main_process or not self.path.exists():
-            return []
-        lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomically(self.path, "".join(kept).encode())
-        return [json.loads(line) for line in kept]
-
-    def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Append a record and hand it to the trackers."""
-        if not self.accelerator.is_main_process:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        if self.accelerator.trackers:
-            self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of the process on its GPU, or its present resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 class Trainer:
@@ -155,102 +132,112 @@ class Trainer:
     Args:
         task: what is trained.
         recipe: how.
-        run_dir: gets `metrics.jsonl`, `checkpoints/` and `best/`.
+        run: its folder gets `metrics.jsonl`, `checkpoints/` and `best/`.
+        processes: the group this process belongs to.
         settings: flat settings shown by the trackers.
+
+    Raises:
+        TrainingError: a tracker is not installed, or the data do not make one batch.
     """
 
-    def __init__(self, task: Task, recipe: LoopRecipe, run_dir: Path, settings: dict[str, Any]):
-        self.task, self.recipe, self.run_dir = task, recipe, run_dir
-        missing = set(recipe.trackers) - {tracker.value for tracker in get_available_trackers()}
-        if missing:
-            raise TrainingError(
-                f"loop.trackers has {sorted(missing)}, not installed here: pip install 'isic-vq[trackers]'"
-            )
-        set_seed(recipe.seed)
-        probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(probe))
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if use_bf16 else "no",
-            log_with=recipe.trackers or None,
-            project_dir=str(run_dir),
-            dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
-            # BatchNorm buffers stay each process's own: broadcasting rank 0's would hide a difference.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        if self.accelerator.num_processes > 1:
-            raise TrainingError(
-                f"training was started in {self.accelerator.num_processes} processes: this version trains in one, "
-                "because codebooks are not yet kept equal across processes"
-            )
-        if recipe.trackers:
-            scalars = (bool, int, float, str)  # all that TensorBoard takes
-            shown = {name: v if isinstance(v, scalars) else str(v) for name, v in settings.items()}
-            self.accelerator.init_trackers(recipe.project, config=shown)
+    def __init__(
+        self, task: Task, recipe: LoopRecipe, run: Run, processes: Processes, settings: dict[str, Any]
+    ):
+        self.task, self.recipe, self.run, self.processes = task, recipe, run, processes
+        self.log = MetricLog(run.folder, run.identifier, recipe, processes, settings)
+        set_seed(recipe.seed + processes.rank)  # dropout must differ from process to process
+        if recipe.compile:
+            for part in task.compiled_parts():
+                part.compile()
+        if processes.world > 1 and processes.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(task.model)  # in place: the model itself is no such layer
         optimizer = torch.optim.AdamW(
             [p for p in task.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_scale(step, recipe.warmup_steps, recipe.max_steps)
         )
-        self.batches = EpochBatches(len(task.train_set), recipe.batch_size, recipe.seed)  # type: ignore[arg-type]
-        loader = DataLoader(
+        self.batches = EpochBatches(
+            len(task.train_set),  # type: ignore[arg-type]
+            recipe.batch_size,
+            recipe.seed,
+            recipe.accumulation_steps,
+            processes.world,
+            processes.rank,
+        )
+        # Not prepared by accelerate, which would cut the batches once more: EpochBatches has cut them.
+        self.loader = DataLoader(
             task.train_set,
             batch_sampler=self.batches,
             collate_fn=task.collate,
             num_workers=recipe.num_workers,
             generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-            pin_memory=self.accelerator.device.type == "cuda",
+            pin_memory=processes.device.type == "cuda",
         )
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(task.model, optimizer, loader)
-        # Not prepared: accelerate would step it once per process.
-        self.scheduler = scheduler
-        self.accelerator.register_for_checkpointing(scheduler)
+        accelerator = processes.accelerator
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        accelerator.register_for_checkpointing(self.scheduler)  # accelerate would step it once per process
         self.averaged = AveragedParameters(task.model, recipe.average_decay) if recipe.average_decay else None
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", recipe.keep_checkpoints)
-        self.log = MetricLog(run_dir / "metrics.jsonl", self.accelerator)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes)
         self.progress = Progress()
         self.epoch_values: list[dict[str, float]] = []  # of the current epoch's steps
+        self.stop = threading.Event()
+        task.begin(processes)
 
     def resume(self) -> None:
         """Restore the newest checkpoint of the run folder."""
-        self.progress = self.checkpoints.load_newest(self.accelerator, self.averaged)
-        kept = self.log.rewind(self.progress.step)
-        self.epoch_values = [
-            {name: value for name, value in record.items() if name not in ("kind", "step", "epoch")}
-            for record in kept
-            if record["kind"] == "batch" and record["epoch"] == self.progress.epoch
-        ]
+        self.progress = self.checkpoints.load_newest(self.averaged)
         logger.info("resumed at step %d", self.progress.step)
 
     def train(self) -> None:
         """Train to the end of the recipe, or until validation stops improving.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, the data or the memory ran out, another process is gone.
             InterruptedTraining: a signal asked to stop; a checkpoint was saved.
             CheckpointError: a checkpoint could not be written.
         """
-        progress, recipe = self.progress, self.recipe
-        bar = tqdm(
-            total=recipe.max_steps,
-            initial=progress.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-        with stop_requests() as stop, bar:
-            while not self._is_finished():
-                self._run_epoch(bar, stop)
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.accelerator, self.averaged, progress)
-        self.accelerator.wait_for_everyone()
+        with ExitStack() as stack:
+            self.stop = stack.enter_context(stop_requests())
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.recipe.max_steps,
+                    initial=self.progress.step,
+                    unit="step",
+                    disable=not self.processes.is_main,
+                    dynamic_ncols=True,
+                )
+            )
+            stack.enter_context(self.processes.watched())
+            stack.enter_context(self._explained())
+            profiler = stack.enter_context(self._profiler())
+            for values in self.steps():
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}"
+                )
+                if profiler is not None:
+                    profiler.step()
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """Train step by step: yields each optimizer step's record, after its share of all the loop does."""
+        kept = self.log.begin(self.progress.step, self.progress.epoch)
+        self.epoch_values = [
+            {name: value for name, value in record.items() if name not in ("kind", "step", "epoch")}
+            for record in kept
+            if record["kind"] == "batch" and record["epoch"] == self.progress.epoch
+        ]
+        while not self._is_finished():
+            yield from self._epoch()
+        self._save()
 
     def finish(self) -> None:
         """End the trackers' run."""
-        self.accelerator.end_training()
+        self.log.finish()
 
     def _is_finished(self) -> bool:
         progress, recipe = self.progress, self.recipe
@@ -259,64 +246,166 @@ class Trainer:
         # A run stopped after its last step still owes that epoch's validation.
         return progress.step >= recipe.max_steps and progress.batch == 0
 
-    def _run_epoch(self, bar: tqdm, stop: threading.Event) -> None:
+    def _epoch(self) -> Iterator[dict[str, float]]:
+        """Train the rest of an epoch, then validate."""
         progress, recipe = self.progress, self.recipe
         self.batches.epoch, self.batches.start = progress.epoch, progress.batch
-        started = time.perf_counter()
+        self.task.before_epoch(progress.epoch)
         self.model.train()
-        for batch in self.loader:
-            if progress.step >= recipe.max_steps:
-                break
-            values = self._step(batch)
-            now = time.perf_counter()
-            values["images_per_second"], started = batch["size"] / (now - started), now
+        loader = iter(self.loader)
+        while progress.step < recipe.max_steps and progress.batch < self.batches.batches_per_epoch:
+            started = time.perf_counter()
+            micro_batches, failure = self._fetch(loader)
+            num_images = self._agree(micro_batches, failure)
+            fetched = time.perf_counter()
+            values = self._step(micro_batches, num_images)
+            ended = time.perf_counter()
+            values["data_seconds"], values["compute_seconds"] = fetched - started, ended - fetched
+            values["images_per_second"] = num_images / (ended - started)
+            values["memory_gib"] = memory_gib(self.processes.device)
             self.epoch_values.append(values)
             self.log.write("batch", progress.step, progress.epoch, values)
-            bar.update()
-            bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}")
-            if stop.is_set():
-                self._stop()
             if progress.step % recipe.save_every == 0:
                 self._save()
+            yield values
+        if self.processes.agree(self.stop.is_set()):
+            self._stop()
         epoch, progress.epoch, progress.batch = progress.epoch, progress.epoch + 1, 0
-        sums: dict[str, float] = defaultdict(float)
-        for values in self.epoch_values:
-            for name, value in values.items():
-                sums[name] += value
-        record = {f"train/{name}": sums[name] / len(self.epoch_values) for name in sums if name != "lr"}
-        self.epoch_values = []
+        record = self._epoch_means()
         if progress.epoch % recipe.eval_every == 0 or progress.step >= recipe.max_steps:
             record |= self._validate()
         self.log.write("epoch", progress.step, epoch, record)
 
-    def _step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimizer step; returns its losses as numbers."""
-        progress = self.progress
-        self.task.before_step(progress.step)
-        with self.accelerator.autocast():
-            losses = self.task.losses(self.model, batch, progress.step)
-        loss = losses["loss"]
-        if not torch.isfinite(loss):
-            saved = self.checkpoints.list()
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {progress.step}; the last good checkpoint is "
-                f"{saved[-1].name if saved else 'none'}. Lower loop.learning_rate or set loop.precision=fp32"
+    def _fetch(self, loader: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Exception | None]:
+        """The micro-batches of a step, or why they cannot be had."""
+        try:
+            micro_batches = [next(loader) for _ in range(self.recipe.accumulation_steps)]
+            for batch in micro_batches:
+                self.task.check(batch)
+        except Exception as error:  # whatever a data source dies of
+            return [], error
+        return micro_batches, None
+
+    def _agree(self, micro_batches: list[dict[str, Any]], failure: Exception | None) -> int:
+        """Exchange how each process stands; returns the images of the whole step.
+
+        Raises:
+            InterruptedTraining: some process was asked to stop.
+            TrainingError: some process has no data.
+        """
+        own = [float(self.stop.is_set()), float(failure is not None), sum(b["size"] for b in micro_batches)]
+        stop, failures, num_images = (
+            self.processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+            if self.processes.world > 1
+            else own
+        )
+        if stop:
+            self._stop()
+        if failures:
+            if failure is not None and is_out_of_memory(failure):
+                raise failure  # saving would need memory, too
+            self._save()
+            # Of an error in a loader's process, the last line: the others are its traceback.
+            reason = (
+                (str(failure).strip() or repr(failure)).splitlines()[-1] if failure else "in another process"
             )
+            raise TrainingError(
+                f"the images of step {self.progress.step} could not be loaded ({reason}); a checkpoint was saved "
+                "there. Repair the data and run the same command with --resume"
+            ) from failure
+        return int(num_images)
+
+    def _step(self, micro_batches: list[dict[str, Any]], num_images: int) -> dict[str, float]:
+        """One optimizer step; returns its losses as numbers, means over the images of all processes."""
+        progress, accelerator = self.progress, self.processes.accelerator
+        sums: dict[str, Tensor] = {}
+        self.task.before_step(progress.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        for index, batch in enumerate(micro_batches):
+            share = batch["size"] / num_images
+            is_last = index == len(micro_batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    losses = self.task.losses(self.model, batch, progress.step)
+                # DDP takes the mean over processes; shares of the whole step add up to one.
+                accelerator.backward(losses["loss"] * (share * self.processes.world))
+            for name, value in losses.items():
+                part = value.detach() * share
+                sums[name] = sums[name] + part if name in sums else part
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        totals = self.processes.sum(torch.stack([value.float() for value in sums.values()])).tolist()
+        numbers = dict(zip(sums, totals, strict=True))
+        self._check_finite(numbers["loss"], float(norm))
+        numbers |= {"lr": float(self.scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
         self.optimizer.step()
+        numbers |= {name: value.item() for name, value in self.task.after_step().items()}
         self.scheduler.step()
         if self.averaged is not None:
             self.averaged.update(self.task.model)
         progress.step += 1
         progress.batch += 1
-        numbers: dict[str, float] = {name: value.item() for name, value in losses.items()}
-        return {**numbers, "lr": float(learning_rate), "grad_norm": float(norm)}
+        return numbers
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Raise before numbers that are not finite reach the weights."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            raise TrainingError(
+                f"the {what} at step {self.progress.step}; the last good checkpoint is "
+                f"{self.checkpoints.newest_name()}. Lower loop.learning_rate or set loop.precision=fp32"
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what torch says when memory or a loader's process is gone into an error that names the way out."""
+        try:
+            yield
+        except TrainingError:
+            raise  # says it already
+        except (RuntimeError, MemoryError) as error:
+            step, last, recipe = self.progress.step, self.checkpoints.newest_name(), self.recipe
+            if is_out_of_memory(error):
+                at_once = recipe.batch_size // (recipe.accumulation_steps * self.processes.world)
+                raise TrainingError(
+                    f"out of memory at step {step} with {at_once} images at once on {self.processes.device.type}; the "
+                    f"last good checkpoint is {last}. Raise loop.accumulation_steps (now {recipe.accumulation_steps}), "
+                    "which keeps the batch, lower loop.batch_size, or set loop.precision=bf16"
+                ) from error
+            if "DataLoader worker" in str(error):
+                raise TrainingError(
+                    f"a process that loads images was killed at step {step} ({str(error).splitlines()[-1]}); the last "
+                    f"good checkpoint is {last}. Lower loop.num_workers (now {recipe.num_workers}) if memory is short, "
+                    "and run the same command with --resume"
+                ) from error
+            raise
+
+    def _epoch_means(self) -> dict[str, float]:
+        """Means over the epoch's steps, as `train/...`."""
+        columns: dict[str, list[float]] = defaultdict(list)
+        for values in self.epoch_values:
+            for name, value in values.items():
+                columns[name].append(value)
+        self.epoch_values = []
+        return {
+            f"train/{name}": sum(column) / len(column) for name, column in columns.items() if name != "lr"
+        }
 
     def _validate(self) -> dict[str, float]:
-        """Validate raw and, where they stand alone, averaged parameters; keep the best model."""
+        """Validate raw and, where they stand alone, averaged parameters; keep the best model.
+
+        The main process measures, the others wait: no collective runs inside a validation.
+        """
+        record: dict[str, float] = {}
+        if self.processes.is_main:
+            record = self._measure()
+            if self.log.has_trackers:
+                self.log.show(self.progress.step, self.task.pictures())
+        record, fields = self.processes.from_main((record, vars(self.progress)))
+        vars(self.progress).update(fields)
+        self.model.train()
+        return record
+
+    def _measure(self) -> dict[str, float]:
         record: dict[str, float] = {}
         candidates: list[tuple[str, Any]] = [("validation", nullcontext())]
         if self.averaged is not None and self.task.averages_directly:
@@ -329,22 +418,34 @@ class Trainer:
                 if self.progress.best_loss is None or metrics["loss"] < self.progress.best_loss:
                     self.progress.best_loss, self.progress.best_step = metrics["loss"], self.progress.step
                     improved = True
-                    if self.accelerator.is_main_process:
-                        self.task.save(self.run_dir / "best")
+                    self.task.save(self.run.folder / "best")
         self.progress.validations_since_best = 0 if improved else self.progress.validations_since_best + 1
-        self.model.train()
         return record
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.accelerator, self.averaged, self.progress)
-        self.accelerator.wait_for_everyone()
+        self.checkpoints.save(self.averaged, self.progress)
 
     def _stop(self) -> None:
         self._save()
         raise InterruptedTraining(
             f"stopped at step {self.progress.step}; a checkpoint was saved. Continue with the same command and --resume"
         )
+
+    @contextmanager
+    def _profiler(self) -> Iterator[torch.profiler.profile | None]:
+        """With `loop.profile`, a profiler whose trace of a few steps goes to `profile/` in the run's folder."""
+        if not self.recipe.profile:
+            yield None
+            return
+        folder = self.run.folder / "profile"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"steps-process{self.processes.rank}.json"
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=2, warmup=1, active=PROFILED_STEPS, repeat=1),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(path)),
+            profile_memory=True,
+        ) as profiler:
+            yield profiler
 
 
 __all__ = ["CheckpointError", "InterruptedTraining", "Task", "Trainer", "TrainingError"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
+from isic_vq.figures.grid import image_grid
 from isic_vq.files import replaced_directory
 from isic_vq.hub import load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
@@ -22,16 +24,18 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.loop import Trainer
+from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import PriorRecipe
 from isic_vq.training.run import build_config, open_run
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 16
+SHOWN_SAMPLES = 16  # what trackers show at each validation
 
 
 class CodeGrids(torch.utils.data.Dataset):
-    """Items of a code cache: (codes of all views, class id).
+    """Items of a code cache: (codes of all views, class id, index).
 
     Args:
         cache: the codes.
@@ -46,8 +50,8 @@ class CodeGrids(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.codes[index], self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        return self.codes[index], self.labels[index], index
 
 
 class PriorTask:
@@ -55,30 +59,63 @@ class PriorTask:
 
     Args:
         model: the prior.
+        tokenizer: decodes the samples that trackers show.
         train_set: training codes, all views.
         validation_set: validation codes; the first view is measured.
-        seed: of the choice of views.
+        recipe: the run's recipe.
     """
 
     averages_directly = True
 
-    def __init__(self, model: PixelCNNModel, train_set: CodeGrids, validation_set: CodeGrids, seed: int):
-        self.model, self.train_set, self.validation_set, self.seed = model, train_set, validation_set, seed
+    def __init__(
+        self,
+        model: PixelCNNModel,
+        tokenizer: VQVAEModel,
+        train_set: CodeGrids,
+        validation_set: CodeGrids,
+        recipe: PriorRecipe,
+    ):
+        self.model, self.recipe = model, recipe
+        self.whole = IsicVQModel.from_parts(tokenizer, model)
+        self.train_set, self.validation_set = train_set, validation_set
 
-    def collate(self, items: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Stack codes `(B, views, h, w)` and labels `(B,)`."""
-        codes, labels = zip(*items, strict=True)
-        return {"codes": torch.stack(codes), "labels": torch.stack(labels), "size": len(codes)}
+    def compiled_parts(self) -> list[nn.Module]:
+        """Every layer, and the head."""
+        return [*self.model.layers, self.model.head]
+
+    def begin(self, processes: Processes) -> None:
+        """Nothing to prepare."""
+
+    def collate(self, items: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
+        """Stack codes `(B, views, h, w)`, labels `(B,)` and indices `(B,)`."""
+        codes, labels, indices = zip(*items, strict=True)
+        return {
+            "codes": torch.stack(codes),
+            "labels": torch.stack(labels),
+            "indices": torch.tensor(indices),
+            "size": len(codes),
+        }
+
+    def check(self, batch: dict[str, Any]) -> None:
+        """Codes were checked when the cache was read."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Draw the epoch's views."""
+        self.views = random_views(len(self.train_set), self.recipe.loop.seed, epoch)
 
     def before_step(self, step: int) -> None:
         """Nothing to prepare."""
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Cross-entropy in nats per code, each image in one random view."""
-        codes = batch["codes"]
-        views = random_views(len(codes), self.seed, step).to(codes.device) % codes.shape[1]
-        chosen = codes[torch.arange(len(codes), device=codes.device), views]
-        return {"loss": model(chosen, batch["labels"]).loss}
+        codes, device = batch["codes"], self.model.device
+        views = self.views[batch["indices"]] % codes.shape[1]
+        chosen = codes[torch.arange(len(codes)), views].to(device, non_blocking=True)
+        return {"loss": model(chosen, batch["labels"].to(device)).loss}
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Everything is learned by gradient."""
+        return {}
 
     def validate(self) -> dict[str, float]:
         """Conditional validation loss: `loss` in nats per code, and the same in bits."""
@@ -89,14 +126,26 @@ class PriorTask:
         )
         return {"loss": bits * math.log(2), "bits_per_code": bits}
 
+    def pictures(self) -> dict[str, Image.Image]:
+        """Samples of the prior as it is, the same noise every time."""
+        whole = self.whole.to(self.model.device)
+        pixels = whole.generate(
+            SHOWN_SAMPLES, cycled_classes(whole, SHOWN_SAMPLES), seed=self.recipe.loop.seed
+        )
+        processor = IsicVQImageProcessor(size=whole.config.vqvae_config.image_size)
+        return {"samples": image_grid(processor.postprocess(pixels["pixel_values"], output_type="np"))}
+
     def save(self, folder: Path) -> None:
         """Save the prior, whole or not at all."""
         with replaced_directory(folder) as temporary:
             self.model.save_pretrained(temporary)
 
 
-def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
+def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
+
+    Returns:
+        The report, in the main process.
 
     Raises:
         DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
@@ -120,20 +169,26 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in enumerate(class_names)}
     sources = {name: cache.source for name, cache in caches.items()}
-    run_dir = open_run(recipe, sources, resume)
+    processes = Processes(recipe.loop, Path(recipe.output_dir))
+    run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
     task = PriorTask(
         PixelCNNModel(config).to(memory_format=torch.channels_last),
+        tokenizer,
         CodeGrids(caches["train"], class_names),
         CodeGrids(caches["validation"], class_names),
-        recipe.loop.seed,
+        recipe,
     )
-    trainer = Trainer(task, recipe.loop, run_dir, settings={"stage": recipe.stage, **config.to_diff_dict()})
+    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
     if resume:
         trainer.resume()
     trainer.train()
+    if not processes.is_main:
+        trainer.finish()
+        return None
+    run_dir = run.folder
     prior = PixelCNNModel.from_pretrained(run_dir / "best")
-    model = IsicVQModel.from_parts(tokenizer, prior).to(trainer.accelerator.device)
+    model = IsicVQModel.from_parts(tokenizer, prior).to(processes.device)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     with replaced_directory(run_dir / "model") as folder:
         model.save_pretrained(folder)
@@ -143,13 +198,18 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report:
     return report
 
 
+def cycled_classes(model: IsicVQModel, number: int) -> Tensor:
+    """Labels `(number,)`: every class in turn, then unconditional, and so on."""
+    classes = [*model.config.class_names, model.prior.config.unconditional_id]
+    return torch.tensor([classes[index % len(classes)] for index in range(number)])
+
+
 def write_results(
     model: IsicVQModel, task: PriorTask, caches: dict[str, CodeCache], recipe: PriorRecipe, run_dir: Path
 ) -> Report:
     """Write `report.json` and `arrays/samples.safetensors`: images of every class in turn, then unconditional ones."""
     validation = task.validation_set
-    classes = [*model.config.class_names, model.prior.config.unconditional_id]
-    labels = torch.tensor([classes[index % len(classes)] for index in range(recipe.num_samples)])
+    labels = cycled_classes(model, recipe.num_samples)
     images = [
         model.generate(len(part), part, seed=recipe.loop.seed, first_index=index * SAMPLE_BATCH)[
             "pixel_values"

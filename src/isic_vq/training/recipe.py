@@ -27,13 +27,18 @@ class LoopRecipe:
 
     Args:
         max_steps: optimizer steps.
-        batch_size: images per optimizer step, over all processes.
+        batch_size: images per optimizer step, over all processes and accumulated parts.
+        accumulation_steps: parts a process's share of the batch is cut into, to save memory. Gradients and codebook
+            statistics are those of the whole batch; BatchNorm normalises each part by its own mean and variance.
         learning_rate: peak of the schedule (linear warm-up, then cosine to zero).
         warmup_steps: optimizer steps of the warm-up.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
         average_decay: decay per step of the averaged weights; 0 turns averaging off.
-        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively. The quantizer stays
+            in float32.
+        compile: compile the nets with torch.compile: a slower start and faster steps.
+        profile: write a profiler trace of a few steps to `profile/` in the run's folder.
         seed: of weights, data order and augmentation.
         eval_every: epochs between validations.
         save_every: optimizer steps between checkpoints.
@@ -42,16 +47,21 @@ class LoopRecipe:
         num_workers: data loader processes; 0 loads in the training process.
         trackers: any of "wandb", "tensorboard", "trackio"; the JSONL metrics are always written.
         project: the trackers' project name.
+        process_timeout: seconds that a process of several waits for the others before it gives up; more than a
+            validation takes.
     """
 
     max_steps: int = 1000
     batch_size: int = 32
+    accumulation_steps: int = 1
     learning_rate: float | int = 1e-3
     warmup_steps: int = 50
     weight_decay: float | int = 0.0
     max_grad_norm: float | int = 1.0
     average_decay: float | int = 0.999
     precision: str = "auto"
+    compile: bool = False
+    profile: bool = False
     seed: int = 0
     eval_every: int = 1
     save_every: int = 500
@@ -60,16 +70,19 @@ class LoopRecipe:
     num_workers: int = 0
     trackers: list[str] = dataclasses.field(default_factory=list)
     project: str = "isic-vq"
+    process_timeout: int = 600
 
     def validate_ranges(self) -> None:
         """Check what the types do not say; called by `strict`."""
         for name in (
             "max_steps",
             "batch_size",
+            "accumulation_steps",
             "learning_rate",
             "eval_every",
             "save_every",
             "keep_checkpoints",
+            "process_timeout",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
@@ -112,7 +125,9 @@ class VQVAERecipe:
         data: which images.
         loop: how to train.
         model: fields of `VQVAEConfig`; `preset` ("f8" or "f4") fills in the others.
-        codebook_warmup_steps: steps trained without quantization before the codebook's k-means start.
+        codebook_warmup_steps: steps trained without quantization before the codebook starts.
+        codebook_start: "kmeans" puts the codebook at k-means centroids of latents when it starts, "random" leaves
+            it at its initial normal noise, as the first VQ-VAEs had it.
         ssim_weight: weight of 1 - SSIM in the loss; 0 leaves it out.
         augment: show each image in a random one of its eight dihedral views.
     """
@@ -123,6 +138,7 @@ class VQVAERecipe:
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     model: dict = dataclasses.field(default_factory=dict)
     codebook_warmup_steps: int = 100
+    codebook_start: str = "kmeans"
     ssim_weight: float | int = 0.0
     augment: bool = True
 
@@ -133,6 +149,8 @@ class VQVAERecipe:
                 f"codebook_warmup_steps is {self.codebook_warmup_steps}: expected at least 0 and less than "
                 f"loop.max_steps ({self.loop.max_steps}), or the codebook would never start"
             )
+        if self.codebook_start not in ("kmeans", "random"):
+            raise ValueError(f"codebook_start is {self.codebook_start!r}: expected 'kmeans' or 'random'")
 
 
 @strict
@@ -165,7 +183,51 @@ class PriorRecipe:
             raise ValueError(f"num_samples is {self.num_samples}: expected at least 1")
 
 
-Recipe = TypeVar("Recipe", VQVAERecipe, PriorRecipe)
+@strict
+@dataclasses.dataclass
+class DecoderRecipe:
+    """A finer decoder for a trained tokenizer; encoder and codebook, and so codes and priors, stay as they are.
+
+    Args:
+        output_dir: the run's folder.
+        model: folder of the tokenizer, or of the whole model, to start from.
+        feature_model: folder or Hub id of an image model of transformers, yours to choose: the feature space of the
+            matching term and of the report's distances.
+        data: which images.
+        loop: how to train.
+        l1_weight: weight of the mean absolute error.
+        mse_weight: weight of the mean squared error.
+        feature_weight: weight of the distance between feature maps; 0 leaves it out.
+        adversarial_weight: weight of the discriminator's opinion, on top of the adaptive weight; 0 leaves it out.
+        adversarial_start: steps in which the discriminator learns alone.
+        augment: show each image in a random one of its eight dihedral views.
+    """
+
+    output_dir: str = "runs/decoder"
+    stage: str = "decoder"
+    model: str = ""
+    feature_model: str = ""
+    data: DataRecipe = dataclasses.field(default_factory=DataRecipe)
+    loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
+    l1_weight: float | int = 1.0
+    mse_weight: float | int = 5.0
+    feature_weight: float | int = 0.1
+    adversarial_weight: float | int = 0.1
+    adversarial_start: int = 100
+    augment: bool = True
+
+    def validate_weights(self) -> None:
+        """Check that something is left to learn; called by `strict`."""
+        weights = ("l1_weight", "mse_weight", "feature_weight", "adversarial_weight", "adversarial_start")
+        for name in weights:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if self.l1_weight + self.mse_weight == 0:
+            raise ValueError("l1_weight and mse_weight are both 0: a decoder must stay close to its images")
+
+
+Recipe = VQVAERecipe | PriorRecipe | DecoderRecipe
+RecipeClass = TypeVar("RecipeClass", VQVAERecipe, PriorRecipe, DecoderRecipe)
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,7 +245,7 @@ for _first in list("-+0123456789"):
     )
 
 
-def load_recipe(recipe_class: type[Recipe], config: Path | None, overrides: list[str]) -> Recipe:
+def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides: list[str]) -> RecipeClass:
     """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
 
     Raises:
@@ -245,7 +307,7 @@ def _build(cls: type, fields: dict[str, Any], prefix: str) -> Any:
         raise RecipeError(f"recipe {prefix.rstrip('.') or cls.__name__}: {error}") from error
 
 
-def public_recipe(recipe: VQVAERecipe | PriorRecipe) -> dict[str, Any]:
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a dictionary that may be published: a machine's folders are cut down to the last name."""
 
     def clean(value: Any) -> Any:

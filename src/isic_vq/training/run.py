@@ -1,8 +1,9 @@
-"""A run's folder: its recipe, where it was run, and on what data."""
+"""A run's folder: its recipe, its name, where it was run, and on what data."""
 
 import dataclasses
 import difflib
 import json
+import secrets
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +13,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from isic_vq.evaluation.report import environment
 from isic_vq.files import write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
-from isic_vq.training.loop import TrainingError
-from isic_vq.training.recipe import PriorRecipe, RecipeError, VQVAERecipe, public_recipe
+from isic_vq.training.processes import Processes, TrainingError
+from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -44,29 +45,46 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
         raise RecipeError(f"recipe model: {error}") from error
 
 
-def open_run(recipe: VQVAERecipe | PriorRecipe, sources: dict[str, Any], resume: bool) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's place.
+
+    Attributes:
+        folder: holds everything the run writes.
+        identifier: eight hexadecimal digits; a resumed run keeps them, and so the trackers' run.
+    """
+
+    folder: Path
+    identifier: str
+
+
+def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: Processes) -> Run:
     """Create the run's folder, or check that the one to resume was begun with the same data.
 
     Raises:
         TrainingError: the folder holds a run and `resume` is off, or the data have changed since it began.
     """
-    run_dir = Path(recipe.output_dir)
+    folder = Path(recipe.output_dir)
     data = {name: dataclasses.asdict(info) for name, info in sources.items()}
-    if (
-        not resume and (run_dir / "metrics.jsonl").exists()
-    ):  # a run that failed before its first step may start anew
+    identifier = secrets.token_hex(4)
+    # A run that failed before its first step may start anew.
+    if not resume and (folder / "metrics.jsonl").exists():
         raise TrainingError(
-            f"{run_dir.name} already holds a run: continue it with --resume, or choose another output_dir"
+            f"{folder.name} already holds a run: continue it with --resume, or choose another output_dir"
         )
-    if resume and (run_dir / "run.json").exists():
-        began = json.loads((run_dir / "run.json").read_text())["data"]
+    if resume and (folder / "run.json").exists():
+        began = json.loads((folder / "run.json").read_text())
+        identifier = began["identifier"]
         for name, info in data.items():
-            if began.get(name, {}).get("fingerprint") != info["fingerprint"]:
+            if began["data"].get(name, {}).get("fingerprint") != info["fingerprint"]:
                 raise TrainingError(
                     f"the {name} data differ from those the run began with: choose another output_dir"
                 )
-    write_atomically(run_dir / "recipe.yaml", yaml.safe_dump(public_recipe(recipe), sort_keys=False).encode())
-    write_atomically(
-        run_dir / "run.json", json.dumps({"data": data, "environment": environment()}, indent=2).encode()
-    )
-    return run_dir
+    processes.wait()  # every process has looked before one writes
+    identifier = processes.from_main(identifier)
+    if processes.is_main:
+        began = {"identifier": identifier, "data": data, "environment": environment()}
+        settings = yaml.safe_dump(public_recipe(recipe), sort_keys=False)
+        write_atomically(folder / "recipe.yaml", settings.encode())
+        write_atomically(folder / "run.json", json.dumps(began, indent=2).encode())
+    return Run(folder, identifier)

@@ -4,44 +4,44 @@ The last step of a run compares two models on validation: the best raw one, and 
 BatchNorm statistics and codebook re-estimated under them. The better one becomes `model/`.
 """
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from isic_vq.data.augmentation import dihedral, random_views
-from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
+from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo
-from isic_vq.data.splits import open_part
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
+from isic_vq.figures.grid import paired_grid
 from isic_vq.files import replaced_directory
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
+from isic_vq.training.codebook import SharedCodebook, SharedRows
+from isic_vq.training.images import ImageTask, open_data
 from isic_vq.training.loop import Trainer
-from isic_vq.training.recipe import DataRecipe, VQVAERecipe
+from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.run import build_config, open_run
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook
 REFIT_BATCHES = 64  # batches that re-estimate statistics under averaged parameters
-SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
 
 
-class VQVAETask:
+class VQVAETask(ImageTask):
     """The tokenizer stage, as the loop sees it.
 
     Args:
@@ -62,32 +62,26 @@ class VQVAETask:
         validation_set: DecodedImages,
         recipe: VQVAERecipe,
     ):
-        self.model, self.processor, self.recipe = model, processor, recipe
-        self.train_set, self.validation_set = train_set, validation_set
-        self.skipped = SkipCounter(recipe.data.max_corrupt_share, len(train_set) + len(validation_set))
+        super().__init__(processor, train_set, validation_set, recipe)
+        self.model, self.recipe = model, recipe
 
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join decoded images; corrupt ones are left out."""
-        batch = collate(items)
-        return {**batch, "size": len(batch["indices"])}
+    def compiled_parts(self) -> list[nn.Module]:
+        """Encoder and decoder; the quantizer learns between them."""
+        return [self.model.encoder, self.model.decoder]
+
+    def begin(self, processes: Processes) -> None:
+        """Learn the codebook over all processes from now on."""
+        super().begin(processes)
+        self.codebook = SharedCodebook(self.model.quantizer, processes)
 
     def before_step(self, step: int) -> None:
         """Start the codebook at k-means centroids once the warm-up is over."""
-        if step == self.recipe.codebook_warmup_steps:
+        if step == self.recipe.codebook_warmup_steps and self.recipe.codebook_start == "kmeans":
             self.start_codebook()
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Reconstruction and quantizer losses of a batch."""
-        self.skipped.count(cast(Batch, batch))
-        if not len(batch["indices"]):
-            raise DataError(
-                f"every image of a batch is corrupt ({batch['skipped'][0]}): replace these, or raise loop.batch_size"
-            )
-        pixel_values = batch["pixel_values"].to(self.model.device)
-        if self.recipe.augment:
-            views = random_views(len(pixel_values), self.recipe.loop.seed, step).to(pixel_values.device)
-            pixel_values = dihedral(pixel_values, views)
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        pixel_values = self.pixel_values(batch)
         output = model(pixel_values, quantize=step >= self.recipe.codebook_warmup_steps)
         losses = {
             "loss": output.loss,
@@ -98,26 +92,23 @@ class VQVAETask:
         if self.model.config.codebook_update == "gradient":  # else it is the commitment loss's twin
             losses["codebook_loss"] = output.codebook_loss
         if self.recipe.ssim_weight:
-            similarity = structural_similarity_index_measure(
-                output.reconstruction.float(), pixel_values, data_range=1.0
-            )
+            # Variances are small differences of large means: bfloat16 would leave noise.
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                similarity = structural_similarity_index_measure(
+                    output.reconstruction.float(), pixel_values.float(), data_range=1.0
+                )
             losses["ssim_loss"] = 1 - similarity
             losses["loss"] = losses["loss"] + self.recipe.ssim_weight * losses["ssim_loss"]
         return losses
 
-    def images(self, dataset: torch.utils.data.Dataset) -> Iterator[Tensor]:
-        """Pixel values of a data set in order, in batches; corrupt images are left out and counted."""
-        loader = torch.utils.data.DataLoader(
-            dataset, self.recipe.loop.batch_size, collate_fn=collate, generator=torch.Generator()
-        )
-        for batch in loader:
-            self.skipped.count(batch)
-            if len(batch["indices"]):
-                yield batch["pixel_values"]
+    def after_step(self) -> dict[str, Tensor]:
+        """Let the codebook learn from all that the step saw; its perplexity is over all processes."""
+        perplexity = self.codebook.update()
+        return {} if perplexity is None else {"perplexity": perplexity}
 
     def validate(self) -> dict[str, float]:
         """Metrics of the model on the validation images; `loss` weighs L1 and MSE as training does."""
-        result = evaluate_reconstruction(self.model, self.images(self.validation_set))
+        result = self.validated = evaluate_reconstruction(self.model, self.images(self.validation_set))
         loss = self.model.config.l1_weight * result.l1 + self.model.config.mse_weight * result.mse
         return {
             "loss": loss,
@@ -129,6 +120,15 @@ class VQVAETask:
             "perplexity": result.perplexity,
         }
 
+    def pictures(self) -> dict[str, Image.Image]:
+        """Validation images above their reconstructions, and how often each code was used on validation."""
+        from isic_vq.figures.numbers import CodebookUse
+        from isic_vq.figures.plots import codebook_usage, png_bytes
+
+        pairs, _ = paired_grid(*self.shown_pairs(self.model).values())
+        histogram = png_bytes(codebook_usage(CodebookUse(tuple(self.validated.codebook_counts))))
+        return {"reconstructions": pairs, "codebook": Image.open(io.BytesIO(histogram)).convert("RGB")}
+
     def save(self, folder: Path) -> None:
         """Save the tokenizer and its image processor, whole or not at all."""
         with replaced_directory(folder) as temporary:
@@ -137,18 +137,29 @@ class VQVAETask:
 
     @torch.no_grad()
     def start_codebook(self) -> None:
-        """Put the codebook at the k-means centroids of latents of the first training images."""
-        config, loop = self.model.config, self.recipe.loop
+        """Put the codebook at the k-means centroids of latents of the first training images of all processes."""
+        config, loop, processes = self.model.config, self.recipe.loop, self.processes
         order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(loop.seed))
-        chosen = torch.utils.data.Subset(self.train_set, order[: KMEANS_BATCHES * loop.batch_size].tolist())
+        num_batches = min(KMEANS_BATCHES, len(order) // loop.batch_size)  # whole: every process has as many
+        batches = order[: num_batches * loop.batch_size].split(loop.batch_size // loop.accumulation_steps)
+        own = torch.cat([batch[processes.part(len(batch))] for batch in batches])
+        chosen = torch.utils.data.Subset(self.train_set, own.tolist())
+        own_size = loop.batch_size // (loop.accumulation_steps * processes.world)
+        own_images = list(self.images(chosen, own_size))
+        if processes.agree(len(own_images) < len(batches)):
+            raise DataError("every image of a batch is corrupt: replace these, or raise loop.batch_size")
         with quantizer_frozen(self.model):
-            latents = torch.cat([flat_latents(self.model, batch) for batch in self.images(chosen)])
+            parts = [flat_latents(self.model, batch) for batch in own_images]
+        rows = SharedRows(parts, processes)
         generator = torch.Generator().manual_seed(loop.seed)
-        latents = latents[torch.randperm(len(latents), generator=generator)[: 64 * config.num_codes]]
+        latents = rows.at(torch.randperm(rows.total, generator=generator)[: 64 * config.num_codes])
         centroids = kmeans(latents, config.num_codes, generator)
         counts, _ = assignment_sums(latents, nearest_codes(latents, centroids), config.num_codes)
+        # Devices may round differently; all take the main process's.
+        start = torch.cat([centroids, counts[:, None]], dim=1)
+        start = processes.sum(start if processes.is_main else torch.zeros_like(start))
         per_step = loop.batch_size * config.grid_size**2 / len(latents)
-        self.model.quantizer.start_from(centroids, counts * per_step)
+        self.model.quantizer.start_from(start[:, :-1], start[:, -1] * per_step)
 
     @torch.no_grad()
     def refit_statistics(self) -> None:
@@ -163,9 +174,9 @@ class VQVAETask:
 
 
 def flat_latents(model: VQVAEModel, pixel_values: Tensor) -> Tensor:
-    """Encoder outputs of a batch as rows `(B*h*w, D)`, float32."""
-    latents = model.embed(pixel_values.to(model.device))
-    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float()
+    """Encoder outputs of a batch as rows `(B*h*w, D)`, in the codebook's precision."""
+    latents = model.embed(pixel_values.to(model.device, model.dtype))
+    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).to(model.quantizer.codebook.dtype)
 
 
 @contextmanager
@@ -209,28 +220,20 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     quantizer.start_from(codebook, counts / num_batches)
 
 
-def open_data(recipe: DataRecipe) -> "tuple[Dataset, Dataset, dict[str, SourceInfo]]":
-    """Training and validation records, and what may be published about their sources."""
-    if not recipe.train:
-        raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
-    if recipe.validation:
-        train, train_info = open_part(recipe.train)
-        validation, validation_info = open_part(recipe.validation)
-    else:
-        train, train_info = open_part(recipe.train, "train", recipe.validation_share)
-        validation, validation_info = open_part(recipe.train, "validation", recipe.validation_share)
-    return train, validation, {"train": train_info, "validation": validation_info}
-
-
-def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction:
+def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | None:
     """Run a recipe from its images to `model/`, `report.json` and the arrays of the figures.
+
+    Returns:
+        The reconstruction measures, in the main process.
 
     Raises:
         DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
     """
     config = build_config(VQVAEConfig, recipe.model)
     train_records, validation_records, sources = open_data(recipe.data)
-    run_dir = open_run(recipe, sources, resume)
+    idle = config.codebook_update == "gradient" and recipe.codebook_warmup_steps > 0
+    processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
+    run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
     processor = IsicVQImageProcessor(size=config.image_size)
     task = VQVAETask(
@@ -240,19 +243,25 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction:
         DecodedImages(validation_records, processor, cache=recipe.data.cache),
         recipe,
     )
-    trainer = Trainer(task, recipe.loop, run_dir, settings={"stage": recipe.stage, **config.to_diff_dict()})
+    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
     if resume:
         trainer.resume()
     trainer.train()
-    variant, result = choose_model(task, trainer, run_dir)
-    write_results(task, result, variant, sources, run_dir)
+    result = None
+    if processes.is_main:
+        variant, result = choose_model(task, trainer)
+        write_results(task, result, variant, sources, run.folder)
     trainer.finish()
     return result
 
 
-def choose_model(task: VQVAETask, trainer: Trainer, run_dir: Path) -> tuple[str, Reconstruction]:
+def choose_model(task: VQVAETask, trainer: Trainer) -> tuple[str, Reconstruction]:
     """Load the better of best raw and re-estimated averaged parameters into `task.model` and save it as `model/`."""
-    best = VQVAEModel.from_pretrained(run_dir / "best").state_dict()
+    best = VQVAEModel.from_pretrained(trainer.run.folder / "best").state_dict()
+    # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
+    trained = task.model.state_dict()
+    task.model = VQVAEModel(task.model.config).to(trainer.processes.device, memory_format=torch.channels_last)
+    task.model.load_state_dict(trained)
     candidates = {"raw": best}
     if trainer.averaged is not None:
         trainer.averaged.copy_to(task.model)
@@ -265,7 +274,7 @@ def choose_model(task: VQVAETask, trainer: Trainer, run_dir: Path) -> tuple[str,
         logger.info("%s model: %.2f dB on %d images", name, results[name].psnr, results[name].num_images)
     chosen = min(results, key=lambda name: results[name].mse)
     task.model.load_state_dict(candidates[chosen])
-    task.save(run_dir / "model")
+    task.save(trainer.run.folder / "model")
     return chosen, results[chosen]
 
 
@@ -280,16 +289,7 @@ def write_results(
         tables={"codebook_counts": result.codebook_counts},
         environment=environment(),
     ).save(run_dir / "report.json")
-    shown = torch.utils.data.Subset(task.validation_set, range(min(SHOWN_IMAGES, len(task.validation_set))))
-    originals = torch.cat(list(task.images(shown))).to(task.model.device)
-    reconstructions = task.model.decode(task.model.encode(originals))
-    arrays = {"originals": originals, "reconstructions": reconstructions}
     folder = run_dir / "arrays"
     folder.mkdir(exist_ok=True)
-    save_file(
-        {
-            name: torch.from_numpy(task.processor.postprocess(value, output_type="np"))
-            for name, value in arrays.items()
-        },
-        folder / "reconstructions.safetensors",
-    )
+    arrays = {name: torch.from_numpy(pixels) for name, pixels in task.shown_pairs(task.model).items()}
+    save_file(arrays, folder / "reconstructions.safetensors")

@@ -1,0 +1,113 @@
+"""What the stages that train on images share: batches of sound images, views, pictures for people."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isic_vq.data.augmentation import random_views
+from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import SourceInfo
+from isic_vq.data.splits import open_part
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import DataRecipe, DecoderRecipe, VQVAERecipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
+
+
+class ImageTask:
+    """Training and validation images, as the loop sees them.
+
+    Args:
+        processor: decodes images, and is saved beside the weights.
+        train_set: training images.
+        validation_set: validation images.
+        recipe: the run's recipe.
+    """
+
+    def __init__(
+        self,
+        processor: IsicVQImageProcessor,
+        train_set: DecodedImages,
+        validation_set: DecodedImages,
+        recipe: VQVAERecipe | DecoderRecipe,
+    ):
+        self.processor, self.train_set, self.validation_set = processor, train_set, validation_set
+        self.data, self.loop, self.augment = recipe.data, recipe.loop, recipe.augment
+
+    def begin(self, processes: Processes) -> None:
+        """Take this process's share of the images that may be corrupt."""
+        self.processes = processes
+        seen_here = (len(self.train_set) + len(self.validation_set)) // processes.world
+        self.skipped = SkipCounter(self.data.max_corrupt_share, seen_here)
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join decoded images, each in its view of this epoch; corrupt ones are left out."""
+        batch = collate(items, self.views if self.augment else None)
+        return {**batch, "size": len(batch["indices"])}
+
+    def check(self, batch: dict[str, Any]) -> None:
+        """Count corrupt images.
+
+        Raises:
+            DataError: too many are, or all of this batch.
+        """
+        self.skipped.count(cast(Batch, batch))
+        if not batch["size"]:
+            raise DataError(
+                f"every image of a batch is corrupt ({batch['skipped'][0]}): replace these, or raise loop.batch_size"
+            )
+
+    def before_epoch(self, epoch: int) -> None:
+        """Draw the epoch's views."""
+        self.views = random_views(len(self.train_set), self.loop.seed, epoch).tolist()
+
+    def pixel_values(self, batch: dict[str, Any]) -> Tensor:
+        """A batch's images on the device."""
+        return batch["pixel_values"].to(self.processes.device, non_blocking=True)
+
+    def images(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Pixel values of a data set in order, in batches; corrupt images are left out and counted."""
+        batch_size = batch_size or self.loop.batch_size // self.loop.accumulation_steps
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size, collate_fn=collate, generator=torch.Generator()
+        )
+        for batch in loader:
+            self.skipped.count(batch)
+            if len(batch["indices"]):
+                yield batch["pixel_values"]
+
+    def pairs(self, tokenizer: VQVAEModel, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (validation images, their reconstructions) on the device."""
+        number = len(self.validation_set) if limit is None else min(limit, len(self.validation_set))
+        for batch in self.images(torch.utils.data.Subset(self.validation_set, range(number))):
+            originals = batch.to(tokenizer.device)
+            yield originals, tokenizer.decode(tokenizer.encode(originals))
+
+    def shown_pairs(self, tokenizer: VQVAEModel) -> dict[str, NDArray[np.uint8]]:
+        """The first validation images as `originals` and their `reconstructions`, `(n, H, W, 3)`."""
+        originals, reconstructions = zip(*self.pairs(tokenizer, SHOWN_IMAGES), strict=True)
+        pairs = {"originals": torch.cat(originals), "reconstructions": torch.cat(reconstructions)}
+        return {name: self.processor.postprocess(value, output_type="np") for name, value in pairs.items()}
+
+
+def open_data(recipe: DataRecipe) -> "tuple[Dataset, Dataset, dict[str, SourceInfo]]":
+    """Training and validation records, and what may be published about their sources."""
+    if not recipe.train:
+        raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
+    if recipe.validation:
+        train, train_info = open_part(recipe.train)
+        validation, validation_info = open_part(recipe.validation)
+    else:
+        train, train_info = open_part(recipe.train, "train", recipe.validation_share)
+        validation, validation_info = open_part(recipe.train, "validation", recipe.validation_share)
+    return train, validation, {"train": train_info, "validation": validation_info}

@@ -1,0 +1,173 @@
+"""The processes of a run: how they are started, and the few words they exchange.
+
+Everything that is decided in a run (stop, save, keep as best) is decided once and told to all, so that every
+process calls the same collectives in the same order. Source: PyTorch's DistributedDataParallel, through accelerate.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from torch import Tensor
+
+from isic_vq.training.recipe import LoopRecipe
+
+T = TypeVar("T")
+
+# gloo names a lost peer in the text of a RuntimeError only; NCCL raises DistBackendError.
+LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|broken pipe|socket|no route", re.I
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss that is not finite, memory or data that ran out, a run folder that is taken."""
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that cannot be imported.
+
+    Raises:
+        TrainingError: it is not installed.
+    """
+    missing = set(names) - {tracker.value for tracker in get_available_trackers()}
+    if missing:
+        raise TrainingError(
+            f"loop.trackers has {sorted(missing)}, not installed here: pip install 'isic-vq[trackers]'"
+        )
+
+
+class Processes:
+    """This process among those of the run; a run in one process is a group of one.
+
+    Args:
+        recipe: precision, trackers and how long to wait for another process.
+        run_dir: where trackers that write files put them.
+        idle_parameters: whether some parameters get no gradient in some steps, which DDP has to be told.
+
+    Attributes:
+        accelerator: accelerate's view of them.
+
+    Raises:
+        TrainingError: they were started for something other than data parallelism, or a tracker is not installed.
+    """
+
+    def __init__(self, recipe: LoopRecipe, run_dir: Path, idle_parameters: bool = False):
+        check_trackers(recipe.trackers)
+        probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(probe))
+        self.accelerator = Accelerator(
+            # Without being told, accelerate forms no group of processes on a CPU: each would be a run of its own.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if use_bf16 else "no",
+            log_with=recipe.trackers or None,
+            project_dir=str(run_dir),
+            kwargs_handlers=[
+                # Buffers stay each process's own: broadcasting rank 0's would hide a codebook that drifts.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, find_unused_parameters=idle_parameters
+                ),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout)),
+            ],
+        )
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise TrainingError(
+                f"training was launched with {kind.value}: expected plain data parallelism (DDP). These models fit "
+                "one device, and a codebook of moving averages is a buffer that sharding does not keep; "
+                "launch without FSDP or DeepSpeed"
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world:
+            raise TrainingError(
+                f"{launched} processes were launched, but this one is in a group of {self.world}: each would be a run "
+                "of its own in the same folder. Launch one, or use a device that accelerate can group"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes; each gets the total, bit for bit the same."""
+        if self.world == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.device), "sum")
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.world > 1 and bool(self.sum(torch.tensor(float(flag))).item()) or flag
+
+    def from_main(self, value: T) -> T:
+        """What the main process passes in."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def part(self, size: int) -> slice:
+        """This process's share of `size` things in order; shares differ by one at most."""
+        return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn the failure of a collective, because another process is gone, into a TrainingError.
+
+        Raises:
+            TrainingError: another process ended, or did not answer in time.
+        """
+        try:
+            yield
+        except TrainingError:
+            raise
+        except RuntimeError as error:
+            backend_error = isinstance(error, torch.distributed.DistError)
+            if self.world == 1 or not (backend_error or LOST_PEER.search(str(error))):
+                raise
+            sentence = str(error).splitlines()[0].split(". ")[0]
+            reason = re.sub(r"^\[[^]]*\] *", "", sentence)  # without the place in gloo's source
+            raise TrainingError(
+                f"process {self.rank} of {self.world} lost another one ({reason}): look for the first error among the "
+                "other processes; then run the same command with --resume"
+            ) from error

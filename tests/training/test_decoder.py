@@ -1,0 +1,165 @@
+"""The fine-tuning stage: what it trains, what it leaves alone, and what it reports."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetModel
+
+from isic_vq.data.code_cache import tokenizer_hash
+from isic_vq.data.schema import DataError
+from isic_vq.evaluation.report import Report
+from isic_vq.hub import ModelError, load_model
+from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+from isic_vq.models.configuration_vqvae import VQVAEConfig
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.decoder import train_decoder
+from isic_vq.training.loop import InterruptedTraining
+from isic_vq.training.recipe import DecoderRecipe, load_recipe
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a feature model, a tokenizer and a whole model for 32-pixel images."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    ResNetModel(backbone).save_pretrained(folder / "features")
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 32}}
+    (folder / "features" / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = VQVAEConfig(
+        image_size=32, hidden_sizes=(4, 8), num_residual_blocks=1, residual_size=4, num_codes=8, code_dim=4
+    )
+    tokenizer = VQVAEModel(config)
+    tokenizer(torch.rand(8, 3, 32, 32))  # moves BatchNorm's statistics away from their start
+    tokenizer.eval().save_pretrained(folder / "tokenizer")
+    prior = PixelCNNModel(PixelCNNConfig(num_codes=8, grid_size=8, hidden_size=8, num_layers=1, head_size=8))
+    IsicVQModel.from_parts(tokenizer, prior).save_pretrained(folder / "whole")
+    IsicVQImageProcessor(size=32).save_pretrained(folder / "whole")
+    return folder
+
+
+@pytest.fixture
+def make_recipe(parts, tiny_run, tmp_path):
+    def make(*overrides):
+        settings = [
+            f"output_dir={tmp_path / 'run'}",
+            f"model={parts / 'tokenizer'}",
+            f"feature_model={parts / 'features'}",
+            f"data.train=folder:{tiny_run.images['train']}",
+            f"data.validation=folder:{tiny_run.images['validation']}",
+            "loop.max_steps=6",
+            "loop.batch_size=4",
+            "loop.learning_rate=2e-3",
+            "loop.warmup_steps=2",
+            "loop.average_decay=0.5",
+            "loop.precision=fp32",
+            "loop.save_every=2",
+            "adversarial_start=2",
+            *overrides,
+        ]
+        return load_recipe(DecoderRecipe, None, settings)
+
+    return make
+
+
+def records(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_only_the_decoders_weights_change(make_recipe, parts, tmp_path):
+    before = load_model(VQVAEModel, str(parts / "tokenizer"))
+    train_decoder(make_recipe())
+    after = load_model(VQVAEModel, str(tmp_path / "run" / "model"))
+    assert tokenizer_hash(after) == tokenizer_hash(before), "codes, and so caches and priors, stay valid"
+    learned = {name for name, _ in before.decoder.named_parameters()}
+    assert learned
+    for name, value in before.state_dict().items():
+        changed = not torch.equal(value, after.state_dict()[name])
+        assert changed == (name.removeprefix("decoder.") in learned and name.startswith("decoder.")), name
+
+
+def test_a_whole_model_stays_whole(make_recipe, parts, tmp_path):
+    train_decoder(make_recipe(f"model={parts / 'whole'}"))
+    before, after = (load_model(IsicVQModel, str(p)) for p in (parts / "whole", tmp_path / "run" / "model"))
+    for name, value in before.prior.state_dict().items():
+        assert torch.equal(value, after.prior.state_dict()[name]), name
+    codes = before.generate(2, seed=0).codes
+    assert torch.equal(after.generate(2, seed=0).codes, codes)
+    assert not torch.equal(before.decode(codes), after.decode(codes))
+
+
+def test_the_discriminator_counts_once_it_has_learned_alone(make_recipe, tmp_path):
+    train_decoder(make_recipe())
+    steps = records(tmp_path / "run", "batch")
+    assert ["adversarial_loss" in step for step in steps] == [False, False, True, True, True, True]
+    assert all("discriminator_loss" in step for step in steps)
+
+
+def test_terms_of_weight_zero_are_left_out(make_recipe, tmp_path):
+    train_decoder(make_recipe("adversarial_weight=0", "feature_weight=0"))
+    (first, *_) = records(tmp_path / "run", "batch")
+    assert not {"feature_loss", "discriminator_loss", "adversarial_loss"} & set(first)
+    assert first["loss"] == pytest.approx(first["l1_loss"] + 5 * first["mse_loss"], rel=1e-5)
+
+
+def test_feature_matching_lowers_the_feature_distance(make_recipe, tmp_path):
+    report = train_decoder(
+        make_recipe(
+            "adversarial_weight=0", "feature_weight=5", "loop.max_steps=40", "loop.learning_rate=1e-2"
+        )
+    )
+    assert report.value("feature_distance") < report.value("feature_distance_before")
+    assert Report.load(tmp_path / "run" / "report.json").value("psnr") == report.value("psnr")
+
+
+def test_the_report_starts_from_the_model_as_it_was(make_recipe, tmp_path):
+    lengths = {steps: f"output_dir={tmp_path / str(steps)}" for steps in (2, 4)}
+    short, long = (
+        train_decoder(make_recipe(f"loop.max_steps={steps}", folder)) for steps, folder in lengths.items()
+    )
+    for name in ("psnr", "ssim", "feature_distance", "frechet_distance"):
+        assert short.value(name + "_before") == long.value(name + "_before"), name
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_stop_and_resume_is_the_uninterrupted_run(make_recipe, tmp_path, monkeypatch, step):
+    """The discriminator is part of the state: before it counts, and after."""
+    import isic_vq.training.decoder as stage
+
+    train_decoder(make_recipe())
+    reference = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        from line_task import interrupt_at
+
+        stop = interrupt_at(step)
+        patch.setattr(stage.DecoderTask, "before_step", lambda self, now: stop(now))
+        with pytest.raises(InterruptedTraining, match=f"stopped at step {step + 1}"):
+            train_decoder(make_recipe())
+    before = json.loads((tmp_path / "run" / "run.json").read_text())["identifier"]
+    train_decoder(make_recipe(), resume=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == reference
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identifier"] == before
+
+
+@pytest.mark.parametrize("key", ["model", "feature_model"])
+def test_recipe_without_its_models_names_the_key(make_recipe, key):
+    with pytest.raises(DataError, match=f"^{key} is not set"):
+        train_decoder(make_recipe(f"{key}=''"))
+
+
+def test_folder_that_is_no_feature_model_is_refused(make_recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="feature_model cannot be read"):
+        train_decoder(make_recipe(f"feature_model={tmp_path / 'empty'}"))
+
+
+def test_recipe_without_a_reconstruction_term_is_refused():
+    with pytest.raises(ValueError, match="must stay close to its images"):
+        load_recipe(DecoderRecipe, None, ["l1_weight=0", "mse_weight=0"])
