@@ -10,6 +10,7 @@ from transformers import ResNetConfig, ResNetModel
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import Report
+from isic_vq.figures import write_figures
 from isic_vq.hub import ModelError, load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
@@ -99,6 +100,12 @@ def test_the_discriminator_counts_once_it_has_learned_alone(make_recipe, tmp_pat
     steps = records(tmp_path / "run", "batch")
     assert ["adversarial_loss" in step for step in steps] == [False, False, True, True, True, True]
     assert all("discriminator_loss" in step for step in steps)
+
+
+def test_a_run_has_its_figures(make_recipe, tmp_path):
+    train_decoder(make_recipe())
+    names = {path.name for path in write_figures(tmp_path / "run") if path.suffix == ".png"}
+    assert names == {"decoder_batch_loss.png", "decoder_epoch_loss.png", "decoder_reconstructions.png"}
 
 
 def test_terms_of_weight_zero_are_left_out(make_recipe, tmp_path):

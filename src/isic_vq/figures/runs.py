@@ -26,7 +26,7 @@ from isic_vq.evaluation.report import Report
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-STAGES = ("vqvae", "prior")
+STAGES = ("vqvae", "prior", "decoder")
 KINDS = ("batch", "epoch")
 
 
@@ -46,7 +46,7 @@ class Run:
 
     @cached_property
     def stage(self) -> str:
-        """What the run trains: `"vqvae"` or `"prior"`."""
+        """What the run trains: one of `STAGES`."""
         path = self.folder / "recipe.yaml"
         if not path.is_file():
             raise ValueError(

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"vqvae": "VQ-VAE", "prior": "Prior"}
-UNITS = {"vqvae": "loss", "prior": "bits per code"}
-SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT}
+TITLES = {"vqvae": "VQ-VAE", "prior": "Prior", "decoder": "Decoder"}
+UNITS = {"vqvae": "loss", "prior": "bits per code", "decoder": "loss"}
+SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT, "decoder": 1.0}
 MAX_PICTURES = 64
 
 
@@ -172,7 +172,8 @@ def draw_reconstructions(run: Run) -> Drawing:
     picture, centers = paired_grid(enlarge(originals[:MAX_PICTURES]), enlarge(reconstructions[:MAX_PICTURES]))
     rows = [row for upper, lower in centers for row in ((upper, "original"), (lower, "reconstruction"))]
     figure = plots.picture(picture, f"Reconstructions ({count_text(len(originals))})", rows)
-    return Drawing("reconstructions", figure, ".csv", csv_bytes(columns), shows_source_images=True)
+    name = "reconstructions" if run.stage == "vqvae" else f"{run.stage}_reconstructions"
+    return Drawing(name, figure, ".csv", csv_bytes(columns), shows_source_images=True)
 
 
 def draw_generated_images(run: Run) -> Drawing:
@@ -197,6 +198,7 @@ def draw_generated_images(run: Run) -> Drawing:
 FIGURES: dict[str, Sequence[Callable[[Run], Drawing]]] = {
     "vqvae": (draw_batch_loss, draw_epoch_loss, draw_codebook_usage, draw_reconstructions),
     "prior": (draw_batch_loss, draw_epoch_loss, draw_generated_images),
+    "decoder": (draw_batch_loss, draw_epoch_loss, draw_reconstructions),
 }
 
 
