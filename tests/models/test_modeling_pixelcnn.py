@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from isic_vq import PixelCNNConfig
-from isic_vq.models.modeling_pixelcnn import CausalConv2d, gate
+from isic_vq.models.modeling_pixelcnn import CausalConv2d, convolve_codes, gate
 from isic_vq.models.pixelcnn_sampler import GatedCache, PlainCache
 from isic_vq.models.sampling import draw, filtered_logits, guided_logits
 
@@ -67,16 +68,17 @@ def test_no_logit_depends_on_its_own_or_a_later_code(
 def dependencies(model):
     """Boolean (positions, positions): does the logit at row p depend on the code at column q?"""
     model, grid = model.double(), model.config.grid_size
-    embedded = []
-    hook = model.code_embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-    logits = model(random_codes(1, model)).logits.flatten(2)
-    hook.remove()
+    codes = torch.randperm(grid * grid).view(
+        1, grid, grid
+    )  # each code once: its vector stands for its position
+    logits = model(codes).logits.flatten(2)
     weights = torch.randn(logits.shape[1], dtype=torch.float64)
+    vectors = model.code_embedding.weight
     rows = [
-        torch.autograd.grad((logits[0, :, p] * weights).sum(), embedded[0], retain_graph=True)[0]
+        torch.autograd.grad((logits[0, :, p] * weights).sum(), vectors, retain_graph=True)[0]
         for p in range(grid * grid)
     ]
-    return torch.stack([row[0].abs().sum(-1).flatten() > 0 for row in rows])
+    return torch.stack([row.abs().sum(-1)[codes.flatten()] > 0 for row in rows])
 
 
 EARLIER = torch.ones(25, 25, dtype=torch.bool).tril(-1)
@@ -84,21 +86,21 @@ EARLIER = torch.ones(25, 25, dtype=torch.bool).tril(-1)
 
 def test_gated_logits_depend_on_every_earlier_code(make_prior):
     wide = {"hidden_size": 12, "head_size": 32}  # no position where every ReLU of the head is shut
-    seen = dependencies(make_prior(grid_size=5, num_layers=5, **wide))
+    seen = dependencies(make_prior(grid_size=5, num_codes=25, num_layers=5, **wide))
     blind = [divmod(int(i), 25) for i in (EARLIER & ~seen).flatten().nonzero()]
     assert not blind, f"blind spots (position, earlier position it cannot see): {blind}"
     assert torch.equal(seen, EARLIER)
 
 
 def test_plain_logits_have_the_blind_spot_that_the_gated_net_removes(make_prior):
-    seen = dependencies(make_prior(architecture="plain", grid_size=5, num_layers=5))
+    seen = dependencies(make_prior(architecture="plain", grid_size=5, num_codes=25, num_layers=5))
     assert not (seen & ~EARLIER).any()
     last, row_above_right = 2 * 5 + 0, 1 * 5 + 4
     assert not seen[last, row_above_right], "a 3x3 masked stack cannot see far right in the row above"
 
 
 def test_few_layers_see_only_their_receptive_field(make_prior):
-    seen = dependencies(make_prior(grid_size=5, num_layers=0))[2 * 5 + 2].view(5, 5)
+    seen = dependencies(make_prior(grid_size=5, num_codes=25, num_layers=0))[2 * 5 + 2].view(5, 5)
     assert seen.long().tolist() == [
         [0, 0, 0, 0, 0],
         [0, 1, 1, 1, 0],
@@ -106,6 +108,23 @@ def test_few_layers_see_only_their_receptive_field(make_prior):
         [0, 0, 0, 0, 0],
         [0, 0, 0, 0, 0],
     ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding"), [((2, 5), (2, 2, 2, -1)), ((1, 3), (3, -1, 0, 0)), ((3, 3), (1, 1, 1, 1))]
+)
+def test_convolution_by_look_ups_is_the_convolution_of_the_embedding(kernel, padding):
+    embedding, conv = nn.Embedding(6, 4).double(), nn.Conv2d(4, 3, kernel).double()
+    codes = torch.randint(6, (2, 5, 7))
+    expected = conv(F.pad(embedding(codes).permute(0, 3, 1, 2), padding))
+    result = convolve_codes(codes, embedding.weight, conv, padding)
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
+    inputs = [embedding.weight, conv.weight, conv.bias]
+    weights = torch.randn_like(expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((x * weights).sum(), inputs) for x in (result, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 # --- layers --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ Recurrent Neural Networks", arXiv 1601.06759, section 3.4 (masks A and B), with 
 report "Image Generation using VQ-VAE and Pixel CNN".
 Differs: codes enter through an embedding; a learned position embedding follows the first layer; the vertical
 stack has residual connections too; a masked convolution is written as two small ones, over the rows above and
-over the codes to the left, which is the same function without multiplying masked taps by zero.
+over the codes to the left, which is the same function without multiplying masked taps by zero; those of the gated
+net's first layer, whose input is codes, are sums of table rows.
 BatchNorm in train mode mixes positions (and so leaks future codes): the plain net's causality and likelihood
 hold in eval mode.
 """
@@ -107,16 +108,57 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        reach, last = self.reach, -1 if self.first else 0
+        above = self.vertical(F.pad(vertical, (self.reach, self.reach, self.reach, 0)))
+        left = self.horizontal(F.pad(horizontal, (self.reach, 0)))
+        new_vertical, new_horizontal = self.gated(above, left, labels)
+        return vertical + new_vertical, horizontal + new_horizontal
+
+    def gated(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks' new features from what their convolutions saw."""
         class_vertical, class_horizontal = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
-        above = self.vertical(F.pad(vertical, (reach, reach, reach, last)))
-        left = self.horizontal(F.pad(horizontal, (reach, last)))
         new_vertical = gate(above + class_vertical)
         new_horizontal = gate(left + self.vertical_to_horizontal(above) + class_horizontal)
-        new_horizontal = self.dropout(self.output(new_horizontal))
-        if self.first:
-            return new_vertical, new_horizontal
-        return vertical + new_vertical, horizontal + new_horizontal
+        return new_vertical, self.dropout(self.output(new_horizontal))
+
+
+class FirstGatedLayer(GatedLayer):
+    """The layer that sees codes, none of them at its own position; its convolutions are table look-ups."""
+
+    def __init__(self, config: PixelCNNConfig):
+        super().__init__(config, first=True)
+
+    def forward(self, codes: Tensor, embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        reach = self.reach
+        above = convolve_codes(codes, embedding, self.vertical, (reach, reach, reach, -1))
+        left = convolve_codes(codes, embedding, self.horizontal, (reach, -1, 0, 0))
+        return self.gated(above, left, labels)
+
+
+def convolve_codes(
+    codes: Tensor, embedding: Tensor, conv: nn.Conv2d, padding: tuple[int, int, int, int]
+) -> Tensor:
+    """conv(pad(embedded codes)), without multiplying the same vectors by the same weights at every position.
+
+    What a tap of the kernel adds depends on one code: a table of K rows per tap, computed once, holds it all.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
+        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
+        conv: convolution of C channels, stride 1.
+        padding: left, right, top, bottom; negative crops.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C_out, h', w')`, channels last, in the weights' precision.
+    """
+    num_codes, (height, width) = len(embedding), conv.kernel_size
+    with torch.autocast(codes.device.type, enabled=False):
+        tables = torch.einsum("kc,ocij->ijko", embedding, conv.weight)
+        tables = F.pad(tables, (0, 0, 0, 1)).flatten(0, 2)  # outside the grid: a row of zeros
+        windows = F.pad(codes, padding, value=num_codes).unfold(1, height, 1).unfold(2, width, 1)
+        taps = torch.arange(height * width, device=codes.device).view(height, width)
+        rows = (windows + taps * (num_codes + 1)).flatten(3)
+        sums = F.embedding_bag(rows.flatten(0, 2), tables, mode="sum") + conv.bias
+        return sums.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 class PixelCNNPreTrainedModel(PreTrainedModel):
@@ -161,11 +203,13 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         size = config.hidden_size
         self.code_embedding = nn.Embedding(config.num_codes, size)
         self.position_embedding = nn.Parameter(torch.zeros(1, size, config.grid_size, config.grid_size))
-        kinds = [True] + [False] * config.num_layers
         if config.architecture == "gated":
-            self.layers = nn.ModuleList([GatedLayer(config, first) for first in kinds])
+            others = [GatedLayer(config, first=False) for _ in range(config.num_layers)]
+            self.layers = nn.ModuleList([FirstGatedLayer(config), *others])
         else:
-            self.layers = nn.ModuleList([PlainLayer(size, config, first) for first in kinds])
+            self.layers = nn.ModuleList(
+                [PlainLayer(size, config, first=index == 0) for index in range(config.num_layers + 1)]
+            )
         self.head = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(size, config.head_size, 1),
@@ -196,19 +240,20 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         if self.training and self.config.class_dropout:
             dropped = torch.rand(len(codes), device=labels.device) < self.config.class_dropout
             labels = labels.masked_fill(dropped, self.config.unconditional_id)
-        embedded = self.code_embedding(codes).permute(0, 3, 1, 2)
         first, *others = self.layers
         if self.config.architecture == "gated":
-            vertical, hidden = first(embedded, embedded, labels)
+            vertical, hidden = first(codes, self.code_embedding.weight, labels)
             vertical, hidden = vertical + self.position_embedding, hidden + self.position_embedding
             for layer in others:
                 vertical, hidden = layer(vertical, hidden, labels)
         else:
+            embedded = self.code_embedding(codes).permute(0, 3, 1, 2)
             hidden = first(embedded, labels) + self.position_embedding
             for layer in others:
                 hidden = layer(hidden, labels)
         logits = self.head(hidden)
-        loss = F.cross_entropy(logits.float(), codes)
+        rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
+        loss = F.cross_entropy(rows.float(), codes.flatten())
         output = PriorOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 
