@@ -236,7 +236,11 @@ class Trainer:
         self._save()
 
     def finish(self) -> None:
-        """End the trackers' run."""
+        """End the trackers' run and leave the group of processes."""
+        # DDP goes before the group does. As its last owner it would end the group's threads while it holds Python's
+        # lock, which one of them may be waiting for: the process would then never end.
+        self.model = self.task.model
+        self.processes.accelerator.free_memory()
         self.log.finish()
 
     def _is_finished(self) -> bool:
