@@ -105,7 +105,8 @@ def measure_features(model: FeatureModel, pairs: Iterable[tuple[Tensor, Tensor]]
     Raises:
         ValueError: there are fewer than two pairs, and so no covariance.
     """
-    frechet = FrechetInceptionDistance(feature=model, normalize=True)  # sums in float64
+    # One process measures alone: a metric that waited for the others would wait for ever.
+    frechet = FrechetInceptionDistance(feature=model, normalize=True, sync_on_compute=False)
     distances = []
     for images, reconstructions in pairs:
         frechet.to(images.device)
