@@ -195,7 +195,7 @@ def test_wandb_is_told_what_metrics_jsonl_holds(make_trainer, quiet_wandb):
     assert numbers == pytest.approx(scalars(records(trainer.run.folder)))
     pictures = {step: value for (name, step), value in history.items() if name == "line/_type"}
     assert pictures == {5: "images/separated", 7: "images/separated"}
-    files = sorted(trainer.run.folder.glob("wandb/**/media/images/*"))
+    files = sorted(trainer.run.folder.glob("wandb/**/images/*"))
     assert [size_of(file) for file in files] == [(4, 3)] * 2
     (run,) = (r.run for r in wandb_records(path) if r.WhichOneof("record_type") == "run")
     assert (run.project, run.run_id, run.display_name) == ("mine", "0123abcd", "run-0123abcd")
@@ -235,7 +235,7 @@ def test_tokenizer_shows_reconstructions_and_codebook_use(tiny_run, tmp_path, qu
         "reconstructions": (8 * 18 + 2, 2 * (2 * 18 + 2) + 4),
         "codebook": (1650, 675),
     }.items():
-        files = list(run.glob(f"wandb/**/media/images/{name}_*.png"))
+        files = list(run.glob(f"wandb/**/images/{name}_*.png"))
         assert [size_of(file) for file in files] == [size, size], "one of each validation"
     events = tensorboard_events(run / "isic-vq")
     assert {name: [e.step for e in events.Images(name)] for name in events.Tags()["images"]} == {
