@@ -39,8 +39,7 @@ def sample_codes(
     guided = guidance_scale != 1
     if guided:  # both branches in one batch: the labelled images, then the same images without a label
         labels = torch.cat([labels, torch.full_like(labels, model.config.unconditional_id)])
-    cache_class = GatedCache if model.config.architecture == "gated" else PlainCache
-    cache = cache_class(model, labels)
+    cache = open_cache(model, labels)
     for row in range(grid):
         cache.start_row(row)
         for column in range(grid):
@@ -54,6 +53,12 @@ def sample_codes(
         if on_row is not None:
             on_row()
     return codes
+
+
+def open_cache(model: "PixelCNNModel", labels: Tensor) -> "GatedCache | PlainCache":
+    """An empty cache for images of the class ids `(B,)`: `start_row`, then `logits` and `put` per column."""
+    cache_class = GatedCache if model.config.architecture == "gated" else PlainCache
+    return cache_class(model, labels)
 
 
 def window_weights(conv: nn.Conv2d) -> Tensor:
@@ -131,6 +136,11 @@ class GatedCache:
         self.above[0][:, :, self.row + reach, column + reach] = embedded
         self.left[0][:, :, column + reach] = embedded
 
+    def reorder(self, ancestors: Tensor) -> None:
+        """Between rows: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
+        self.above = [features[ancestors] for features in self.above]
+        self.class_biases = [(v[ancestors], h[ancestors]) for v, h in self.class_biases]
+
 
 class PlainCache:
     """Features of the plain network that the codes so far determine."""
@@ -177,3 +187,8 @@ class PlainCache:
         """Take in the codes `(B,)` drawn at a column of the present row."""
         reach = self.model.layers[0].conv.reach
         self.inputs[0][:, :, self.row + reach, column + reach] = self.model.code_embedding(codes)
+
+    def reorder(self, ancestors: Tensor) -> None:
+        """Between rows: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
+        self.inputs = [features[ancestors] for features in self.inputs]
+        self.class_biases = [bias[ancestors] for bias in self.class_biases]
