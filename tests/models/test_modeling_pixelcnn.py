@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from isic_vq import PixelCNNConfig
-from isic_vq.models.modeling_pixelcnn import CausalConv2d, convolve_codes, gate
+from isic_vq.models.code_convolution import convolve_codes
+from isic_vq.models.modeling_pixelcnn import CausalConv2d, gate
 from isic_vq.models.pixelcnn_sampler import GatedCache, PlainCache
 from isic_vq.models.sampling import draw, filtered_logits, guided_logits
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isic_vq.models.sampling import (
-    check_sampling,
+    Sampling,
     draw,
     filtered_logits,
     guided_logits,
@@ -157,10 +157,8 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional(scale, exp
     ],
 )
 def test_settings_without_a_meaning_are_refused(argument, text):
-    usual = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
-    check_sampling(**usual)
     with pytest.raises(ValueError, match=text):
-        check_sampling(**{**usual, **argument})
+        Sampling(**argument)
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .code_convolution import convolve_codes
 from .configuration_pixelcnn import PixelCNNConfig
 from .pixelcnn_sampler import sample_codes
+from .sampling import Sampling
 
 
 @dataclass
@@ -132,33 +134,6 @@ class FirstGatedLayer(GatedLayer):
         above = convolve_codes(codes, embedding, self.vertical, (reach, reach, reach, -1))
         left = convolve_codes(codes, embedding, self.horizontal, (reach, -1, 0, 0))
         return self.gated(above, left, labels)
-
-
-def convolve_codes(
-    codes: Tensor, embedding: Tensor, conv: nn.Conv2d, padding: tuple[int, int, int, int]
-) -> Tensor:
-    """conv(pad(embedded codes)), without multiplying the same vectors by the same weights at every position.
-
-    What a tap of the kernel adds depends on one code: a table of K rows per tap, computed once, holds it all.
-
-    Args:
-        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
-        conv: convolution of C channels, stride 1.
-        padding: left, right, top, bottom; negative crops.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C_out, h', w')`, channels last, in the weights' precision.
-    """
-    num_codes, (height, width) = len(embedding), conv.kernel_size
-    with torch.autocast(codes.device.type, enabled=False):
-        tables = torch.einsum("kc,ocij->ijko", embedding, conv.weight)
-        tables = F.pad(tables, (0, 0, 0, 1)).flatten(0, 2)  # outside the grid: a row of zeros
-        windows = F.pad(codes, padding, value=num_codes).unfold(1, height, 1).unfold(2, width, 1)
-        taps = torch.arange(height * width, device=codes.device).view(height, width)
-        rows = (windows + taps * (num_codes + 1)).flatten(3)
-        sums = F.embedding_bag(rows.flatten(0, 2), tables, mode="sum") + conv.bias
-        return sums.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 class PixelCNNPreTrainedModel(PreTrainedModel):
@@ -301,14 +276,13 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         Returns:
             `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
         """
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         labels = self.checked_labels(labels, len(uniforms))
         was_training = self.training
         self.eval()
         try:
             with torch.inference_mode():
-                codes = sample_codes(
-                    self, uniforms, labels, temperature, top_k, top_p, guidance_scale, on_row
-                )
+                codes = sample_codes(self, uniforms, labels, sampling, on_row)
         finally:
             self.train(was_training)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode

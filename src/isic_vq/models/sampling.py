@@ -7,28 +7,55 @@ Salimans, arXiv 2207.12598, written as u + s (c - u): scale 1 is off.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, guidance_scale: float) -> None:
-    """Refuse sampling settings that have no meaning.
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn from logits.
+
+    Args:
+        temperature: below 1 sharpens, above 1 flattens the distributions.
+        top_k: keep this many most likely codes; None keeps all.
+        top_p: keep the most likely codes that hold this much probability; None keeps all.
+        guidance_scale: 1 is off; see `guided_logits`.
 
     Raises:
-        ValueError: names the argument, what it was and what was expected.
+        ValueError: a setting without a meaning.
     """
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}: expected more than 0 (top_k=1 takes the most likely code)"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: expected at least 1, or None for all codes")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: expected a probability in (0, 1], or None")
-    if not guidance_scale >= 0:
-        raise ValueError(f"guidance_scale is {guidance_scale}: expected at least 0; 1 is off")
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: expected more than 0 (top_k=1 takes the most likely code)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: expected at least 1, or None for all codes")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected a probability in (0, 1], or None")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}: expected at least 0; 1 is off")
+
+    @property
+    def guided(self) -> bool:
+        """Whether logits come in two halves: of the labelled images, then of the same ones without a label."""
+        return self.guidance_scale != 1
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Codes `(B,)` from logits `(B, K)`, or `(2B, K)` when guided, and uniforms `(B,)`."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.guided:
+            logits = guided_logits(*logits.chunk(2), self.guidance_scale)
+        return draw(filtered_logits(logits, self.temperature, self.top_k, self.top_p), uniforms)
 
 
 def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[torch.Generator]:

@@ -1,0 +1,51 @@
+"""Convolutions over embedded codes as sums of table rows.
+
+What a tap of a kernel adds depends on one code alone, so a table with a row for every tap and code, computed once,
+replaces the product of the same vectors with the same weights at every position.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def code_tables(embedding: Tensor, weight: Tensor) -> Tensor:
+    """What each code adds at each tap of a kernel; the code K, which stands for "outside the grid", adds nothing.
+
+    Args:
+        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
+        weight (`torch.Tensor` of shape `(C_out, C, height, width)`): the kernel.
+
+    Returns:
+        `torch.Tensor` of shape `(height * width, K + 1, C_out)`.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        tables = torch.einsum("kc,ocij->ijko", embedding, weight)
+        return F.pad(tables, (0, 0, 0, 1)).flatten(0, 1)
+
+
+def sum_taps(tables: Tensor, codes: Tensor) -> Tensor:
+    """Add up the rows of windows of codes `(N, taps)`, in [0, K], to `(N, C_out)`."""
+    taps = torch.arange(len(tables), device=codes.device)
+    return F.embedding_bag(codes + taps * tables.shape[1], tables.flatten(0, 1), mode="sum")
+
+
+def convolve_codes(
+    codes: Tensor, embedding: Tensor, conv: nn.Conv2d, padding: tuple[int, int, int, int]
+) -> Tensor:
+    """conv(pad(embedded codes)), by look-ups.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
+        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
+        conv: convolution of C channels, stride 1.
+        padding: left, right, top, bottom; negative crops.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C_out, h', w')`, channels last, in the weights' precision.
+    """
+    height, width = conv.kernel_size
+    tables = code_tables(embedding, conv.weight)
+    windows = F.pad(codes, padding, value=len(embedding)).unfold(1, height, 1).unfold(2, width, 1).flatten(3)
+    sums = sum_taps(tables, windows.flatten(0, 2)) + conv.bias
+    return sums.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
