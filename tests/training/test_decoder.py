@@ -1,76 +1,32 @@
 """The fine-tuning stage: what it trains, what it leaves alone, and what it reports."""
 
+import csv
 import json
 import shutil
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetModel
+from run_folder import records
 
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import Report
 from isic_vq.figures import write_figures
 from isic_vq.hub import ModelError, load_model
-from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
-from isic_vq.models.configuration_vqvae import VQVAEConfig
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.decoder import train_decoder
 from isic_vq.training.loop import InterruptedTraining
 from isic_vq.training.recipe import DecoderRecipe, load_recipe
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Folders of a feature model, a tokenizer and a whole model for 32-pixel images."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    backbone = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
-    ResNetModel(backbone).save_pretrained(folder / "features")
-    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 32}}
-    (folder / "features" / "preprocessor_config.json").write_text(json.dumps(settings))
-    config = VQVAEConfig(
-        image_size=32, hidden_sizes=(4, 8), num_residual_blocks=1, residual_size=4, num_codes=8, code_dim=4
-    )
-    tokenizer = VQVAEModel(config)
-    tokenizer(torch.rand(8, 3, 32, 32))  # moves BatchNorm's statistics away from their start
-    tokenizer.eval().save_pretrained(folder / "tokenizer")
-    prior = PixelCNNModel(PixelCNNConfig(num_codes=8, grid_size=8, hidden_size=8, num_layers=1, head_size=8))
-    IsicVQModel.from_parts(tokenizer, prior).save_pretrained(folder / "whole")
-    IsicVQImageProcessor(size=32).save_pretrained(folder / "whole")
-    return folder
-
-
 @pytest.fixture
-def make_recipe(parts, tiny_run, tmp_path):
+def make_recipe(decoder_settings, tmp_path):
     def make(*overrides):
-        settings = [
-            f"output_dir={tmp_path / 'run'}",
-            f"model={parts / 'tokenizer'}",
-            f"feature_model={parts / 'features'}",
-            f"data.train=folder:{tiny_run.images['train']}",
-            f"data.validation=folder:{tiny_run.images['validation']}",
-            "loop.max_steps=6",
-            "loop.batch_size=4",
-            "loop.learning_rate=2e-3",
-            "loop.warmup_steps=2",
-            "loop.average_decay=0.5",
-            "loop.precision=fp32",
-            "loop.save_every=2",
-            "adversarial_start=2",
-            *overrides,
-        ]
+        settings = [f"output_dir={tmp_path / 'run'}", *decoder_settings, *overrides]
         return load_recipe(DecoderRecipe, None, settings)
 
     return make
-
-
-def records(folder, kind):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def test_only_the_decoders_weights_change(make_recipe, parts, tmp_path):
@@ -106,6 +62,27 @@ def test_a_run_has_its_figures(make_recipe, tmp_path):
     train_decoder(make_recipe())
     names = {path.name for path in write_figures(tmp_path / "run") if path.suffix == ".png"}
     assert names == {"decoder_batch_loss.png", "decoder_epoch_loss.png", "decoder_reconstructions.png"}
+
+
+def test_what_validation_measures_of_the_loss_has_the_names_of_training(make_recipe, tmp_path):
+    train_decoder(make_recipe())
+    write_figures(tmp_path / "run")
+    with (tmp_path / "run" / "figures" / "decoder_epoch_loss.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    shared = {"loss", "l1_loss", "mse_loss", "feature_loss"}
+    for split in ("validation", "averaged"):
+        found = {name.partition("/")[2]: float(last[name]) for name in last if name.startswith(split)}
+        assert set(found) == shared
+        weighted = found["l1_loss"] + 5 * found["mse_loss"] + 0.1 * found["feature_loss"]
+        assert found["loss"] == pytest.approx(weighted, rel=1e-12)
+    assert {f"train/{name}" for name in shared} < set(last)
+
+
+def test_the_report_counts_the_images_that_were_measured(make_recipe, tiny_run, tmp_path):
+    damaged = shutil.copytree(tiny_run.images["validation"], tmp_path / "damaged")
+    (damaged / "003.png").write_text("this is no image")
+    report = train_decoder(make_recipe(f"data.validation=folder:{damaged}", "data.max_corrupt_share=0.1"))
+    assert {metric.n for metric in report.metrics} == {15}, "one of sixteen is corrupt"
 
 
 def test_terms_of_weight_zero_are_left_out(make_recipe, tmp_path):

@@ -23,6 +23,7 @@ from distributed_worker import NO_DROPOUT, start
 from run_folder import digests, records, untimed
 from safetensors.torch import load_file
 
+from isic_vq.evaluation.report import Report
 from isic_vq.hub import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -232,6 +233,24 @@ def test_tokenizer_is_trained_by_torchrun(tiny_run, tmp_path):
     assert [record["step"] for record in records(run_dir, "batch")] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(run_dir, "epoch")] == [0, 1]
     assert load_model(VQVAEModel, str(run_dir / "model")).config.num_codes == 8
+
+
+def test_decoder_is_trained_by_torchrun(parts, decoder_settings, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ["-m", "isic_vq", "train", "decoder", f"output_dir={run_dir}", *decoder_settings]
+    code, output = run(torchrun(*arguments), tmp_path / "log")
+    assert code == 0, output
+    assert output.count(f"wrote {run_dir}/model") == 1, output
+    assert {path.parent.name for path in run_dir.rglob("preprocessor_config.json")} == {"best", "model"}
+    assert list(run_dir.rglob("report.json")) == [run_dir / "report.json"]
+    assert not list(run_dir.glob(".*")), "nothing half-written stays"
+    assert [record["step"] for record in records(run_dir, "batch")] == [1, 2, 3, 4, 5, 6]
+    report = Report.load(run_dir / "report.json")
+    assert {metric.n for metric in report.metrics} == {16}, "every image, by one process"
+    folders = (parts / "tokenizer", run_dir / "model")
+    before, after = (load_model(VQVAEModel, str(folder)).state_dict() for folder in folders)
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder"}, "encoder and codebook are as they were"
 
 
 PRIOR_STEPS = 200

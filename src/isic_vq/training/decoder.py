@@ -18,10 +18,9 @@ from torch.func import functional_call
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
-from isic_vq.evaluation.reconstruction import evaluate_reconstruction
+from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.files import replaced_directory
 from isic_vq.hub import ModelError, load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -31,7 +30,7 @@ from isic_vq.training.images import ImageTask, open_data
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe
-from isic_vq.training.run import open_run
+from isic_vq.training.run import open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +131,25 @@ class DecoderTask(ImageTask):
         """Everything is learned by gradient."""
         return {}
 
-    def measure(self) -> dict[str, float]:
-        """PSNR, SSIM and feature distances on validation."""
+    def measure(self) -> tuple[Reconstruction, dict[str, float]]:
+        """Reconstruction and feature distances on validation."""
         result = evaluate_reconstruction(self.tokenizer, self.images(self.validation_set))
-        distances = measure_features(self.features, self.pairs(self.tokenizer))
-        return {"psnr": result.psnr, "ssim": result.ssim, "l1": result.l1, "mse": result.mse, **distances}
+        return result, measure_features(self.features, self.pairs(self.tokenizer))
 
     def validate(self) -> dict[str, float]:
         """Validation metrics; `loss` is what is minimised but for the discriminator's opinion."""
-        metrics, recipe = self.measure(), self.recipe
-        loss = recipe.l1_weight * metrics["l1"] + recipe.mse_weight * metrics["mse"]
-        return {"loss": loss + recipe.feature_weight * metrics["feature_distance"], **metrics}
+        recipe, (result, distances) = self.recipe, self.measure()
+        feature_loss = distances["feature_distance"]
+        loss = recipe.l1_weight * result.l1 + recipe.mse_weight * result.mse
+        return {
+            "loss": loss + recipe.feature_weight * feature_loss,
+            "l1_loss": result.l1,
+            "mse_loss": result.mse,
+            "feature_loss": feature_loss,
+            "psnr": result.psnr,
+            "ssim": result.ssim,
+            "frechet_distance": distances["frechet_distance"],
+        }
 
     def pictures(self) -> dict[str, Image.Image]:
         """Validation images above their reconstructions."""
@@ -150,10 +157,8 @@ class DecoderTask(ImageTask):
         return {"reconstructions": pairs}
 
     def save(self, folder: Path) -> None:
-        """Save the tokenizer with its decoder as it is, and its image processor, whole or not at all."""
-        with replaced_directory(folder) as temporary:
-            self.tokenizer.save_pretrained(temporary)
-            self.processor.save_pretrained(temporary)
+        """Save the tokenizer with its decoder as it is, and its image processor."""
+        save_model(folder, self.tokenizer, self.processor)
 
 
 def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
@@ -172,26 +177,28 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
     for name in ("model", "feature_model"):
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
-    whole, tokenizer = open_model(recipe.model)
+    model, tokenizer = open_model(recipe.model)
     try:
-        features = FeatureModel.from_pretrained(recipe.feature_model).to(tokenizer.device)
+        features = FeatureModel.from_pretrained(recipe.feature_model)
     except (OSError, ValueError) as error:
         raise ModelError(f"feature_model cannot be read: {error}") from error
     train_records, validation_records, sources = open_data(recipe.data)
     processes = Processes(recipe.loop, Path(recipe.output_dir))
     run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
+    model.to(processes.device)  # the tokenizer with it; it was opened on the same GPU in every process
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     task = DecoderTask(
         tokenizer.to(memory_format=torch.channels_last),
-        features,
+        features.to(processes.device),
         processor,
         DecodedImages(train_records, processor, cache=recipe.data.cache),
         DecodedImages(validation_records, processor, cache=recipe.data.cache),
         recipe,
     )
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage})
-    before = task.measure() if processes.is_main else {}
+    dataset = sources["validation"].name
+    before = measured_metrics(task, dataset, "_before") if processes.is_main else []
     if resume:
         trainer.resume()
     trainer.train()
@@ -200,21 +207,10 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         return None
     if trainer.averaged is not None:
         trainer.averaged.copy_to(task.model)
-    with replaced_directory(run.folder / "model") as folder:
-        (tokenizer if whole is None else whole).save_pretrained(folder)
-        processor.save_pretrained(folder)
-    after, dataset = task.measure(), sources["validation"].name
-    lines = [("", after), ("_before", before)]
+    save_model(run.folder / "model", model, processor)
     report = Report(
-        model={
-            "type": "isic_vqvae" if whole is None else "isic_vq",
-            "feature_model": Path(recipe.feature_model).name,
-        },
-        metrics=[
-            Metric(name + suffix, values[name], unit, len(task.validation_set), "validation", dataset)
-            for suffix, values in lines
-            for name, unit in UNITS.items()
-        ],
+        model={"type": model.config.model_type, "feature_model": Path(recipe.feature_model).name},
+        metrics=[*measured_metrics(task, dataset), *before],
         environment=environment(),
     )
     report.save(run.folder / "report.json")
@@ -225,8 +221,18 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
     return report
 
 
-def open_model(model: str) -> tuple[IsicVQModel | None, VQVAEModel]:
-    """A whole model and its tokenizer, or None and a tokenizer alone.
+def measured_metrics(task: DecoderTask, dataset: str, suffix: str = "") -> list[Metric]:
+    """The report's lines for the decoder as it is, `suffix` behind their names."""
+    result, distances = task.measure()
+    values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
+    return [
+        Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
+        for name, unit in UNITS.items()
+    ]
+
+
+def open_model(model: str) -> tuple[IsicVQModel | VQVAEModel, VQVAEModel]:
+    """A whole model, or a tokenizer alone, and the tokenizer in it.
 
     Raises:
         ModelError: it is neither.
@@ -234,5 +240,6 @@ def open_model(model: str) -> tuple[IsicVQModel | None, VQVAEModel]:
     try:
         whole = load_model(IsicVQModel, model)
     except ModelError:
-        return None, load_model(VQVAEModel, model)
+        tokenizer = load_model(VQVAEModel, model)
+        return tokenizer, tokenizer
     return whole, whole.vqvae

@@ -16,7 +16,6 @@ from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
-from isic_vq.files import replaced_directory
 from isic_vq.hub import load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -26,7 +25,7 @@ from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import PriorRecipe
-from isic_vq.training.run import build_config, open_run
+from isic_vq.training.run import build_config, open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +135,8 @@ class PriorTask:
         return {"samples": image_grid(processor.postprocess(pixels["pixel_values"], output_type="np"))}
 
     def save(self, folder: Path) -> None:
-        """Save the prior, whole or not at all."""
-        with replaced_directory(folder) as temporary:
-            self.model.save_pretrained(temporary)
+        """Save the prior."""
+        save_model(folder, self.model)
 
 
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
@@ -189,10 +187,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     run_dir = run.folder
     prior = PixelCNNModel.from_pretrained(run_dir / "best")
     model = IsicVQModel.from_parts(tokenizer, prior).to(processes.device)
-    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    with replaced_directory(run_dir / "model") as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    save_model(run_dir / "model", model, IsicVQImageProcessor(size=tokenizer.config.image_size))
     report = write_results(model, task, caches, recipe, run_dir)
     trainer.finish()
     return report

@@ -1,4 +1,4 @@
-"""A run's folder: its recipe, its name, where it was run, and on what data."""
+"""A run's folder: its recipe, its name, where it was run, on what data, and the models it leaves for others."""
 
 import dataclasses
 import difflib
@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.evaluation.report import environment
-from isic_vq.files import write_atomically
+from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 
@@ -88,3 +90,10 @@ def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: P
         write_atomically(folder / "recipe.yaml", settings.encode())
         write_atomically(folder / "run.json", json.dumps(began, indent=2).encode())
     return Run(folder, identifier)
+
+
+def save_model(folder: Path, *parts: PreTrainedModel | IsicVQImageProcessor) -> None:
+    """Save a model, and its image processor where it has one, for others to load: whole or not at all."""
+    with replaced_directory(folder) as temporary:
+        for part in parts:
+            part.save_pretrained(temporary)

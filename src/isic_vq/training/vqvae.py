@@ -23,7 +23,6 @@ from isic_vq.data.sources import SourceInfo
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.files import replaced_directory
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -33,7 +32,7 @@ from isic_vq.training.images import ImageTask, open_data
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
-from isic_vq.training.run import build_config, open_run
+from isic_vq.training.run import build_config, open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -130,10 +129,8 @@ class VQVAETask(ImageTask):
         return {"reconstructions": pairs, "codebook": Image.open(io.BytesIO(histogram)).convert("RGB")}
 
     def save(self, folder: Path) -> None:
-        """Save the tokenizer and its image processor, whole or not at all."""
-        with replaced_directory(folder) as temporary:
-            self.model.save_pretrained(temporary)
-            self.processor.save_pretrained(temporary)
+        """Save the tokenizer and its image processor."""
+        save_model(folder, self.model, self.processor)
 
     @torch.no_grad()
     def start_codebook(self) -> None:
