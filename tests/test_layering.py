@@ -29,13 +29,24 @@ OWNERS = {
     "accelerate": {"training"},
     "datasets": {"data"},
     "matplotlib": {"figures"},
+    "numba": {"models"},
     "psutil": {"training"},
     "pyarrow": {"data"},
+    "sklearn": {"evaluation"},
     "torchmetrics": {"evaluation", "training"},
     "typer": {"cli"},
     "yaml": {"training", "figures"},
 }
-MODELS_MAY_IMPORT = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors", "tqdm"}
+MODELS_MAY_IMPORT = {
+    "torch",
+    "numpy",
+    "PIL",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "tqdm",
+    "numba",
+}
 
 
 def module_name(path):

@@ -11,7 +11,7 @@ from torch import nn
 from isic_vq import PixelCNNConfig
 from isic_vq.models.code_convolution import convolve_codes
 from isic_vq.models.modeling_pixelcnn import CausalConv2d, gate
-from isic_vq.models.pixelcnn_sampler import GatedCache, PlainCache
+from isic_vq.models.pixelcnn_cache import open_cache
 from isic_vq.models.sampling import draw, filtered_logits, guided_logits
 
 ARCHITECTURES = ["gated", "plain"]
@@ -267,7 +267,7 @@ def test_cached_sampling_equals_full_passes_draw_for_draw(make_prior, architectu
 @torch.inference_mode()
 def test_cached_logits_are_those_of_the_full_pass(model):
     codes, labels = random_codes(4, model), torch.tensor([0, 1, 2, 3])
-    cache = (GatedCache if model.config.architecture == "gated" else PlainCache)(model, labels)
+    cache = open_cache(model, labels)
     expected = model(codes, labels).logits
     for row in range(GRID):
         cache.start_row(row)

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import Pipeline
 
 from .image_processing_isic_vq import IsicVQImageProcessor
+from .modeling_isic_vq import BLOCK_SIZE
 
 TASK = "unconditional-image-generation"
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
-BATCH_SIZE = 16
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "backend")
 
 
 class UnconditionalImageGenerationPipeline(Pipeline):
@@ -46,7 +46,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         output_type: str = "pil",
         return_codes: bool = False,
         progress: bool = False,
-        **sampling: float | int | None,
+        **sampling: float | int | str | None,
     ) -> Any:
         """Generate `num_images` images.
 
@@ -54,15 +54,16 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             labels: a diagnosis (name, alias or id) for all images, one per image, or None for unconditional.
             num_images: how many; by default one per label.
             seed: makes image i a function of (seed, i); random without it.
-            batch_size: images sampled at once; 16 unless the pipeline was built with another.
+            batch_size: images computed at once, `block_size` of `IsicVQModel.generate`; 16 unless the pipeline was
+                built with another.
             output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
                 `(N, 3, H, W)` in [0, 1].
             return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`) and `labels`.
             progress: show a progress bar.
             sampling: `temperature` (below 1 sharpens, above 1 flattens the distributions), `top_k` (keep this many
                 most likely codes at each position), `top_p` (keep the most likely codes that hold this much
-                probability), `guidance_scale` (1 is off; larger values follow the label more closely). Given to
-                `pipeline(...)` they become its defaults.
+                probability), `guidance_scale` (1 is off; larger values follow the label more closely) and
+                `backend`, as for `IsicVQModel.generate`. Given to `pipeline(...)` they become its defaults.
 
         Raises:
             TypeError: an argument that is none of these.
@@ -72,18 +73,21 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         if num_images is None:
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
         if batch_size is None:
-            batch_size = self._batch_size or BATCH_SIZE
+            batch_size = self._batch_size or BLOCK_SIZE
         if num_images < 1 or batch_size < 1:
             raise ValueError(
                 f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
             )
         ids = self.model.label_ids(labels, num_images)
-        seed = torch.Generator().seed() % 2**63 if seed is None else seed  # torch.seed() would reseed torch
-        rows = self.model.config.prior_config.grid_size * -(-num_images // batch_size)
+        if seed is None:
+            seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch
+            batch_size = min(batch_size, num_images)  # nobody can ask for these images again
+        shared = {"seed": seed, "block_size": batch_size, "num_blocks": -(-num_images // batch_size)}
+        rows = self.model.config.prior_config.grid_size * shared["num_blocks"]
         with tqdm(total=rows, disable=not progress, unit="row", desc="sampling") as bar:
             chunks = [
                 super(UnconditionalImageGenerationPipeline, self).__call__(
-                    {"labels": ids[first : first + batch_size], "seed": seed, "first_index": first},
+                    {"labels": ids[first : first + batch_size], "first_index": first, **shared},
                     on_row=bar.update,
                     **sampling,
                 )
@@ -106,15 +110,12 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         """Pass a chunk's labels, seed and first index on."""
         return inputs
 
-    def _forward(self, model_inputs: dict[str, Any], **sampling: Any) -> Any:
-        labels = model_inputs["labels"]
-        return self.model.generate(
-            len(labels),
-            labels,
-            seed=model_inputs["seed"],
-            first_index=model_inputs["first_index"],
-            **sampling,
-        )
+    def _forward(self, model_inputs: dict[str, Any], backend: str = "auto", **sampling: Any) -> Any:
+        inputs = dict(model_inputs)
+        labels, num_blocks = inputs.pop("labels"), inputs.pop("num_blocks")
+        if backend == "auto":  # chosen for all chunks together
+            backend = self.model.prior.best_backend(num_blocks)
+        return self.model.generate(len(labels), labels, backend=backend, **inputs, **sampling)
 
     def postprocess(self, model_outputs: Any) -> Any:
         """Return a chunk's tensors; images are made once all chunks are there."""

@@ -1,28 +1,49 @@
-"""Exact incremental sampling from a PixelCNN: each feature is computed once.
+"""Exact incremental sampling from a PixelCNN, row by row, on one of three backends.
 
-Within a row only the codes to the left are new, so everything that depends on the rows above (the vertical
-stack, or the upper half of a masked convolution) is computed once per row, and a code costs one step of small
-matrix products instead of a pass of the whole network. The idea is that of Ramachandran et al., "Fast
-Generation for Convolutional Autoregressive Models", arXiv 1704.06001.
-
-What makes it fast: features lie as (column, image, channel), so that the convolutions of a row are a few plain
-matrix products; labels, biases and BatchNorm are folded beforehand; sigmoid(x) is written (1 + tanh(x / 2)) / 2
-with the halves folded into the weights, so that one tanh serves both halves of a gate; nothing is allocated per
-code but by the draw.
+"eager" runs torch's own operations and works everywhere; "compiled" runs numba's kernels on a CPU; "cuda_graph"
+replays a recorded row on a CUDA device. All draw the same codes, up to rounding.
 """
 
-from abc import ABC, abstractmethod
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .code_convolution import code_tables, sum_taps
+from .pixelcnn_cache import GatedCache, PlainCache, open_cache
+from .pixelcnn_rows import GraphedRows, Rows
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .modeling_pixelcnn import GatedLayer, PixelCNNModel, PlainLayer
+    from .modeling_pixelcnn import PixelCNNModel
+
+BACKENDS = ("eager", "compiled", "cuda_graph")
+
+# Seconds by which one code and layer of a block of 16 images is cheaper compiled, and what loading and compiling the
+# kernels takes: orders of magnitude, from benchmarks/sampling.py.
+SAVED_PER_LAYER = 20e-6
+LOADING, COMPILING = 0.6, 10.0
+
+
+def best_backend(model: "PixelCNNModel", num_blocks: int) -> str:
+    """The backend that samples so many blocks of images in the least time, kernels' start included."""
+    if model.device.type == "cuda":
+        return "cuda_graph"
+    if (
+        model.device.type != "cpu"
+        or model.dtype != torch.float32
+        or importlib.util.find_spec("numba") is None
+    ):
+        return "eager"
+    saved = num_blocks * model.config.grid_size**2 * len(model.layers) * SAVED_PER_LAYER
+    if saved > COMPILING:
+        return "compiled"
+    if saved <= LOADING:
+        return "eager"
+    from .pixelcnn_compiled import lie_on_disk
+
+    return "compiled" if lie_on_disk() else "eager"
 
 
 def sample_codes(
@@ -30,269 +51,41 @@ def sample_codes(
     uniforms: Tensor,
     labels: Tensor,
     sampling: Sampling,
+    backend: str,
     on_row: Callable[[], None] | None,
 ) -> Tensor:
     """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, the model is in eval mode."""
     grid, batch = model.config.grid_size, len(uniforms)
     if uniforms.shape != (batch, grid * grid):
         raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}: expected ({batch}, {grid * grid})")
-    uniforms = uniforms.to(model.device).view(batch, grid, grid)
-    codes = torch.zeros(batch, grid, grid, dtype=torch.long, device=model.device)
-    if (
-        sampling.guided
-    ):  # both branches in one batch: the labelled images, then the same images without a label
+    uniforms = (
+        uniforms.to(model.device).view(batch, grid, grid).transpose(0, 1).contiguous()
+    )  # (row, image, column)
+    if sampling.guided:
         labels = torch.cat([labels, torch.full_like(labels, model.config.unconditional_id)])
     cache = open_cache(model, labels)
-    for row in range(grid):
-        cache.start_row(row)
-        for column in range(grid):
-            new = sampling.draw(cache.logits(column), uniforms[:, row, column])
-            codes[:, row, column] = new
-            cache.put(column, torch.cat([new, new]) if sampling.guided else new)
-        if on_row is not None:
-            on_row()
-    return codes
+    codes = []
+    with open_rows(backend, cache, sampling) as rows:
+        for row in range(grid):
+            codes.append(rows.draw(row, uniforms[row]))
+            if on_row is not None:
+                on_row()
+    return torch.stack(codes, dim=1)
 
 
-def open_cache(model: "PixelCNNModel", labels: Tensor) -> "Cache":
-    """An empty cache for images of the class ids `(B,)`: `start_row`, then `logits` and `put` per column."""
-    return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, labels)
+def open_rows(backend: str, cache: GatedCache | PlainCache, sampling: Sampling) -> Rows:
+    """What draws rows of codes the way that a backend's name says.
 
-
-class Cache(ABC):
-    """What the codes so far determine: of the present row, and of those above as far as later rows see them.
-
-    Layer 0 sees codes; the others see features of `size` channels. An activation takes `width` channels.
+    Raises:
+        ValueError: an unknown backend, or one that the model's device or precision rules out.
+        ImportError: "compiled" without numba.
     """
+    if backend == "eager":
+        return Rows(cache, sampling)
+    if backend == "cuda_graph":
+        return GraphedRows(cache, sampling)
+    if backend == "compiled":
+        from .pixelcnn_compiled import CompiledRows
 
-    # Weights of layers 1 and up: the kernel over the row itself, `(taps * size, width)`, the layer's own column last.
-    own: list[Tensor]
-
-    def __init__(self, model: "PixelCNNModel", num_images: int, width: int, num_rows: int, taps: int):
-        config = model.config
-        self.model, self.grid, self.batch = model, config.grid_size, num_images
-        self.size, self.width = config.hidden_size, width
-        self.reach, self.first_reach = config.kernel_size // 2, config.first_kernel_size // 2
-        padded, num_later = self.grid + 2 * self.reach, len(model.layers) - 1
-        # Codes of the rows above and of the present one; num_codes stands for "outside the grid".
-        shape = (num_images, self.first_reach, self.grid + 2 * self.first_reach)
-        self.codes_above = torch.full(shape, config.num_codes, device=model.device)
-        self.codes = torch.full((num_images, self.grid), config.num_codes, device=model.device)
-        # Inputs of layers 1 and up in the rows above: (column, image, row * channel), the newest row last.
-        self.above = self._zeros(num_later, padded, num_images, num_rows * self.size).unbind()
-        # What enters each layer's activation at each column, but for what layers 1 and up see of the row itself.
-        self.before = self._zeros(num_later + 1, self.grid, num_images, width)
-        self.before_at = [part.unbind() for part in self.before.unbind(1)]
-        # Inputs of layers 1 and up at the columns their kernels see, the present one last, and the final output.
-        self.windows = self._zeros(num_later + 1, num_images, taps * self.size)
-        self.window_at = self.windows.unbind()
-        self.hidden_at = self.windows[:, :, -self.size :].unbind()
-        self.features = self._zeros(num_images, width)
-        self.position = model.position_embedding[0].permute(1, 2, 0).contiguous()  # (row, column, channel)
-        self.position_row = torch.empty_like(self.position[0])
-        _, first, _, second = model.head
-        self.head = [(conv.bias, conv.weight.flatten(1).t().contiguous()) for conv in (first, second)]
-
-    def start_row(self, row: int) -> None:
-        """Compute what the rows above mean to a row; rows are started in order."""
-        self.position_row.copy_(self.position[row])
-        self.windows.zero_()
-        self.see_rows_above()
-
-    @abstractmethod
-    def see_rows_above(self) -> None:
-        """Fill `before` with what the rows above and the biases give."""
-
-    @abstractmethod
-    def last_hidden(self, column: int) -> Tensor:
-        """Features `(B, C)` at a column after the last layer, rectified."""
-
-    def logits(self, column: int) -> Tensor:
-        """Logits `(B, K)` of the next code of the row."""
-        (first_bias, first), (second_bias, second) = self.head
-        hidden = torch.addmm(first_bias, self.last_hidden(column), first).relu_()
-        return torch.addmm(second_bias, hidden, second)
-
-    def put(self, column: int, codes: Tensor) -> None:
-        """Take in the codes `(B,)` drawn at a column of the present row."""
-        self.codes[:, column] = codes
-        last = min(column + self.first_reach, self.grid - 1)
-        if last > column:
-            tables = self.tables_left[: last - column]
-            self.before[0, column + 1 : last + 1].add_(tables.index_select(1, codes))
-        for start in range(0, self.windows.shape[2] - self.size, self.size):
-            self.windows[:, :, start : start + self.size] = self.windows[:, :, start + self.size :][
-                :, :, : self.size
-            ]
-
-    def reorder(self, ancestors: Tensor) -> None:
-        """Between rows: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
-        self.codes_above.copy_(self.codes_above[ancestors])
-        self.codes.copy_(self.codes[ancestors])
-        for rows in self.above:
-            rows.copy_(rows[:, ancestors])
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.model.device, dtype=self.model.dtype)
-
-    def _see_codes(self, above: Tensor, left: Tensor) -> None:
-        """Take layer 0's kernels, `(width, C, rows, k)` over the rows above and `(width, C, 1, k)` to the left."""
-        embedding = self.model.code_embedding.weight
-        self.tables_above = code_tables(embedding, above)
-        self.tables_left = (
-            code_tables(embedding, left)[:, :-1].flip(0).contiguous()
-        )  # by distance to the right
-
-    def _convolve_codes_above(self) -> Tensor:
-        """Layer 0's convolution of the rows above, `(columns * B, width)`, without its bias."""
-        present = self.codes_above[:, :, self.first_reach : self.first_reach + self.grid]
-        present.copy_(torch.cat([present[:, 1:], self.codes[:, None]], dim=1))
-        windows = self.codes_above.unfold(
-            2, 2 * self.first_reach + 1, 1
-        )  # (image, row, column, kernel column)
-        return sum_taps(self.tables_above, windows.permute(2, 0, 1, 3).flatten(0, 1).flatten(1))
-
-    def _convolve_above(self, rows: Tensor, kernel: list[Tensor]) -> Tensor:
-        """A later layer's convolution of its rows above, `(columns * B, width)`, without its bias."""
-        parts = [rows[shift : shift + self.grid].flatten(0, 1) for shift in range(len(kernel))]
-        result = parts[0] @ kernel[0]
-        for part, matrix in zip(parts[1:], kernel[1:], strict=True):
-            result.addmm_(part, matrix)
-        return result
-
-    def _push(self, rows: Tensor, new: Tensor) -> None:
-        """Drop the oldest of a layer's rows above and append the row `(columns, B, C)`."""
-        kept = rows[:, :, self.size :].clone()
-        rows[:, :, : kept.shape[2]] = kept
-        rows[self.reach : self.reach + self.grid, :, kept.shape[2] :] = new
-
-
-def columns(weight: Tensor) -> list[Tensor]:
-    """A kernel `(F, C, rows, k)` as k matrices `(rows * C, F)`, one per column of the kernel."""
-    return [part.permute(2, 1, 0).flatten(0, 1).contiguous() for part in weight.unbind(3)]
-
-
-class GatedCache(Cache):
-    """The gated network's features."""
-
-    def __init__(self, model: "PixelCNNModel", labels: Tensor):
-        layers: list[GatedLayer] = list(model.layers)
-        first, *later = layers
-        size, taps = model.config.hidden_size, model.config.kernel_size // 2 + 1
-        super().__init__(model, len(labels), 2 * size, num_rows=taps, taps=taps)
-        halves = torch.ones(2 * size, 1, 1, 1, device=model.device, dtype=model.dtype)
-        halves[size:] = 0.5  # where tanh serves as sigmoid
-        self._see_codes(first.vertical.weight * halves, first.horizontal.weight * halves)
-        self.kernels = [columns(layer.vertical.weight * halves) for layer in later]
-        self.own = [torch.cat(columns(layer.horizontal.weight * halves)) for layer in later]
-        self.outputs = [(layer.output.weight.flatten(1) / 2).t().contiguous() for layer in layers]
-        row = halves.flatten()
-        self.across = [
-            layer.vertical_to_horizontal.weight.flatten(1).t() / row[:, None] * row for layer in layers
-        ]
-        classes = [layer.class_bias(labels).chunk(2, dim=1) for layer in layers]
-        self.vertical_biases = [
-            (layer.vertical.bias + vertical) * row
-            for layer, (vertical, _) in zip(layers, classes, strict=True)
-        ]
-        # The class bias of the vertical stack is in what goes across, where the network does not have it. The step
-        # leaves out the biases of the layers' outputs: what they add up to enters here and before the head.
-        self.horizontal_biases, self.offset = [], self._zeros(size)
-        for index, (layer, (vertical, horizontal)) in enumerate(zip(layers, classes, strict=True)):
-            bias = (layer.horizontal.bias + horizontal) * row - (vertical * row) @ self.across[index]
-            bias = bias.repeat(self.grid, 1, 1)  # (column, image, width)
-            if index:
-                for distance, matrix in enumerate(reversed(self.own[index - 1].split(size))):
-                    bias[distance:] += self.offset @ matrix
-            self.horizontal_biases.append(bias.flatten(0, 1))
-            self.offset = self.offset + layer.output.bias
-
-    def see_rows_above(self) -> None:
-        vertical = self.position_row[:, None]
-        for index, (bias, across) in enumerate(zip(self.vertical_biases, self.across, strict=True)):
-            if index == 0:
-                above = self._convolve_codes_above()
-            else:
-                self._push(self.above[index - 1], vertical)
-                above = self._convolve_above(self.above[index - 1], self.kernels[index - 1])
-            seen = above.view(self.grid, self.batch, self.width)
-            seen += bias
-            torch.addmm(self.horizontal_biases[index], above, across, out=self.before[index].flatten(0, 1))
-            if index < len(self.above):  # nobody sees the last layer's vertical output
-                signal, opening = seen.tanh_().chunk(2, dim=2)
-                vertical = torch.add(vertical, torch.addcmul(signal, signal, opening), alpha=0.5)
-
-    def last_hidden(self, column: int) -> Tensor:
-        before, residual = self.before_at[column], self.position_row[column]
-        signal, opening = self.features.chunk(2, dim=1)
-        gated = torch.empty_like(signal)
-        for index, output in enumerate(self.outputs):
-            if index:
-                torch.addmm(before[index], self.window_at[index - 1], self.own[index - 1], out=self.features)
-                self.features.tanh_()
-            else:
-                torch.tanh(before[0], out=self.features)
-            torch.addcmul(signal, signal, opening, out=gated)
-            residual = torch.addmm(residual, gated, output, out=self.hidden_at[index])
-        return (residual + self.offset).relu_()
-
-    def reorder(self, ancestors: Tensor) -> None:
-        super().reorder(ancestors)
-        self.vertical_biases = [bias[ancestors] for bias in self.vertical_biases]
-        self.horizontal_biases = [
-            bias.view(self.grid, self.batch, self.width)[:, ancestors].flatten(0, 1)
-            for bias in self.horizontal_biases
-        ]
-
-
-class PlainCache(Cache):
-    """The plain network's features; BatchNorm is folded into the convolutions."""
-
-    def __init__(self, model: "PixelCNNModel", labels: Tensor):
-        layers: list[PlainLayer] = list(model.layers)
-        first, *later = layers
-        reach = model.config.kernel_size // 2
-        super().__init__(model, len(labels), model.config.hidden_size, num_rows=reach, taps=reach + 1)
-        first_scale, *later_scales = scales = [batch_norm_scale(layer.norm) for layer in layers]
-        self._see_codes(first.conv.above.weight * first_scale, first.conv.left.weight * first_scale)
-        self.kernels, self.own = [], []
-        for layer, scale in zip(later, later_scales, strict=True):
-            self.kernels.append(columns(layer.conv.above.weight * scale))
-            self.own.append(torch.cat(columns(layer.conv.left.weight * scale)))
-        self.biases = [
-            (layer.conv.above.bias - layer.norm.running_mean) * scale.flatten()
-            + layer.norm.bias
-            + layer.class_bias(labels)
-            for layer, scale in zip(layers, scales, strict=True)
-        ]
-        # Inputs of layers 1 and up over the present row, which the next rows see.
-        self.row = self._zeros(len(later), self.grid, self.batch, self.size)
-
-    def see_rows_above(self) -> None:
-        for index, bias in enumerate(self.biases):
-            if index == 0:
-                above = self._convolve_codes_above()
-            else:
-                self._push(self.above[index - 1], self.row[index - 1])
-                above = self._convolve_above(self.above[index - 1], self.kernels[index - 1])
-            torch.add(above.view(self.grid, self.batch, self.width), bias, out=self.before[index])
-
-    def last_hidden(self, column: int) -> Tensor:
-        before = self.before_at[column]
-        residual = torch.relu(before[0]).add_(self.position_row[column])
-        self.hidden_at[0].copy_(residual)
-        for index, own in enumerate(self.own):
-            torch.addmm(before[index + 1], self.window_at[index], own, out=self.features)
-            residual = torch.add(residual, self.features.relu_(), out=self.hidden_at[index + 1])
-        self.row[:, column] = self.windows[:-1, :, -self.size :]
-        return residual.relu()
-
-    def reorder(self, ancestors: Tensor) -> None:
-        super().reorder(ancestors)
-        self.row.copy_(self.row[:, :, ancestors])
-        self.biases = [bias[ancestors] for bias in self.biases]
-
-
-def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:
-    """What BatchNorm multiplies its channels by in eval mode, `(C, 1, 1, 1)`."""
-    return (norm.weight * (norm.running_var + norm.eps).rsqrt()).view(-1, 1, 1, 1)
+        return CompiledRows(cache, sampling)
+    raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")

@@ -50,11 +50,16 @@ class Sampling:
         """Whether logits come in two halves: of the labelled images, then of the same ones without a label."""
         return self.guidance_scale != 1
 
+    def both(self, images: Tensor) -> Tensor:
+        """One entry per image `(B, ...)` as the batch that is computed: twice, one after the other, when guided."""
+        return torch.cat([images, images]) if self.guided else images
+
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Codes `(B,)` from logits `(B, K)`, or `(2B, K)` when guided, and uniforms `(B,)`."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.guided:
-            logits = guided_logits(*logits.chunk(2), self.guidance_scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guided_logits(conditional, unconditional, self.guidance_scale)
         return draw(filtered_logits(logits, self.temperature, self.top_k, self.top_p), uniforms)
 
 
