@@ -1,10 +1,12 @@
-"""What the package's training steps are compared with: a minimal loop, a public library, usual masked layers.
+"""What the package is compared with: minimal loops, public libraries, usual masked layers.
 
-Every peer is a module that returns its training loss, so that all of them can be trained by the same few
-lines. The library is optional and imported only when it is asked for; nothing of it is copied.
+Every peer of a network is a module that returns its training loss, so that all of them can be trained by the same
+few lines; every quantizer takes latents `(B, D, h, w)` and returns them quantized with its loss. Libraries are
+optional and imported only when they are asked for; nothing of them is copied.
 """
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,14 @@ from torch import Tensor, nn
 
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_pixelcnn import GatedLayer, PixelCNNModel, gate
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.vector_quantizer import VectorQuantizer
 
-PYTHAE = "pythae==0.1.2"
+PYTHAE_HOW = (
+    "Install the peer and what it imports: pip install --no-deps pythae==0.1.2, "
+    "then pip install cloudpickle imageio pydantic scipy"
+)
+VECTOR_QUANTIZE = "vector-quantize-pytorch==1.32.0"
 
 
 class MinimalQuantizer(nn.Module):
@@ -46,10 +54,79 @@ class MinimalQuantizer(nn.Module):
         return latents + (quantized - latents).detach(), F.mse_loss(latents, quantized)
 
 
+class PackageQuantizer(nn.Module):
+    """The package's quantizer, returning what the others return."""
+
+    def __init__(self, quantizer: VectorQuantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize latents `(B, D, h, w)`; returns them and the commitment loss."""
+        output = self.quantizer(latents)
+        return output.quantized, output.commitment_loss
+
+
+class VectorQuantizePytorch(nn.Module):
+    """`VectorQuantize` of vector-quantize-pytorch, given the tokens `(B, h w, D)` it takes by default.
+
+    Of channels-last latents these are a view.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(K, D)`): where it starts.
+        counts (`torch.Tensor` of shape `(K,)`): latents per code and step to start with.
+        decay: of counts and sums, per step.
+        settings: of the library.
+    """
+
+    def __init__(self, codebook: Tensor, counts: Tensor, decay: float, **settings: Any):
+        super().__init__()
+        try:
+            from vector_quantize_pytorch import VectorQuantize
+        except ImportError as error:
+            raise SystemExit(
+                f"{error}. Install the peer and what it imports apart: pip install --no-deps --target build/peers "
+                f"{VECTOR_QUANTIZE} einops einx frozendict loguru torch-einops-utils, then set PYTHONPATH=build/peers"
+            ) from error
+        self.quantizer = VectorQuantize(codebook.shape[1], len(codebook), decay=decay, **settings)
+        state = self.quantizer._codebook
+        state.embed.copy_(codebook)
+        state.cluster_size.copy_(counts)
+        state.embed_avg.copy_(codebook * counts[:, None])
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize latents `(B, D, h, w)`; returns them and the commitment loss."""
+        tokens, _, loss = self.quantizer(latents.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).view(latents.shape), loss
+
+
+class DiffusersQuantizer(nn.Module):
+    """The quantizer of diffusers' `VQModel`, which learns its codebook by gradient.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(K, D)`): where it starts.
+        beta: weight of the commitment loss.
+    """
+
+    def __init__(self, codebook: Tensor, beta: float):
+        super().__init__()
+        try:
+            from diffusers.models.autoencoders.vq_model import VectorQuantizer as Quantizer
+        except ImportError as error:
+            raise SystemExit(f"{error}. Install the peer: pip install diffusers") from error
+        self.quantizer = Quantizer(*codebook.shape, beta=beta, legacy=False)
+        self.quantizer.embedding.weight.data.copy_(codebook)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize latents `(B, D, h, w)`; returns them and codebook loss + beta commitment loss."""
+        quantized, loss, _ = self.quantizer(latents)
+        return quantized, loss
+
+
 class MinimalVQVAE(nn.Module):
     """A VQ-VAE written out by hand around given halves."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, quantizer: MinimalQuantizer, beta: float):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, quantizer: nn.Module, beta: float):
         super().__init__()
         self.encoder, self.decoder, self.quantizer, self.beta = encoder, decoder, quantizer, beta
 
@@ -60,6 +137,17 @@ class MinimalVQVAE(nn.Module):
             quantized, commitment = self.quantizer(latents.float())
         difference = self.decoder(quantized).float() - images
         return difference.abs().mean() + difference.square().mean() + self.beta * commitment
+
+
+@torch.no_grad()
+def start_codebook(model: VQVAEModel, pixel_values: Tensor) -> None:
+    """Put the codebook at random latents, so that contestants start alike and no code is dead."""
+    latents = model.train().embed(pixel_values)
+    latents = latents.permute(0, 2, 3, 1).reshape(-1, model.config.code_dim)
+    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
+    num_codes = model.config.num_codes
+    share = torch.full((num_codes,), len(latents) / num_codes, device=latents.device)
+    model.quantizer.start_from(latents[order[:num_codes]], share)
 
 
 def pythae_vqvae(encoder: nn.Module, decoder: nn.Module, config: VQVAEConfig) -> nn.Module:
@@ -74,10 +162,7 @@ def pythae_vqvae(encoder: nn.Module, decoder: nn.Module, config: VQVAEConfig) ->
         from pythae.models.base.base_utils import ModelOutput
         from pythae.models.nn import BaseDecoder, BaseEncoder
     except ImportError as error:
-        raise SystemExit(
-            f"{error}. Install the peer and what it imports: pip install --no-deps {PYTHAE}, "
-            "then pip install cloudpickle imageio pydantic scipy"
-        ) from error
+        raise SystemExit(f"{error}. {PYTHAE_HOW}") from error
 
     class Encoder(BaseEncoder):
         def __init__(self) -> None:
@@ -166,3 +251,13 @@ def full_tap_pixelcnn(model: PixelCNNModel) -> PixelCNNModel:
     peer = deepcopy(model)
     peer.layers = nn.ModuleList([FullTapLayer(layer) for layer in peer.layers])
     return peer
+
+
+def pythae_pixelcnn(num_codes: int, num_layers: int) -> nn.Module:
+    """The ungated PixelCNN of pythae, kernel 5, whose sampler runs it once per position on all images."""
+    try:
+        from pythae.models.normalizing_flows import PixelCNN, PixelCNNConfig
+    except ImportError as error:
+        raise SystemExit(f"{error}. {PYTHAE_HOW}") from error
+    settings = PixelCNNConfig(input_dim=(1, 1, 1), n_embeddings=num_codes, n_layers=num_layers, kernel_size=5)
+    return PixelCNN(settings)

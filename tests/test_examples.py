@@ -41,10 +41,12 @@ def workplace(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [ROOT / "README.md", CARD / "README.md"], ids=["readme", "card"])
-def test_every_python_block_runs(path, workplace):
+@pytest.mark.parametrize(
+    ("path", "count"), [(ROOT / "README.md", 3), (CARD / "README.md", 2)], ids=["readme", "card"]
+)
+def test_every_python_block_runs(path, count, workplace):
     blocks = python_blocks(path)
-    assert len(blocks) == 2
+    assert len(blocks) == count
     for block in blocks:
         run(["-c", block], workplace)
 
@@ -59,3 +61,10 @@ def test_example_generate_writes_its_picture(workplace):
 def test_example_code_swap_writes_its_picture(workplace):
     run([str(ROOT / "examples" / "code_swap.py"), "image.jpg", "other.jpg"], workplace)
     assert picture_size(workplace / "swapped.png")[0] > 4 * 128
+
+
+@pytest.mark.slow
+def test_example_counterfactual_writes_its_picture(workplace):
+    options = ["--diagnoses", "nevus", "mel", "--particles", "4"]
+    run([str(ROOT / "examples" / "counterfactual.py"), "image.jpg", *options], workplace)
+    assert picture_size(workplace / "counterfactuals.png")[0] > 3 * 128

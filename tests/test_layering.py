@@ -19,6 +19,7 @@ RANKS = {
     "evaluation.report": 1,  # the form in which numbers leave the project; computes none
     "evaluation": 2,
     "figures": 2,
+    "generation": 2,
     "training": 3,
     "export": 3,
     "cli": 4,

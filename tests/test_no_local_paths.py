@@ -46,7 +46,7 @@ def shipped_files():
     found += [
         path for path in ROOT.iterdir() if path.suffix in ROOT_SUFFIXES - {""} or path.name in ROOT_NAMES
     ]
-    kept = [path for path in found if path.is_file() and path.suffix != ".pyc"]
+    kept = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
     return {path.relative_to(ROOT).as_posix(): path for path in sorted(kept)}
 
 

@@ -12,6 +12,7 @@ from isic_vq.registration import install
 __version__ = "0.1.0"
 
 _MODULES = {
+    "EditOutput": "isic_vq.models.editing",
     "GenerationOutput": "isic_vq.models.modeling_isic_vq",
     "ImageError": "isic_vq.models.image_processing_isic_vq",
     "IsicVQConfig": "isic_vq.models.configuration_isic_vq",
@@ -19,6 +20,7 @@ _MODULES = {
     "IsicVQModel": "isic_vq.models.modeling_isic_vq",
     "PixelCNNConfig": "isic_vq.models.configuration_pixelcnn",
     "PixelCNNModel": "isic_vq.models.modeling_pixelcnn",
+    "ScoreOutput": "isic_vq.models.likelihood",
     "UnconditionalImageGenerationPipeline": "isic_vq.models.pipeline_isic_vq",
     "VQVAEConfig": "isic_vq.models.configuration_vqvae",
     "VQVAEModel": "isic_vq.models.modeling_vqvae",

@@ -83,38 +83,81 @@ def configure(
 
 
 @app.command(
-    epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2"
+    epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2\n\n"
+    "  isic-vq generate -n 100000 --label melanoma --label nevus --shards parquet -o generated"
 )
 def generate(
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="How many images.")] = 16,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", "-l", help="Diagnosis (name, alias or id); repeat it to give one per image."),
+        typer.Option(
+            "--label",
+            "-l",
+            help="Diagnosis (name, alias or id); repeat it to give one per image, or, with --shards, several that "
+            "take turns.",
+        ),
     ] = None,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path("samples"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images sampled at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Images computed at once; another number may round an image differently.")
+    ] = 16,
+    backend: Annotated[
+        str, typer.Option(help="eager, compiled (needs numba), cuda_graph, or auto for the fastest.")
+    ] = "auto",
     temperature: Annotated[float, typer.Option(help="Below 1: safer, above 1: wilder.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep this many most likely codes.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Keep the codes that hold this much probability.")
     ] = None,
     guidance_scale: Annotated[float, typer.Option(help="1 is off; larger follows the label more.")] = 1.0,
+    shards: Annotated[
+        str | None, typer.Option(help="Write parquet or webdataset shards: for large sets.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images per shard: a multiple of --batch-size.")] = 1024,
 ) -> None:
-    """Generate images and write them as PNGs, with one grid of all of them."""
+    """Generate images and write them as PNGs, with one grid of all of them, or as shards of a large set.
+
+    With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
+    """
     from isic_vq.figures import image_grid
     from isic_vq.hub import load_model, resolve
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 
     _quiet_transformers()
+    if shards is not None:
+        from isic_vq.generation import generate_shards, launched_process
+
+        rank, world = launched_process()
+        made, kept = generate_shards(
+            load_model(IsicVQModel, model),
+            output,
+            num_images,
+            label or None,
+            seed=seed,
+            format=shards,
+            images_per_shard=shard_size,
+            block_size=batch_size,
+            backend=backend,
+            rank=rank,
+            world=world,
+            progress=True,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
+        typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
+        return
     pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, model))
     result = pipe(
         label if label and len(label) > 1 else (label[0] if label else None),
         num_images=num_images,
         seed=seed,
         batch_size=batch_size,
+        backend=backend,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -179,6 +222,155 @@ def reconstruct(
     _write_png(pairs, output / "grid.png", {"Comment": "originals above reconstructions"})
     typer.echo(
         f"{result.num_images} images: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}; wrote {output / 'grid.png'}"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq edit photo.jpg --box 150,100,450,350 --label melanoma\n\n"
+    "  isic-vq edit photo.jpg --mask hairs.png -n 1 --dilation 1\n\n  isic-vq edit photo.jpg --lower-half -n 8"
+)
+def edit(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of the image's size; what is white is drawn anew.")
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw this anew; in the image's pixels."),
+    ] = None,
+    lower_half: Annotated[bool, typer.Option("--lower-half", help="Draw the lower half anew.")] = False,
+    label: Annotated[
+        str | None, typer.Option("--label", "-l", help="Diagnosis (name, alias or id) to draw it as.")
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, help="How many variants to draw.")
+    ] = 4,
+    particles: Annotated[
+        int, typer.Option(help="Candidates per variant; more fit the rest of the image better.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Variant i depends on (seed, i) alone.")] = 0,
+    dilation: Annotated[int, typer.Option(help="Codes by which the mask grows on all sides.")] = 0,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path("edited"),
+) -> None:
+    """Draw a part of an image anew so that it fits the rest, in several variants."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from isic_vq.figures import image_grid
+    from isic_vq.hub import load_model, resolve
+    from isic_vq.models.editing import pixel_mask
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    _quiet_transformers()
+    editor = load_model(IsicVQModel, model)
+    config = editor.config
+    processor = IsicVQImageProcessor(size=config.vqvae_config.image_size)
+    marked = _marked_pixels(processor, image, mask, box, lower_half)
+    original = processor(image, return_tensors="pt")["pixel_values"].to(editor.device)
+    rows = num_images * config.prior_config.grid_size
+    with tqdm(total=rows, disable=not sys.stderr.isatty(), unit="row", desc="editing") as bar:
+        edited: Any = editor.inpaint(
+            original.expand(num_images, -1, -1, -1),
+            marked,
+            label,
+            num_particles=particles,
+            seed=seed,
+            dilation=dilation,
+            on_row=bar.update,
+        )
+    blue = torch.tensor([0.1, 0.4, 1.0], device=editor.device)[:, None, None]
+    redrawn = pixel_mask(edited.mask[:1], config.vqvae_config.downsampling)
+    shown = torch.where(redrawn, (original + blue) / 2, original)
+    before = processor.postprocess(torch.cat([original, shown]), output_type="np")
+    after = processor.postprocess(edited.pixel_values, output_type="np")
+    classes = {**config.class_names, editor.prior.config.unconditional_id: "unconditional"}
+    title = classes[edited.labels[0].item()]
+    about = {"Title": title, "Source": Path(resolve(model)).name}
+    for index, pixels in enumerate(after):
+        comment = f"edited image, seed {seed}, index {index}"
+        _write_png(pixels, output / f"image-{index:05d}.png", {**about, "Comment": comment})
+    names = ["original", "drawn anew", *(f"{title} {index}" for index in range(num_images))]
+    about["Comment"] = f"an image and its edits, seed {seed}"
+    _write_png(image_grid(np.concatenate([before, after]), labels=names), output / "grid.png", about)
+    if edited.num_particles[0] < particles:
+        typer.echo("exact with one particle: nothing is kept after the first code drawn anew")
+    else:
+        for index, ess in enumerate(edited.ess):
+            typer.echo(
+                f"variant {index}: effective sample size {ess[-1]:.1f} of {particles} particles at the end, "
+                f"{ess.min():.1f} in the poorest row"
+            )
+    typer.echo(f"wrote {num_images} variants and {output / 'grid.png'}")
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq score my_images/\n\n  isic-vq score photo.jpg --marginalize -o out/"
+)
+def score(
+    data: Annotated[str, typer.Argument(help="Image file, folder, or a URI as for --data.")],
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the PNGs.")] = Path(
+        "scores"
+    ),
+    label: Annotated[
+        str | None,
+        typer.Option("--label", "-l", help="Diagnosis (name, alias or id) to score all images as."),
+    ] = None,
+    marginalize: Annotated[
+        bool, typer.Option("--marginalize", help="Score under all diagnoses together, weighed alike.")
+    ] = False,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Heat maps of the first so many images; 0 writes the table alone.")
+    ] = 16,
+    train_codes: Annotated[
+        Path | None, typer.Option(help="Code cache of the training images, for two more scores.")
+    ] = None,
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure how likely the prior finds images, and map where they surprise it."""
+    from tqdm import tqdm
+
+    from isic_vq.evaluation.scores import read_reference, score_images
+    from isic_vq.figures.scores import Gallery
+    from isic_vq.figures.write import check_matplotlib, csv_bytes
+    from isic_vq.files import write_atomically
+    from isic_vq.hub import load_model
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    if limit:
+        check_matplotlib()
+    _quiet_transformers()
+    scorer = load_model(IsicVQModel, model)
+    config = scorer.config.vqvae_config
+    processor = IsicVQImageProcessor(size=config.image_size)
+    class_id = None if label is None else int(scorer.label_ids(label, 1))
+    if class_id is None:
+        way = "marginal" if marginalize else "unconditional"
+    else:
+        way = scorer.config.class_names[class_id]
+    reference = read_reference(train_codes, scorer, class_id, marginalize) if train_codes else None
+    batches, total = _named_images(data, processor, max_corrupt_share)
+    rows: list[dict[str, Any]] = []
+    gallery = Gallery(config.num_codes, limit)
+    with tqdm(total=total, unit="image", desc="scoring", disable=not sys.stderr.isatty()) as bar:
+        for image in score_images(scorer, batches, class_id, marginalize, reference):
+            bits_per_pixel = image.scores["bits_per_code"] / config.downsampling**2
+            rows.append({"name": image.name, "label": way, **image.scores, "bits_per_pixel": bits_per_pixel})
+            pixels = processor.postprocess(image.pixel_values[None], output_type="np")[0]
+            gallery.add(image.name, pixels, image.bits.numpy())
+            bar.update()
+    if not rows:
+        raise ValueError(f"{data} holds no readable image")
+    write_atomically(output / "scores.csv", csv_bytes({key: [row[key] for row in rows] for key in rows[0]}))
+    gallery.write(output)
+    bits = [row["bits_per_code"] for row in rows]
+    typer.echo(
+        f"{len(rows)} images: {sum(bits) / len(bits):.3f} bits per code ({way}), from {min(bits):.3f} to "
+        f"{max(bits):.3f}; wrote {output / 'scores.csv'}"
     )
 
 
@@ -307,6 +499,49 @@ def evaluate(
     typer.echo(f"wrote {output}")
 
 
+@app.command(
+    epilog="Example:\n\n  isic-vq ood --data folder:test_images --split test --train-codes runs/codes/train.parquet"
+)
+def ood(
+    data: DataOption,
+    train_codes: Annotated[Path, typer.Option(help="Code cache of the training images.")],
+    model: ModelOption = None,
+    non_skin: Annotated[
+        str | None,
+        typer.Option(help="Images that show no skin, as for --data; default: photographs of scikit-learn."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="What the report calls these images.")] = "validation",
+    limit: Annotated[int, typer.Option(min=1, help="At most this many images, a seeded subset.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the subset and of what spoils the images.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Report to write, and histograms as PNG beside it.")
+    ] = Path("report.json"),
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure how well likelihood scores tell images from spoiled ones and from other photographs."""
+    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
+    from isic_vq.figures.scores import write_score_histograms
+    from isic_vq.figures.write import check_matplotlib
+
+    check_matplotlib()
+    _quiet_transformers()
+    report = evaluate_out_of_distribution(
+        model,
+        data,
+        train_codes,
+        split,
+        non_skin,
+        limit,
+        seed,
+        max_corrupt_share,
+        progress=sys.stderr.isatty(),
+    )
+    report.save(output)
+    write_score_histograms(report, output.with_suffix(".png"))
+    _print_report(report)
+    typer.echo(f"wrote {output} and {output.with_suffix('.png')}")
+
+
 @app.command(epilog="Example:\n\n  isic-vq figures runs/quickstart")
 def figures(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder, or a folder with runs below it.")],
@@ -381,9 +616,10 @@ def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub i
 
 def _print_report(report: "Report") -> None:
     """Print a report's metrics as a table."""
+    width = max(28, *(len(metric.name) for metric in report.metrics))
     for metric in report.metrics:
         typer.echo(
-            f"  {metric.name:<28} {metric.value:>10.5g} {metric.unit:<30} {metric.split}, n = {metric.n}"
+            f"  {metric.name:<{width}} {metric.value:>10.5g} {metric.unit:<30} {metric.split}, n = {metric.n}"
         )
 
 
@@ -395,6 +631,58 @@ def _images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator["tor
     records = open_source(uri, streaming=True)
     for batch in iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share):
         yield batch["pixel_values"]
+
+
+def _marked_pixels(
+    processor: Any, image: Path, mask: Path | None, box: str | None, lower_half: bool
+) -> "torch.Tensor":
+    """The pixels `(H, W)` bool to draw anew, from the one option that names them."""
+    import torch
+    from PIL import Image
+
+    if (mask is not None) + (box is not None) + lower_half != 1:
+        raise ValueError("what to draw anew: expected one of --mask, --box and --lower-half")
+    if lower_half:
+        side = processor.size["height"]
+        return (torch.arange(side) >= side // 2)[:, None].expand(side, side)
+    size = processor.load_image(image).size
+    if mask is not None:
+        picture = processor.load_image(mask)
+        if picture.size != size:
+            raise ValueError(
+                f"--mask {mask} has {picture.size[0]} x {picture.size[1]} pixels: expected {size[0]} x {size[1]}, the "
+                "size of the image"
+            )
+        marked = processor.to_mask(mask)
+    else:
+        try:
+            left, top, right, bottom = map(int, box.split(","))  # type: ignore[union-attr]
+        except ValueError as error:
+            raise ValueError(f"--box is {box!r}: expected LEFT,TOP,RIGHT,BOTTOM in whole pixels") from error
+        if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+            raise ValueError(
+                f"--box is {box}: expected 0 <= left < right <= {size[0]} and 0 <= top < bottom <= {size[1]}"
+            )
+        picture = Image.new("L", size)
+        picture.paste(255, (left, top, right, bottom))
+        marked = processor.to_mask(picture)
+    if not marked.any():
+        raise ValueError("nothing is marked in the centred square of the image, which is what the model sees")
+    return torch.from_numpy(marked)
+
+
+def _named_images(
+    data: str, processor: Any, max_corrupt_share: float
+) -> tuple[Iterator[tuple[list[str], "torch.Tensor"]], int]:
+    """Names and pixel values of a source or of one image file, in batches, and how many images there are."""
+    from isic_vq.data.loading import iter_batches
+    from isic_vq.data.sources import open_source
+
+    if Path(data).is_file() and not data.endswith(".parquet"):
+        return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
+    records = open_source(data)
+    batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
+    return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), len(records)
 
 
 def _write_png(image: Any, path: Path, about: dict[str, str]) -> None:

@@ -87,11 +87,12 @@ def test_bits_do_not_depend_on_the_batch_size(model, codes, batch_size):
     )
 
 
-def test_prior_is_measured_without_dropout(model, codes):
+def test_prior_is_measured_without_dropout_and_left_in_its_mode(model, codes):
     model.prior.train()
     first, second = (bits_per_code(model.prior, codes, LABELS) for _ in range(2))
     assert torch.equal(first, second)
-    assert not model.prior.training
+    assert model.prior.training
+    model.prior.eval()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

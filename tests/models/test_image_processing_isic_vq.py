@@ -580,6 +580,73 @@ def test_error_carries_the_name_the_caller_gave(processor):
         processor.load_image(b"x", name="ISIC_0000001")
 
 
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def box_mask(width, height, box):
+    mask = Image.new("L", (width, height))
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "left", "top"), [(128, 96, 16, 0), (96, 128, 0, 16), (96, 96, 0, 0)]
+)
+def test_a_mask_is_cut_and_resized_like_its_image(processor, width, height, left, top):
+    """96 pixels to 32: three by three become one."""
+    mask = processor.to_mask(box_mask(width, height, (left + 6, top + 12, left + 30, top + 15)))
+    assert mask.shape == (SIDE, SIDE)
+    assert mask.dtype == bool
+    expected = np.zeros((SIDE, SIDE), dtype=bool)
+    expected[4, 2:10] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_mask_marks_where_its_image_changes(processor):
+    box = (300, 120, 420, 201)
+    white = processor.to_square(box_mask(640, 451, box))[..., 0] > 127
+    marked = processor.to_mask(box_mask(640, 451, box))
+    assert (marked | ~white).all(), "what is mostly inside is marked"
+    assert marked.sum() <= (white.shape[0] * 120 / 451 + 2) * (white.shape[0] * 81 / 451 + 2)
+
+
+@pytest.mark.parametrize("side", [96, 1000, 4000])
+def test_a_line_thinner_than_a_pixel_is_not_lost(processor, side):
+    line = box_mask(side, side, (side // 2, 0, side // 2 + 1, side))
+    assert processor.to_mask(line).sum(1).tolist() == [1] * SIDE
+
+
+def test_a_mask_smaller_than_the_target_is_enlarged_without_blur(processor):
+    mask = processor.to_mask(box_mask(16, 16, (0, 0, 8, 16)))
+    np.testing.assert_array_equal(mask, np.arange(SIDE) < SIDE // 2 + np.zeros((SIDE, 1)))
+
+
+@pytest.mark.parametrize(("level", "marked"), [(0, False), (127, False), (128, True), (255, True)])
+def test_grey_counts_as_white_from_the_middle_on(processor, level, marked):
+    assert processor.to_mask(Image.new("L", (SIDE, SIDE), level)).all() == marked
+    assert processor.to_mask(Image.new("L", (SIDE, SIDE), level)).any() == marked
+
+
+def test_what_is_transparent_in_a_mask_is_not_marked(processor):
+    mask = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (4, 0, 8, SIDE))
+    assert np.flatnonzero(processor.to_mask(mask)[0]).tolist() == [4, 5, 6, 7]
+
+
+def test_a_mask_is_turned_upright(processor):
+    mask = box_mask(SIDE, SIDE, (0, 0, SIDE, 4))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    buffer = BytesIO()
+    mask.save(buffer, format="PNG", exif=exif)
+    assert np.flatnonzero(processor.to_mask(buffer.getvalue())[:, 0]).tolist() == list(range(SIDE - 4, SIDE))
+
+
+def test_an_unusable_mask_is_named(processor):
+    with pytest.raises(ImageError, match="hairs.png"):
+        processor.to_mask("hairs.png")
+
+
 # --- configuration -------------------------------------------------------------------------------------------------
 
 

@@ -8,22 +8,21 @@ the unigram cross-entropy (an entropy coder that knows how often each code occur
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.evaluation.report import Metric
+from isic_vq.models.likelihood import BATCH_SIZE, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 
-@torch.inference_mode()
 def bits_per_code(
-    prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int = 32
+    prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
 ) -> Tensor:
-    """Mean bits per code of each image under the prior.
+    """Mean bits per code of each image under the prior, whatever mode it is in.
 
     Args:
-        prior: a prior; put into eval mode and left there.
+        prior: a prior.
         codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
         labels (`torch.LongTensor` of shape `(N,)`): class ids, or None for unconditional.
         batch_size: images per forward pass.
@@ -31,19 +30,11 @@ def bits_per_code(
     Returns:
         `torch.Tensor` of shape `(N,)`, float64.
     """
-    prior.eval()
-    bits = []
-    for first in range(0, len(codes), batch_size):
-        part = codes[first : first + batch_size].to(prior.device)
-        part_labels = None if labels is None else labels[first : first + batch_size]
-        logits = prior(part, part_labels).logits.float()
-        nats = F.cross_entropy(logits, part, reduction="none").flatten(1).double().mean(1)
-        bits.append(nats.cpu() / math.log(2))
-    return torch.cat(bits)
+    return score_codes(prior, codes, labels, batch_size=batch_size).flatten(1).mean(1)
 
 
-def unigram_bits_per_code(train_counts: Tensor, codes: Tensor) -> float:
-    """Cross-entropy in bits per code of `codes` under the code frequencies of the training set.
+def unigram_bits(train_counts: Tensor, codes: Tensor) -> Tensor:
+    """Bits of every code under the code frequencies of the training set, float64 of the shape of `codes`.
 
     Each code counts once more than it occurs, so that one never seen in training costs finitely many bits.
 
@@ -52,7 +43,26 @@ def unigram_bits_per_code(train_counts: Tensor, codes: Tensor) -> float:
         codes (`torch.LongTensor` of any shape): in [0, K).
     """
     smoothed = train_counts.double() + 1
-    return -(smoothed / smoothed.sum()).log2()[codes.flatten()].mean().item()
+    return -(smoothed / smoothed.sum()).log2()[codes]
+
+
+def unigram_bits_per_code(train_counts: Tensor, codes: Tensor) -> float:
+    """Cross-entropy in bits per code of `codes` under the code frequencies of the training set."""
+    return unigram_bits(train_counts, codes).mean().item()
+
+
+def own_entropy(codes: Tensor) -> Tensor:
+    """Entropy in bits per code of each image's own code frequencies: what its codes cost without their order.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float64, in [0, log2 min(K, h w)].
+    """
+    flat = codes.flatten(1)
+    counts = flat.new_zeros(len(flat), int(codes.max()) + 1).scatter_add(1, flat, torch.ones_like(flat))
+    return torch.special.entr(counts.double() / flat.shape[1]).sum(1) / math.log(2)
 
 
 def likelihood_metrics(

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -112,6 +113,80 @@ def codebook_usage(use: CodebookUse) -> Figure:
     return figure
 
 
+def heat_map(image: np.ndarray, bits: np.ndarray, title: str, most: float) -> Figure:
+    """Draw an image beside the bits of its codes.
+
+    Args:
+        image: RGB of shape (height, width, 3), uint8.
+        bits: Bits of every code, shape (h, w).
+        title: Title of the figure.
+        most: Bits at the end of the colour scale; what is above has the colour of the end.
+    """
+    figure, (left, right) = _figure(6.4, 3.2, panels=2)
+    _bare(left).imshow(image)
+    colors = _map_bits(right, bits, most)
+    figure.colorbar(colors, ax=[left, right], label="bits per code", extend="max", shrink=0.9)
+    figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
+    return figure
+
+
+def likelihood_extremes(
+    rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray, str]]]], most: float
+) -> Figure:
+    """Draw rows of images, each above the bits of its codes.
+
+    Args:
+        rows: Name of a row and its images (RGB of shape (height, width, 3), uint8), bits (shape (h, w)) and captions.
+        most: As for `heat_map`.
+    """
+    number = max(len(cells) for _, cells in rows)
+    size = (1.35 * number + 1.6, 3.2 * len(rows))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(2 * len(rows), number, squeeze=False)
+    for axes in panels.flat:
+        _bare(axes)
+    for (name, cells), above, below in zip(rows, panels[::2], panels[1::2], strict=True):
+        above[0].set_ylabel(name, fontsize=11, color=INK)
+        below[0].set_ylabel("bits", fontsize=11, color=INK)
+        for (image, bits, caption), shown, mapped in zip(cells, above, below, strict=False):
+            shown.imshow(image)
+            shown.set_title(caption, fontsize=8, color=INK, parse_math=False)
+            colors = _map_bits(mapped, bits, most)
+    figure.colorbar(colors, ax=panels, label="bits per code", extend="max", shrink=0.6)
+    return figure
+
+
+def score_histograms(histograms: dict[str, Any], areas: dict[tuple[str, str], float], usual: str) -> Figure:
+    """Draw, for every score and kind of unusual image, its histogram over that of the usual images.
+
+    Args:
+        histograms: By score, `edges` in bits per code and `counts` by kind of image.
+        areas: AUROC by score and kind.
+        usual: The kind that the others are compared with.
+    """
+    kinds = list(dict.fromkeys(kind for _, kind in areas))
+    size = (3.1 * len(histograms) + 0.6, 1.6 * len(kinds) + 0.8)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(kinds), len(histograms), squeeze=False, sharex="col")
+    for column, (score, histogram) in zip(panels.T, histograms.items(), strict=True):
+        for axes, kind in zip(column, kinds, strict=True):
+            for shown, color in ((usual, GRID), (kind, BLUE)):
+                counts = np.array(histogram["counts"][shown])
+                shares = counts / counts.sum()
+                axes.stairs(shares, histogram["edges"], fill=shown == usual, color=color, linewidth=1.4)
+            axes.set_title(
+                f"{_words(kind)}: AUROC {areas[score, kind]:.2f}", fontsize=10, color=INK, loc="left"
+            )
+            axes.set_yticks([])
+            axes.tick_params(labelsize=9, colors=INK, length=3)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color(INK)
+        column[-1].set_xlabel(_words(score), fontsize=11, color=INK)
+    title = f"Scores of unusual images (blue) and {_words(usual)} ones (grey), in bits per code"
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
 def picture(image: Image.Image, title: str, rows: Sequence[tuple[int, str]] = ()) -> Figure:
     """Put a title above a picture and text left of its rows, pixel for pixel.
 
@@ -155,6 +230,18 @@ def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
+def _bare(axes: Axes) -> Axes:
+    """Take ticks and frame off a panel that shows a picture."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _map_bits(axes: Axes, bits: np.ndarray, most: float) -> AxesImage:
+    """Show bits as colours, a square for every code."""
+    return _bare(axes).imshow(bits, cmap="magma", vmin=0, vmax=most, interpolation="nearest")
+
+
 def _line(axes: Axes, columns: Columns, key: str, color: str, style: str, label: str) -> None:
     """Draw one value per epoch, joined over the epochs that lack it, with markers where the epochs are few."""
     points = [(x, y) for x, y in zip(columns["epoch"], columns[key], strict=True) if math.isfinite(y)]
@@ -165,7 +252,10 @@ def _line(axes: Axes, columns: Columns, key: str, color: str, style: str, label:
 
 
 def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
-    """Draw the loss's components: one colour per component, one line style per split."""
+    """Draw the loss's components: one colour per component, one line style per split.
+
+    The legend stands beside the panel: one with so many entries would cover lines.
+    """
     pairs = [tuple(key.split("/", 1)) for key in keys]
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(n for _, n in pairs))}
     styles = {
@@ -178,7 +268,7 @@ def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
         Line2D([], [], color=INK, linestyle=style, label=SPLIT_LABELS.get(split, split))
         for split, style in styles.items()
     ]
-    _legend(axes, [*names, *splits])
+    _legend(axes, [*names, *splits], loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _words(name: str) -> str:
@@ -204,8 +294,14 @@ def _finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], lege
         _legend(axes, axes.get_legend_handles_labels()[0])
 
 
-def _legend(axes: Axes, handles: list[Any]) -> None:
+def _legend(axes: Axes, handles: list[Any], **place: Any) -> None:
     """Add a legend that hides the grid behind it, but draws no box."""
     axes.legend(
-        handles=handles, facecolor="white", edgecolor="none", framealpha=0.9, fontsize=10, labelcolor=INK
+        handles=handles,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=0.9,
+        fontsize=10,
+        labelcolor=INK,
+        **place,
     )

@@ -106,10 +106,7 @@ def draw_run(run: Run) -> list[Drawing]:
         ImportError: matplotlib is not installed.
         ValueError: There is nothing to draw, or the data is broken.
     """
-    try:
-        import matplotlib  # noqa: F401 - asked here once, so that the drawing functions need not
-    except ModuleNotFoundError as error:
-        raise ImportError("figures need matplotlib: pip install 'isic-vq[figures]'") from error
+    check_matplotlib()  # here once, so that the drawing functions need not
     drawings, reasons = [], []
     for draw in FIGURES[run.stage]:
         try:
@@ -122,6 +119,14 @@ def draw_run(run: Run) -> list[Drawing]:
             f"{run.folder} has nothing to draw; train or evaluate it first. " + "; ".join(reasons)
         )
     return drawings
+
+
+def check_matplotlib() -> None:
+    """Raise ImportError with the way out where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401 - only asked for
+    except ModuleNotFoundError as error:
+        raise ImportError("figures need matplotlib: pip install 'isic-vq[figures]'") from error
 
 
 def draw_batch_loss(run: Run) -> Drawing:

@@ -123,17 +123,30 @@ class IsicVQImageProcessor(PilBackend):
         """
         name = name or _describe(image)
         target: int = self.size["height"]
-        picture = _load(image, name, target)
-        width, height = picture.size
-        side, least = min(width, height), min(MIN_SIDE, target)
-        if side < least:
-            raise ImageError(
-                f"{name}: expected a shorter side of at least {least} px, got {width} x {height} px "
-                "(width x height); use the original at full size or leave this image out"
-            )
-        left, top = (width - side) // 2, (height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))
+        square = _centred_square(_load(image, name, target), name, target)
         return np.array(square.resize((target, target), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP))
+
+    def to_mask(self, mask: ImageLike, name: str | None = None) -> np.ndarray:
+        """Cut and resize a mask as `to_square` does the image it lies on; white marks.
+
+        A pixel is marked if anything of it is, so that a line thinner than a pixel (a hair) is not lost.
+        Transparency is laid on black: what is not painted is not marked.
+
+        Args:
+            mask: Of a kind `load_image` takes, of the size of its image; grey counts as white from 128 on.
+            name: What error texts call the mask; by default its file name or kind.
+
+        Returns:
+            Marked pixels (bool array of shape (height, width)).
+
+        Raises:
+            ImageError: As `to_square`.
+        """
+        name = name or _describe(mask)
+        target: int = self.size["height"]
+        square = _centred_square(_load(mask, name, background="black"), name, target).convert("L")
+        shares = square.point(lambda level: 255 * (level >= 128)).convert("F")  # 8 bits would round to 0
+        return np.asarray(shares.resize((target, target), Image.Resampling.BOX)) > 0
 
     def load_image(self, image: ImageLike, name: str | None = None) -> Image.Image:
         """Load an image at its full size, upright (EXIF) and in RGB.
@@ -208,18 +221,31 @@ def _describe(image: Any) -> str:
     return f"{type(image).__name__}{shape}"
 
 
-def _load(image: ImageLike, name: str, target: int | None = None) -> Image.Image:
+def _centred_square(picture: Image.Image, name: str, target: int) -> Image.Image:
+    """Cut the largest centred square, of at least `MIN_SIDE` pixels or of `target` where that is smaller."""
+    width, height = picture.size
+    side, least = min(width, height), min(MIN_SIDE, target)
+    if side < least:
+        raise ImageError(
+            f"{name}: expected a shorter side of at least {least} px, got {width} x {height} px "
+            "(width x height); use the original at full size or leave this image out"
+        )
+    left, top = (width - side) // 2, (height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def _load(image: ImageLike, name: str, target: int | None = None, background: str = "white") -> Image.Image:
     """Load an image upright and in RGB; a `target` in pixels lets a JPEG file come smaller than it is."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = _array_to_pil(image, name)
     with _pillow_errors_named(name):
         if isinstance(image, Image.Image):
-            return _to_rgb(_upright(image), name)
+            return _to_rgb(_upright(image), name, background)
         with Image.open(_file_of(image, name)) as opened:
             if target is not None:
                 scale = _draft_scale(*opened.size, target)
                 opened.draft(None, (opened.width // scale, opened.height // scale))  # only JPEG knows how
-            return _to_rgb(_upright(opened), name)
+            return _to_rgb(_upright(opened), name, background)
 
 
 def _file_of(image: Any, name: str) -> str | os.PathLike | BytesIO:
@@ -274,13 +300,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert any mode to RGB: transparency on white, more than 8 bits scaled and not clipped."""
+def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+    """Convert any mode to RGB: transparency on the background, more than 8 bits scaled and not clipped."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _deep_grey_to_pil(image, name)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,12 +24,15 @@ from transformers.utils import ModelOutput
 
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
+from .editing import EditOutput, central_region, code_mask, pixel_mask, redraw_codes
+from .likelihood import BATCH_SIZE, ScoreOutput, score_codes
 from .modeling_pixelcnn import PixelCNNModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .sampling import image_generators, position_uniforms
 
 PRIOR_MODELS: dict[str, type[PreTrainedModel]] = {PixelCNNModel.config_class.model_type: PixelCNNModel}
 PARTS = ("vqvae", "prior")
+BLOCK_SIZE = 16  # images computed at once
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -136,9 +140,16 @@ class IsicVQModel(PreTrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        block_size: int = BLOCK_SIZE,
+        backend: str = "auto",
         on_row: Callable[[], None] | None = None,
     ) -> GenerationOutput:
-        """Sample code grids from the prior and decode them, all in one batch.
+        """Sample code grids from the prior and decode them.
+
+        Images are computed in blocks of a fixed size, image i as number i % block_size of its block, the last block
+        filled up: with the same block size and backend, on the same hardware with as many threads, a seed's image i
+        is the same to the last bit, whichever images are asked for with it. Another block size or backend rounds
+        differently, which now and then moves a draw.
 
         Args:
             num_images: how many, at least 1.
@@ -151,7 +162,10 @@ class IsicVQModel(PreTrainedModel):
             top_k: keep this many most likely codes at each position.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
-            on_row: called after each finished row of the code grid.
+            block_size: images computed at once.
+            backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
+                time for so many images.
+            on_row: called after each finished row of the code grids of a block.
 
         Raises:
             ValueError: an argument outside its range, an unknown label, or both seed and generator.
@@ -160,6 +174,8 @@ class IsicVQModel(PreTrainedModel):
             raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}: expected at least 1")
         ids = self.label_ids(labels, num_images)
         num_positions = self.config.prior_config.grid_size**2
         if isinstance(generator, Sequence):
@@ -174,17 +190,138 @@ class IsicVQModel(PreTrainedModel):
         else:
             if seed is None:
                 seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
+                block_size = min(block_size, num_images)  # nobody can ask for these images again
             uniforms = position_uniforms(image_generators(seed, num_images, first_index), num_positions)
-        codes = self.prior.sample(
-            uniforms,
-            ids,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance_scale,
-            on_row=on_row,
+        # Empty places before the first image and after the last make the blocks whole.
+        skipped = first_index % block_size
+        empty = -(skipped + num_images) % block_size
+        uniforms = F.pad(uniforms, (0, 0, skipped, empty))
+        padded_ids = F.pad(ids, (skipped, empty), value=self.prior.config.unconditional_id)
+        if backend == "auto":
+            backend = self.prior.best_backend(len(uniforms) // block_size)
+        settings = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale,
+            "backend": backend, "on_row": on_row,
+        }  # fmt: skip
+        blocks = [
+            self.prior.sample(noise, labels_of_block, **settings)
+            for noise, labels_of_block in zip(
+                uniforms.split(block_size), padded_ids.split(block_size), strict=True
+            )
+        ]
+        kept = slice(skipped, skipped + num_images)
+        return GenerationOutput(
+            pixel_values=torch.cat([self.decode(codes) for codes in blocks])[kept],
+            codes=torch.cat(blocks)[kept],
+            labels=ids,
         )
-        return GenerationOutput(pixel_values=self.decode(codes), codes=codes, labels=ids)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        pixel_values: Tensor,
+        mask: Tensor,
+        labels: Labels = None,
+        *,
+        num_particles: int = 64,
+        seed: int | None = None,
+        first_index: int = 0,
+        dilation: int = 0,
+        composite: bool = True,
+        on_row: Callable[[], Any] | None = None,
+    ) -> EditOutput:
+        """Draw the codes under a mask anew, given all the others: a sample of p(masked codes | kept codes, label).
+
+        A particle filter in the prior's raster order, at temperature 1; see `editing`. Where no kept code follows
+        a masked one (the lower part of an image, or all of it) a single particle is exact and is what is used.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
+            mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw. A
+                code is drawn anew if its patch of pixels touches the mask.
+            labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
+            num_particles: candidates per image; more follow the kept codes more closely and take longer.
+            seed: makes image i a function of (seed, first_index + i) and its inputs; without it the draw is random.
+            first_index: index of the first image, for drawing variants of one image in several calls.
+            dilation: how many codes the mask grows by on all sides.
+            composite: take the pixels outside the masked patches from `pixel_values`, with a hard edge at the
+                patches' borders; False decodes the whole grid.
+            on_row: called after each finished row of the code grid, image by image.
+
+        Raises:
+            ValueError: images of another size, a mask of another shape or type or without a marked pixel, an
+                unknown label, or a number outside its range.
+        """
+        size, step = self.config.vqvae_config.image_size, self.config.vqvae_config.downsampling
+        shape = tuple(pixel_values.shape)
+        if shape[1:] != (3, size, size) or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype} of shape {shape}: expected floats of shape (batch, 3, {size}, "
+                f"{size}), as the image processor makes them"
+            )
+        masked = code_mask(mask, shape[0], size, step, dilation).to(pixel_values.device)
+        ids = self.label_ids(labels, shape[0])
+        if seed is None:
+            seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
+        generators = image_generators(seed, shape[0], first_index)
+        # One by one here, too: the last bits of a convolution may depend on the size of the batch.
+        codes = torch.cat([self.encode(image) for image in pixel_values.split(1)])
+        edit = redraw_codes(self.prior, codes, masked, ids, num_particles, generators, on_row)
+        edit.pixel_values = torch.cat([self.decode(image) for image in edit.codes.split(1)])
+        if composite:
+            edit.pixel_values = torch.where(pixel_mask(masked, step), edit.pixel_values, pixel_values)
+        return edit
+
+    def counterfactual(
+        self, pixel_values: Tensor, labels: Labels, region: Tensor | None = None, **settings: Any
+    ) -> EditOutput:
+        """Keep the image and draw a region of it anew as another diagnosis would have it.
+
+        It is `inpaint` with a diagnosis that must be given. All codes drawn anew would be a new image, not this
+        one under another diagnosis, so the region is never the whole image unless you say so.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
+            labels: the other diagnosis: a name, alias or id for all images, or one per image.
+            region: a mask as `inpaint` takes it; by default the middle half of the image in height and width,
+                where dermoscopy frames the lesion.
+            settings: the keyword arguments of `inpaint`.
+
+        Raises:
+            ValueError: no diagnosis, or what `inpaint` refuses.
+        """
+        if labels is None:
+            raise ValueError("labels is None: expected the diagnosis to draw the region as")
+        if region is None:
+            region = central_region(self.config.vqvae_config.image_size)
+        return self.inpaint(pixel_values, region, labels, **settings)
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor,
+        labels: Labels = None,
+        marginalize: bool = False,
+        class_weights: Tensor | None = None,
+    ) -> ScoreOutput:
+        """How many bits the prior needs for the codes of images, and where; fewer bits are likelier codes.
+
+        It measures codes, not pixels: what the tokenizer leaves out costs nothing, and smooth images cost little.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].
+            labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
+            marginalize: measure log2 sum_y pi_y p(codes | y) over all classes y instead.
+            class_weights (`torch.Tensor` of shape `(num_classes,)`): pi in proportion, each at least 0; None
+                weighs all classes alike.
+
+        Raises:
+            ValueError: an unknown label, labels and marginalize together, or what `score_codes` refuses.
+        """
+        codes = torch.cat([self.encode(part.to(self.device)) for part in pixel_values.split(BATCH_SIZE)])
+        ids = None if labels is None else self.label_ids(labels, len(codes))
+        bits = score_codes(self.prior, codes, ids, marginalize, class_weights)
+        return ScoreOutput(bits_per_code=bits.flatten(1).mean(1), bits=bits, codes=codes)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the whole so that it and each part load from the folder, without a weight stored twice."""

@@ -177,6 +177,17 @@ def rectify(features):
 
 
 @compiled
+def gate(out, features):
+    """out = tanh(first half of the channels) (1 + tanh(second half)): twice eq. 2, which the weights allow for."""
+    size = out.shape[1]
+    for m in range(len(out)):
+        row = features[m]
+        for c in range(size):
+            signal = tanh(row[c])
+            out[m, c] = signal + signal * tanh(row[size + c])
+
+
+@compiled
 def gated_logits(column, images, before, net, windows, logits):
     """Logits `(M, K)` at a column of the images `(M,)`; `windows` `(layers, M, taps * C)` moves on to it."""
     position, own, outputs, offset, head = net
@@ -192,11 +203,7 @@ def gated_logits(column, images, before, net, windows, logits):
             features[m] = before[layer, column, images[m]]
         if layer:
             add_product(features, windows[layer - 1], own[layer - 1])
-        for m in range(num_rows):
-            row, out = features[m], gated[m]
-            for c in range(size):
-                signal = tanh(row[c])
-                out[c] = signal + signal * tanh(row[size + c])
+        gate(gated, features)
         add_product(hidden, gated, outputs[layer])
         move_on(windows[layer], hidden)
     for m in range(num_rows):
@@ -335,27 +342,25 @@ class CompiledRows(Rows):
     def __exit__(self, *exception: object) -> None:
         self.threads.shutdown()
 
-    def draw(self, row: int, uniforms: Tensor) -> Tensor:
-        self.cache.start_row(row)
+    def start_row(self, row: int) -> None:
+        super().start_row(row)
         for share in self.shares:
             share.windows.fill(0)
-        if self.sampling.top_k is None and self.sampling.top_p is None:
-            return self._draw_row(uniforms)
-        return self.draw_columns(uniforms)
+
+    def logits(self, column: int) -> Tensor:
+        logits = np.empty((self.cache.batch, self.cache.model.config.num_codes), self.before.dtype)
+
+        def work(share: Share) -> None:
+            self.logits_kernel(column, share.images, self.before, self.net, share.windows, share.logits)
+            logits[share.images] = share.logits
+
+        list(self.threads.map(work, self.shares))
+        return torch.from_numpy(logits)
 
     def draw_columns(self, uniforms: Tensor) -> Tensor:
-        codes = []
-        logits = np.empty((self.cache.batch, self.cache.model.config.num_codes), self.before.dtype)
-        for column, noise in enumerate(uniforms.unbind(1)):
-
-            def work(share: Share, column: int = column) -> None:
-                self.logits_kernel(column, share.images, self.before, self.net, share.windows, share.logits)
-                logits[share.images] = share.logits
-
-            list(self.threads.map(work, self.shares))
-            codes.append(self.sampling.draw(torch.from_numpy(logits), noise))
-            self.cache.put(column, self.sampling.both(codes[-1]))
-        return torch.stack(codes, dim=1)
+        if self.sampling.top_k is None and self.sampling.top_p is None:
+            return self._draw_row(uniforms)
+        return super().draw_columns(uniforms)
 
     def _draw_row(self, uniforms: Tensor) -> Tensor:
         codes = torch.empty(uniforms.shape, dtype=torch.long)

@@ -23,14 +23,22 @@ class Rows(AbstractContextManager):
 
     def draw(self, row: int, uniforms: Tensor) -> Tensor:
         """Codes `(B, columns)` of a row, from uniforms of that shape; rows are drawn in order."""
-        self.cache.start_row(row)
+        self.start_row(row)
         return self.draw_columns(uniforms)
+
+    def start_row(self, row: int) -> None:
+        """Take in the rows above."""
+        self.cache.start_row(row)
+
+    def logits(self, column: int) -> Tensor:
+        """Logits of the next code of the row, `(B, K)` or, when guided, `(2B, K)`."""
+        return self.cache.logits(column)
 
     def draw_columns(self, uniforms: Tensor) -> Tensor:
         """As `draw`, of the row that is started."""
         codes = []
         for column, noise in enumerate(uniforms.unbind(1)):
-            codes.append(self.sampling.draw(self.cache.logits(column), noise))
+            codes.append(self.sampling.draw(self.logits(column), noise))
             self.cache.put(column, self.sampling.both(codes[-1]))
         return torch.stack(codes, dim=1)
 

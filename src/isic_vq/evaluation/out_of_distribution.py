@@ -1,0 +1,219 @@
+"""How well a model's scores tell its kind of images from others: the area under the ROC curve for each other kind.
+
+The area (AUROC) is the probability that an unusual image scores higher than a usual one, ties counting half: 0.5 is
+chance, and below 0.5 the score calls the unusual images *more* usual. See `scores` for the scores and `corruptions`
+for what is done to the images; all are scored unconditionally.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+from tqdm import tqdm
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import describe_source, open_source
+from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
+from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.scores import SCORES, image_scores, read_reference
+from isic_vq.hub import load_model, resolve
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+USUAL, NON_SKIN = "clean", "non_skin"
+BATCH_SIZE = 32
+TILE_SIDE = 128
+NUM_BINS = 30
+
+
+def auroc(usual: Tensor, unusual: Tensor) -> float:
+    """Area under the ROC curve, in [0, 1], of scores `(N,)` and `(M,)` that should be higher for the unusual."""
+    scores = torch.cat([usual, unusual])
+    # Ranks have the same area; torchmetrics would squash scores beyond [0, 1] by a sigmoid, and round them together.
+    ranks = scores.unique(return_inverse=True)[1] / len(scores)
+    return binary_auroc(ranks, (torch.arange(len(scores)) >= len(usual)).long()).item()
+
+
+def photograph_tiles() -> list[np.ndarray]:
+    """Cut scikit-learn's two sample photographs, a temple and a flower, into tiles that do not overlap.
+
+    Returns:
+        30 RGB images, uint8 of shape (128, 128, 3).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the photographs that show no skin come with scikit-learn: pip install scikit-learn, or name other images"
+        ) from error
+    return [
+        photograph[top : top + TILE_SIDE, left : left + TILE_SIDE]
+        for photograph in load_sample_images().images
+        for top in range(0, photograph.shape[0] - TILE_SIDE + 1, TILE_SIDE)
+        for left in range(0, photograph.shape[1] - TILE_SIDE + 1, TILE_SIDE)
+    ]
+
+
+def evaluate_out_of_distribution(
+    model: str | None,
+    uri: str,
+    train_codes: Path,
+    split: str = "validation",
+    non_skin: str | None = None,
+    limit: int = 300,
+    seed: int = 0,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> Report:
+    """Score images, spoiled copies of them and images that show no skin, and tell each kind from the first.
+
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+        uri: the usual images; not those the model was trained on.
+        train_codes: code cache of the training images.
+        split: what the report calls the usual images.
+        non_skin: images that show no skin; None takes `photograph_tiles`.
+        limit: at most this many images of a source, a seeded subset.
+        seed: of the subsets and of the corruptions.
+        max_corrupt_share: share of unreadable images past which to fail.
+        progress: show a bar.
+
+    Returns:
+        A report with `auroc_SCORE_KIND` for each score and kind of unusual images, `bits_per_code_KIND` for each
+        kind, and tables with the scores' histograms.
+
+    Raises:
+        ImportError: scikit-learn is needed and not installed.
+        ModelError, DataError: as their docstrings say.
+    """
+    loaded = load_model(IsicVQModel, model)
+    processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
+    if non_skin is None:
+        tiles, non_skin_name = photograph_tiles(), "tiles of scikit-learn's sample photographs"
+        others = [processor(tiles, return_tensors="pt")["pixel_values"]]
+    else:
+        non_skin_name = describe_source(non_skin).name
+        others = list(_subset(non_skin, processor, limit, seed, max_corrupt_share))
+    source = describe_source(uri)
+    reference = read_reference(train_codes, loaded, seed=seed)
+    copies = _spoiled_copies(_subset(uri, processor, limit, seed, max_corrupt_share), seed)
+    parts: dict[str, dict[str, list[Tensor]]] = {
+        kind: {score: [] for score in SCORES} for kind in (USUAL, *CORRUPTIONS, NON_SKIN)
+    }
+    total = min(limit, source.num_images) * (1 + len(CORRUPTIONS)) + sum(map(len, others))
+    with tqdm(total=total, unit="image", desc="scoring", disable=not progress) as bar:
+        for kind, pixel_values in itertools.chain(copies, zip(itertools.repeat(NON_SKIN), others)):
+            output = loaded.score(pixel_values)
+            for score, values in image_scores(output["bits"], output["codes"], reference).items():
+                parts[kind][score].append(values)
+            bar.update(len(pixel_values))
+    scores = {kind: {name: torch.cat(values) for name, values in of.items()} for kind, of in parts.items()}
+    training = Metric(
+        "bits_per_code_training",
+        reference.bits_per_code,
+        "bits per code",
+        reference.num_images,
+        "train",
+        reference.source,
+        seed,
+    )
+    return Report(
+        model={
+            "name": Path(resolve(model)).name,
+            "type": "isic_vq",
+            "prior": loaded.config.prior_config.model_type,
+        },
+        metrics=[training, *score_metrics(scores, split, source.name, seed)],
+        tables={
+            "unusual_images": {
+                **{name: corruption.description for name, corruption in CORRUPTIONS.items()},
+                NON_SKIN: non_skin_name,
+            },
+            "histograms": score_histograms(scores),
+        },
+        environment=environment(str(loaded.device)),
+    )
+
+
+def score_metrics(scores: dict[str, dict[str, Tensor]], split: str, dataset: str, seed: int) -> list[Metric]:
+    """The report's lines for scores `(N,)` by kind of image and name: means of the bits, then every AUROC.
+
+    An AUROC's n counts the usual and the unusual images.
+    """
+    usual = scores[USUAL]
+    means = [
+        Metric(
+            f"bits_per_code_{kind}",
+            of["bits_per_code"].mean().item(),
+            "bits per code",
+            len(of["bits_per_code"]),
+            split,
+            dataset,
+            seed,
+        )
+        for kind, of in scores.items()
+    ]
+    areas = [
+        Metric(
+            f"auroc_{name}_{kind}",
+            auroc(usual[name], scores[kind][name]),
+            "AUROC",
+            len(usual[name]) + len(scores[kind][name]),
+            split,
+            dataset,
+            seed,
+        )
+        for name in SCORES
+        for kind in scores
+        if kind != USUAL
+    ]
+    return means + areas
+
+
+def score_histograms(scores: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Histograms of scores `(N,)` by kind of image and name, for a report's table.
+
+    Returns:
+        For every score `edges`, NUM_BINS + 1 numbers in bits per code, and `counts`, NUM_BINS integers by kind.
+    """
+    tables = {}
+    for name in SCORES:
+        every = torch.cat([of[name] for of in scores.values()]).numpy()
+        edges = np.histogram_bin_edges(every, bins=NUM_BINS)
+        counts = {kind: np.histogram(of[name].numpy(), edges)[0].tolist() for kind, of in scores.items()}
+        tables[name] = {"edges": edges.tolist(), "counts": counts}
+    return tables
+
+
+def _subset(
+    uri: str, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
+) -> Iterator[Tensor]:
+    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed, in the source's order."""
+    records = open_source(uri)
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+    chosen = records.select(sorted(order[:limit].tolist()))
+    num_images = 0
+    for batch in iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share):
+        num_images += len(batch["pixel_values"])
+        yield batch["pixel_values"]
+    if num_images == 0:
+        raise DataError(f"{describe_source(uri).name} holds no readable image")
+
+
+def _spoiled_copies(batches: Iterator[Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each batch as it is, and once in every corruption."""
+    first = 0
+    for pixel_values in batches:
+        yield USUAL, pixel_values
+        for name in CORRUPTIONS:
+            yield name, corrupt(name, pixel_values, seed, first)
+        first += len(pixel_values)

@@ -1,0 +1,132 @@
+"""How unusual an image is to a model, in four numbers, all in bits per code; in each, more means less usual.
+
+* bits_per_code: what the codes cost under the prior.
+* typicality: |bits_per_code - its mean over training images|, for what is suspiciously likely is unusual, too.
+  Source: Nalisnick et al., "Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality", arXiv
+  1906.02994, with one image per batch.
+* complexity_corrected: bits_per_code minus what the codes cost by their frequencies in the image itself, for plain
+  images are likely under any model. Source: Serra et al., "Input complexity and out-of-distribution detection with
+  likelihood-based generative models", arXiv 1909.11480. Differs: there the complexity is a compressed file's size.
+* unigram_corrected: bits_per_code minus what the codes cost by their frequencies in training. Source: the likelihood
+  ratio of Ren et al., "Likelihood Ratios for Out-of-Distribution Detection", arXiv 1906.02845. Differs: there the
+  background model is a network trained on perturbed images; here codes that are rare in training count *for* an image.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isic_vq.data.code_cache import check_tokenizer, read_code_cache
+from isic_vq.data.schema import DataError
+from isic_vq.evaluation.likelihood import own_entropy, unigram_bits
+from isic_vq.models.likelihood import score_codes
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+SCORES = ("bits_per_code", "typicality", "complexity_corrected", "unigram_corrected")
+MAX_REFERENCE_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What training images look like to the model.
+
+    Attributes:
+        code_counts: `(K,)` int64, occurrences of each code in all views of all training images.
+        bits_per_code: mean over `num_images` training images.
+        num_images: at most `MAX_REFERENCE_IMAGES`.
+        source: name of the training images' source.
+    """
+
+    code_counts: Tensor
+    bits_per_code: float
+    num_images: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """An image and what the model makes of it.
+
+    Attributes:
+        name: the record's or file's.
+        pixel_values: `(3, H, W)`, RGB in [0, 1].
+        bits: `(h, w)` float64, of every code.
+        scores: in bits per code, by name; see `image_scores`.
+    """
+
+    name: str
+    pixel_values: Tensor
+    bits: Tensor
+    scores: dict[str, float]
+
+
+def read_reference(
+    path: Path, model: IsicVQModel, label: int | None = None, marginalize: bool = False, seed: int = 0
+) -> Reference:
+    """Score a seeded subset of the training codes in the way that images will be scored.
+
+    Args:
+        path: code cache of the training images.
+        model: the model that was trained on them.
+        label: class id: training images of this class alone, given the class; None means unconditional.
+        marginalize: as for `score_codes`.
+        seed: of the subset.
+
+    Raises:
+        DataError: the file is no code cache of this tokenizer, or has no image of the class.
+    """
+    cache = read_code_cache(path)
+    check_tokenizer(cache, model.vqvae, path.name)
+    rows = torch.arange(len(cache.diagnoses))
+    if label is not None:
+        name = model.config.class_names[label]
+        rows = rows[[diagnosis == name for diagnosis in cache.diagnoses]]
+        if len(rows) == 0:
+            raise DataError(f"{path.name} has no image of {name}: leave the label out, or name other codes")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    chosen = rows[order[:MAX_REFERENCE_IMAGES]]
+    codes = torch.from_numpy(cache.codes[chosen.numpy(), 0].astype("int64"))
+    labels = None if label is None else torch.full((len(codes),), label)
+    bits = score_codes(model.prior, codes, labels, marginalize)
+    return Reference(cache.counts(), bits.mean().item(), len(codes), cache.source.name)
+
+
+def image_scores(bits: Tensor, codes: Tensor, reference: Reference | None) -> dict[str, Tensor]:
+    """Scores `(N,)` in bits per code, by name, of codes `(N, h, w)` with these bits `(N, h, w)`.
+
+    They are those of `SCORES`; without a reference, those that need none.
+    """
+    codes = codes.cpu()
+    mean = bits.flatten(1).mean(1)
+    scores = {"bits_per_code": mean, "complexity_corrected": mean - own_entropy(codes)}
+    if reference is not None:
+        scores["typicality"] = (mean - reference.bits_per_code).abs()
+        scores["unigram_corrected"] = mean - unigram_bits(reference.code_counts, codes).flatten(1).mean(1)
+    return {name: scores[name] for name in SCORES if name in scores}
+
+
+def score_images(
+    model: IsicVQModel,
+    batches: Iterable[tuple[list[str], Tensor]],
+    label: int | None = None,
+    marginalize: bool = False,
+    reference: Reference | None = None,
+) -> Iterator[ScoredImage]:
+    """Yield every image with its scores.
+
+    Args:
+        model: a whole model.
+        batches: names and `pixel_values` `(B, 3, H, W)` in [0, 1].
+        label: class id for all images; None means unconditional.
+        marginalize: as for `score_codes`.
+        reference: as `read_reference` makes it with the same label and marginalize.
+    """
+    for names, pixel_values in batches:
+        output = model.score(pixel_values, label, marginalize)
+        scores = image_scores(output["bits"], output["codes"], reference)
+        for index, name in enumerate(names):
+            numbers = {score: values[index].item() for score, values in scores.items()}
+            yield ScoredImage(name, pixel_values[index], output["bits"][index], numbers)

@@ -1,0 +1,98 @@
+"""Pictures of scores: heat maps of bits, the most and the least likely images, and histograms of a report's scores.
+
+Colours of bits run from 0 to one and a half times log2 K, which is what a code costs when nothing is known: one scale
+for all images of a model. Heat maps show source images; where they go is the caller's responsibility.
+"""
+
+import math
+from dataclasses import dataclass
+from heapq import nlargest, nsmallest
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+
+from isic_vq.evaluation.report import Report
+from isic_vq.files import write_atomically
+
+MAX_EXTREMES = 8
+NAME_LENGTH = 18  # characters that fit over an image
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """An image and the bits of its codes.
+
+    Args:
+        name: What the image is called.
+        image: RGB of shape (height, width, 3), uint8.
+        bits: Bits of every code, shape (h, w).
+    """
+
+    name: str
+    image: np.ndarray
+    bits: np.ndarray
+
+    @property
+    def bits_per_code(self) -> float:
+        """Mean over the codes."""
+        return float(self.bits.mean())
+
+
+class Gallery:
+    """Keep the images that pictures will show, of images that come one by one.
+
+    Args:
+        num_codes: K.
+        limit: How many heat maps to write, of the first images; 0 writes no picture at all.
+    """
+
+    def __init__(self, num_codes: int, limit: int):
+        self.most = 1.5 * math.log2(num_codes)
+        self.limit = limit
+        self.num_images = 0
+        self.first: list[HeatMap] = []
+        self.likely: list[HeatMap] = []
+        self.unlikely: list[HeatMap] = []
+
+    def add(self, name: str, image: np.ndarray, bits: np.ndarray) -> None:
+        """Take note of an image; see `HeatMap`."""
+        shown = HeatMap(name, image, bits)
+        self.num_images += 1
+        if self.num_images <= self.limit:
+            self.first.append(shown)
+        self.likely = nsmallest(MAX_EXTREMES, [*self.likely, shown], attrgetter("bits_per_code"))
+        self.unlikely = nlargest(MAX_EXTREMES, [*self.unlikely, shown], attrgetter("bits_per_code"))
+
+    def write(self, folder: Path) -> None:
+        """Write `heat-00000.png` and so on, and `overview.png` of two images or more, each atomically."""
+        if self.limit == 0:
+            return
+        from .plots import heat_map, likelihood_extremes, png_bytes
+
+        for index, shown in enumerate(self.first):
+            title = f"{shown.name[-60:]}: {shown.bits_per_code:.3f} bits per code"
+            figure = heat_map(shown.image, shown.bits, title, self.most)
+            write_atomically(folder / f"heat-{index:05d}.png", png_bytes(figure))
+        if half := self.num_images // 2:  # no image is among both the most and the least likely
+            rows = [
+                (
+                    name,
+                    [
+                        (m.image, m.bits, f"{m.name[-NAME_LENGTH:]}\n{m.bits_per_code:.2f}")
+                        for m in maps[:half]
+                    ],
+                )
+                for name, maps in (("most likely", self.likely), ("least likely", self.unlikely))
+            ]
+            write_atomically(folder / "overview.png", png_bytes(likelihood_extremes(rows, self.most)))
+
+
+def write_score_histograms(report: Report, path: Path) -> None:
+    """Write the histograms of an out-of-distribution report as one picture, atomically."""
+    from .plots import png_bytes, score_histograms
+
+    histograms, kinds = report.tables["histograms"], list(report.tables["unusual_images"])
+    areas = {(score, kind): report.value(f"auroc_{score}_{kind}") for score in histograms for kind in kinds}
+    (usual,) = set(next(iter(histograms.values()))["counts"]) - set(kinds)
+    write_atomically(path, png_bytes(score_histograms(histograms, areas, usual)))

@@ -1,0 +1,360 @@
+"""Large sets of images, generated in shards by one process or by many that never talk to each other.
+
+Shard k holds the images [k S, (k + 1) S) and is made by process k mod world; image i depends on the settings and i
+alone. So any number of processes makes the same files, and a run that was interrupted, even by kill -9, goes on
+where it stopped: a shard that is there is whole, because it arrives by a rename.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from isic_vq import __version__
+from isic_vq.data.schema import DataError
+from isic_vq.data.shards import (
+    SHARD_PATTERN,
+    SUFFIXES,
+    Sample,
+    read_shard,
+    shard_name,
+    to_png,
+    write_shard,
+)
+from isic_vq.files import write_atomically
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+from isic_vq.models.pixelcnn_sampler import BACKENDS
+from isic_vq.models.sampling import Sampling
+
+MANIFEST = "generation.json"
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """A set of images that is being generated.
+
+    Attributes:
+        model: what generates.
+        folder: where the shards go.
+        settings: all that decides a byte of them, as `generation.json` has it.
+        labels: class ids `(L,)` int64; image i is of class `labels[i % L]`.
+    """
+
+    model: IsicVQModel
+    folder: Path
+    settings: dict[str, Any]
+    labels: torch.Tensor
+
+    @property
+    def manifest(self) -> bytes:
+        return f"{json.dumps(self.settings, indent=2)}\n".encode()
+
+    @property
+    def run(self) -> str:
+        """The settings as 16 hexadecimal digits."""
+        return hashlib.sha256(self.manifest).hexdigest()[:16]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.settings["num_images"] // self.settings["images_per_shard"])
+
+    def path(self, shard: int) -> Path:
+        return self.folder / shard_name(shard, self.num_shards, self.settings["format"])
+
+    def indices(self, shard: int) -> range:
+        """Images of a shard."""
+        size = self.settings["images_per_shard"]
+        return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
+
+
+def launched_process() -> tuple[int, int]:
+    """Rank of this process and number of processes, from what torchrun and accelerate launch set; (0, 1) alone.
+
+    On a machine with several GPUs, the one of its local rank becomes the one it uses.
+
+    Raises:
+        ValueError: only one of RANK and WORLD_SIZE is set, or they contradict each other.
+    """
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(found) == 1:
+        raise ValueError(
+            "one of RANK and WORLD_SIZE is set in the environment: set both, as torchrun does, or neither"
+        )
+    rank, world = map(int, found) if found else (0, 1)
+    _check_process(rank, world)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return rank, world
+
+
+def generate_shards(
+    model: IsicVQModel,
+    output: Path,
+    num_images: int,
+    labels: int | str | Sequence[int | str] | None = None,
+    *,
+    seed: int = 0,
+    format: str = "parquet",
+    images_per_shard: int = 1024,
+    block_size: int = BLOCK_SIZE,
+    backend: str = "auto",
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = False,
+    **sampling: Any,
+) -> tuple[int, int]:
+    """Generate this process's shards of a set of images, but for those that are already there.
+
+    The folder gets `generation.json`, which holds every setting, and shards such as `images-00000-of-00100.parquet`.
+    A later call with the same settings, in as many processes as it likes, makes what is missing. A process computes
+    on one thread, so that their number decides nothing: start one per core, or per GPU.
+
+    Args:
+        model: in eval mode.
+        output: folder of the set; nothing else named `images-*-of-*` may be in it.
+        num_images: of the whole set, at least 1.
+        labels: a diagnosis (name, alias or id) for all images, several that take turns (image i gets
+            `labels[i % len(labels)]`), or None for unconditional.
+        seed: image i depends on (seed, i) alone; 0 to 2**63 - 1.
+        format: "parquet" or "webdataset", see `write_shard`.
+        images_per_shard: a multiple of `block_size`. A shard is held in memory until it is written.
+        block_size: images computed at once, see `IsicVQModel.generate`.
+        backend: as `IsicVQModel.generate` has it; "auto" is the fastest for many images.
+        rank: number of this process.
+        world: number of processes.
+        progress: show a progress bar if this is process 0; it counts that process's images.
+        sampling: `temperature`, `top_k`, `top_p` and `guidance_scale`, as `IsicVQModel.generate` has them.
+
+    Returns:
+        How many of its shards this process made, and how many were there.
+
+    Raises:
+        ValueError: a setting out of its range, or one that differs from those the folder was begun with.
+        DataError: the folder holds a shard that is damaged or of another set.
+        OSError: a file cannot be written; it is named.
+    """
+    _check_process(rank, world)
+    several = isinstance(labels, Sequence) and not isinstance(labels, str)
+    ids = model.label_ids(labels, len(labels) if several else 1)  # type: ignore[arg-type]
+    asked = {
+        "num_images": num_images,
+        "labels": None if labels is None else [model.config.class_names[index] for index in ids.tolist()],
+        "seed": seed,
+        **_as_floats(asdict(Sampling(**sampling))),
+        "backend": model.prior.best_backend(sys.maxsize) if backend == "auto" else backend,
+        "block_size": block_size,
+        "format": format,
+        "images_per_shard": images_per_shard,
+    }
+    _check_settings(asked, model.config.vqvae_config.num_codes)
+    generation = _Generation(model, output, {**asked, **_origin(model, asked["backend"])}, ids)
+    with _one_thread():
+        return _make_shards(generation, rank, world, progress)
+
+
+def _as_floats(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers, written one way: 1 and 1.0 are one temperature."""
+    return {k: v if v is None or k == "top_k" else float(v) for k, v in sampling.items()}
+
+
+def _check_process(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"this is process {rank} of {world}: expected a number from 0 to {world - 1}")
+
+
+def _check_settings(asked: dict[str, Any], num_codes: int) -> None:
+    """Refuse what the model would not: it never hears of shards."""
+    block_size, size = asked["block_size"], asked["images_per_shard"]
+    if asked["num_images"] < 1:
+        raise ValueError(f"num_images is {asked['num_images']}: expected at least 1")
+    if asked["labels"] == []:
+        raise ValueError("labels are empty: give a diagnosis, or None for unconditional images")
+    if not 0 <= asked["seed"] < 2**63:
+        raise ValueError(f"seed is {asked['seed']}: expected 0 to 2**63 - 1")
+    if asked["backend"] not in BACKENDS:
+        raise ValueError(f"backend is {asked['backend']!r}: expected auto, {', '.join(BACKENDS)}")
+    if asked["format"] not in SUFFIXES:
+        raise ValueError(f"the format of the shards is {asked['format']!r}: expected {' or '.join(SUFFIXES)}")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}: expected at least 1")
+    if size < 1 or size % block_size:
+        raise ValueError(
+            f"a shard of {size} images: expected a multiple of {block_size}, the images that are computed at once, "
+            f"such as {max(round(size / block_size), 1) * block_size}"
+        )
+    if num_codes > 2**16:
+        raise ValueError(f"the model has {num_codes} codes: shards hold at most {2**16}")
+
+
+def _origin(model: IsicVQModel, backend: str) -> dict[str, str]:
+    """What computes: the model, the kind of device, and the versions that decide bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    packages = ["torch", "numpy", "pillow", "pyarrow", *(["numba"] if backend == "compiled" else [])]
+    return {
+        "model": Path(model.config.name_or_path).name,
+        "weights": digest.hexdigest(),
+        "device": model.device.type,
+        "isic_vq": __version__,
+        **{package: metadata.version(package) for package in packages},
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: with another number, sums may be rounded differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_shards(generation: _Generation, rank: int, world: int, progress: bool) -> tuple[int, int]:
+    """Make the missing ones of a process's shards; returns how many, and how many were there."""
+    own = range(rank, generation.num_shards, world)
+    present = _open_folder(generation, rank)
+    _remove_leftovers(generation, own, present)
+    kept = [shard for shard in own if generation.path(shard).name in present]
+    for shard in kept:
+        _check_shard(generation, shard)
+    missing = sorted(set(own) - set(kept))
+    bar = tqdm(
+        total=sum(len(generation.indices(shard)) for shard in own),
+        initial=sum(len(generation.indices(shard)) for shard in kept),
+        disable=not progress or rank != 0,
+        unit="image",
+        desc="generating" if world == 1 else f"process 0 of {world}",
+        mininterval=1,
+    )
+    made = 0
+    with bar:
+        try:
+            for shard in missing:
+                samples = []
+                for sample in _samples(generation, shard):
+                    samples.append(sample)
+                    bar.update()
+                with _named(generation.path(shard)):
+                    write_shard(
+                        generation.path(shard), samples, list(generation.model.config.class_names.values())
+                    )
+                made += 1
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{len(kept) + made} of {len(own)} shards are finished; run the same command to go on"
+            ) from error
+    return made, len(kept)
+
+
+def _open_folder(generation: _Generation, rank: int) -> set[str]:
+    """Begin the folder, or check that it was begun with the same settings; returns the names in it."""
+    generation.folder.mkdir(parents=True, exist_ok=True)
+    present = {path.name for path in generation.folder.iterdir()}
+    path = generation.folder / MANIFEST
+    ours: set[str] = set()
+    if MANIFEST in present:
+        _check_manifest(path, generation.settings)
+        ours = {generation.path(shard).name for shard in range(generation.num_shards)}
+    strangers = sorted(set(fnmatch.filter(present, SHARD_PATTERN)) - ours)
+    if strangers:
+        raise DataError(
+            f"{generation.folder} holds {strangers[0]}, which is not of this set of images: choose another folder, or "
+            "move the file away"
+        )
+    if MANIFEST not in present:
+        next(_samples(generation, 0))  # a setting that the model refuses must not become the folder's
+        # Every process writes the same. Processes of several machines may have one id, but not one rank.
+        own = path.with_name(f".{MANIFEST}.{rank}")
+        with _named(path):
+            write_atomically(own, generation.manifest)
+            os.replace(own, path)
+    return present
+
+
+def _check_manifest(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse other settings than those of the manifest."""
+    try:
+        begun = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} is no description of a set of images ({error}): choose another folder"
+        ) from error
+    for key in settings | begun:
+        if begun.get(key) != settings.get(key):
+            raise ValueError(
+                f"{path.parent} was begun with {key} = {begun.get(key)!r}, and this is {settings.get(key)!r}: go on "
+                "with the same settings, or choose another folder"
+            )
+
+
+def _remove_leftovers(generation: _Generation, own: range, present: set[str]) -> None:
+    """Remove the halves of own shards that a killed process left behind, whatever its rank was."""
+    names = {generation.path(shard).name for shard in own}
+    for leftover in fnmatch.filter(present, f".{SHARD_PATTERN}.tmp"):
+        if leftover.removeprefix(".").rsplit(".", 2)[0] in names:  # without the process id
+            (generation.folder / leftover).unlink(missing_ok=True)
+
+
+def _check_shard(generation: _Generation, shard: int) -> None:
+    """Refuse a file that is not the shard it is named like."""
+    path, way_out = generation.path(shard), "delete it and run the same command again"
+    try:
+        samples = read_shard(path)
+    except DataError as error:
+        raise DataError(f"{error}: {way_out}") from error
+    if [sample.index for sample in samples] != list(generation.indices(shard)):
+        raise DataError(f"{path} does not hold the images that its name says: {way_out}")
+    if {sample.run for sample in samples} != {generation.run}:
+        raise DataError(f"{path} was generated with other settings: {way_out}")
+
+
+def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
+    """Generate the images of a shard in order."""
+    model, settings, indices = generation.model, generation.settings, generation.indices(shard)
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    passed_on = [*(field.name for field in fields(Sampling)), "seed", "backend", "block_size"]
+    for start in range(0, len(indices), settings["block_size"]):
+        block = indices[start : start + settings["block_size"]]
+        labels = generation.labels[torch.tensor(block) % len(generation.labels)]
+        output: Any = model.generate(
+            len(block), labels, first_index=block[0], **{key: settings[key] for key in passed_on}
+        )
+        images = processor.postprocess(output.pixel_values, output_type="np")
+        codes = output.codes.flatten(1).tolist()
+        for index, label, pixels, grid in zip(block, labels.tolist(), images, codes, strict=True):
+            yield Sample(
+                image=to_png(pixels),
+                label=model.config.class_names.get(label),
+                seed=settings["seed"],
+                index=index,
+                codes=grid,
+                model=settings["model"],
+                isic_vq=settings["isic_vq"],
+                run=generation.run,
+            )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error of the disk name the file, which a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; finished shards stay, the same command goes on", str(path)
+        ) from error

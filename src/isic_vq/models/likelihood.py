@@ -1,0 +1,125 @@
+"""How likely a prior finds grids of codes: the bits of every position, given a class or over all classes.
+
+The chain rule in raster order, log p(x | y) = sum_t log p(x_t | x_<t, y), shares an image's bits out among its
+positions: a map of where the image surprises the prior. It holds for the mixture p(x) = sum_y pi_y p(x | y), too:
+log p(x_<=t) is the log-sum-exp over classes of log pi_y + log p(x_<=t | y), and what it falls by from one position
+to the next is -log p(x_t | x_<t). Either way the bits of an image's positions sum to -log2 p(x).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+BATCH_SIZE = 32
+
+
+@dataclass
+class ScoreOutput(ModelOutput):
+    """Output of `IsicVQModel.score`.
+
+    Args:
+        bits_per_code: `(B,)` float64, mean over an image's codes.
+        bits: `(B, h, w)` float64, the bits of every position.
+        codes: `(B, h, w)` int64 in [0, K).
+    """
+
+    bits_per_code: Tensor | None = None
+    bits: Tensor | None = None
+    codes: Tensor | None = None
+
+
+@torch.no_grad()
+def score_codes(
+    prior: PreTrainedModel,
+    codes: Tensor,
+    labels: Tensor | None = None,
+    marginalize: bool = False,
+    class_weights: Tensor | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """Bits of every position under a prior that factorises in raster order, whatever mode it is in.
+
+    Args:
+        prior: its forward gives `logits (B, K, h, w)`; those at a position depend on earlier codes only.
+        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+        labels (`torch.LongTensor` of shape `(N,)`): class ids, or None for unconditional.
+        marginalize: the bits of the mixture over classes instead; the positions of an image still sum to its
+            -log2 p(x), and each is -log2 p(code | earlier codes).
+        class_weights (`torch.Tensor` of shape `(num_classes,)`): of the mixture, in proportion: at least 0, such
+            as counts of training images; None weighs all classes alike.
+        batch_size: grids per forward pass; of a mixture, pairs of a grid and a class.
+
+    Returns:
+        `torch.Tensor` of shape `(N, h, w)`, float64, on the CPU.
+
+    Raises:
+        ValueError: arguments that exclude each other, a mixture of no classes, or weights that are none.
+    """
+    if class_weights is not None and not marginalize:
+        raise ValueError("class_weights are given without marginalize: they weigh the classes of a mixture")
+    if labels is not None and marginalize:
+        raise ValueError("labels and marginalize are both given: a mixture is over all classes, give one")
+    with evaluating(prior):
+        if not marginalize:
+            return _nats(prior, codes, labels, batch_size) / math.log(2)
+        log_weights = mixture_log_weights(class_weights, len(prior.config.id2label))
+        parts = [_mixture_nats(prior, part, log_weights, batch_size) for part in codes.split(batch_size)]
+    return torch.cat(parts) / math.log(2)
+
+
+def mixture_log_weights(class_weights: Tensor | None, num_classes: int) -> Tensor:
+    """Log of the weights over their sum, `(num_classes,)` float64 on the CPU; None weighs all classes alike.
+
+    Raises:
+        ValueError: there are no classes, or the weights are not one per class, finite, at least 0 and some above 0.
+    """
+    if num_classes == 0:
+        raise ValueError("the prior has no classes to marginalize over: score it unconditionally")
+    weights = torch.ones(num_classes) if class_weights is None else class_weights.cpu()
+    total = weights.double().sum()
+    if weights.shape != (num_classes,) or weights.min() < 0 or not 0 < total < math.inf:
+        raise ValueError(
+            f"class_weights are {weights.tolist()}: expected {num_classes} finite numbers of at least 0, one per "
+            "class, not all 0"
+        )
+    return (weights.double() / total).log()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a block; after it every module is in the mode it was in, even if the block failed."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _nats(prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
+    """-log p(code | earlier codes, label) of every position, `(N, h, w)` float64 on the CPU."""
+    nats = []
+    for first in range(0, len(codes), batch_size):
+        part = codes[first : first + batch_size].to(prior.device)
+        part_labels = None if labels is None else labels[first : first + batch_size]
+        logits = prior(part, part_labels).logits.float()
+        nats.append(F.cross_entropy(logits, part, reduction="none").cpu().double())
+    return torch.cat(nats)
+
+
+def _mixture_nats(prior: PreTrainedModel, codes: Tensor, log_weights: Tensor, batch_size: int) -> Tensor:
+    """-log p(code | earlier codes) of every position under the mixture, `(N, h, w)` float64 on the CPU."""
+    num_classes, num_images = len(log_weights), len(codes)
+    labels = torch.arange(num_classes).repeat_interleave(num_images)
+    nats = _nats(prior, codes.repeat(num_classes, 1, 1), labels, batch_size)
+    running = nats.view(num_classes, num_images, -1).cumsum(-1)  # -log p(x_<=t | y)
+    joint = -torch.logsumexp(log_weights[:, None, None] - running, dim=0)  # -log p(x_<=t)
+    return joint.diff(dim=-1, prepend=joint.new_zeros(num_images, 1)).view_as(codes)
