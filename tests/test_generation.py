@@ -190,16 +190,17 @@ def test_images_do_not_depend_on_how_they_are_cut_into_shards(model, tmp_path):
     assert all(other == first for other in others)
 
 
-def test_number_of_threads_of_the_caller_decides_nothing_and_is_left_alone(model, tmp_path):
-    threads = torch.get_num_threads()
+def test_it_computes_on_one_thread_and_leaves_the_callers_number_alone(model, tmp_path):
+    threads, seen = torch.get_num_threads(), []
+    hook = model.vqvae.decoder.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            make(model, tmp_path / str(number), num_images=16)
-            assert torch.get_num_threads() == number
+        torch.set_num_threads(2)
+        make(model, tmp_path, num_images=16)
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+        hook.remove()
+    assert set(seen) == {1}
 
 
 def test_sampling_settings_reach_the_model(model, tmp_path):
@@ -302,23 +303,33 @@ def test_settings_without_a_meaning_leave_no_trace(model, tmp_path, settings, er
     assert contents(tmp_path) == {}
 
 
-def damage(path, how):
+def flipped(content, position):
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def damaged(path, how):
+    """What a file would hold if it had been damaged."""
     content = path.read_bytes()
-    if how == "flipped":  # in the middle of an image, which fills most of a shard
-        content = (
-            content[: len(content) // 2]
-            + bytes([content[len(content) // 2] ^ 1])
-            + content[len(content) // 2 + 1 :]
-        )
-    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}.get(how, content))
+    if how == "image flipped":
+        return flipped(content, content.index(b"IDAT") + 20)
+    if how == "codes flipped":
+        group = pyarrow.parquet.read_metadata(path).row_group(0)
+        chunk = next(c for c in map(group.column, range(group.num_columns)) if "codes" in c.path_in_schema)
+        return flipped(content, chunk.dictionary_page_offset + chunk.total_compressed_size // 4)
+    return {"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how]
 
 
-@pytest.mark.parametrize("shard_format", SUFFIX)
-@pytest.mark.parametrize("how", ["cut", "empty", "text", "flipped"])
-def test_damaged_shard_is_refused_by_name_and_made_again_once_it_is_gone(model, tmp_path, how, shard_format):
+DAMAGES = ["cut", "empty", "text", "image flipped"]
+
+
+@pytest.mark.parametrize(
+    ("shard_format", "how"),
+    [(shard_format, how) for shard_format in SUFFIX for how in DAMAGES] + [("parquet", "codes flipped")],
+)
+def test_damaged_shard_is_refused_by_name_and_made_again_once_it_is_gone(model, tmp_path, shard_format, how):
     make(model, tmp_path, format=shard_format)
     whole, path = contents(tmp_path), tmp_path / names(3, SUFFIX[shard_format])[1]
-    damage(path, how)
+    path.write_bytes(damaged(path, how))
     with pytest.raises(DataError, match=f"{path.name} .*: delete it and run the same command again"):
         make(model, tmp_path, format=shard_format)
     path.unlink()
