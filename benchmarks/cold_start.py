@@ -2,7 +2,7 @@
 
     python benchmarks/cold_start.py
 
-Every sample is a fresh process, pinned to no core, on the shipped checkpoint. One kind runs the command as users do;
+Every sample is a fresh process on the shipped checkpoint. One kind runs the command as users do;
 the other does the same with a clock between its parts: import, load, sample, decode, write. Results go to
 benchmarks/reports/cold-start.json.
 """
@@ -20,14 +20,15 @@ from measure import spread, write_report
 PARTS = """
 import json, sys, time
 clock = [time.perf_counter()]
-from isic_vq.cli import _quiet_transformers, _write_png
+from isic_vq.cli.app import quiet_transformers
+from isic_vq.cli.pictures import write_png
 from isic_vq.figures import image_grid
 from isic_vq.hub import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 from isic_vq.models.sampling import image_generators, position_uniforms
 clock.append(time.perf_counter())
-_quiet_transformers()
+quiet_transformers()
 pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, None))
 clock.append(time.perf_counter())
 model, backend = pipe.model, sys.argv[2]
@@ -41,8 +42,8 @@ with torch.no_grad():
 clock.append(time.perf_counter())
 from pathlib import Path
 for index, image in enumerate(pixels):
-    _write_png(image, Path(sys.argv[1]) / f"image-{index:05d}.png", {})
-_write_png(image_grid(pixels), Path(sys.argv[1]) / "grid.png", {})
+    write_png(image, Path(sys.argv[1]) / f"image-{index:05d}.png", {})
+write_png(image_grid(pixels), Path(sys.argv[1]) / "grid.png", {})
 clock.append(time.perf_counter())
 names = ("import", "load", "sample", "decode", "write")
 print(json.dumps(dict(zip(names, (b - a for a, b in zip(clock, clock[1:]))))))

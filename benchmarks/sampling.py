@@ -18,13 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Contestant, compare, print_figures, write_report
+from measure import Contestant, compare, print_figures, waited, write_report
 from peers import full_tap_pixelcnn, pythae_pixelcnn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,27 +57,21 @@ def contestants(grid: int, batch: int, names: list[str], device: str = "cpu") ->
     uniforms = torch.rand(batch, grid * grid, dtype=torch.float64)
     codes = torch.randint(NUM_CODES, (batch, grid, grid), device=device)
 
-    def waited(step: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
     def contestant(name: str) -> Contestant:
         if name == BASELINE:
             step = partial(torch.no_grad()(full_tap_pixelcnn(model)), codes)
-            return Contestant(waited(step), batch, grid * grid)
+            return Contestant(waited(step, device), batch, grid * grid)
         if name == PYTHAE:
             peer = pythae_pixelcnn(NUM_CODES, NUM_LAYERS).eval().to(device)
-            return Contestant(waited(partial(pythae_draw, peer, codes[:, None].float())), batch, grid * grid)
+            return Contestant(
+                waited(partial(pythae_draw, peer, codes[:, None].float()), device), batch, grid * grid
+            )
         if name == FORWARD:
-            return Contestant(waited(partial(torch.no_grad()(model), codes)), batch)
+            return Contestant(waited(partial(torch.no_grad()(model), codes), device), batch)
         if name == GRAPH_BF16:
             half = network(grid, device, torch.bfloat16)
-            return Contestant(waited(partial(half.sample, uniforms, backend=GRAPH)), batch)
-        return Contestant(waited(partial(model.sample, uniforms, backend=name)), batch)
+            return Contestant(waited(partial(half.sample, uniforms, backend=GRAPH), device), batch)
+        return Contestant(waited(partial(model.sample, uniforms, backend=name), device), batch)
 
     return {name: contestant(name) for name in names}
 

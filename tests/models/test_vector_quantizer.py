@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from isic_vq.models.vector_quantizer import (
     CHUNK,
+    GROUP,
     VectorQuantizer,
     assignment_sums,
     kmeans,
     nearest_codes,
+    row_argmin,
     usage_and_perplexity,
 )
 
@@ -84,6 +86,33 @@ def test_nearest_is_brute_force_across_chunks():
     np.testing.assert_array_equal(codes.numpy(), brute_force(latents, codebook))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(0, 9),
+    num_columns=st.one_of(st.integers(1, 3 * GROUP), st.sampled_from([GROUP, 4 * GROUP])),
+    levels=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_row_argmin_is_the_first_of_the_least(num_rows, num_columns, levels, seed):
+    scores = np.random.default_rng(seed).integers(
+        levels, size=(num_rows, num_columns)
+    )  # ties within, across groups
+    assert row_argmin(torch.from_numpy(scores)).tolist() == scores.argmin(1).tolist()
+
+
+def test_ties_of_a_large_codebook_go_to_the_lowest_code():
+    distinct = torch.arange(GROUP, dtype=torch.float64)[:, None] * torch.tensor(
+        [1.0, -2.0, 3.0]
+    )  # no rounding
+    codebook = distinct.repeat(4, 1)  # every vector four times, in four groups
+    assert nearest_codes(codebook, codebook).tolist() == list(range(GROUP)) * 4
+
+
+def test_nearest_codes_of_tracked_tensors_carry_no_graph():
+    latents, codebook = normal(4, 3).requires_grad_(), normal(5, 3, seed=1).requires_grad_()
+    assert not nearest_codes(latents, codebook).requires_grad
+
+
 def test_no_latents_give_no_codes():
     codes = nearest_codes(torch.zeros(0, 5), CODEBOOK)
     assert codes.shape == (0,)
@@ -131,6 +160,37 @@ def test_losses_are_the_mean_squared_distance_to_the_chosen_vectors():
     expected = np.square(LATENTS.numpy() - CODEBOOK.numpy()[IDS]).mean()  # over N and D
     assert output.commitment_loss.item() == pytest.approx(expected, rel=1e-6)
     assert output.codebook_loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_moving_average_codebook_gets_its_loss_without_a_gradient():
+    output = make_quantizer(update="ema")(as_grid(LATENTS).requires_grad_())
+    assert output.codebook_loss.item() == output.commitment_loss.item()
+    assert output.commitment_loss.requires_grad
+    assert not output.codebook_loss.requires_grad, "adding it to a loss would double the commitment"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_memory_format_of_the_latents_is_kept_and_changes_nothing(memory_format, update):
+    latents = normal(2, 5, 3, 4, dtype=torch.float32)
+    expected = make_quantizer(update=update).eval()(latents)
+    output = make_quantizer(update=update).eval()(latents.contiguous(memory_format=memory_format))
+    assert output.quantized.is_contiguous(memory_format=memory_format), "the decoder would change its format"
+    assert torch.equal(output.quantized, expected.quantized)
+    assert torch.equal(output.codes, expected.codes)
+    assert torch.equal(output.commitment_loss, expected.commitment_loss)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_both_gradients_add_up_in_the_latents(memory_format):
+    quantizer = make_quantizer().eval()
+    latents = normal(2, 5, 3, 4, dtype=torch.float32).contiguous(memory_format=memory_format).requires_grad_()
+    incoming = normal(2, 5, 3, 4, seed=1, dtype=torch.float32)
+    output = quantizer(latents)
+    torch.autograd.backward((output.quantized, output.commitment_loss), (incoming, torch.tensor(3.0)))
+    vectors = CODEBOOK[output.codes].permute(0, 3, 1, 2)
+    expected = incoming + 3 * 2 * (latents.detach() - vectors) / latents.numel()
+    torch.testing.assert_close(latents.grad, expected)
 
 
 @settings(max_examples=20, deadline=None)

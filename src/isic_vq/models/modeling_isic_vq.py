@@ -176,22 +176,11 @@ class IsicVQModel(PreTrainedModel):
             raise ValueError("seed and generator are both given: give one of them")
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}: expected at least 1")
+        if seed is None and generator is None:
+            seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
+            block_size = min(block_size, num_images)  # nobody can ask for these images again
         ids = self.label_ids(labels, num_images)
-        num_positions = self.config.prior_config.grid_size**2
-        if isinstance(generator, Sequence):
-            if len(generator) != num_images:
-                raise ValueError(
-                    f"there are {len(generator)} generators for {num_images} images: give one per image"
-                )
-            uniforms = position_uniforms(generator, num_positions)
-        elif generator is not None:
-            shape = (num_images, num_positions)
-            uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-        else:
-            if seed is None:
-                seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
-                block_size = min(block_size, num_images)  # nobody can ask for these images again
-            uniforms = position_uniforms(image_generators(seed, num_images, first_index), num_positions)
+        uniforms = self._noise(num_images, seed, first_index, generator)
         # Empty places before the first image and after the last make the blocks whole.
         skipped = first_index % block_size
         empty = -(skipped + num_images) % block_size
@@ -199,15 +188,11 @@ class IsicVQModel(PreTrainedModel):
         padded_ids = F.pad(ids, (skipped, empty), value=self.prior.config.unconditional_id)
         if backend == "auto":
             backend = self.prior.best_backend(len(uniforms) // block_size)
-        settings = {
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale,
-            "backend": backend, "on_row": on_row,
-        }  # fmt: skip
         blocks = [
-            self.prior.sample(noise, labels_of_block, **settings)
-            for noise, labels_of_block in zip(
-                uniforms.split(block_size), padded_ids.split(block_size), strict=True
+            self.prior.sample(
+                noise, block_ids, temperature, top_k, top_p, guidance_scale, backend=backend, on_row=on_row
             )
+            for noise, block_ids in zip(uniforms.split(block_size), padded_ids.split(block_size), strict=True)
         ]
         kept = slice(skipped, skipped + num_images)
         return GenerationOutput(
@@ -215,6 +200,26 @@ class IsicVQModel(PreTrainedModel):
             codes=torch.cat(blocks)[kept],
             labels=ids,
         )
+
+    def _noise(
+        self,
+        num_images: int,
+        seed: int | None,
+        first_index: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> Tensor:
+        """Uniforms `(num_images, h*w)` of the images from `first_index` on, from a seed or else from generators."""
+        num_positions = self.config.prior_config.grid_size**2
+        if generator is None:
+            return position_uniforms(image_generators(seed, num_images, first_index), num_positions)
+        if isinstance(generator, torch.Generator):
+            shape = (num_images, num_positions)
+            return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        if len(generator) != num_images:
+            raise ValueError(
+                f"there are {len(generator)} generators for {num_images} images: give one per image"
+            )
+        return position_uniforms(generator, num_positions)
 
     @torch.no_grad()
     def inpaint(

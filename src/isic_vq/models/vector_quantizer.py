@@ -10,6 +10,7 @@ Several public implementations put beta on the codebook term; here it multiplies
 This file is tensor math only: it knows nothing of images, optimizers or processes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 2048  # latents scored at once: bounds the score matrix to 2048 x K, which stays in cache
+GROUP = 32  # scores of which only the least is compared with those of other groups
 
 
+def row_argmin(scores: Tensor) -> Tensor:
+    """Column of the least element of each row, the lowest column on ties: `scores.argmin(1)`, sooner.
+
+    On a CPU torch takes an argmin element by element but a minimum by vectors, at twenty times the speed. So each
+    row's groups of columns send their minima, and only the group of the least one is searched.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, K)`): contiguous.
+
+    Returns:
+        `torch.LongTensor` of shape `(N,)`, in [0, K).
+    """
+    size = math.gcd(scores.shape[1], GROUP)
+    groups = scores.unflatten(1, (-1, size))
+    best = groups.amin(2).argmin(1)
+    rows = torch.arange(len(scores), device=scores.device)
+    return best * size + groups[rows, best].argmin(1)
+
+
+@torch.no_grad()
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     """Index of the codebook vector nearest to each latent, the lowest index on ties (eq. 1).
 
@@ -33,10 +55,8 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
         `torch.LongTensor` of shape `(N,)`, in [0, K).
     """
     squared_norms = codebook.square().sum(1)
-    codes = [
-        torch.addmm(squared_norms, part, codebook.t(), alpha=-2).argmin(1) for part in latents.split(CHUNK)
-    ]
-    return torch.cat(codes) if codes else latents.new_zeros(0, dtype=torch.long)
+    parts = latents.split(CHUNK)
+    return torch.cat([row_argmin(torch.addmm(squared_norms, part, codebook.t(), alpha=-2)) for part in parts])
 
 
 def assignment_sums(latents: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -178,21 +198,17 @@ class VectorQuantizer(nn.Module):
                 f"latents have shape {tuple(latents.shape)}: expected (batch, {self.code_dim}, height, width)"
             )
         with torch.autocast(latents.device.type, enabled=False):
-            batch, _, height, width = latents.shape
-            z = latents.to(self.codebook.dtype)
-            flat = z.permute(0, 2, 3, 1).reshape(-1, self.code_dim)
-            codes = nearest_codes(flat.detach(), self.codebook.detach())
-            e = (
-                F.embedding(codes, self.codebook)
-                .view(batch, height, width, self.code_dim)
-                .permute(0, 3, 1, 2)
-            )
-            commitment_loss = F.mse_loss(z, e.detach())
-            codebook_loss = F.mse_loss(e, z.detach())
-            quantized = z + (e - z).detach()
+            z = latents.to(self.codebook.dtype).permute(0, 2, 3, 1)  # (B, h, w, D)
+            flat = z.reshape(-1, self.code_dim)  # a view where latents are channels-last
+            codes = nearest_codes(flat, self.codebook)
+            e = F.embedding(codes, self.codebook)
+            commitment_loss = F.mse_loss(flat, e.detach())
+            codebook_loss = F.mse_loss(e, flat.detach()) if e.requires_grad else commitment_loss.detach()
+            quantized = z - (z - e.detach().view(z.shape)).detach()  # z first: its memory format is kept
             if self.training:
                 self._see(flat.detach(), codes)
-        return Quantization(quantized, codes.view(batch, height, width), commitment_loss, codebook_loss)
+        quantized, codes = quantized.permute(0, 3, 1, 2), codes.view(z.shape[:3])
+        return Quantization(quantized, codes, commitment_loss, codebook_loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codebook vectors of shape `(B, D, h, w)` for codes of shape `(B, h, w)`.

@@ -1,0 +1,90 @@
+"""The command line's frame: the application that commands join, the options they share, errors in one line."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+from isic_vq import __version__
+
+
+class _Commands(TyperGroup):
+    """The commands; an interrupted one says where it stopped, which typer alone would swallow."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Discrete generative models of dermoscopy images. A research tool, not a diagnostic device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train_app = typer.Typer(help="Train a tokenizer or a prior.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model folder or Hub id; default: the shipped checkpoint.")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", help="parquet:PATTERN, folder:DIR, synthetic:NUM[:SEED] or a path.")
+]
+CorruptShareOption = Annotated[
+    float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")
+]
+
+_debug = False
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"isic-vq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Set up messages for every command."""
+    global _debug
+    _debug = debug
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("isic_vq").setLevel(logging.INFO)
+
+
+def quiet_transformers() -> None:
+    """Hide transformers' loading bars; its warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on are printed in one line."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        if _debug:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

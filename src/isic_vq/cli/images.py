@@ -1,0 +1,275 @@
+"""Commands that make pictures: new images, reconstructions, edits."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.pictures import read_images, write_png
+
+if TYPE_CHECKING:
+    import torch
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2\n\n"
+    "  isic-vq generate -n 100000 --label melanoma --label nevus --shards parquet -o generated"
+)
+def generate(
+    num_images: Annotated[int, typer.Option("--num-images", "-n", help="How many images.")] = 16,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            "-l",
+            help="Diagnosis (name, alias or id); repeat it to give one per image, or, with --shards, several that "
+            "take turns.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Images computed at once; another number may round an image differently.")
+    ] = 16,
+    backend: Annotated[
+        str, typer.Option(help="eager, compiled (needs numba), cuda_graph, or auto for the fastest.")
+    ] = "auto",
+    temperature: Annotated[float, typer.Option(help="Below 1: safer, above 1: wilder.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many most likely codes.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the codes that hold this much probability.")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(help="1 is off; larger follows the label more.")] = 1.0,
+    shards: Annotated[
+        str | None, typer.Option(help="Write parquet or webdataset shards: for large sets.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images per shard: a multiple of --batch-size.")] = 1024,
+) -> None:
+    """Generate images and write them as PNGs, with one grid of all of them, or as shards of a large set.
+
+    With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
+    """
+    from isic_vq.figures import image_grid
+    from isic_vq.hub import load_model, resolve
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
+
+    quiet_transformers()
+    if shards is not None:
+        from isic_vq.generation import generate_shards, launched_process
+
+        rank, world = launched_process()
+        made, kept = generate_shards(
+            load_model(IsicVQModel, model),
+            output,
+            num_images,
+            label or None,
+            seed=seed,
+            format=shards,
+            images_per_shard=shard_size,
+            block_size=batch_size,
+            backend=backend,
+            rank=rank,
+            world=world,
+            progress=True,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
+        typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
+        return
+    pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, model))
+    result = pipe(
+        label if label and len(label) > 1 else (label[0] if label else None),
+        num_images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        backend=backend,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        output_type="np",
+        return_codes=True,
+        progress=sys.stderr.isatty(),
+    )
+    classes = {**pipe.model.config.class_names, pipe.model.prior.config.unconditional_id: "unconditional"}
+    names = [classes[index] for index in result["labels"].tolist()]
+    source = Path(resolve(model)).name
+    for index, (pixels, name) in enumerate(zip(result["images"], names, strict=True)):
+        about = {"Title": name, "Source": source, "Comment": f"synthetic image, seed {seed}, index {index}"}
+        write_png(pixels, output / f"image-{index:05d}.png", about)
+    about = {"Source": source, "Comment": f"synthetic images, seed {seed}"}
+    write_png(image_grid(result["images"], labels=names if label else None), output / "grid.png", about)
+    typer.echo(f"wrote {num_images} images and {output / 'grid.png'}")
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq reconstruct my_images/\n\n  isic-vq reconstruct photo.jpg -o out/"
+)
+def reconstruct(
+    data: Annotated[str, typer.Argument(help="Image file, folder, or a URI as for --data.")],
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path(
+        "reconstructions"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="At most this many images.")] = 64,
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Send images through the tokenizer and back, and write both beside each other."""
+    import itertools
+
+    import torch
+
+    from isic_vq.evaluation.reconstruction import evaluate_reconstruction
+    from isic_vq.figures.grid import image_grid, paired_grid
+    from isic_vq.hub import load_model
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_vqvae import VQVAEModel
+
+    quiet_transformers()
+    tokenizer = load_model(VQVAEModel, model)
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    if Path(data).is_file() and not data.endswith(".parquet"):
+        originals = processor(data, return_tensors="pt")["pixel_values"]
+    else:
+        parts = read_images(data, processor, max_corrupt_share)
+        originals = torch.cat(
+            list(itertools.islice(itertools.chain.from_iterable(p.split(1) for p in parts), limit))
+        )
+    result = evaluate_reconstruction(tokenizer, originals.split(32))
+    decoded = torch.cat(
+        [tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))) for part in originals.split(32)]
+    )
+    before, after = (processor.postprocess(images, output_type="np") for images in (originals, decoded))
+    for index, pixels in enumerate(after):
+        write_png(pixels, output / f"image-{index:05d}.png", {"Comment": "VQ-VAE reconstruction"})
+    write_png(image_grid(after), output / "reconstructions.png", {"Comment": "VQ-VAE reconstructions"})
+    pairs, _ = paired_grid(before, after)
+    write_png(pairs, output / "grid.png", {"Comment": "originals above reconstructions"})
+    typer.echo(
+        f"{result.num_images} images: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}; wrote {output / 'grid.png'}"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq edit photo.jpg --box 150,100,450,350 --label melanoma\n\n"
+    "  isic-vq edit photo.jpg --mask hairs.png -n 1 --dilation 1\n\n  isic-vq edit photo.jpg --lower-half -n 8"
+)
+def edit(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of the image's size; what is white is drawn anew.")
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw this anew; in the image's pixels."),
+    ] = None,
+    lower_half: Annotated[bool, typer.Option("--lower-half", help="Draw the lower half anew.")] = False,
+    label: Annotated[
+        str | None, typer.Option("--label", "-l", help="Diagnosis (name, alias or id) to draw it as.")
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, help="How many variants to draw.")
+    ] = 4,
+    particles: Annotated[
+        int, typer.Option(help="Candidates per variant; more fit the rest of the image better.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Variant i depends on (seed, i) alone.")] = 0,
+    dilation: Annotated[int, typer.Option(help="Codes by which the mask grows on all sides.")] = 0,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path("edited"),
+) -> None:
+    """Draw a part of an image anew so that it fits the rest, in several variants."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from isic_vq.figures import image_grid
+    from isic_vq.hub import load_model, resolve
+    from isic_vq.models.editing import pixel_mask
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    quiet_transformers()
+    editor = load_model(IsicVQModel, model)
+    config = editor.config
+    processor = IsicVQImageProcessor(size=config.vqvae_config.image_size)
+    marked = _marked_pixels(processor, image, mask, box, lower_half)
+    original = processor(image, return_tensors="pt")["pixel_values"].to(editor.device)
+    rows = num_images * config.prior_config.grid_size
+    with tqdm(total=rows, disable=not sys.stderr.isatty(), unit="row", desc="editing") as bar:
+        edited: Any = editor.inpaint(
+            original.expand(num_images, -1, -1, -1),
+            marked,
+            label,
+            num_particles=particles,
+            seed=seed,
+            dilation=dilation,
+            on_row=bar.update,
+        )
+    blue = torch.tensor([0.1, 0.4, 1.0], device=editor.device)[:, None, None]
+    redrawn = pixel_mask(edited.mask[:1], config.vqvae_config.downsampling)
+    shown = torch.where(redrawn, (original + blue) / 2, original)
+    before = processor.postprocess(torch.cat([original, shown]), output_type="np")
+    after = processor.postprocess(edited.pixel_values, output_type="np")
+    classes = {**config.class_names, editor.prior.config.unconditional_id: "unconditional"}
+    title = classes[edited.labels[0].item()]
+    about = {"Title": title, "Source": Path(resolve(model)).name}
+    for index, pixels in enumerate(after):
+        comment = f"edited image, seed {seed}, index {index}"
+        write_png(pixels, output / f"image-{index:05d}.png", {**about, "Comment": comment})
+    names = ["original", "drawn anew", *(f"{title} {index}" for index in range(num_images))]
+    about["Comment"] = f"an image and its edits, seed {seed}"
+    write_png(image_grid(np.concatenate([before, after]), labels=names), output / "grid.png", about)
+    if edited.num_particles[0] < particles:
+        typer.echo("exact with one particle: nothing is kept after the first code drawn anew")
+    else:
+        for index, ess in enumerate(edited.ess):
+            typer.echo(
+                f"variant {index}: effective sample size {ess[-1]:.1f} of {particles} particles at the end, "
+                f"{ess.min():.1f} in the poorest row"
+            )
+    typer.echo(f"wrote {num_images} variants and {output / 'grid.png'}")
+
+
+def _marked_pixels(
+    processor: Any, image: Path, mask: Path | None, box: str | None, lower_half: bool
+) -> "torch.Tensor":
+    """The pixels `(H, W)` bool to draw anew, from the one option that names them."""
+    import torch
+    from PIL import Image
+
+    if (mask is not None) + (box is not None) + lower_half != 1:
+        raise ValueError("what to draw anew: expected one of --mask, --box and --lower-half")
+    if lower_half:
+        side = processor.size["height"]
+        return (torch.arange(side) >= side // 2)[:, None].expand(side, side)
+    size = processor.load_image(image).size
+    if mask is not None:
+        picture = processor.load_image(mask)
+        if picture.size != size:
+            raise ValueError(
+                f"--mask {mask} has {picture.size[0]} x {picture.size[1]} pixels: expected {size[0]} x {size[1]}, the "
+                "size of the image"
+            )
+        marked = processor.to_mask(mask)
+    else:
+        try:
+            left, top, right, bottom = map(int, box.split(","))  # type: ignore[union-attr]
+        except ValueError as error:
+            raise ValueError(f"--box is {box!r}: expected LEFT,TOP,RIGHT,BOTTOM in whole pixels") from error
+        if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+            raise ValueError(
+                f"--box is {box}: expected 0 <= left < right <= {size[0]} and 0 <= top < bottom <= {size[1]}"
+            )
+        picture = Image.new("L", size)
+        picture.paste(255, (left, top, right, bottom))
+        marked = processor.to_mask(picture)
+    if not marked.any():
+        raise ValueError("nothing is marked in the centred square of the image, which is what the model sees")
+    return torch.from_numpy(marked)

@@ -1,0 +1,156 @@
+"""Commands that measure: checkpoints on data, images under a checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isic_vq.cli.app import CorruptShareOption, DataOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.pictures import read_named_images
+
+if TYPE_CHECKING:
+    from isic_vq.evaluation.report import Report
+
+
+@app.command(
+    epilog="Example:\n\n  isic-vq evaluate --data folder:test_images --split test --train-codes runs/codes/train.parquet"
+)
+def evaluate(
+    data: DataOption,
+    model: ModelOption = None,
+    split: Annotated[str, typer.Option(help="What the report calls these images.")] = "validation",
+    train_codes: Annotated[
+        Path | None, typer.Option(help="Code cache of the training images, for the unigram yardstick.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Report to write.")] = Path("report.json"),
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure reconstruction, codebook use and, for a whole model, likelihood."""
+    from isic_vq.evaluation.evaluate import evaluate_checkpoint
+
+    quiet_transformers()
+    report = evaluate_checkpoint(model, data, split, train_codes, max_corrupt_share)
+    report.save(output)
+    print_report(report)
+    typer.echo(f"wrote {output}")
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq score my_images/\n\n  isic-vq score photo.jpg --marginalize -o out/"
+)
+def score(
+    data: Annotated[str, typer.Argument(help="Image file, folder, or a URI as for --data.")],
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the PNGs.")] = Path(
+        "scores"
+    ),
+    label: Annotated[
+        str | None,
+        typer.Option("--label", "-l", help="Diagnosis (name, alias or id) to score all images as."),
+    ] = None,
+    marginalize: Annotated[
+        bool, typer.Option("--marginalize", help="Score under all diagnoses together, weighed alike.")
+    ] = False,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Heat maps of the first so many images; 0 writes the table alone.")
+    ] = 16,
+    train_codes: Annotated[
+        Path | None, typer.Option(help="Code cache of the training images, for two more scores.")
+    ] = None,
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure how likely the prior finds images, and map where they surprise it."""
+    from tqdm import tqdm
+
+    from isic_vq.evaluation.scores import read_reference, score_images
+    from isic_vq.figures.scores import Gallery
+    from isic_vq.figures.write import check_matplotlib, csv_bytes
+    from isic_vq.files import write_atomically
+    from isic_vq.hub import load_model
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    if limit:
+        check_matplotlib()
+    quiet_transformers()
+    scorer = load_model(IsicVQModel, model)
+    config = scorer.config.vqvae_config
+    processor = IsicVQImageProcessor(size=config.image_size)
+    class_id = None if label is None else int(scorer.label_ids(label, 1))
+    if class_id is None:
+        way = "marginal" if marginalize else "unconditional"
+    else:
+        way = scorer.config.class_names[class_id]
+    reference = read_reference(train_codes, scorer, class_id, marginalize) if train_codes else None
+    batches, total = read_named_images(data, processor, max_corrupt_share)
+    rows: list[dict[str, Any]] = []
+    gallery = Gallery(config.num_codes, limit)
+    with tqdm(total=total, unit="image", desc="scoring", disable=not sys.stderr.isatty()) as bar:
+        for image in score_images(scorer, batches, class_id, marginalize, reference):
+            bits_per_pixel = image.scores["bits_per_code"] / config.downsampling**2
+            rows.append({"name": image.name, "label": way, **image.scores, "bits_per_pixel": bits_per_pixel})
+            pixels = processor.postprocess(image.pixel_values[None], output_type="np")[0]
+            gallery.add(image.name, pixels, image.bits.numpy())
+            bar.update()
+    if not rows:
+        raise ValueError(f"{data} holds no readable image")
+    write_atomically(output / "scores.csv", csv_bytes({key: [row[key] for row in rows] for key in rows[0]}))
+    gallery.write(output)
+    bits = [row["bits_per_code"] for row in rows]
+    typer.echo(
+        f"{len(rows)} images: {sum(bits) / len(bits):.3f} bits per code ({way}), from {min(bits):.3f} to "
+        f"{max(bits):.3f}; wrote {output / 'scores.csv'}"
+    )
+
+
+@app.command(
+    epilog="Example:\n\n  isic-vq ood --data folder:test_images --split test --train-codes runs/codes/train.parquet"
+)
+def ood(
+    data: DataOption,
+    train_codes: Annotated[Path, typer.Option(help="Code cache of the training images.")],
+    model: ModelOption = None,
+    non_skin: Annotated[
+        str | None,
+        typer.Option(help="Images that show no skin, as for --data; default: photographs of scikit-learn."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="What the report calls these images.")] = "validation",
+    limit: Annotated[int, typer.Option(min=1, help="At most this many images, a seeded subset.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Of the subset and of what spoils the images.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Report to write, and histograms as PNG beside it.")
+    ] = Path("report.json"),
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure how well likelihood scores tell images from spoiled ones and from other photographs."""
+    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
+    from isic_vq.figures.scores import write_score_histograms
+    from isic_vq.figures.write import check_matplotlib
+
+    check_matplotlib()
+    quiet_transformers()
+    report = evaluate_out_of_distribution(
+        model,
+        data,
+        train_codes,
+        split,
+        non_skin,
+        limit,
+        seed,
+        max_corrupt_share,
+        progress=sys.stderr.isatty(),
+    )
+    report.save(output)
+    write_score_histograms(report, output.with_suffix(".png"))
+    print_report(report)
+    typer.echo(f"wrote {output} and {output.with_suffix('.png')}")
+
+
+def print_report(report: "Report") -> None:
+    """Print a report's metrics as a table."""
+    width = max(28, *(len(metric.name) for metric in report.metrics))
+    for metric in report.metrics:
+        typer.echo(
+            f"  {metric.name:<{width}} {metric.value:>10.5g} {metric.unit:<30} {metric.split}, n = {metric.n}"
+        )

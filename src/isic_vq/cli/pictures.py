@@ -1,0 +1,52 @@
+"""What several commands do with pictures: read them, name them, write them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isic_vq import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator["torch.Tensor"]:
+    """Yield the pixel values of a source, in batches."""
+    from isic_vq.data.loading import iter_batches
+    from isic_vq.data.sources import open_source
+
+    records = open_source(uri, streaming=True)
+    for batch in iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share):
+        yield batch["pixel_values"]
+
+
+def read_named_images(
+    data: str, processor: Any, max_corrupt_share: float
+) -> tuple[Iterator[tuple[list[str], "torch.Tensor"]], int]:
+    """Names and pixel values of a source or of one image file, in batches, and how many images there are."""
+    from isic_vq.data.loading import iter_batches
+    from isic_vq.data.sources import open_source
+
+    if Path(data).is_file() and not data.endswith(".parquet"):
+        return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
+    records = open_source(data)
+    batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
+    return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), len(records)
+
+
+def write_png(image: Any, path: Path, about: dict[str, str]) -> None:
+    """Write an image or uint8 pixels `(H, W, 3)` as PNG with text fields, whole or not at all."""
+    import io
+
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from isic_vq.files import write_atomically
+
+    fields = PngInfo()
+    for key, text in {"Software": f"isic-vq {__version__}", **about}.items():
+        fields.add_text(key, text)
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, format="PNG", pnginfo=fields)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,133 @@
+"""Commands that train: tokenizers, codes, priors, decoders, and the figures of their runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isic_vq.cli.app import (
+    ConfigOption,
+    CorruptShareOption,
+    DataOption,
+    Overrides,
+    ResumeOption,
+    app,
+    quiet_transformers,
+    train_app,
+)
+
+
+@train_app.command(
+    "vqvae",
+    epilog="Examples:\n\n  isic-vq train vqvae -c examples/configs/vqvae-f8.yaml\n\n"
+    "  isic-vq train vqvae -c examples/configs/vqvae-tiny.yaml data.train=folder:my_images loop.max_steps=500",
+)
+def train_vqvae(
+    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+) -> None:
+    """Train a VQ-VAE tokenizer on images."""
+    from isic_vq.training.recipe import VQVAERecipe, load_recipe
+    from isic_vq.training.vqvae import train_vqvae as train
+
+    quiet_transformers()
+    recipe = load_recipe(VQVAERecipe, config, overrides or [])
+    result = train(recipe, resume)
+    if result is None:
+        return  # the main process tells
+    typer.echo(
+        f"{result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {result.usage:.1%} of codes used, perplexity "
+        f"{result.perplexity:.0f} on {result.num_images} validation images; wrote {recipe.output_dir}/model"
+    )
+
+
+@app.command(
+    epilog="Example:\n\n  isic-vq encode runs/vqvae-f8/model --data folder:my_images -o runs/codes/train.parquet"
+)
+def encode(
+    model: Annotated[str, typer.Argument(help="Folder of a tokenizer, or of a whole model.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
+    views: Annotated[int, typer.Option(help="Dihedral views per image, 1 to 8.")] = 8,
+    part: Annotated[
+        str, typer.Option(help="all, or the train or validation part that training splits off by itself.")
+    ] = "all",
+    validation_share: Annotated[float, typer.Option(help="As data.validation_share of the recipe.")] = 0.1,
+    max_corrupt_share: CorruptShareOption = 0.01,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+) -> None:
+    """Write the codes of a data set: what a prior is trained on."""
+    from isic_vq.data.code_cache import encode_source, write_code_cache
+    from isic_vq.data.splits import open_part
+    from isic_vq.hub import load_model
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+    from isic_vq.models.modeling_vqvae import VQVAEModel
+
+    quiet_transformers()
+    records, source = open_part(data, part, validation_share)
+    tokenizer = load_model(VQVAEModel, model)
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    cache = encode_source(
+        tokenizer, processor, records, source, views, batch_size, max_corrupt_share, progress=True
+    )
+    write_code_cache(cache, output)
+    typer.echo(f"wrote the codes of {len(cache.isic_ids)} images in {views} views to {output}")
+
+
+@train_app.command("prior", epilog="Example:\n\n  isic-vq train prior -c examples/configs/prior-f8.yaml")
+def train_prior(
+    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+) -> None:
+    """Train a PixelCNN prior on codes, and join it with its tokenizer."""
+    from isic_vq.training.prior import train_prior as train
+    from isic_vq.training.recipe import PriorRecipe, load_recipe
+
+    quiet_transformers()
+    recipe = load_recipe(PriorRecipe, config, overrides or [])
+    report = train(recipe, resume)
+    if report is None:
+        return  # the main process tells
+    typer.echo(
+        f"{report.value('bits_per_code'):.3f} bits per code on validation (unigram "
+        f"{report.value('bits_per_code_unigram'):.3f}, flat {report.value('bits_per_code_flat'):.0f}); "
+        f"wrote {recipe.output_dir}/model"
+    )
+
+
+@train_app.command(
+    "decoder", epilog="Example:\n\n  isic-vq train decoder -c examples/configs/decoder-f8.yaml"
+)
+def train_decoder(
+    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+) -> None:
+    """Fine-tune a tokenizer's decoder for looks; its codes stay the same."""
+    from isic_vq.training.decoder import train_decoder as train
+    from isic_vq.training.recipe import DecoderRecipe, load_recipe
+
+    quiet_transformers()
+    recipe = load_recipe(DecoderRecipe, config, overrides or [])
+    report = train(recipe, resume)
+    if report is None:
+        return  # the main process tells
+    changes = [
+        f"{words} {report.value(name + '_before'):.4g} -> {report.value(name):.4g}"
+        for name, words in (
+            ("frechet_distance", "Frechet distance"),
+            ("feature_distance", "feature distance"),
+            ("psnr", "PSNR"),
+        )
+    ]
+    typer.echo(f"{', '.join(changes)} dB on validation; wrote {recipe.output_dir}/model")
+
+
+@app.command(epilog="Example:\n\n  isic-vq figures runs/quickstart")
+def figures(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder, or a folder with runs below it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: figures/ in the run.")
+    ] = None,
+) -> None:
+    """Draw loss curves, codebook use, reconstructions and generated images of a run."""
+    from isic_vq.figures import write_figures
+
+    for path in write_figures(run_dir, output):
+        typer.echo(path)
