@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.pixelcnn_cache import open_cache
 
 NUM_CODES, NUM_LAYERS = 512, 15
 BASELINE, PYTHAE, FORWARD = "full taps, a pass per position", "pythae's sampler", "one full forward"
@@ -84,15 +85,21 @@ def pythae_draw(model: torch.nn.Module, grids: Tensor) -> None:
     grids[:, :, 1, 1] = torch.multinomial(probabilities, 1).float()
 
 
-def race(grid: int, batch: int, names: list[str], rounds: int, device: str = "cpu") -> dict[str, Any]:
-    """Compare contestants on one grid and batch size."""
+def race(
+    grid: int, batch: int, names: list[str], rounds: int, ceilings: dict[str, float], device: str = "cpu"
+) -> dict[str, Any]:
+    """Compare contestants on one grid and batch size, samplers with the machine's ceilings, too."""
     print(f"{grid} x {grid} codes, batch {batch}, {device}")
     figures = {f"{name} over {BASELINE}": (BASELINE, name) for name in names if name != BASELINE}
     if COMPILED in names:
         figures[f"{COMPILED} over {EAGER}"] = (EAGER, COMPILED)
     rows = compare(contestants(grid, batch, names, device), figures, rounds, warmup=1)
-    for row in rows["contestants"].values():
-        row["seconds_per_image"] = row["seconds_per_step"]["median"] / batch
+    spent = {"gflops_per_second": operations(grid)[EAGER] * batch, "gigabytes_per_second": weights_read(grid)}
+    for name, row in rows["contestants"].items():
+        seconds = row["seconds_per_step"]["median"]
+        row["seconds_per_image"] = seconds / batch
+        if name in (EAGER, COMPILED, GRAPH):
+            row["share_of"] = {what: spent[what] / seconds / rate for what, rate in ceilings.items()}
     print_figures(rows)
     print({name: f"{row['seconds_per_image']:.4f} s/image" for name, row in rows["contestants"].items()})
     return {"grid": grid, "batch": batch, "device": device, **rows}
@@ -107,6 +114,14 @@ def operations(grid: int) -> dict[str, float]:
             step()
         spent[name] = counter.get_total_flops() * parts / 1e9
     return spent
+
+
+@torch.no_grad()
+def weights_read(grid: int) -> float:
+    """What the steps of one batch read of weights if nothing stays in a cache, in 1e9 bytes."""
+    cache = open_cache(network(grid), torch.tensor([0]))
+    weights = [*cache.own, *cache.outputs, *(part for layer in cache.head for part in layer)]
+    return sum(weight.nbytes for weight in weights) * grid**2 / 1e9
 
 
 def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
@@ -192,14 +207,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     names = [BASELINE, PYTHAE, FORWARD, EAGER, COMPILED]
+    ceilings = {"gflops_per_second": matrix_rate()}
     rows: dict[str, Any] = {
-        "matrix_gflops_per_second": matrix_rate(),
+        "ceilings": ceilings,
         "gflops_per_image": {str(grid): operations(grid) for grid in arguments.grids},
         "start_of_compiled_seconds": start_of_compiled(),
     }
     print(json.dumps(rows, indent=2))
     rows["races"] = [
-        race(grid, batch, names, arguments.rounds) for grid in arguments.grids for batch in arguments.batches
+        race(grid, batch, names, arguments.rounds, ceilings)
+        for grid in arguments.grids
+        for batch in arguments.batches
     ]
     last, largest = arguments.grids[-1], arguments.batches[-1]
     rows["peak_memory_mib"] = {
@@ -209,13 +227,13 @@ def main() -> None:
     }
     print(json.dumps(rows["peak_memory_mib"]))
     if torch.cuda.is_available():
+        names = [BASELINE, FORWARD, EAGER, GRAPH, GRAPH_BF16]
+        ceilings = {"gflops_per_second": matrix_rate("cuda"), "gigabytes_per_second": memory_bandwidth()}
         rows["cuda"] = {
-            "matrix_gflops_per_second": matrix_rate("cuda"),
-            "matrix_gflops_per_second_bfloat16": matrix_rate("cuda", torch.bfloat16),
-            "gigabytes_per_second": memory_bandwidth(),
-            "weights_megabytes": sum(p.numel() for p in network(32).parameters()) * 4 / 1e6,
+            "ceilings": ceilings,
+            "bfloat16_gflops_per_second": matrix_rate("cuda", torch.bfloat16),
             "races": [
-                race(grid, batch, [BASELINE, FORWARD, EAGER, GRAPH, GRAPH_BF16], arguments.rounds, "cuda")
+                race(grid, batch, names, arguments.rounds, ceilings, "cuda")
                 for grid in arguments.grids
                 for batch in (1, 64, 512)
             ],
