@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from isic_vq.models.likelihood import evaluating, mixture_log_weights, score_codes
+from isic_vq.models.likelihood import mixture_log_weights, score_codes
+from isic_vq.models.modes import evaluating
 
 # Side of the grid, K and architecture; few enough grids (K to the side squared) to look at all of them.
 SMALL = [(2, 3, "gated"), (3, 2, "gated"), (3, 2, "plain")]

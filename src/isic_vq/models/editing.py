@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .modeling_pixelcnn import PixelCNNModel
+from .modes import evaluating
 from .pixelcnn_cache import open_cache
 from .sampling import draw, image_generators, position_uniforms
 
@@ -171,21 +172,16 @@ def redraw_codes(
         raise ValueError(f"num_particles is {num_particles!r}: expected a whole number of at least 1")
     labels = prior.checked_labels(labels, len(codes))
     chosen, sets = [], []
-    was_training = prior.training
-    prior.eval()
-    try:
-        with torch.inference_mode():
-            for image, masked, label, generator in zip(codes, mask, labels, generators, strict=True):
-                flat = masked.flatten()
-                is_exact = flat[flat.int().argmax() :].all()  # no kept code has anything to say about a draw
-                # Streams that no call of `generate` with the same seed uses. One of them resamples.
-                seed, count = generator.initial_seed(), 1 if is_exact else num_particles
-                comb, *noise = position_uniforms(image_generators(seed, 1 + count), image.numel())
-                particles = filter_particles(prior, image, masked, label, torch.stack(noise), comb, on_row)
-                chosen.append(particles.codes[draw(particles.log_weights[None], comb[-1:])])
-                sets.append(particles)
-    finally:
-        prior.train(was_training)
+    with evaluating(prior), torch.inference_mode():
+        for image, masked, label, generator in zip(codes, mask, labels, generators, strict=True):
+            flat = masked.flatten()
+            is_exact = flat[flat.int().argmax() :].all()  # no kept code has anything to say about a draw
+            # Streams that no call of `generate` with the same seed uses. One of them resamples.
+            seed, count = generator.initial_seed(), 1 if is_exact else num_particles
+            comb, *noise = position_uniforms(image_generators(seed, 1 + count), image.numel())
+            particles = filter_particles(prior, image, masked, label, torch.stack(noise), comb, on_row)
+            chosen.append(particles.codes[draw(particles.log_weights[None], comb[-1:])])
+            sets.append(particles)
     return EditOutput(
         codes=torch.cat(chosen),  # a normal tensor: autograd refuses those of inference mode
         mask=mask,

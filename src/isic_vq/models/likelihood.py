@@ -7,15 +7,15 @@ to the next is -log p(x_t | x_<t). Either way the bits of an image's positions s
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
+
+from .modes import evaluating
 
 BATCH_SIZE = 32
 
@@ -90,18 +90,6 @@ def mixture_log_weights(class_weights: Tensor | None, num_classes: int) -> Tenso
             "class, not all 0"
         )
     return (weights.double() / total).log()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a block; after it every module is in the mode it was in, even if the block failed."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _nats(prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from .code_convolution import convolve_codes
 from .configuration_pixelcnn import PixelCNNConfig
+from .modes import evaluating
 from .pixelcnn_sampler import best_backend, sample_codes
 from .sampling import Sampling
 
@@ -288,11 +289,6 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         """
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         labels = self.checked_labels(labels, len(uniforms))
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                codes = sample_codes(self, uniforms, labels, sampling, backend, on_row)
-        finally:
-            self.train(was_training)
+        with evaluating(self), torch.inference_mode():
+            codes = sample_codes(self, uniforms, labels, sampling, backend, on_row)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode

@@ -8,8 +8,6 @@ of the code space empty), and the decoder's last transposed convolution has the 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vqvae import VQVAEConfig
+from .modes import evaluating
 from .vector_quantizer import VectorQuantizer, nearest_codes
 
 
@@ -194,7 +193,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Codes `(B, h, w)` int64 in [0, K) of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode."""
-        with self.evaluating():
+        with evaluating(self):
             latents = self.embed(pixel_values.to(self.dtype))
         batch, dim, height, width = latents.shape
         codebook = self.quantizer.codebook
@@ -205,18 +204,8 @@ class VQVAEModel(VQVAEPreTrainedModel):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)` int64 in [0, K); never learns, in either mode."""
-        with self.evaluating():
+        with evaluating(self):
             return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode for a block: BatchNorm uses its running statistics and leaves them alone."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
 
     def forward(
         self, pixel_values: Tensor, quantize: bool = True, return_dict: bool | None = None
