@@ -30,23 +30,6 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns exit code, stdout and stderr."""
-
-    def invoke(*arguments):
-        monkeypatch.setattr(sys, "argv", ["isic-vq", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return invoke
-
-
-@pytest.fixture
 def fails(run):
     """Run a command that must fail with one line and without a traceback; returns the line."""
 

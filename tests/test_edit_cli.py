@@ -1,13 +1,11 @@
 """`isic-vq edit` on a tiny model: what it writes, what it says, and what it refuses."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from isic_vq import __version__, cli
+from isic_vq import __version__
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -19,19 +17,11 @@ WIDTH, HEIGHT = (
 
 
 @pytest.fixture
-def edit(monkeypatch, capsys, tiny_run, picture, tmp_path):
+def edit(run, tiny_run, picture, tmp_path):
     """Run the command; returns exit code, stdout and stderr."""
 
     def invoke(*options, image=picture):
-        arguments = ["edit", image, "-m", tiny_run.prior / "model", "-o", tmp_path / "out", *options]
-        monkeypatch.setattr(sys, "argv", ["isic-vq", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
+        return run("edit", image, "-m", tiny_run.prior / "model", "-o", tmp_path / "out", *options)
 
     return invoke
 

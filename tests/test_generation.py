@@ -13,6 +13,7 @@ import tarfile
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from isic_vq import IsicVQConfig, IsicVQImageProcessor, IsicVQModel, __version__, cli
+from isic_vq import IsicVQConfig, IsicVQImageProcessor, IsicVQModel, __version__
 from isic_vq.data.schema import DataError
 from isic_vq.data.shards import Sample, read_shard, to_png, write_shard
 from isic_vq.data.sources import describe_source, open_source
@@ -415,42 +416,22 @@ def test_full_disk_names_the_file_and_keeps_what_is_finished(model, tmp_path, si
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, model_folder, tmp_path):
+def run_generate(run, model_folder, tmp_path):
     """Run `isic-vq generate` in this process; returns exit code, stdout and stderr."""
-
-    def invoke(*arguments):
-        command = [
-            "isic-vq",
-            "generate",
-            "-m",
-            model_folder,
-            "-o",
-            tmp_path,
-            "--backend",
-            "eager",
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return invoke
+    return partial(run, "generate", "-m", model_folder, "-o", tmp_path, "--backend", "eager")
 
 
 COMMAND = ("--shards", "parquet", "--shard-size", 16, "-l", "mel", "-l", "nv", "--seed", 3)
 
 
-def test_command_writes_what_the_function_does_and_shows_progress(run, model, tmp_path):
-    code, stdout, stderr = run("-n", 40, *COMMAND)
+def test_command_writes_what_the_function_does_and_shows_progress(run_generate, model, tmp_path):
+    code, stdout, stderr = run_generate("-n", 40, *COMMAND)
     assert (code, stdout) == (0, f"process 0 of 1: wrote 3 shards to {tmp_path}, 0 were there\n")
     assert "40/40" in stderr
     assert "image" in stderr
-    assert run("-n", 40, *COMMAND)[1] == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were there\n"
+    assert (
+        run_generate("-n", 40, *COMMAND)[1] == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were there\n"
+    )
     written = contents(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
@@ -458,10 +439,10 @@ def test_command_writes_what_the_function_does_and_shows_progress(run, model, tm
     assert contents(tmp_path) == written
 
 
-def test_processes_take_their_shards_from_what_launchers_set(run, monkeypatch, tmp_path):
+def test_processes_take_their_shards_from_what_launchers_set(run_generate, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    code, stdout, stderr = run("-n", 40, *COMMAND)
+    code, stdout, stderr = run_generate("-n", 40, *COMMAND)
     assert (code, stdout) == (0, f"process 1 of 2: wrote 1 shards to {tmp_path}, 0 were there\n")
     assert "image" not in stderr, "process 0 shows progress"
     assert set(contents(tmp_path)) == {"generation.json", names(3)[1]}
@@ -483,9 +464,9 @@ def test_launches_that_would_lose_shards_are_refused(monkeypatch, environment, e
         launched_process()
 
 
-def test_full_disk_is_one_line(run, tmp_path):
+def test_full_disk_is_one_line(run_generate, tmp_path):
     with largest_file(3000):
-        code, _, stderr = run("-n", 40, *COMMAND)
+        code, _, stderr = run_generate("-n", 40, *COMMAND)
     assert code == 1
     assert stderr.splitlines()[-1] == (
         "error: [Errno 27] File too large; finished shards stay, the same command goes on: "

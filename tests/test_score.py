@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from isic_vq import cli
 from isic_vq.data.synthetic import synthetic_image
 from isic_vq.evaluation.corruptions import CORRUPTIONS
 from isic_vq.evaluation.report import Report
@@ -23,23 +22,6 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "examples" / "reports" / "ood-isic-vq-128.json"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns exit code, stdout and stderr."""
-
-    def invoke(*arguments):
-        monkeypatch.setattr(sys, "argv", ["isic-vq", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return invoke
 
 
 @pytest.fixture
