@@ -464,6 +464,15 @@ def test_launches_that_would_lose_shards_are_refused(monkeypatch, environment, e
         launched_process()
 
 
+def test_a_shard_size_without_shards_is_refused(run_generate, tmp_path):
+    code, _, stderr = run_generate("-n", 2, "--shard-size", 16)
+    assert code == 1
+    assert stderr.strip() == (
+        "error: --shard-size is given without --shards: add --shards parquet or --shards webdataset"
+    )
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_full_disk_is_one_line(run_generate, tmp_path):
     with largest_file(3000):
         code, _, stderr = run_generate("-n", 40, *COMMAND)

@@ -46,7 +46,9 @@ def generate(
     shards: Annotated[
         str | None, typer.Option(help="Write parquet or webdataset shards: for large sets.")
     ] = None,
-    shard_size: Annotated[int, typer.Option(help="Images per shard: a multiple of --batch-size.")] = 1024,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Images per shard, 1024 by default: a multiple of --batch-size.")
+    ] = None,
 ) -> None:
     """Generate images and write them as PNGs, with one grid of all of them, or as shards of a large set.
 
@@ -58,6 +60,10 @@ def generate(
     from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 
     quiet_transformers()
+    if shards is None and shard_size is not None:
+        raise ValueError(
+            "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
+        )
     if shards is not None:
         from isic_vq.generation import generate_shards, launched_process
 
@@ -69,7 +75,7 @@ def generate(
             label or None,
             seed=seed,
             format=shards,
-            images_per_shard=shard_size,
+            images_per_shard=1024 if shard_size is None else shard_size,
             block_size=batch_size,
             backend=backend,
             rank=rank,
