@@ -18,6 +18,7 @@ _MODULES = {
     "IsicVQConfig": "isic_vq.models.configuration_isic_vq",
     "IsicVQImageProcessor": "isic_vq.models.image_processing_isic_vq",
     "IsicVQModel": "isic_vq.models.modeling_isic_vq",
+    "IsicVQPipeline": "isic_vq.models.pipeline",
     "PixelCNNConfig": "isic_vq.models.configuration_pixelcnn",
     "PixelCNNModel": "isic_vq.models.modeling_pixelcnn",
     "ScoreOutput": "isic_vq.models.likelihood",

@@ -1,7 +1,6 @@
 """Find and open checkpoints: the shipped one, a folder, or a Hub repository.
 
-Opening is strict: a folder of another class, or one with missing or foreign tensors, is refused by name, where
-transformers alone would warn and go on with random weights.
+Opening is strict: a folder of another class is refused by name, where transformers alone would warn and go on.
 """
 
 import json
@@ -65,24 +64,17 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     name = resolve(model)
     path = Path(name)
     if path.is_dir():
         _check_class(path, model_class)
     try:
-        loaded, info = model_class.from_pretrained(name, output_loading_info=True)
-    except (SafetensorError, StrictDataclassError, RuntimeError, ValueError, OSError) as error:
+        loaded = model_class.from_pretrained(name)
+    except (StrictDataclassError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, OSError) and not path.is_dir():
             raise  # the Hub, not the folder
         raise ModelError(f"{path.name} cannot be read as {model_class.__name__}: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys"):
-        if info[kind]:
-            keys = sorted(info[kind])
-            raise ModelError(
-                f"{path.name} has {len(keys)} {kind.replace('_', ' ')} for {model_class.__name__}: {keys[:3]}"
-            )
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -52,8 +52,10 @@ def _register_pipeline(module: ModuleType) -> None:
     from transformers import AutoModel
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from isic_vq.models.configuration_isic_vq import TASK
+
     PIPELINE_REGISTRY.register_pipeline(
-        module.TASK,
+        TASK,
         pipeline_class=module.UnconditionalImageGenerationPipeline,
         pt_model=AutoModel,
         type="image",

@@ -27,18 +27,6 @@ def codes_of(model, *arguments, **settings):
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-def test_saved_folder_has_an_index_and_two_parts_and_no_weights_at_its_root(composite_folder):
-    files = sorted(str(path.relative_to(composite_folder)) for path in composite_folder.rglob("*.*"))
-    assert files == [
-        "config.json",
-        "model.safetensors.index.json",
-        "prior/config.json",
-        "prior/model.safetensors",
-        "vqvae/config.json",
-        "vqvae/model.safetensors",
-    ]
-
-
 def test_no_tensor_is_stored_twice(composite, composite_folder):
     vqvae = tensor_names(composite_folder / "vqvae" / "model.safetensors")
     prior = tensor_names(composite_folder / "prior" / "model.safetensors")

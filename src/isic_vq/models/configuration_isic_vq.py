@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from .configuration_pixelcnn import PixelCNNConfig
 from .configuration_vqvae import VQVAEConfig
 
+TASK = "unconditional-image-generation"  # of the pipeline, as the Hub calls it
 PRIOR_CONFIGS: dict[str, type[PreTrainedConfig]] = {PixelCNNConfig.model_type: PixelCNNConfig}
 
 
@@ -19,6 +20,7 @@ class IsicVQConfig(PreTrainedConfig):
         vqvae_config: the tokenizer's configuration, an object or its dictionary.
         prior_config: the prior's configuration; a dictionary names its class by `model_type`
             (`isic_pixelcnn` when it has none).
+        license: the Hub's id of the weights' licence, such as "cc-by-nc-4.0"; None where nobody has said it.
     """
 
     model_type = "isic_vq"
@@ -29,6 +31,7 @@ class IsicVQConfig(PreTrainedConfig):
 
     vqvae_config: Any = None
     prior_config: Any = None
+    license: str | None = None
 
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
         if not type(self).__module__.startswith("transformers_modules."):

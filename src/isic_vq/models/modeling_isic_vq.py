@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,13 +29,17 @@ from .editing import EditOutput, central_region, code_mask, pixel_mask, redraw_c
 from .likelihood import BATCH_SIZE, ScoreOutput, score_codes
 from .modeling_pixelcnn import PixelCNNModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
+from .repository import plain_card, write_doors
 from .sampling import image_generators, position_uniforms
+from .strict_loading import StrictLoading
+from .upload import upload_folder
 
 PRIOR_MODELS: dict[str, type[PreTrainedModel]] = {PixelCNNModel.config_class.model_type: PixelCNNModel}
 PARTS = ("vqvae", "prior")
 BLOCK_SIZE = 16  # images computed at once
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+PUSH_SETTINGS = ("commit_message", "private", "token", "revision", "create_pr", "tags")
 
 Labels = int | str | Sequence[int | str] | Tensor | None
 
@@ -54,7 +59,7 @@ class GenerationOutput(ModelOutput):
     labels: Tensor | None = None
 
 
-class IsicVQModel(PreTrainedModel):
+class IsicVQModel(StrictLoading, PreTrainedModel):
     """Images from codes from a prior, and back.
 
     Example:
@@ -79,6 +84,11 @@ class IsicVQModel(PreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = None
 
     @classmethod
+    def can_generate(cls) -> bool:
+        """Whether transformers' `GenerationMixin` applies: no, what `generate` makes are images."""
+        return False
+
+    @classmethod
     def from_parts(cls, vqvae: VQVAEModel, prior: PreTrainedModel) -> "IsicVQModel":
         """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
 
@@ -89,7 +99,8 @@ class IsicVQModel(PreTrainedModel):
             config = IsicVQConfig(vqvae_config=vqvae.config, prior_config=prior.config)
         except StrictDataclassClassValidationError as error:
             raise ValueError(f"the prior was made for other codes: {error.__cause__}") from error
-        model = cls(config)
+        with torch.device("meta"):  # weights nobody needs
+            model = cls(config)
         model.vqvae, model.prior = vqvae, prior
         for part in (vqvae, prior):
             part.config.name_or_path = ""  # transformers would publish the folder it was read from
@@ -329,15 +340,88 @@ class IsicVQModel(PreTrainedModel):
         return ScoreOutput(bits_per_code=bits.flatten(1).mean(1), bits=bits, codes=codes)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save the whole so that it and each part load from the folder, without a weight stored twice."""
-        if kwargs.pop("push_to_hub", False):
-            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-            self.push_to_hub(repo_id, **kwargs)
-            return
+        """Save a repository: the whole and each part load from the folder, with this package and without it.
+
+        Files are written beside and then moved into place. Other files in the folder stay, except weights that would
+        be read instead of these.
+
+        Args:
+            save_directory: the folder, made if need be.
+            args: passed on to `PreTrainedModel.save_pretrained`.
+            kwargs: passed on. `push_to_hub=True` also pushes it, with the other arguments of `push_to_hub`, to
+                `repo_id` or to a repository of the folder's name.
+        """
+        push = {key: kwargs.pop(key) for key in PUSH_SETTINGS if key in kwargs}
+        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         kwargs.pop("max_shard_size", None)
         if not kwargs.get("is_main_process", True):
             return
         folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+            staged = Path(name)
+            self._save_parts(staged, *args, **kwargs)
+            parts = {part: getattr(self, part) for part in PARTS}
+            write_doors(staged, parts, self.config.vqvae_config.image_size)
+            for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+                target = folder / file.relative_to(staged)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+        for stale in (folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors")):
+            stale.unlink(missing_ok=True)  # a single file at the root would win over the index
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] = (),
+    ) -> str:
+        """Make a repository of the Hub hold this model, in one commit that is checked by hash.
+
+        The repository becomes exactly what `save_pretrained` writes, with a plain card: reports, previews and the card
+        of other weights go, for they would describe these falsely. `isic-vq push` publishes a folder with all that.
+
+        Args:
+            repo_id: "user/name"; made if it does not exist.
+            commit_message: title of the commit or pull request.
+            private: visibility of the repository; None leaves it as it is.
+            token: a Hub token; by default that of the login.
+            revision: the branch, made if it does not exist; main by default.
+            create_pr: propose the commit as a pull request.
+            tags: more tags for the card.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            HubError: the Hub refuses, is not reached, or holds something else afterwards.
+        """
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            (folder / "README.md").write_text(plain_card(repo_id, self.config, tags))
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            result = upload_folder(
+                folder,
+                files,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                create_pr=create_pr,
+                revision=revision,
+                token=token,
+            )
+        return result.pr_url or result.url
+
+    def _save_parts(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        """Write the configs and, split by part, the weights and their index."""
         for part in PARTS:  # first, because the root config holds the parts' configs too
             module = getattr(self, part)
             module.config.architectures, module.config.dtype = [type(module).__name__], module.dtype
@@ -348,11 +432,11 @@ class IsicVQModel(PreTrainedModel):
         with safe_open(single, "pt") as file:
             for part in PARTS:
                 tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{part}.")}  # noqa: SIM118
-                (folder / part).mkdir(exist_ok=True)
+                (folder / part).mkdir()
                 save_file(tensors, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, f"{part}/{WEIGHTS_FILE}")
                 total_size += sum(tensor.nbytes for tensor in tensors.values())
                 getattr(self, part).config.save_pretrained(folder / part)
-        single.unlink()  # at the root it would win over the index
+        single.unlink()
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -27,6 +27,7 @@ from .configuration_pixelcnn import PixelCNNConfig
 from .modes import evaluating
 from .pixelcnn_sampler import best_backend, sample_codes
 from .sampling import Sampling
+from .strict_loading import StrictLoading
 
 
 @dataclass
@@ -137,7 +138,7 @@ class FirstGatedLayer(GatedLayer):
         return self.gated(above, left, labels)
 
 
-class PixelCNNPreTrainedModel(PreTrainedModel):
+class PixelCNNPreTrainedModel(StrictLoading, PreTrainedModel):
     """Weight initialisation and loading rules of the PixelCNN prior."""
 
     config: PixelCNNConfig

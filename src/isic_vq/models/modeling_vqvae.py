@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_vqvae import VQVAEConfig
 from .modes import evaluating
+from .strict_loading import StrictLoading
 from .vector_quantizer import VectorQuantizer, nearest_codes
 
 
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         return self.to_pixels(self.up(self.blocks(self.project(quantized)))).sigmoid()
 
 
-class VQVAEPreTrainedModel(PreTrainedModel):
+class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
     """Weight initialisation and loading rules of the tokenizer."""
 
     config: VQVAEConfig

@@ -14,7 +14,6 @@ from transformers import Pipeline
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import BLOCK_SIZE
 
-TASK = "unconditional-image-generation"
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "backend")
 
 

@@ -1,0 +1,143 @@
+"""The pipeline for diffusers: `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`.
+
+Without the package diffusers runs this file alone, under a name that all repositories share. So it imports none of its
+siblings, and all that it does lies in the class: the model's code is found beside the parts it was given.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+try:
+    from diffusers import DiffusionPipeline, ImagePipelineOutput
+except (
+    ImportError
+) as error:  # in `try`, so that transformers does not ask for diffusers when it opens the repository
+    raise ImportError('IsicVQPipeline needs diffusers: pip install "isic-vq[diffusers]"') from error
+
+
+class IsicVQPipeline(DiffusionPipeline):
+    """Generate images: code grids from the prior, decoded by the tokenizer.
+
+    Example:
+        >>> from isic_vq import IsicVQPipeline
+        >>> pipe = IsicVQPipeline.from_pretrained("model_cards/isic-vq-128")  # doctest: +SKIP
+        >>> images = pipe("melanoma", num_images=4, seed=0).images  # doctest: +SKIP
+    """
+
+    def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, prior=prior)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "IsicVQPipeline":
+        """Open a folder or a Hub repository; with the package installed none of the repository's code runs.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            kwargs: those of `IsicVQModel.from_pretrained` (`revision`, `dtype`, `token`, `cache_dir`, ...), and
+                `vqvae` or `prior` to take that part from elsewhere.
+
+        Raises:
+            OSError, ValueError: as `IsicVQModel.from_pretrained` does.
+        """
+        if __name__.startswith("diffusers_modules."):  # without the package
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        parts = {name: kwargs.pop(name) for name in ("vqvae", "prior") if name in kwargs}
+        model_class = import_module(".modeling_isic_vq", __package__).IsicVQModel
+        model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = cls(**{"vqvae": model.vqvae, "prior": model.prior, **parts})
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    @property
+    def model(self) -> Any:
+        """The whole `IsicVQModel`, made of the parts that the pipeline holds now."""
+        code = type(self.vqvae).__module__.rpartition(".")[0]
+        return import_module(".modeling_isic_vq", code).IsicVQModel.from_parts(self.vqvae, self.prior)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: int | str | Sequence[int | str] | None = None,
+        num_images: int | None = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], Any] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Generate `num_images` images; a step is a row of codes of a block of images.
+
+        Args:
+            labels: a diagnosis (name, alias or id) for all images, one per image, or None for unconditional.
+            num_images: how many; by default one per label.
+            seed: makes image i a function of (seed, i); random without seed and generator.
+            generator: one for all images, or one per image, instead of a seed.
+            temperature: below 1 sharpens, above 1 flattens the distributions.
+            top_k: keep this many most likely codes at each position.
+            top_p: keep the most likely codes that hold this much probability.
+            guidance_scale: 1 is off; larger values follow the label more closely.
+            output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
+                "latent" (the codes, int64 `(N, h, w)`).
+            return_dict: False returns the tuple `(images,)`.
+            callback_on_step_end: called as `(pipeline, step, step, {})` after each step, counted from 0.
+            settings: `block_size` and `backend`, as for `IsicVQModel.generate`.
+
+        Raises:
+            ValueError: an argument outside its range, an unknown label, or both seed and generator.
+            TypeError: an argument that is none of these.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+        model = self.model
+        if num_images is None:
+            one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
+            num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
+        rows = model.config.prior_config.grid_size * -(-num_images // settings.get("block_size", 16))
+        steps = count()  # a bar that is not shown does not count
+        with self.progress_bar(total=rows) as bar:
+
+            def on_row() -> None:
+                step = next(steps)
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, {})
+                bar.update()
+
+            output = model.generate(
+                num_images,
+                labels,
+                seed=seed,
+                generator=generator,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                guidance_scale=guidance_scale,
+                on_row=on_row,
+                **settings,
+            )
+        images = output.codes if output_type == "latent" else output.pixel_values
+        if output_type in ("pil", "np"):
+            images = images.float().permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as `IsicVQModel.save_pretrained` does: a folder that every library opens."""
+        self.model.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Push as `IsicVQModel.push_to_hub` does."""
+        return self.model.push_to_hub(repo_id, **kwargs)

@@ -1,0 +1,46 @@
+"""Loading that refuses weights which are not exactly the model's.
+
+transformers warns of missing and foreign tensors and goes on, the missing ones random; images would then be noise that
+nobody asked for. Differs: here both are errors, unless the caller asks for the loading info to judge for themselves.
+"""
+
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+class StrictLoading:
+    """Mixed into a `PreTrainedModel`, before it in the list of bases."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does, and refuse missing and foreign tensors.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            args: passed on.
+            output_loading_info: return `(model, info)` and refuse nothing.
+            kwargs: passed on (`revision`, `subfolder`, `dtype`, `device_map`, `token`, ...).
+
+        Raises:
+            ValueError: tensors are missing, or some belong to no part of the model.
+            OSError: the files cannot be read or downloaded.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise OSError(
+                f"a weights file of {name} is damaged ({error}): download it again with force_download=True, or copy it anew"
+            ) from error
+        if output_loading_info:
+            return model, info
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"{name} is not a {cls.__name__}: it has {len(info[kind])} {kind.replace('_', ' ')}, such as "
+                    f"{sorted(info[kind])[:3]}; load a folder that save_pretrained of this class has written"
+                )
+        return model

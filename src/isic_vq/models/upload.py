@@ -1,0 +1,347 @@
+"""Make a repository of the Hub exactly a folder: one commit, checked by hash, and one clear error if that fails.
+
+Part of the folder that a repository ships, so that `push_to_hub` of a model that was opened without the package works.
+
+Differs from `HfApi.upload_folder`: files that the folder lacks are deleted in the same commit (weights that an older
+push left would be read instead of the new ones); the commit names its parent, so that somebody else's commit in
+between is not overwritten; and the new commit's hashes are compared with the folder's.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+BLOCK_SIZE = 1 << 20
+HUBS_OWN = ".gitattributes"  # says what is a large file; the Hub writes it
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+TOKEN = re.compile(r"hf_\w+|Bearer\s+\S+")
+
+Token = str | bool | None
+
+
+class HubError(OSError):
+    """The Hub did not do what was asked; the text names the repository, the reason and the way out."""
+
+
+class PlannedFile(NamedTuple):
+    """What a push does to one file of the repository."""
+
+    action: Literal["add", "change", "same", "delete"]
+    path: str
+    size: int  # in bytes; of the file on the Hub if it is deleted
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """What a push did.
+
+    Attributes:
+        url: the commit's page.
+        commit: the commit's id; the one that was there before if nothing had to change.
+        pr_url: page of the pull request, if one was asked for.
+        plan: every file of the folder and of the repository.
+    """
+
+    url: str
+    commit: str
+    pr_url: str | None
+    plan: list[PlannedFile]
+
+    @property
+    def changed(self) -> bool:
+        """Whether there was anything to commit."""
+        return any(file.action != "same" for file in self.plan)
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises in the block into a `HubError`.
+
+    Errors of the local disk pass as they are.
+    """
+    known = (OSError, ValueError, RuntimeError, HTTPError, EntryNotFoundError, XetDownloadError)
+    try:
+        yield
+    except known as error:
+        root = _root(error)
+        local = isinstance(root, OSError) and root.errno is not None and not isinstance(root, ConnectionError)
+        if isinstance(error, HubError) or local:
+            raise
+        text = TOKEN.sub("***", _explain(root, repo_id, revision))
+        raise HubError(text) from (None if TOKEN.search(f"{error}{root}") else error)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The Hub's error below those that huggingface_hub wraps around it."""
+    hubs = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError)
+    while not isinstance(error, hubs) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
+    """One sentence: what is wrong with which repository, and the way out."""
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is no repository: expected user/name of letters, digits, '-', '_' and '.'"
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"{repo_id} needs a Hub token and there is none: {LOG_IN}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo_id} is not reached because HF_HUB_OFFLINE is set: unset it and run this again"
+    if isinstance(error, HfHubHTTPError):
+        return _explain_answer(error, repo_id, revision)
+    if type(error).__name__ == "LocalProtocolError":
+        return f"your token cannot be sent for {repo_id}, it holds a line break or the like: {LOG_IN} anew"
+    if isinstance(error, HTTPError):
+        return (
+            f"the connection to {constants.ENDPOINT} broke while working on {repo_id} ({type(error).__name__}: {error}): "
+            "run this again, it goes on with what is missing"
+        )
+    return f"the Hub's answer about {repo_id} is not as expected ({type(error).__name__}: {error}): run this again"
+
+
+def _explain_answer(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
+    """The same for an answer of the Hub, by its kind first and by its status then."""
+    status, page = error.response.status_code, f"{constants.ENDPOINT}/{repo_id}"
+    says = f" (the Hub says: {error.server_message})" if error.server_message else ""
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: ask for access at {page}, then {LOG_IN}"
+    if isinstance(error, DisabledRepoError):
+        return f"{repo_id} is disabled by the Hub or its owner: see {page}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision or 'main'}: expected a branch, tag or commit of {page}/commits"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{repo_id} lacks a file that it was expected to hold{says}: run this again"
+    anonymous = "authorization" not in error.response.request.headers
+    if isinstance(error, RepositoryNotFoundError) and not anonymous:
+        return f"{repo_id} does not exist, or your token may not see it: correct the name, or {LOG_IN} as a member"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id} does not exist or is private: correct the name, or {LOG_IN}"
+    if status == 401 and anonymous:
+        return f"{repo_id} cannot be written without a Hub token: {LOG_IN}"
+    if status == 401:
+        return f"the Hub refuses your token for {repo_id}, it may have ended: {LOG_IN} anew"
+    if status == 403:
+        tokens = f"{constants.ENDPOINT}/settings/tokens"
+        return (
+            f"your token may not do this with {repo_id}{says}: make one that may, with write permission for a push, "
+            f"at {tokens}, then {LOG_IN}"
+        )
+    if status == 412:
+        return f"somebody else committed to {repo_id} meanwhile and nothing was changed: look at it, then run this again"
+    if status == 429:
+        return f"the Hub limits requests, {repo_id} has to wait: run this again {_when(error)}"
+    if status >= 500:
+        return f"the Hub is in trouble (status {status}) and {repo_id} was not completed: run this again later{says}"
+    return f"the Hub refuses what was asked of {repo_id} (status {status}){says}: see {page}"
+
+
+def _when(error: HfHubHTTPError) -> str:
+    """When a limited request may be repeated, from the headers that say so."""
+    headers = error.response.headers
+    window = re.search(r"t\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    seconds = window[1] if window else headers.get("retry-after", "")
+    return f"in {seconds} seconds" if seconds.isdigit() else "in a few minutes"
+
+
+def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+    """Every file of a revision, by its path."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def same_content(path: Path, remote: RepoFile) -> bool:
+    """Whether a local file is byte for byte the one that a listing of the Hub describes.
+
+    Large files are listed with the SHA-256 of their content, the others with git's SHA-1 of a blob.
+    """
+    size = path.stat().st_size
+    if size != remote.size:
+        return False
+    digest = hashlib.sha256() if remote.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_SIZE):
+            digest.update(block)
+    return digest.hexdigest() == (remote.lfs.sha256 if remote.lfs else remote.blob_id)
+
+
+def plan_upload(
+    api: HfApi, folder_files: Mapping[str, Path], repo_id: str, revision: str
+) -> list[PlannedFile]:
+    """Compare local files with a revision of a repository; nothing is sent.
+
+    Args:
+        api: how the Hub is reached.
+        folder_files: local files by their path in the repository.
+        repo_id: the repository.
+        revision: a branch or commit of it.
+    """
+    remote, plan = remote_files(api, repo_id, revision), []
+    for path, file in folder_files.items():
+        known = path in remote
+        action: Any = ("same" if same_content(file, remote[path]) else "change") if known else "add"
+        plan.append(PlannedFile(action, path, file.stat().st_size))
+    gone = remote.keys() - folder_files.keys() - {HUBS_OWN}
+    plan += [PlannedFile("delete", path, remote[path].size) for path in gone]
+    return sorted(plan, key=lambda planned: planned.path)
+
+
+def upload_folder(
+    folder: Path,
+    files: Iterable[str],
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    token: Token = None,
+) -> UploadResult:
+    """Make a repository hold exactly these files, in one commit; then check its hashes.
+
+    Large files go first, and nothing is visible before the commit. What an interrupted upload left on the Hub is not
+    sent again. If all files are there already, there is no commit.
+
+    Args:
+        folder: the local folder.
+        files: paths of files, relative to the folder and to the repository.
+        repo_id: "user/name"; made if it does not exist.
+        commit_message: the commit's, or the pull request's, title.
+        private: visibility of the repository; None leaves it as it is, and a new one as the account's default.
+        create_pr: propose the commit as a pull request.
+        revision: the branch, made from main if it does not exist; main by default.
+        tag: name for the commit, which must be new.
+        token: a Hub token; by default the one of the login.
+
+    Raises:
+        ValueError: a pull request together with a revision or a tag.
+        HubError: the Hub refuses, is not reached, or holds something else afterwards.
+    """
+    if create_pr and (revision or tag):
+        raise ValueError(
+            "a pull request proposes a commit to main: expected no revision and no tag beside create_pr"
+        )
+    api = HfApi(token=token)
+    local = {path: folder / path for path in files}
+    with hub_errors(repo_id, revision):
+        _make_repository(api, repo_id, private)
+        check_tag(api, repo_id, tag)
+        has_branch = branch_exists(api, repo_id, revision)
+        parent = api.repo_info(repo_id, revision=revision if has_branch else None).sha
+        assert parent is not None, "the Hub makes every repository with a first commit"
+        plan = plan_upload(api, local, repo_id, parent)
+        operations = _send_files(api, repo_id, plan, local, revision if has_branch else None, create_pr)
+        url, commit, pr_url = f"{constants.ENDPOINT}/{repo_id}/commit/{parent}", parent, None
+        if revision and not has_branch:
+            api.create_branch(repo_id, branch=revision, revision=parent)
+        if operations:
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message,
+                revision=revision,
+                parent_commit=parent,
+                create_pr=create_pr,
+            )
+            url, commit, pr_url = done.commit_url, done.oid, done.pr_url
+            _verify(api, repo_id, commit, local)
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=commit)
+    return UploadResult(url, commit, pr_url, plan)
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Make the repository if need be; refuse one of the other visibility."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    found = api.repo_info(repo_id).private
+    if private is not None and found != private:
+        is_now, wanted = ("private", "public") if found else ("public", "private")
+        raise HubError(
+            f"{repo_id} is {is_now}, not {wanted}: change that at {constants.ENDPOINT}/{repo_id}/settings; nothing was sent"
+        )
+
+
+def check_tag(api: HfApi, repo_id: str, tag: str | None) -> None:
+    """Refuse a tag that is taken: it would not move.
+
+    Raises:
+        HubError: the repository has a tag of this name.
+    """
+    if tag and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+        raise HubError(
+            f"{repo_id} has a tag {tag} already and nothing was sent: choose another name, or delete it at "
+            f"{constants.ENDPOINT}/{repo_id}"
+        )
+
+
+def branch_exists(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether there is a branch to commit to; a tag or a commit is refused, as neither can move.
+
+    Raises:
+        HubError: `revision` is a tag or a commit.
+    """
+    if revision is None or revision.startswith("refs/"):
+        return True
+    refs = api.list_repo_refs(repo_id)
+    if any(ref.name == revision for ref in refs.branches):
+        return True
+    if re.fullmatch("[0-9a-f]{40}", revision) or any(ref.name == revision for ref in refs.tags):
+        raise HubError(
+            f"{revision} is a tag or a commit of {repo_id}: expected a branch to push to, such as main"
+        )
+    return False
+
+
+def _send_files(
+    api: HfApi,
+    repo_id: str,
+    plan: list[PlannedFile],
+    local: dict[str, Path],
+    branch: str | None,
+    create_pr: bool,
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Send the large files' content; returns the operations that a commit then makes visible."""
+    additions = [CommitOperationAdd(p.path, local[p.path]) for p in plan if p.action in ("add", "change")]
+    if additions:
+        # The repository's .gitignore, which the commit deletes, must not leave files out of it: hence an empty one.
+        api.preupload_lfs_files(
+            repo_id, additions, revision=branch, create_pr=create_pr, free_memory=False, gitignore_content=""
+        )
+    return [
+        *additions,
+        *(CommitOperationDelete(p.path, is_folder=False) for p in plan if p.action == "delete"),
+    ]
+
+
+def _verify(api: HfApi, repo_id: str, commit: str, local: dict[str, Path]) -> None:
+    """Compare a commit's listing with the local files."""
+    remote = remote_files(api, repo_id, commit)
+    wrong = {
+        path for path, file in local.items() if path not in remote or not same_content(file, remote[path])
+    }
+    wrong |= remote.keys() - local.keys() - {HUBS_OWN}
+    if wrong:
+        raise HubError(
+            f"after the push {repo_id} differs from the folder in {sorted(wrong)[:3]}: push it again"
+        )
