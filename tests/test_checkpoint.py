@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from isic_vq.card import metric_table
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.reconstruction import evaluate_reconstruction
 from isic_vq.evaluation.report import Report
-from isic_vq.export import metric_table
 from isic_vq.hub import default_checkpoint, load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -247,9 +247,10 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     codes = ["--train-codes", tiny_run.codes["train"]]
     assert run("export", tiny_run.prior / "model", folder, *codes)[0] == 0
     assert run("evaluate", "--data", data, "-m", folder, *codes, "-o", folder / "reports" / "a.json")[0] == 0
-    code, stdout, stderr = run("card", folder)
+    code, stdout, stderr = run("card", "write", folder)
     assert code == 0, stderr
-    assert stdout == f"wrote {folder / 'README.md'}\n"
+    assert stdout.startswith(f"wrote {folder / 'README.md'}; next: ")
+    assert run("card", "check", folder)[0] == 0
     stdout = run("info", folder)[1]
     assert "weights licence:" in stdout
     assert "bits_per_code" in stdout, "info shows the reports of a repository"

@@ -1,6 +1,5 @@
-"""The code in README, card and examples/ runs as it stands."""
+"""The scripts in examples/ run as they stand."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,6 @@ from PIL import Image
 from isic_vq.data.synthetic import synthetic_image
 
 ROOT = Path(__file__).resolve().parents[1]
-CARD = ROOT / "model_cards" / "isic-vq-128"
-
-
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
 def run(arguments: list[str], folder: Path) -> None:
@@ -32,23 +26,10 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 @pytest.fixture
 def workplace(tmp_path):
-    """A folder that sees the models as README and card name them, and holds two images."""
-    (tmp_path / "model_cards").symlink_to(CARD.parent)
-    (tmp_path / CARD.name).symlink_to(CARD)
+    """A folder with two images."""
     for index, name in enumerate(("image.jpg", "other.jpg")):
         synthetic_image(index, seed=0).save(tmp_path / name)
     return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "count"), [(ROOT / "README.md", 3), (CARD / "README.md", 2)], ids=["readme", "card"]
-)
-def test_every_python_block_runs(path, count, workplace):
-    blocks = python_blocks(path)
-    assert len(blocks) == count
-    for block in blocks:
-        run(["-c", block], workplace)
 
 
 @pytest.mark.slow

@@ -1,70 +1,63 @@
-"""A published folder: bf16 storage, provenance, and a card that holds the reports' numbers and no others."""
+"""A published folder: bf16 storage, marked pictures, and a provenance that names data, recipes and machines."""
 
 import json
 import re
-from pathlib import Path
+import shutil
 
+import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
-from isic_vq.data.code_cache import encode_source, tokenizer_hash, write_code_cache
-from isic_vq.data.splits import open_part
-from isic_vq.evaluation.evaluate import evaluate_checkpoint
-from isic_vq.evaluation.report import Report
-from isic_vq.export import export_repository, weights_license, write_card
-from isic_vq.hub import load_model
-from isic_vq.models.configuration_isic_vq import IsicVQConfig
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.data.code_cache import tokenizer_hash
+from isic_vq.evaluation.report import ABSOLUTE_PATH
+from isic_vq.export import export_repository, record_training
+from isic_vq.figures.png import write_png
+from isic_vq.hub import default_checkpoint, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from tiny_repository import write_model
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A tiny untrained whole model and the code cache of "its training images"."""
     folder = tmp_path_factory.mktemp("export")
-    torch.manual_seed(0)
-    model = IsicVQModel(
-        IsicVQConfig(
-            vqvae_config={
-                "image_size": 16,
-                "hidden_sizes": (8, 8),
-                "num_codes": 8,
-                "code_dim": 4,
-                "residual_size": 4,
-            },
-            prior_config={
-                "num_codes": 8,
-                "grid_size": 4,
-                "hidden_size": 8,
-                "num_layers": 1,
-                "head_size": 8,
-                "id2label": {0: "melanoma", 1: "nevus"},
-            },
-        )
-    ).eval()
-    model.save_pretrained(folder / "model")
-    records, source = open_part("synthetic:8:0")
-    cache = encode_source(model.vqvae, IsicVQImageProcessor(size=16), records, source, num_views=1)
-    write_code_cache(cache, folder / "codes.parquet")
+    write_model(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def repository(model_folder):
-    """The exported folder with its report and card."""
+    """The exported folder of a model that lies in no run's folder."""
     output = model_folder / "tiny"
     export_repository(str(model_folder / "model"), output, model_folder / "codes.parquet", bf16=False)
-    report = evaluate_checkpoint(str(output), "synthetic:6:1", "validation", model_folder / "codes.parquet")
-    report.save(output / "reports" / "validation.json")
     return output
 
 
 @pytest.fixture
-def card(repository):
-    write_card(repository)
-    return ModelCard.load(repository / "README.md")
+def runs(tiny_run, tmp_path, monkeypatch):
+    """The tiny runs in a folder of one's own, to which the recipe's path to the tokenizer is relative."""
+    for folder in (tiny_run.vqvae, tiny_run.prior):
+        shutil.copytree(folder, tmp_path / folder.name)
+    rewrite_recipe(tmp_path / "prior", tokenizer="vqvae/model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def text_fields(path):
+    with Image.open(path) as picture:
+        return dict(picture.info)
+
+
+def rewrite_recipe(run, **fields):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **fields}))
+
+
+def export_run(tiny_run, output):
+    export_repository("prior/model", output, tiny_run.codes["train"], bf16=False)
+    return json.loads((output / "provenance.json").read_text())
 
 
 def test_a_prior_stored_as_bf16_is_computed_with_in_float32_and_the_tokenizer_stays_exact(
@@ -85,28 +78,6 @@ def test_a_prior_stored_as_bf16_is_computed_with_in_float32_and_the_tokenizer_st
     assert stored["prior.code_embedding.weight"].dtype == torch.bfloat16
 
 
-def test_every_metric_of_the_report_is_in_the_model_index_exactly(repository, card):
-    report = Report.load(repository / "reports" / "validation.json")
-    published = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert published == {metric.name: metric.value for metric in report.metrics}
-
-
-def test_the_metric_table_shows_the_reports_numbers_and_no_others(repository, card):
-    report = Report.load(repository / "reports" / "validation.json")
-    measured = card.text[card.text.index("## Measured") : card.text.index("PSNR and SSIM are means")]
-    rows = [line.strip("| ").split(" | ") for line in measured.splitlines() if line.startswith("| ")][1:]
-    shown = {name: float(value) for name, _, value in rows}
-    assert shown == {metric.name: pytest.approx(metric.value, rel=1e-4) for metric in report.metrics}
-
-
-def test_a_folder_without_a_report_gets_no_card(model_folder, tmp_path):
-    export_repository(
-        str(model_folder / "model"), tmp_path / "bare", model_folder / "codes.parquet", bf16=False
-    )
-    with pytest.raises(ValueError, match="reports is empty: run isic-vq evaluate"):
-        write_card(tmp_path / "bare")
-
-
 def test_provenance_carries_counts_licences_and_content_hash(repository):
     data = json.loads((repository / "provenance.json").read_text())["training_data"]
     assert data["num_images"] == 8
@@ -114,39 +85,113 @@ def test_provenance_carries_counts_licences_and_content_hash(repository):
     assert re.fullmatch(r"[0-9a-f]{64}", data["fingerprint"])
 
 
-def test_previews_exist_for_every_class_and_unconditional(repository):
-    names = {path.stem for path in (repository / "previews").glob("*.png")}
-    assert names == {"melanoma", "nevus", "unconditional"}
+def test_the_config_carries_the_licence_of_the_training_images(repository):
+    assert json.loads((repository / "config.json").read_text())["license"] == "cc0-1.0"
 
 
-@pytest.mark.parametrize(
-    ("licenses", "expected"),
-    [
-        ({"CC-0": 5}, "cc0-1.0"),
-        ({"CC-0": 5, "CC-BY": 1}, "cc-by-4.0"),
-        ({"CC-BY": 5, "CC-BY-NC": 1}, "cc-by-nc-4.0"),
-        ({"CC-BY-NC-4.0": 5387}, "cc-by-nc-4.0"),
-        ({"CC0-1.0": 8}, "cc0-1.0"),
-    ],
-)
-def test_weights_take_the_most_restrictive_licence(licenses, expected):
-    assert weights_license(licenses) == expected
+def test_provenance_counts_the_parameters_of_both_parts(repository):
+    content = json.loads((repository / "provenance.json").read_text())
+    for part, count in content["num_parameters"].items():
+        tensors = load_file(repository / part / "model.safetensors")
+        model = load_model(IsicVQModel, str(repository))
+        names = [f"{part}.{name}" for name, _ in getattr(model, part).named_parameters()]
+        assert count == sum(tensors[name].numel() for name in names)
 
 
-def test_images_without_a_licence_make_weights_of_unknown_licence():
-    assert weights_license({"CC-BY-NC": 1, "unknown": 3}) == "unknown"
+def test_previews_exist_for_every_class_and_unconditional_and_say_what_they_are(repository):
+    previews = {path.stem: text_fields(path) for path in (repository / "previews").glob("*.png")}
+    assert set(previews) == {"melanoma", "nevus", "unconditional"}
+    for name, info in previews.items():
+        assert info["Software"].startswith("isic-vq ")
+        assert info["Comment"] == "synthetic images, seed 0, temperature 1, no guidance, not selected"
+        assert info["Title"] == name
 
 
-def test_a_licence_that_isic_does_not_use_is_refused():
-    with pytest.raises(ValueError, match="images are under 'MIT'"):
-        weights_license({"MIT": 3})
+def test_a_marked_png_has_the_pixels_it_was_given(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    write_png(pixels, tmp_path / "array.png", {"Comment": "plot"})
+    write_png(Image.fromarray(pixels), tmp_path / "picture.png", {"Comment": "plot"})
+    for name in ("array.png", "picture.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert np.array_equal(np.array(picture), pixels)
 
 
-def test_the_shipped_card_holds_exactly_the_shipped_reports():
-    folder = Path(__file__).resolve().parents[1] / "model_cards" / "isic-vq-128"
-    card = ModelCard.load(folder / "README.md")
-    published = {(r.metric_type, r.dataset_split): r.metric_value for r in card.data.eval_results}
-    reports = [Report.load(path) for path in sorted((folder / "reports").glob("*.json"))]
-    assert published == {(m.name, m.split): m.value for report in reports for m in report.metrics}
-    assert card.data.license == "cc-by-nc-4.0"
-    assert "not a diagnostic device" in card.text
+def test_a_model_outside_a_run_has_no_training_recorded(repository):
+    assert json.loads((repository / "provenance.json").read_text())["training"] == {}
+    assert not (repository / "figures").exists()
+
+
+def test_both_stages_are_recorded_from_their_runs(tiny_run, runs):
+    content = export_run(tiny_run, runs / "out")
+    assert list(content["training"]) == ["vqvae", "prior"]
+    for stage, record in content["training"].items():
+        assert record["recipe"] == yaml.safe_load((runs / stage / "recipe.yaml").read_text())
+        assert record["environment"] == json.loads((runs / stage / "run.json").read_text())["environment"]
+        log = [json.loads(line) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
+        batches = [entry for entry in log if entry["kind"] == "batch"]
+        assert record["steps"] == len(batches) == 6
+        seconds = sum(4 / entry["images_per_second"] for entry in batches)
+        assert record["hours"] == pytest.approx(seconds / 3600)
+    assert content["training"]["vqvae"]["weights"] in ("raw", "averaged")
+
+
+def test_figures_of_the_runs_are_plots_and_no_source_images(tiny_run, runs):
+    export_run(tiny_run, runs / "out")
+    found = {path.stem: text_fields(path) for path in (runs / "out" / "figures").iterdir()}
+    assert set(found) == {"vqvae_epoch_loss", "prior_epoch_loss", "codebook_usage"}
+    assert {info["Comment"] for info in found.values()} == {"plot"}
+    assert all(info["Software"].startswith("isic-vq ") for info in found.values())
+
+
+def test_a_tokenizer_run_that_is_not_found_is_not_recorded_and_named(tiny_run, runs, caplog):
+    rewrite_recipe(runs / "prior", tokenizer="gone/model")
+    assert list(export_run(tiny_run, runs / "out")["training"]) == ["prior"]
+    assert "gone/model is not a model in a run's folder" in caplog.text
+
+
+def test_the_run_of_another_tokenizer_is_not_recorded(tiny_run, runs, caplog):
+    path = runs / "vqvae" / "model"
+    other = load_model(IsicVQModel, "prior/model").vqvae
+    with torch.no_grad():
+        other.quantizer.codebook += 1
+    other.save_pretrained(path)
+    assert list(export_run(tiny_run, runs / "out")["training"]) == ["prior"]
+    assert "another tokenizer" in caplog.text
+
+
+def test_a_recipe_with_an_absolute_path_is_refused(tiny_run, runs):
+    rewrite_recipe(runs / "prior", train_codes=str(runs / "codes.parquet"))
+    with pytest.raises(ValueError, match=r"prior/recipe.yaml names an absolute path"):
+        export_run(tiny_run, runs / "out")
+    assert not (runs / "out").exists()
+
+
+def test_recording_later_adds_what_an_export_records_and_leaves_the_weights_alone(tiny_run, runs):
+    complete = export_run(tiny_run, runs / "out")
+    weights = [runs / "out" / part / "model.safetensors" for part in ("vqvae", "prior")]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in weights]
+    bare = {key: complete[key] for key in complete if key not in ("training", "num_parameters")}
+    (runs / "out" / "provenance.json").write_text(json.dumps(bare))
+    assert record_training(runs / "out", "prior/model") == ["vqvae", "prior"]
+    assert json.loads((runs / "out" / "provenance.json").read_text()) == complete
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in weights] == before
+
+
+def test_recording_refuses_a_folder_with_other_weights(tiny_run, runs):
+    export_run(tiny_run, runs / "out")
+    other = load_model(IsicVQModel, "prior/model")
+    with torch.no_grad():
+        other.prior.code_embedding.weight += 1
+    other.save_pretrained("other")
+    with pytest.raises(
+        ValueError, match=r"holds other weights than the model \(prior.code_embedding.weight\)"
+    ):
+        record_training(runs / "out", "other")
+
+
+def test_the_shipped_provenance_records_both_stages_and_may_be_published():
+    text = (default_checkpoint() / "provenance.json").read_text()
+    training = json.loads(text)["training"]
+    assert list(training) == ["vqvae", "prior"]
+    assert all({"recipe", "environment", "steps", "hours"} <= set(record) for record in training.values())
+    assert not ABSOLUTE_PATH.search(text)

@@ -1,61 +1,74 @@
-"""Write a complete Hub repository folder for a trained model: weights, processor, previews, provenance, card.
+"""Write a complete Hub repository folder for a trained model: weights, processor, previews, provenance.
 
-The order is export, evaluate, card: the weights that ship are the ones that are measured, and the card is
-rendered from the reports that lie in the folder. A number that no report holds cannot reach the card.
+The order is export, evaluate, card: the weights that ship are the ones that are measured, and the card
+(`isic_vq.card`) is rendered from the reports and the provenance that lie in the folder.
 """
 
 import dataclasses
+import io
 import json
-import re
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from isic_vq import __version__
-from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
-from isic_vq.evaluation.report import Metric, Report
+from isic_vq.card import weights_license
+from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache, tokenizer_hash
+from isic_vq.evaluation.report import ABSOLUTE_PATH, Report
 from isic_vq.figures import image_grid
+from isic_vq.figures.png import write_png
+from isic_vq.figures.runs import METRICS_FILE, Run
+from isic_vq.figures.write import draw_run
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.hub import load_model
-from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import WEIGHTS_FILE, IsicVQModel
-from isic_vq.models.pipeline_isic_vq import TASK
+from isic_vq.models.modeling_isic_vq import PARTS, WEIGHTS_FILE, IsicVQModel
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.onnx_export import export_onnx
+
+logger = logging.getLogger(__name__)
 
 PREVIEWS_PER_CLASS = 6
 PREVIEW_SEED = 0
-# By the letters of a licence's name, so that CC-BY-NC, CC-BY-NC-4.0 and CC BY-NC 4.0 are one; CC-0 leaves "cc".
-LICENSE_IDS = {"cc": "cc0-1.0", "ccby": "cc-by-4.0", "ccbync": "cc-by-nc-4.0", "unknown": "unknown"}
-RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
+PROVENANCE_FILE = "provenance.json"
+STARTED_FROM = {"prior": "tokenizer", "decoder": "model"}  # the recipe's key for the model a stage began with
+PUBLISHED_FIGURES = ("_epoch_loss", "codebook_usage")  # plots; what shows source images stays with the run
 
 
-def export_repository(model: str, output: Path, train_codes: Path, bf16: bool) -> None:
-    """Write weights, configs, processor, previews and provenance of a trained model.
+def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, onnx: bool = False) -> None:
+    """Write weights, configs, processor, previews, figures and provenance of a trained model.
 
     Args:
         model: folder of a whole model.
         output: repository folder; replaced whole.
         train_codes: code cache of the images the model was trained on: their provenance.
         bf16: round the prior's parameters to bfloat16 and store them so; they are still computed with in float32.
+        onnx: add the tokenizer as ONNX files, as `export_onnx` writes them.
 
     Raises:
         ModelError, DataError: as their docstrings say.
+        ImportError: the model's runs are there to be drawn, and matplotlib is not installed; or ONNX files are
+            asked for, and a package of the extra `onnx` is missing.
     """
     loaded = load_model(IsicVQModel, model).cpu()
     cache = read_code_cache(train_codes)
     check_tokenizer(cache, loaded.vqvae, train_codes.name)
-    processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
+    loaded.config.license = weights_license(cache.source.licenses)
     with replaced_directory(output) as folder:
         loaded.save_pretrained(folder)
-        processor.save_pretrained(folder)
         if bf16:
             store_prior_as_bf16(folder, loaded)
             loaded = load_model(IsicVQModel, str(folder)).cpu()
-        (folder / "provenance.json").write_text(json.dumps(provenance(cache), indent=2) + "\n")
-        write_previews(loaded, processor, folder / "previews")
+        write_provenance(folder, provenance(cache))
+        record_training(folder, model)
+        write_previews(loaded, folder / "previews")
+        if onnx:
+            export_onnx(loaded.vqvae, folder, loaded.config.license)
 
 
 def store_prior_as_bf16(folder: Path, model: IsicVQModel) -> None:
@@ -81,170 +94,124 @@ def provenance(cache: CodeCache) -> dict[str, Any]:
     }
 
 
-def write_previews(model: IsicVQModel, processor: IsicVQImageProcessor, folder: Path) -> None:
+def write_provenance(folder: Path, content: dict[str, Any]) -> None:
+    """Write a repository folder's provenance."""
+    write_atomically(folder / PROVENANCE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_previews(model: IsicVQModel, folder: Path) -> None:
     """Write a grid of each class, and one of unconditional images."""
-    folder.mkdir()
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     names = {model.prior.config.unconditional_id: "unconditional", **model.config.class_names}
     for label, name in names.items():
         labels = torch.full((PREVIEWS_PER_CLASS,), label)
         images = model.generate(PREVIEWS_PER_CLASS, labels, seed=PREVIEW_SEED)["pixel_values"]
-        image_grid(processor.postprocess(images, output_type="np"), columns=PREVIEWS_PER_CLASS).save(
-            folder / f"{name}.png", optimize=True
-        )
+        grid = image_grid(processor.postprocess(images, output_type="np"), columns=PREVIEWS_PER_CLASS)
+        comment = f"synthetic images, seed {PREVIEW_SEED}, temperature 1, no guidance, not selected"
+        write_png(grid, folder / f"{name}.png", {"Title": name, "Comment": comment})
 
 
-def weights_license(licenses: dict[str, int]) -> str:
-    """The Hub's licence id for weights trained on images of these licences: the most restrictive one.
+def record_training(folder: Path, model: str) -> list[str]:
+    """Add how a repository folder's model was trained: sizes, recipes and environments, and plots of its runs.
 
-    Images without a licence make it "unknown".
+    The run of a model is the folder around it, as training leaves it (`RUN/model`); the run of its tokenizer is found
+    by the recipe. What is not found is not recorded, and named in a warning of this module's logger.
+
+    Args:
+        folder: repository folder with a `provenance.json`, whose other entries stay; `figures/` is filled.
+        model: folder of the trained whole model, whose weights the repository folder holds.
+
+    Returns:
+        The stages whose runs were found.
 
     Raises:
-        ValueError: a licence that is not one of ISIC's.
+        ValueError: the folder holds other weights, or a run is broken or names an absolute path.
+        ImportError: there are runs to be drawn, and matplotlib is not installed.
     """
-    ids = set()
-    for license_name in licenses:
-        letters = re.sub(r"[^a-z]", "", license_name.lower())
-        if letters not in LICENSE_IDS:
+    trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
+    check_same_weights(trained, shipped, folder)
+    content = json.loads((folder / PROVENANCE_FILE).read_text())
+    counts = content.pop("training_code_counts")  # long, so it stays last
+    content["num_parameters"] = {part: getattr(trained, part).num_parameters() for part in PARTS}
+    content["training"] = {}
+    runs = find_training_runs(Path(model), tokenizer_hash(trained.vqvae))
+    for stage, run in reversed(runs.items()):  # in the order of training
+        content["training"][stage] = training_record(run)
+        write_run_figures(run, folder / "figures")
+    content["training_code_counts"] = counts
+    write_provenance(folder, content)
+    return list(content["training"])
+
+
+def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path) -> None:
+    """Raise ValueError unless each parameter of `shipped` is the trained one, or that in bfloat16."""
+    for name, parameter in trained.named_parameters():
+        found = shipped.get_parameter(name)
+        if not (torch.equal(found, parameter) or torch.equal(found, parameter.bfloat16().float())):
             raise ValueError(
-                f"images are under {license_name!r}: expected CC-0, CC-BY or CC-BY-NC, ISIC's licences"
+                f"{folder.name} holds other weights than the model ({name}): name the model it was exported from"
             )
-        ids.add(LICENSE_IDS[letters])
-    return max(ids, key=RESTRICTIVENESS.index)
 
 
-def write_card(folder: Path) -> None:
-    """Render README.md of a repository folder from its configs, reports and provenance.
+def find_training_runs(model: Path, expected_hash: str) -> dict[str, Path]:
+    """Folders of the runs that made a model, by stage: its own, and those of the models it began with.
+
+    Args:
+        model: the model's folder.
+        expected_hash: of its tokenizer, which all its runs share.
+    """
+    runs: dict[str, Path] = {}
+    while True:
+        folder = model.parent
+        if not (model.is_dir() and (folder / "recipe.yaml").is_file()):
+            logger.warning("%s is not a model in a run's folder: its training is not recorded", model)
+            return runs
+        if tokenizer_hash(load_model(VQVAEModel, str(model))) != expected_hash:
+            logger.warning("%s is another tokenizer than the model's: its run is not recorded", model)
+            return runs
+        stage = Run(folder).stage
+        runs.setdefault(stage, folder)
+        origin = read_recipe(folder).get(STARTED_FROM.get(stage, ""))
+        if origin is None:
+            return runs
+        model = Path(origin)
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """A run's resolved recipe.
 
     Raises:
-        ValueError: the folder has no report, or one of another model.
+        ValueError: it names an absolute path, which may not be published.
     """
-    reports = [Report.load(path) for path in sorted((folder / "reports").glob("*.json"))]
-    if not reports:
-        raise ValueError(f"{folder.name}/reports is empty: run isic-vq evaluate with --output there first")
-    config = IsicVQConfig.from_pretrained(folder)
-    origin = json.loads((folder / "provenance.json").read_text())
-    data = origin["training_data"]
-    metrics = [metric for report in reports for metric in report.metrics]
-    card_data = ModelCardData(
-        license=weights_license(data["licenses"]),
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=["isic-vq", "vq-vae", "pixelcnn", "dermoscopy", "skin", "medical-imaging", "custom_code"],
-        model_name=folder.name,
-        eval_results=[eval_result(metric) for metric in metrics],
-    )
-    content = f"---\n{card_data.to_yaml()}\n---\n{card_body(folder.name, config, data, reports)}"
-    write_atomically(folder / "README.md", ModelCard(content).content.encode())
+    text = (run / "recipe.yaml").read_text()
+    if found := ABSOLUTE_PATH.search(text):
+        raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({found[0].strip()}...): shorten it")
+    return yaml.safe_load(text)
 
 
-def eval_result(metric: Metric) -> EvalResult:
-    """A report's line as the Hub's model-index has it."""
-    return EvalResult(
-        task_type=TASK,
-        task_name="Unconditional image generation",
-        dataset_type="ham10000" if "ham10000" in metric.dataset else "isic",
-        dataset_name=f"{metric.dataset} (n = {metric.n})",
-        dataset_split=metric.split,
-        metric_type=metric.name,
-        metric_name=f"{metric.name} ({metric.unit})",
-        metric_value=metric.value,
-    )
+def training_record(run: Path) -> dict[str, Any]:
+    """What a run says of itself: recipe, environment, optimizer steps, hours in them, and which weights it kept."""
+    record: dict[str, Any] = {"recipe": read_recipe(run)}
+    if (run / "run.json").is_file():
+        record["environment"] = json.loads((run / "run.json").read_text())["environment"]
+    if (run / METRICS_FILE).is_file():
+        steps = Run(run).metrics["batch"]
+        batch_size = record["recipe"]["loop"]["batch_size"]
+        record["steps"] = steps[-1]["step"]
+        record["hours"] = sum(batch_size / step["images_per_second"] for step in steps) / 3600
+    if (run / "report.json").is_file() and "weights" in (kept := Report.load(run / "report.json").model):
+        record["weights"] = kept["weights"]
+    return record
 
 
-def metric_table(reports: list[Report]) -> str:
-    """The reports' metrics as a Markdown table, one column per report."""
-    heads = [f"{report.metrics[0].split} (n = {report.metrics[0].n})" for report in reports]
-    lines = ["| metric | unit | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
-    for metric in reports[0].metrics:
-        values = []
-        for report in reports:
-            found = [m for m in report.metrics if m.name == metric.name]
-            values.append(f"{found[0].value:.5g}" if found else "")
-        lines.append(f"| {metric.name} | {metric.unit} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+def write_run_figures(run: Path, folder: Path) -> None:
+    """Draw a run's loss per epoch and its use of the codebook, marked as plots."""
+    if not (run / METRICS_FILE).is_file():
+        return
+    drawings = draw_run(Run(run))
+    from isic_vq.figures.plots import png_bytes  # after `draw_run`, which says what to install for it
 
-
-def card_body(name: str, config: IsicVQConfig, data: dict[str, Any], reports: list[Report]) -> str:
-    """The card's text."""
-    vqvae, prior = config.vqvae_config, config.prior_config
-    classes = "\n".join(f"| {label} | {diagnosis} |" for diagnosis in prior.id2label.values() for label in [
-        f"![{diagnosis}](previews/{diagnosis}.png)"])  # fmt: skip
-    example = next(iter(prior.id2label.values()), None)
-    labelled = f'images = pipe("{example}", num_images=4)  # one diagnosis\n' if example else ""
-    diagnoses = ", ".join(f"{diagnosis} {count}" for diagnosis, count in data["diagnoses"].items())
-    attributions = "\n".join(f"- {line}" for line in data["attributions"]) or "- none given"
-    licenses = ", ".join(f"{license_name}: {count}" for license_name, count in data["licenses"].items())
-    environments = {json.dumps(report.environment, sort_keys=True): report.environment for report in reports}
-    measured = "; ".join(
-        f"{e['device']}, torch {e['torch']}, transformers {e['transformers']}" for e in environments.values()
-    )
-    return f"""
-# {name}
-
-A discrete generative model of dermoscopy images, in two parts: a VQ-VAE tokenizer that turns a
-{vqvae.image_size}x{vqvae.image_size} image into {vqvae.grid_size}x{vqvae.grid_size} codes out of {vqvae.num_codes}, and a
-{"gated " if prior.architecture == "gated" else ""}PixelCNN prior that generates such grids in raster order, for one diagnosis or for none.
-
-**For research on synthetic images. It is not a diagnostic device: do not use it, or images from it, to judge a
-person's skin.**
-
-![generated images](previews/unconditional.png)
-
-## Use
-
-```python
-import isic_vq
-from transformers import pipeline
-
-pipe = pipeline("unconditional-image-generation", model="{name}")  # this folder, or its Hub id
-images = pipe(num_images=8, seed=0)  # PIL images
-{labelled}```
-
-The tokenizer alone:
-
-```python
-from isic_vq import IsicVQImageProcessor, VQVAEModel
-
-tokenizer = VQVAEModel.from_pretrained("{name}")
-processor = IsicVQImageProcessor.from_pretrained("{name}")
-codes = tokenizer.encode(processor("image.jpg", return_tensors="pt")["pixel_values"])
-image = processor.postprocess(tokenizer.decode(codes))[0]
-```
-
-## Generated images by diagnosis
-
-{PREVIEWS_PER_CLASS} samples each, seed {PREVIEW_SEED}, temperature 1, no guidance; not selected.
-
-| samples | diagnosis |
-|---|---|
-{classes}
-
-## Measured
-
-Every number is from `reports/`, written by `isic-vq evaluate` on this folder ({measured}).
-
-{metric_table(reports)}
-
-PSNR and SSIM are means over images; usage and perplexity are taken over all codes of the split. `bits_per_code` is
-conditional on the diagnosis; `bits_per_code_flat` is log2 K and `bits_per_code_unigram` the cross-entropy under the
-training images' code frequencies.
-
-## Training data
-
-{data["name"]}: {data["num_images"]} images ({diagnoses}). Content hash `{data["fingerprint"]}`. Licences: {licenses}.
-
-Attribution:
-
-{attributions}
-
-## Limits
-
-- {vqvae.image_size} pixels: fine structures (thin hairs, small globules) are smoothed or lost in the codes.
-- Trained on one data set; images from other devices, skin types and body sites reconstruct less well.
-- The classes are unbalanced as the data set is; rare diagnoses were learned from few images.
-- Samples may resemble training images; no memorisation audit is part of this card.
-
-## Licence
-
-Weights: {weights_license(data["licenses"])}, because of the training images. Code: Apache-2.0.
-"""
+    for drawing in drawings:
+        if drawing.name.endswith(PUBLISHED_FIGURES) and not drawing.shows_source_images:
+            with Image.open(io.BytesIO(png_bytes(drawing.figure))) as picture:
+                write_png(picture.convert("RGB"), folder / f"{drawing.name}.png", {"Comment": "plot"})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
-from isic_vq.cli.pictures import read_images, write_png
+from isic_vq.cli.pictures import read_images
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ def generate(
     With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
     """
     from isic_vq.figures import image_grid
+    from isic_vq.figures.png import write_png
     from isic_vq.hub import load_model, resolve
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
@@ -133,6 +134,7 @@ def reconstruct(
 
     from isic_vq.evaluation.reconstruction import evaluate_reconstruction
     from isic_vq.figures.grid import image_grid, paired_grid
+    from isic_vq.figures.png import write_png
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -196,6 +198,7 @@ def edit(
     from tqdm import tqdm
 
     from isic_vq.figures import image_grid
+    from isic_vq.figures.png import write_png
     from isic_vq.hub import load_model, resolve
     from isic_vq.models.editing import pixel_mask
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor

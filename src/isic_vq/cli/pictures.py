@@ -1,10 +1,8 @@
-"""What several commands do with pictures: read them, name them, write them."""
+"""What several commands do with pictures: read and name them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from isic_vq import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -32,21 +30,3 @@ def read_named_images(
     records = open_source(data)
     batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
     return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), len(records)
-
-
-def write_png(image: Any, path: Path, about: dict[str, str]) -> None:
-    """Write an image or uint8 pixels `(H, W, 3)` as PNG with text fields, whole or not at all."""
-    import io
-
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    from isic_vq.files import write_atomically
-
-    fields = PngInfo()
-    for key, text in {"Software": f"isic-vq {__version__}", **about}.items():
-        fields.add_text(key, text)
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(buffer, format="PNG", pnginfo=fields)
-    write_atomically(path, buffer.getvalue())

@@ -6,8 +6,15 @@ from typing import Annotated
 import typer
 
 from isic_vq import __version__
-from isic_vq.cli.app import app, quiet_transformers
+from isic_vq.cli.app import ModelOption, app, quiet_transformers
 from isic_vq.cli.measuring import print_report
+
+card_app = typer.Typer(help="Write and check a model's card.", no_args_is_help=True)
+app.add_typer(card_app, name="card")
+
+RepositoryFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Repository folder, as export leaves it, with reports/.")
+]
 
 
 @app.command(
@@ -20,24 +27,81 @@ def export(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Store the prior's parameters in half the space.")
     ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Add the tokenizer as ONNX files; isic-vq onnx writes them alone.")
+    ] = False,
 ) -> None:
     """Write a Hub repository folder: weights, processor, previews and provenance."""
     from isic_vq.export import export_repository
 
     quiet_transformers()
-    export_repository(model, output, train_codes, bf16)
+    export_repository(model, output, train_codes, bf16, onnx)
     typer.echo(
-        f"wrote {output}; next: isic-vq evaluate -m {output} -o {output}/reports/..., isic-vq card {output}"
+        f"wrote {output}; next: isic-vq evaluate -m {output} -o {output}/reports/..., isic-vq card write {output}"
     )
 
 
-@app.command(epilog="Example:\n\n  isic-vq card model_cards/my-model")
-def card(folder: Annotated[Path, typer.Argument(help="Repository folder with reports/.")]) -> None:
-    """Render the model card of a repository folder from its reports."""
-    from isic_vq.export import write_card
+@app.command(
+    epilog="Examples:\n\n  isic-vq onnx -o deployment\n\n  isic-vq onnx -m model_cards/my-model -o model_cards/my-model"
+)
+def onnx(
+    model: ModelOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder that gets onnx/; what else it holds stays.")
+    ] = Path("."),
+) -> None:
+    """Write the tokenizer as ONNX files, for programs without torch: onnx/encoder.onnx and onnx/decoder.onnx.
+
+    They are written once ONNX Runtime computes with them what torch does. Needs the extra onnx.
+    """
+    from isic_vq.hub import load_model
+    from isic_vq.models.modeling_vqvae import VQVAEModel
+    from isic_vq.onnx_export import export_onnx, known_license
+
+    quiet_transformers()
+    paths = export_onnx(load_model(VQVAEModel, model), output, known_license(model))
+    typer.echo(f"wrote {' and '.join(map(str, paths))}")
+
+
+@card_app.command(epilog="Example:\n\n  isic-vq card write model_cards/my-model")
+def write(folder: RepositoryFolder) -> None:
+    """Render the model card of a repository folder from its reports and its provenance."""
+    from isic_vq.card import write_card
 
     write_card(folder)
-    typer.echo(f"wrote {folder / 'README.md'}")
+    typer.echo(f"wrote {folder / 'README.md'}; next: isic-vq card check {folder}")
+
+
+@card_app.command(epilog="Example:\n\n  isic-vq card check model_cards/isic-vq-128")
+def check(folder: RepositoryFolder) -> None:
+    """Compare a model card with the reports: metadata, every number, links and pictures.
+
+    Prints a line for each problem, and then exits with 1. Prose without numbers is yours to write.
+    """
+    from isic_vq.card_check import check_card
+
+    problems = check_card(folder)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{folder / 'README.md'} says what the reports say")
+
+
+@card_app.command(epilog="Example:\n\n  isic-vq card record model_cards/my-model runs/prior/model")
+def record(
+    folder: RepositoryFolder,
+    model: Annotated[str, typer.Argument(help="Folder of the trained model, in its run's folder.")],
+) -> None:
+    """Add to a folder that was exported earlier how its model was trained: recipes, environment and plots.
+
+    Its weights must be the model's, and stay as they are. `isic-vq export` does the same by itself.
+    """
+    from isic_vq.export import record_training
+
+    quiet_transformers()
+    stages = record_training(folder, model)
+    typer.echo(f"recorded {', '.join(stages) or 'no run'}; next: isic-vq card write {folder}")
 
 
 @app.command(epilog="Example:\n\n  isic-vq info model_cards/isic-vq-128")

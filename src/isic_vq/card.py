@@ -1,0 +1,277 @@
+"""Render the model card of a repository folder, and nothing that its files do not say.
+
+Numbers come from `reports/*.json`, `provenance.json` and the configs: what none of them holds cannot reach the card.
+The text is `card_template.md`, the metadata that of the Hub (its model-index has every metric of every report).
+
+A report named `memorization.json` is the audit for memorised training images: its table `verdict` is the sentence
+that the card shows, and its metrics stand among the others.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+
+from isic_vq.evaluation.report import Metric, Report
+from isic_vq.files import write_atomically
+from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
+from isic_vq.models.repository import TAGS
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+AUDIT_REPORT = "memorization.json"
+NOT_RECORDED = "not recorded"
+# By the letters of a licence's name, so that CC-BY-NC, CC-BY-NC-4.0 and CC BY-NC 4.0 are one; CC-0 leaves "cc".
+LICENSE_IDS = {"cc": "cc0-1.0", "ccby": "cc-by-4.0", "ccbync": "cc-by-nc-4.0", "unknown": "unknown"}
+RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
+DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
+# Metrics of real images: their reconstructions, codes and likelihood. Any other concerns generated ones.
+METRICS_OF_REAL_IMAGES = {"psnr", "ssim", "l1", "mse", "usage", "perplexity"}
+STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
+
+
+def weights_license(licenses: dict[str, int]) -> str:
+    """The Hub's licence id for weights trained on images of these licences: the most restrictive one.
+
+    Images without a licence make it "unknown".
+
+    Raises:
+        ValueError: a licence that is not one of ISIC's.
+    """
+    ids = set()
+    for license_name in licenses:
+        letters = re.sub(r"[^a-z]", "", license_name.lower())
+        if letters not in LICENSE_IDS:
+            raise ValueError(
+                f"images are under {license_name!r}: expected CC-0, CC-BY or CC-BY-NC, ISIC's licences"
+            )
+        ids.add(LICENSE_IDS[letters])
+    return max(ids, key=RESTRICTIVENESS.index)
+
+
+def dataset_title(uri: str) -> str:
+    """A data set's name for readers: HAM10000 for "parquet:${DATA}/ham10000/test-*.parquet", else its folder's."""
+    scheme, _, path = uri.partition(":")
+    folders = [
+        name for name in re.split(r"[/\\]", path) if name and not re.search(r"[*?${}]|\.parquet$", name)
+    ]
+    for name in folders:
+        if name.lower() in DATASET_TITLES:
+            return DATASET_TITLES[name.lower()]
+    return "synthetic images" if scheme == "synthetic" else (folders or [path or uri])[-1]
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md of a repository folder.
+
+    Raises:
+        ValueError: as `render_card`.
+    """
+    write_atomically(folder / "README.md", render_card(folder, folder.resolve().name).encode())
+
+
+def render_card(folder: Path, name: str) -> str:
+    """The card of a repository folder, metadata and text.
+
+    Args:
+        folder: the folder.
+        name: what the card calls the model.
+
+    Raises:
+        ValueError: the folder has no report or provenance, or its reports contradict each other.
+    """
+    reports = read_reports(folder)
+    origin = read_provenance(folder)
+    config = IsicVQConfig.from_pretrained(folder)
+    data = origin["training_data"]
+    metrics = [metric for report in reports.values() for metric in report.metrics]
+    metadata = ModelCardData(
+        license=weights_license(data["licenses"]),
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=card_tags(folder, config),
+        metrics=list(dict.fromkeys(metric.name for metric in metrics)),
+        model_name=name,
+        eval_results=[eval_result(metric) for metric in metrics],
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=name,
+        vqvae=config.vqvae_config,
+        prior=config.prior_config,
+        diagnoses=list(config.class_names.values()),
+        task=TASK,
+        data=data,
+        data_title=dataset_title(data["name"]),
+        only_real_images=all(
+            metric.name in METRICS_OF_REAL_IMAGES or metric.name.startswith("bits_per_") for metric in metrics
+        ),
+        table=metric_table(reports.values()),
+        environments=measured_on(reports.values()),
+        training=training_table(origin),
+        pictures={part: captions(folder / part) for part in ("previews", "figures")},
+        audit=audit_verdict(reports),
+    )
+    return card.content
+
+
+def read_reports(folder: Path) -> dict[str, Report]:
+    """A repository folder's reports, by file name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    reports = {path.name: Report.load(path) for path in sorted((folder / "reports").glob("*.json"))}
+    if not any(report.metrics for report in reports.values()):
+        raise ValueError(f"{folder.name}/reports is empty: run isic-vq evaluate with --output there first")
+    return reports
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """A repository folder's `provenance.json`.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    path = folder / "provenance.json"
+    if not path.is_file():
+        raise ValueError(f"{folder.name} has no provenance.json: write the folder with isic-vq export")
+    return json.loads(path.read_text())
+
+
+def captions(folder: Path) -> dict[str, str]:
+    """What the pictures of a folder say of themselves (PNG field Comment), by name without suffix."""
+    found = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            found[path.stem] = str(picture.info.get("Comment", ""))
+    return found
+
+
+def card_tags(folder: Path, config: IsicVQConfig) -> list[str]:
+    """The Hub's tags: those of every model of ours, its kind of prior, and onnx where there are such files."""
+    kind = config.prior_config.model_type.removeprefix("isic_")
+    return [*TAGS, kind, *(["onnx"] if any((folder / "onnx").glob("*.onnx")) else [])]
+
+
+def eval_result(metric: Metric) -> EvalResult:
+    """A report's line as the Hub's model-index has it."""
+    title = dataset_title(metric.dataset)
+    seed = {} if metric.seed is None else {"seed": metric.seed}
+    return EvalResult(
+        task_type=TASK,
+        task_name="Unconditional image generation",
+        dataset_type=slug(title),
+        dataset_name=title,
+        dataset_split=metric.split,
+        metric_type=metric.name,
+        metric_name=f"{metric.name} ({metric.unit})",
+        metric_value=metric.value,
+        metric_args={"n": metric.n, **seed},
+    )
+
+
+def slug(title: str) -> str:
+    """A name in small letters and digits: "uda1" for "UDA-1"."""
+    return re.sub(r"[^a-z0-9]", "", title.lower())
+
+
+def column_title(metric: Metric) -> str:
+    """What a metric was measured on: data set, split where its name adds something, and how many items."""
+    title = dataset_title(metric.dataset)
+    split = "" if slug(metric.split) == slug(title) else f", {metric.split}"
+    return f"{title}{split} (n = {metric.n:,})"
+
+
+def metric_table(reports: Iterable[Report]) -> str:
+    """Every metric of the reports as a Markdown table: a row per metric, a column per data set.
+
+    Raises:
+        ValueError: one thing was measured twice.
+    """
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for metric in (metric for report in reports for metric in report.metrics):
+        name = metric.name if metric.seed is None else f"{metric.name}, seed {metric.seed}"
+        row = rows.setdefault((name, "" if metric.unit == "1" else metric.unit), {})
+        column = column_title(metric)
+        if column in row:
+            raise ValueError(f"reports/ has {name} of {column} twice: keep one of the two reports")
+        row[column] = metric.value
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| metric | unit | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
+    for (name, unit), row in rows.items():
+        cells = [f"{row[column]:.5g}" if column in row else "" for column in columns]
+        lines.append(f"| {name} | {unit} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured_on(reports: Iterable[Report]) -> str:
+    """The machines and versions that the reports were measured with."""
+    described = [
+        ", ".join(
+            f"{name} {report.environment[key]}".strip()
+            for key, name in (("device", ""), ("torch", "torch"), ("transformers", "transformers"))
+            if key in report.environment
+        )
+        for report in reports
+    ]
+    return "; ".join(dict.fromkeys(filter(None, described))) or f"environment {NOT_RECORDED}"
+
+
+def audit_verdict(reports: dict[str, Report]) -> str | None:
+    """What the audit for memorised training images found; None without one.
+
+    Raises:
+        ValueError: there is an audit without a verdict.
+    """
+    if AUDIT_REPORT not in reports:
+        return None
+    verdict = reports[AUDIT_REPORT].tables.get("verdict")
+    if not isinstance(verdict, str) or not verdict:
+        raise ValueError(f"reports/{AUDIT_REPORT} has no table 'verdict': expected a sentence for the card")
+    return verdict
+
+
+def training_table(origin: dict[str, Any]) -> str:
+    """How each part was trained, from the provenance, as a Markdown table; what it lacks is "not recorded"."""
+    training = origin.get("training", {})
+    stages = ["vqvae", "prior", *(["decoder"] if "decoder" in training else [])]
+    columns = [training_column(training.get(stage, {})) for stage in stages]
+    sizes = [origin.get("num_parameters", {}).get(stage) for stage in stages]
+    rows = {"parameters": [f"{size:,}" if size else NOT_RECORDED for size in sizes]}
+    rows |= {label: [column[label] for column in columns] for label in columns[0]}
+    lines = [
+        "| | " + " | ".join(STAGE_TITLES[stage] for stage in stages) + " |",
+        "|---" * (len(stages) + 1) + "|",
+    ]
+    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items())])
+
+
+def training_column(record: dict[str, Any]) -> dict[str, str]:
+    """One part's cells of the training table, by row."""
+    recipe, machine = record.get("recipe", {}), record.get("environment", {})
+    loop = recipe.get("loop", {})
+
+    def say(text: str, source: dict[str, Any]) -> str:
+        names = re.findall(r"{(\w+)", text)
+        return text.format(**source) if all(source.get(name) is not None for name in names) else NOT_RECORDED
+
+    return {
+        "optimizer steps": say("{steps:,}", record),
+        "batch size": say("{batch_size} images", loop),
+        "optimizer": say("AdamW, weight decay {weight_decay:g}", loop),
+        "learning rate": say("{learning_rate:g}, {warmup_steps} steps of warm-up, then cosine to zero", loop),
+        "gradient norm": say("at most {max_grad_norm:g}", loop),
+        "weight average": say("decay {average_decay:g} per step", loop),
+        "weights kept": say("{weights}", record),
+        "precision": say("{precision}", loop),
+        "seed": say("{seed}", loop),
+        "device": say("{device}, {cores} cores", machine),
+        "time in steps": say("{hours:.2g} h", record),
+        "software": say("isic-vq {isic_vq}, torch {torch}, transformers {transformers}", machine),
+        "commit": say("`{git_commit:.12}`" + (", with changes" if machine.get("git_dirty") else ""), machine),
+    }

@@ -1,0 +1,28 @@
+"""Write pictures as PNG files that say what made them: a picture without that may be of a patient."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from isic_vq import __version__
+from isic_vq.files import write_atomically
+
+
+def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]) -> None:
+    """Write a picture with text fields, whole or not at all.
+
+    Args:
+        image: a picture, or pixels of shape (height, width, 3), uint8.
+        path: the file.
+        about: text fields by keyword, such as `Comment`; `Software` is "isic-vq" and its version.
+    """
+    fields = PngInfo()
+    for key, text in {"Software": f"isic-vq {__version__}", **about}.items():
+        fields.add_text(key, text)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=fields)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,359 @@
+"""A card holds the numbers of its folder's files and no others, and the check names whatever is not so."""
+
+import json
+import re
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from isic_vq.card import dataset_title, metric_table, render_card, weights_license, write_card
+from isic_vq.card_check import check_card, numbers
+from isic_vq.evaluation.report import Metric, Report
+from isic_vq.figures.png import write_png
+from isic_vq.hub import DEFAULT_CHECKPOINT, default_checkpoint
+from tiny_repository import write_model, write_repository
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    write_model(folder)
+    write_card(write_repository(folder))
+    return folder / "tiny"
+
+
+@pytest.fixture
+def repository(original, tmp_path):
+    """A folder with its card, to be spoiled; without the weights, which no card reads."""
+    return shutil.copytree(
+        original, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors", "*.py")
+    )
+
+
+@pytest.fixture
+def report(repository):
+    return Report.load(repository / "reports" / "validation.json")
+
+
+def metric(name="psnr", value=30.0, unit="dB", n=5, split="test", dataset="folder:skin", seed=None):
+    return Metric(name, value, unit, n, split, dataset, seed)
+
+
+def add_report(folder, name, metrics, **tables):
+    Report(model={}, metrics=metrics, tables=tables).save(folder / "reports" / f"{name}.json")
+
+
+def edit(folder, old, new):
+    """Replace the first occurrence in the card."""
+    text = (folder / "README.md").read_text()
+    assert old in text
+    (folder / "README.md").write_text(text.replace(old, new, 1))
+
+
+def add_prose(folder, line):
+    (folder / "README.md").write_text((folder / "README.md").read_text() + f"\n{line}\n")
+
+
+# What the card holds
+
+
+def test_every_metric_of_the_report_is_in_the_model_index_exactly(repository, report):
+    card = ModelCard.load(repository / "README.md")
+    published = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert published == {metric.name: metric.value for metric in report.metrics}
+    assert {type(value) for value in published.values()} == {float}
+    for result in card.data.eval_results:
+        assert (result.dataset_name, result.dataset_split) == ("synthetic images", "validation")
+        assert result.metric_args == {"n": 6}
+
+
+def test_the_metric_table_shows_the_reports_numbers_and_no_others(report):
+    rows = [line.strip("| ").split("|") for line in metric_table([report]).splitlines()[2:]]
+    shown = {row[0].strip(): float(row[2]) for row in rows}
+    assert shown == {metric.name: pytest.approx(metric.value, rel=1e-4) for metric in report.metrics}
+
+
+def test_the_metric_table_has_a_column_per_data_set_and_a_row_per_seed():
+    first = Report(model={}, metrics=[metric(), metric("fid", 12.5, "1", seed=3)])
+    second = Report(
+        model={}, metrics=[metric(value=28.25, n=1200, dataset="parquet:${D}/uda1/*.parquet", split="uda1")]
+    )
+    assert metric_table([first, second]).splitlines() == [
+        "| metric | unit | skin, test (n = 5) | UDA-1 (n = 1,200) |",
+        "|---|---|---:|---:|",
+        "| psnr | dB | 30 | 28.25 |",
+        "| fid, seed 3 |  | 12.5 |  |",
+    ]
+
+
+def test_a_thing_measured_twice_is_refused():
+    with pytest.raises(ValueError, match=r"psnr of skin, test \(n = 5\) twice"):
+        metric_table([Report(model={}, metrics=[metric()]), Report(model={}, metrics=[metric(value=31.0)])])
+
+
+@pytest.mark.parametrize(
+    ("uri", "title"),
+    [
+        ("parquet:${ISIC_VQ_DATA}/ham10000/validation-*.parquet", "HAM10000"),
+        ("parquet:${ISIC_VQ_DATA}/uda1/test-*.parquet", "UDA-1"),
+        ("folder:HAM10000/test", "HAM10000"),
+        ("folder:my_images", "my_images"),
+        ("parquet:collections/clinic/*.parquet", "clinic"),
+        ("parquet:*.parquet", "*.parquet"),
+        ("synthetic:8:0", "synthetic images"),
+    ],
+)
+def test_data_sets_have_readable_names(uri, title):
+    assert dataset_title(uri) == title
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        ({"CC-0": 5}, "cc0-1.0"),
+        ({"CC-0": 5, "CC-BY": 1}, "cc-by-4.0"),
+        ({"CC-BY": 5, "CC-BY-NC": 1}, "cc-by-nc-4.0"),
+        ({"CC-BY-NC-4.0": 5387}, "cc-by-nc-4.0"),
+        ({"CC0-1.0": 8}, "cc0-1.0"),
+        ({"CC-BY-NC": 1, "unknown": 3}, "unknown"),
+    ],
+)
+def test_weights_take_the_most_restrictive_licence(licenses, expected):
+    assert weights_license(licenses) == expected
+
+
+def test_a_licence_that_isic_does_not_use_is_refused():
+    with pytest.raises(ValueError, match="images are under 'MIT'"):
+        weights_license({"MIT": 3})
+
+
+def test_what_was_not_recorded_is_said_to_be_so(repository):
+    assert "| optimizer steps | not recorded | not recorded |" in render_card(repository, "tiny")
+
+
+def test_a_recorded_recipe_is_shown(repository):
+    path = repository / "provenance.json"
+    loop = {"batch_size": 24, "learning_rate": 3e-4, "warmup_steps": 70, "weight_decay": 0.05}
+    record = {
+        "recipe": {"loop": loop},
+        "steps": 12345,
+        "hours": 1.24,
+        "environment": {"git_commit": "0123456789abcdef", "git_dirty": True, "device": "CPU X", "cores": 3},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "training": {"prior": record}}))
+    cells = dict(
+        re.findall(r"^\| ([\w ]+) \| not recorded \| (.+) \|$", render_card(repository, "tiny"), re.MULTILINE)
+    )
+    assert cells["optimizer steps"] == "12,345"
+    assert cells["batch size"] == "24 images"
+    assert cells["optimizer"] == "AdamW, weight decay 0.05"
+    assert cells["learning rate"] == "0.0003, 70 steps of warm-up, then cosine to zero"
+    assert cells["time in steps"] == "1.2 h"
+    assert cells["device"] == "CPU X, 3 cores"
+    assert cells["commit"] == "`0123456789ab`, with changes"
+    assert cells["weight average"] == "not recorded"
+
+
+def test_without_an_audit_the_card_says_so(repository):
+    assert "Not audited" in render_card(repository, "tiny")
+
+
+def test_the_verdict_of_an_audit_is_shown_with_its_numbers(repository):
+    nearest = metric("nearest_share", 0.0125, "share of images", seed=0)
+    add_report(repository, "memorization", [nearest], verdict="1 of 80 images repeats a training image.")
+    text = render_card(repository, "tiny")
+    assert "1 of 80 images repeats a training image." in text
+    assert "Not audited" not in text
+    assert "nearest_share, seed 0 | share of images |" in text
+
+
+def test_an_audit_without_a_verdict_is_refused(repository):
+    add_report(repository, "memorization", [metric()])
+    with pytest.raises(ValueError, match="no table 'verdict'"):
+        render_card(repository, "tiny")
+
+
+def test_a_metric_of_generated_images_takes_back_the_sentence_that_there_is_none(repository):
+    sentence = "No metric here compares generated images with real ones"
+    assert sentence in render_card(repository, "tiny")
+    add_report(repository, "generation", [metric("kid", 0.5, "1", seed=0)])
+    assert sentence not in render_card(repository, "tiny")
+
+
+def test_onnx_is_a_tag_where_there_are_such_files(repository):
+    assert "- onnx" not in render_card(repository, "tiny")
+    (repository / "onnx").mkdir()
+    (repository / "onnx" / "encoder.onnx").write_bytes(b"")
+    text = render_card(repository, "tiny")
+    assert "- onnx" in text
+    assert "`onnx/encoder.onnx` turns pixels into codes" in text
+
+
+def test_a_folder_without_reports_or_provenance_gets_no_card(repository):
+    (repository / "provenance.json").unlink()
+    with pytest.raises(ValueError, match=r"tiny has no provenance.json"):
+        write_card(repository)
+    shutil.rmtree(repository / "reports")
+    with pytest.raises(ValueError, match="reports is empty: run isic-vq evaluate"):
+        write_card(repository)
+
+
+# What the check finds
+
+
+def test_a_fresh_card_has_no_problems(repository):
+    assert check_card(repository) == []
+
+
+def test_a_folder_may_be_renamed_after_its_card_was_written(repository):
+    assert check_card(repository.rename(repository.with_name("model-7"))) == []
+
+
+def test_prose_without_numbers_and_more_tags_may_be_added(repository):
+    add_prose(repository, "Collected with care; see [the reports](reports/validation.json) and HAM10000.")
+    edit(repository, "- dermoscopy", "- dermoscopy\n- melanoma")
+    assert check_card(repository) == []
+
+
+def test_code_may_hold_any_number(repository):
+    add_prose(repository, "```python\ntemperature = 0.91\n```")
+    assert check_card(repository) == []
+
+
+@pytest.mark.parametrize("number", ["0.91", "97 %", "1,234", "12 images", ".5", "-3.25"])
+def test_a_number_that_no_report_has_is_named(repository, number):
+    add_prose(repository, f"It reaches {number}.")
+    found = re.match(r"[-.\d,]+", number)[0]
+    assert check_card(repository) == [f"{found} is in the card but in no report"]
+
+
+def test_two_numbers_of_the_table_that_changed_places_are_found(repository, report):
+    cells = [f"| {f'{report.value(name):.5g}'} |" for name in ("psnr", "perplexity")]
+    edit(repository, f"| psnr | dB {cells[0]}", f"| psnr | dB {cells[1]}")
+    assert check_card(repository) == [
+        "the table of measurements is not that of reports/: run isic-vq card write"
+    ]
+
+
+def test_a_report_that_is_newer_than_the_card_is_found(repository, report):
+    others = [m for m in report.metrics if m.name != "psnr"]
+    psnr = metric(value=77.25, n=6, split="validation", dataset="synthetic:6:1")
+    Report(model={}, metrics=[psnr, *others]).save(repository / "reports" / "validation.json")
+    problems = " / ".join(check_card(repository))
+    old = f"{report.value('psnr')!r}: the report says 77.25"
+    assert f"model-index says synthetic images validation psnr n=6 is {old}" in problems
+    assert "the table of measurements is not that of reports/" in problems
+
+
+SPOILED = {
+    "licence": ("license: cc0-1.0", "license: mit", ["license is 'mit': expected 'cc0-1.0'"]),
+    "library": ("library_name: transformers\n", "", ["library_name is missing: expected 'transformers'"]),
+    "task": (
+        "pipeline_tag: unconditional-image-generation",
+        "pipeline_tag: image-classification",
+        ["pipeline_tag is 'image-classification': expected 'unconditional-image-generation'"],
+    ),
+    "tag": ("- dermoscopy\n", "", ["tags lack dermoscopy"]),
+    "metric": (
+        "    - type: psnr\n",
+        "    - type: auc\n",
+        [
+            "model-index has synthetic images validation auc n=6, which is in no report",
+            "model-index lacks synthetic images validation psnr n=6, which a report has",
+        ],
+    ),
+    "link": ("(provenance.json)", "(origin.json)", ["origin.json is linked but is not there"]),
+    "outside": ("(provenance.json)", "(../LICENSE)", ["../LICENSE is linked but lies outside the folder"]),
+    "image": (
+        "(previews/nevus.png)",
+        "(previews/naevus.png)",
+        ["previews/naevus.png is linked but is not there"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_each_problem_is_one_clear_line(repository, name):
+    old, new, lines = SPOILED[name]
+    edit(repository, old, new)
+    assert check_card(repository) == lines
+
+
+def test_unreadable_metadata_is_one_problem(repository):
+    edit(repository, "license: cc0-1.0", "license: [")
+    (problem,) = check_card(repository)
+    assert problem.startswith("README.md has unreadable metadata: ")
+
+
+def test_a_card_without_metadata_is_found(repository):
+    text = (repository / "README.md").read_text()
+    (repository / "README.md").write_text(text.split("\n---\n", 1)[1])
+    assert check_card(repository) == [
+        "README.md has no metadata between --- lines at its start: run isic-vq card write"
+    ]
+
+
+def test_a_missing_card_is_a_problem(repository):
+    (repository / "README.md").unlink()
+    assert check_card(repository) == ["README.md is missing: run isic-vq card write"]
+
+
+def test_pictures_that_do_not_say_who_made_them_and_of_what_are_found(repository):
+    pixels = Image.new("RGB", (4, 4))
+    pixels.save(repository / "previews" / "lesion.png")
+    pixels.save(repository / "previews" / "photo.jpg")
+    write_png(pixels, repository / "previews" / "pairs.png", {"Comment": "originals above reconstructions"})
+    jpg, lesion, pairs = sorted(check_card(repository), key=lambda line: "photo" not in line)
+    assert jpg == "previews/photo.jpg is not a PNG that isic-vq wrote"
+    assert lesion.startswith("previews/lesion.png does not say that isic-vq made it")
+    assert pairs.startswith("previews/pairs.png does not say that it shows no data image")
+
+
+def test_numbers_are_read_as_they_are_written():
+    text = "Of 5,387 (0.91) in 128x128 at 2.5; HAM10000, log2 K, v1.\n```\n7\n```\n-3, +4."
+    assert numbers(text) == ["5,387", "0.91", "128x128", "2.5", "-3", "+4"]
+
+
+# The commands
+
+
+def test_card_check_prints_a_line_per_problem_and_fails(repository, run):
+    assert run("card", "check", repository)[0] == 0
+    add_prose(repository, "SSIM 0.91, AUC 0.99.")
+    code, _, stderr = run("card", "check", repository)
+    assert code == 1
+    assert stderr.splitlines() == [
+        "0.91 is in the card but in no report",
+        "0.99 is in the card but in no report",
+    ]
+
+
+def test_card_write_writes_what_is_rendered(repository, run):
+    (repository / "README.md").write_text("old")
+    assert run("card", "write", repository)[0] == 0
+    assert (repository / "README.md").read_text() == render_card(repository, "tiny")
+
+
+# The shipped card
+
+
+def test_the_shipped_card_is_what_is_rendered_now():
+    assert (default_checkpoint() / "README.md").read_text() == render_card(
+        default_checkpoint(), DEFAULT_CHECKPOINT
+    )
+
+
+def test_the_shipped_card_has_no_problems():
+    assert check_card(default_checkpoint()) == []
+
+
+def test_the_shipped_card_holds_exactly_the_shipped_reports():
+    card = ModelCard.load(default_checkpoint() / "README.md")
+    published = {(r.metric_type, r.dataset_split): r.metric_value for r in card.data.eval_results}
+    reports = [Report.load(path) for path in sorted((default_checkpoint() / "reports").glob("*.json"))]
+    assert published == {(m.name, m.split): m.value for report in reports for m in report.metrics}
+    assert card.data.license == "cc-by-nc-4.0"
+    assert {result.dataset_name for result in card.data.eval_results} == {"HAM10000", "UDA-1"}
+    assert "not a diagnostic device" in card.text
