@@ -18,25 +18,36 @@ RANKS = {
     "data": 1,
     "evaluation.report": 1,  # the form in which numbers leave the project; computes none
     "evaluation": 2,
+    "layout": 2,
     "figures": 2,
+    "card": 2,
+    "onnx_export": 2,
     "generation": 2,
     "training": 3,
     "export": 3,
-    "cli": 4,
-    "__main__": 5,
+    "card_check": 3,
+    "demo": 3,
+    "transfer": 4,
+    "cli": 5,
+    "__main__": 6,
 }
 # Third-party packages that one part alone may import, and all that `models` may: a Hub repository runs without us.
 OWNERS = {
     "accelerate": {"training"},
     "datasets": {"data"},
+    "diffusers": {"models"},
+    "gradio": {"demo"},
     "matplotlib": {"figures"},
     "numba": {"models"},
+    "onnx": {"onnx_export"},
+    "onnxruntime": {"onnx_export"},
+    "onnxscript": {"onnx_export"},
     "psutil": {"training"},
     "pyarrow": {"data"},
     "sklearn": {"evaluation"},
     "torchmetrics": {"evaluation", "training"},
     "typer": {"cli"},
-    "yaml": {"training", "figures"},
+    "yaml": {"training", "figures", "layout", "export", "card_check"},
 }
 MODELS_MAY_IMPORT = {
     "torch",
@@ -47,6 +58,7 @@ MODELS_MAY_IMPORT = {
     "safetensors",
     "tqdm",
     "numba",
+    "diffusers",
 }
 
 

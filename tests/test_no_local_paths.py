@@ -33,6 +33,7 @@ PUBLIC_HOSTS = {
     "doi.org",
     "download.pytorch.org",
     "example.org",
+    "git-lfs.github.com",
     "github.com",
     "huggingface.co",
     "pypi.org",

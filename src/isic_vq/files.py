@@ -1,10 +1,22 @@
 """Write files and folders whole or not at all: beside the target first, then renamed over it."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def name_full_disk(target: Path) -> Iterator[None]:
+    """Let the error of a full disk name what was to be written; as the system raises it, it names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(error.errno, f"{os.strerror(error.errno)}, nothing was written", str(target)) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -16,11 +28,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with name_full_disk(path):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,7 +53,8 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with name_full_disk(target):
+            yield temporary
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -1,6 +1,6 @@
 """The table of doors: every way to open a repository, from a folder, from a Hub, and offline from the cache.
 
-    python tests/hub/doors.py model_cards/isic-vq-128 --output table.json
+    python tests/hub/doors.py model_cards/isic-vq-128 --output table.md
 
 pushes the folder to a local Hub, wipes the caches, pulls it, opens every door in processes of their own and compares
 what comes out, number by number, with what the folder's model gives. Codes must be bit-equal.
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +172,35 @@ def table(folder: Path, workspace: Path) -> list[dict[str, str]]:
         hub.stop()
 
 
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table as a page, with the versions it holds for."""
+    packages = ("transformers", "diffusers", "huggingface_hub", "torch")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    cells = [[row["door"], row["opened"], *(row[place] for place in PLACES)] for row in rows]
+    lines = [["door", "opened", *PLACES], ["---"] * (len(PLACES) + 2), *cells]
+    table_text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""# Doors
+
+Every way to open the repository of the shipped checkpoint: from a folder, from a Hub, and offline from the cache. "pass": codes
+(for image processors, pixels) are bit-equal to those of the folder's model. Made by `python tests/hub/doors.py` with {versions}.
+
+{table_text}
+"""
+
+
 def main() -> None:
     """Print the table and, if asked, write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--output", "-o", type=Path)
+    parser.add_argument("--output", "-o", type=Path, help="Markdown page to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as workspace:
-        rows = table(arguments.folder.resolve(), Path(workspace))
-    print(f"| door | opened | {' | '.join(PLACES)} |\n|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['door']} | {row['opened']} | {' | '.join(row[place] for place in PLACES)} |")
+        page = markdown(table(arguments.folder.resolve(), Path(workspace)))
+    print(page)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.output.write_text(page)
 
 
 if __name__ == "__main__":

@@ -108,3 +108,13 @@ def check(outcomes):
 def test_two_folders_do_not_mix_their_code(folders, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     check(open_in_orders({name: str(folder) for name, folder in folders.items()}, environment))
+
+
+@pytest.mark.slow
+def test_two_hub_repositories_do_not_mix_their_code(folders, hub, hub_env, tmp_path):
+    names = {name: f"user/tiny-{name}" for name in "ab"}
+    upload = "import sys; from huggingface_hub import HfApi; HfApi().create_repo(sys.argv[1]); "
+    upload += "HfApi().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+    for name, folder in folders.items():
+        subprocess.run([sys.executable, "-c", upload, names[name], str(folder)], env=hub_env, check=True)
+    check(open_in_orders(names, hub_env))

@@ -35,7 +35,7 @@ from huggingface_hub.hf_api import RepoFile
 BLOCK_SIZE = 1 << 20
 HUBS_OWN = ".gitattributes"  # says what is a large file; the Hub writes it
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
-TOKEN = re.compile(r"hf_\w+|Bearer\s+\S+")
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|Bearer\s+\S+")
 
 Token = str | bool | None
 
@@ -88,7 +88,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         local = isinstance(root, OSError) and root.errno is not None and not isinstance(root, ConnectionError)
         if isinstance(error, HubError) or local:
             raise
-        text = TOKEN.sub("***", _explain(root, repo_id, revision))
+        text = " ".join(TOKEN.sub("***", _explain(root, repo_id, revision)).split())
         raise HubError(text) from (None if TOKEN.search(f"{error}{root}") else error)
 
 
@@ -159,9 +159,9 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str, revision: str | None) -
 def _when(error: HfHubHTTPError) -> str:
     """When a limited request may be repeated, from the headers that say so."""
     headers = error.response.headers
-    window = re.search(r"t\s*=\s*(\d+)", headers.get("ratelimit", ""))
-    seconds = window[1] if window else headers.get("retry-after", "")
-    return f"in {seconds} seconds" if seconds.isdigit() else "in a few minutes"
+    seconds = re.fullmatch(r"(\d+)", headers.get("retry-after", ""))
+    seconds = seconds or re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    return f"in {seconds[1]} seconds" if seconds else "in a few minutes"
 
 
 def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
@@ -226,7 +226,7 @@ def upload_folder(
     Args:
         folder: the local folder.
         files: paths of files, relative to the folder and to the repository.
-        repo_id: "user/name"; made if it does not exist.
+        repo_id: "user/name", or the name of one of your own; made if it does not exist.
         commit_message: the commit's, or the pull request's, title.
         private: visibility of the repository; None leaves it as it is, and a new one as the account's default.
         create_pr: propose the commit as a pull request.
@@ -245,7 +245,7 @@ def upload_folder(
     api = HfApi(token=token)
     local = {path: folder / path for path in files}
     with hub_errors(repo_id, revision):
-        _make_repository(api, repo_id, private)
+        repo_id = _make_repository(api, repo_id, private)
         check_tag(api, repo_id, tag)
         has_branch = branch_exists(api, repo_id, revision)
         parent = api.repo_info(repo_id, revision=revision if has_branch else None).sha
@@ -271,15 +271,16 @@ def upload_folder(
     return UploadResult(url, commit, pr_url, plan)
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
-    """Make the repository if need be; refuse one of the other visibility."""
-    api.create_repo(repo_id, private=private, exist_ok=True)
+def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Make the repository if need be and return its full name; refuse one of the other visibility."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     found = api.repo_info(repo_id).private
     if private is not None and found != private:
         is_now, wanted = ("private", "public") if found else ("public", "private")
         raise HubError(
             f"{repo_id} is {is_now}, not {wanted}: change that at {constants.ENDPOINT}/{repo_id}/settings; nothing was sent"
         )
+    return repo_id
 
 
 def check_tag(api: HfApi, repo_id: str, tag: str | None) -> None:

@@ -1,0 +1,116 @@
+"""Pictures of codes: which code lies where, how often each is used, and how many bits each position costs.
+
+Colours of codes say how alike codes are, so that a map of codes shows the lesion and not confetti. In the YCbCr space, Y
+is the rank of a code's brightness, and Cb and Cr are its ranks along the codebook's two main axes (singular vectors of
+its centred vectors).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from isic_vq.figures.grid import enlarge
+from isic_vq.models.vector_quantizer import usage_and_perplexity
+
+Pixels = NDArray[np.uint8]
+
+MAP_SIZE = 384  # pixels: what a map of codes is enlarged to, at least
+# Least and greatest Y, Cb and Cr: away from black, white and neon, and within RGB at every corner.
+COLOR_RANGES = np.array([[55, 205], [-28, 28], [-35, 35]])
+TO_RGB = np.array([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])  # ITU-R BT.601, as JPEG has it
+# From none to most.
+BITS_COLORS = ((247, 245, 240), (233, 196, 148), (196, 110, 84), (116, 40, 62), (36, 14, 32))
+MOST_BITS = 1.5  # darkest, in multiples of log2 K, which is what a code costs when nothing is known
+NUM_LISTED = 10
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """How an image uses the codebook.
+
+    Attributes:
+        counts: int64 of shape (K,), positions that hold each code.
+        perplexity: exp(entropy) of code use, in [1, K].
+    """
+
+    counts: NDArray[np.int64]
+    perplexity: float
+
+    @property
+    def num_used(self) -> int:
+        """How many codes occur."""
+        return int((self.counts > 0).sum())
+
+    def most_used(self) -> list[tuple[int, int]]:
+        """(code, positions that hold it) of the codes that occur, most frequent first, lowest code first on ties."""
+        order = np.argsort(-self.counts, kind="stable")[: self.num_used]
+        return [(int(code), int(self.counts[code])) for code in order]
+
+
+def codebook_use(codes: NDArray[np.integer], num_codes: int) -> CodebookUse:
+    """Count the codes of a grid of any shape, each in [0, num_codes)."""
+    counts = np.bincount(codes.ravel(), minlength=num_codes)
+    _, perplexity = usage_and_perplexity(torch.from_numpy(counts))
+    return CodebookUse(counts, perplexity)
+
+
+def code_colors(codebook: NDArray[np.floating], brightness: NDArray[np.floating]) -> Pixels:
+    """A colour for every code, alike for codes that are alike.
+
+    Args:
+        codebook: shape (K, D).
+        brightness: shape (K,), of what each code decodes to.
+
+    Returns:
+        RGB of shape (K, 3), uint8.
+    """
+    centred = codebook.astype(np.float64) - codebook.mean(axis=0, dtype=np.float64)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # svd leaves their direction open
+    features = np.column_stack([brightness, centred @ axes.T])
+    ranks = features.argsort(axis=0, kind="stable").argsort(axis=0) / max(len(codebook) - 1, 1)
+    least, most = COLOR_RANGES[: features.shape[1]].T
+    ycbcr = least + (most - least) * ranks
+    return np.round(ycbcr @ TO_RGB[:, : features.shape[1]].T).astype(np.uint8)
+
+
+def code_map(codes: NDArray[np.integer], colors: Pixels, size: int = MAP_SIZE) -> Pixels:
+    """Codes `(h, w)` as squares of their colours `(K, 3)`, at least `size` pixels wide: RGB, uint8."""
+    return enlarge(colors[codes][None], size)[0]
+
+
+def bits_map(bits: NDArray[np.floating], num_codes: int, size: int = MAP_SIZE) -> Pixels:
+    """Bits `(h, w)` as squares from pale (0) to dark (`MOST_BITS` log2 K or more), at least `size` pixels wide: RGB, uint8."""
+    position = np.clip(bits / (MOST_BITS * math.log2(num_codes)), 0, 1) * (len(BITS_COLORS) - 1)
+    ramp = np.asarray(BITS_COLORS, dtype=np.float64)
+    channels = [np.interp(position, range(len(ramp)), ramp[:, channel]) for channel in range(3)]
+    return enlarge(np.stack(channels, axis=-1).round().astype(np.uint8)[None], size)[0]
+
+
+def overlay(pixels: Pixels, marked: NDArray[np.bool_]) -> Pixels:
+    """Pixels `(H, W, 3)` with those of a mask `(H, W)` tinted blue."""
+    blue = np.array([26, 102, 255])
+    return np.where(marked[..., None], (pixels + blue) // 2, pixels).astype(np.uint8)
+
+
+def use_table(use: CodebookUse, colors: Pixels) -> str:
+    """The most used codes as a table in HTML: colour, number, patches, and a bar."""
+    codes = use.most_used()
+    rows = []
+    for code, count in codes[:NUM_LISTED]:
+        color = "#{:02x}{:02x}{:02x}".format(*colors[code])
+        width = 100 * count / codes[0][1]
+        rows.append(
+            f'<tr><td><span class="swatch" style="background:{color}"></span>{code}</td><td>{count}</td>'
+            f'<td class="wide"><span class="bar" style="width:{width:.0f}%"></span></td></tr>'
+        )
+    others = codes[NUM_LISTED:]
+    rest = f"<p>{len(others)} other codes in {others[0][1]} patches or fewer each</p>" if others else ""
+    return (
+        f'<table class="facts"><caption>The most used codes, of {use.counts.sum()} patches</caption>'
+        '<tr><th scope="col">Code</th><th scope="col">Patches</th><td></td></tr>'
+        f"{''.join(rows)}</table>{rest}"
+    )

@@ -1,0 +1,79 @@
+"""Serve the page from this machine until somebody stops it."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that nobody can listen at.
+
+    Raises:
+        OSError: the port is taken or not for this user, or the host is not this machine.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # a server that has just ended is no obstacle
+            probe.bind((host, port))
+    except OSError as error:
+        raise OSError(
+            f"cannot serve at {host}, port {port} ({error.strerror}): choose another --port or --host"
+        ) from error
+
+
+def serve(
+    model: str | None,
+    index: Path | None,
+    host: str,
+    port: int,
+    share: bool,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve a model's page until interrupted; uploads lie in a temporary folder that goes with the server.
+
+    Args:
+        model: as `isic_vq.hub.load_model` takes it.
+        index: code cache of the training images, or None.
+        host: "127.0.0.1" for this machine alone.
+        port: 1 to 65535.
+        share: ask gradio for a public address, too.
+        on_ready: called with the page's address.
+
+    Raises:
+        ImportError: gradio is missing.
+        OSError: the address cannot be used.
+        DataError: the index is damaged, or another tokenizer made it.
+    """
+    from isic_vq.demo.neighbours import TrainingIndex
+    from isic_vq.hub import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    check_address(host, port)
+    loaded = load_model(IsicVQModel, model)
+    training = None if index is None else TrainingIndex.open(index, loaded.vqvae)
+    with TemporaryDirectory(prefix="isic-vq-demo-") as folder:
+        # Gradio reads these while it is imported.
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
+        from isic_vq.demo.app import build_demo, launch_settings
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # or the folder would stay
+        page = build_demo(loaded, training)
+        _, local, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            **launch_settings(),
+        )
+        on_ready(public or local)
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
