@@ -64,6 +64,7 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     name = resolve(model)
     path = Path(name)
@@ -72,7 +73,11 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     try:
         loaded = model_class.from_pretrained(name)
     except (StrictDataclassError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and not path.is_dir():
+        if (
+            isinstance(error, OSError)
+            and not isinstance(error.__cause__, SafetensorError)
+            and not path.is_dir()
+        ):
             raise  # the Hub, not the folder
         raise ModelError(f"{path.name} cannot be read as {model_class.__name__}: {error}") from error
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")

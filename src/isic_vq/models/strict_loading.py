@@ -4,9 +4,13 @@ transformers warns of missing and foreign tensors and goes on, the missing ones 
 nobody asked for. Differs: here both are errors, unless the caller asks for the loading info to judge for themselves.
 """
 
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
+
+from .upload import explained
 
 
 class StrictLoading:
@@ -26,7 +30,7 @@ class StrictLoading:
 
         Raises:
             ValueError: tensors are missing, or some belong to no part of the model.
-            OSError: the files cannot be read or downloaded.
+            OSError: the files cannot be read; as a `HubError`, they cannot be downloaded.
         """
         name = pretrained_model_name_or_path
         try:
@@ -35,6 +39,13 @@ class StrictLoading:
             raise OSError(
                 f"a weights file of {name} is damaged ({error}): download it again with force_download=True, or copy it anew"
             ) from error
+        except (OSError, ValueError, HTTPError) as error:
+            failure = (
+                None if Path(str(name)).is_dir() else explained(error, str(name), kwargs.get("revision"))
+            )
+            if failure is None:
+                raise
+            raise failure from error
         if output_loading_info:
             return model, info
         for kind in ("missing_keys", "unexpected_keys"):

@@ -88,8 +88,24 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         local = isinstance(root, OSError) and root.errno is not None and not isinstance(root, ConnectionError)
         if isinstance(error, HubError) or local:
             raise
-        text = " ".join(TOKEN.sub("***", _explain(root, repo_id, revision)).split())
-        raise HubError(text) from (None if TOKEN.search(f"{error}{root}") else error)
+        raise _hub_error(root, repo_id, revision) from (None if TOKEN.search(f"{error}{root}") else error)
+
+
+def explained(error: BaseException, repo_id: str, revision: str | None = None) -> HubError | None:
+    """The failure of the Hub or of the network that lies behind an error of transformers.
+
+    None if there is none, or if the Hub lacks a file: transformers says which.
+    """
+    root = _root(error)
+    is_hubs = isinstance(root, (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError))
+    if not is_hubs or isinstance(root, RemoteEntryNotFoundError):
+        return None
+    return _hub_error(root, repo_id, revision)
+
+
+def _hub_error(root: BaseException, repo_id: str, revision: str | None) -> HubError:
+    """The sentence about an error, on one line and without a token."""
+    return HubError(" ".join(TOKEN.sub("***", _explain(root, repo_id, revision)).split()))
 
 
 def _root(error: BaseException) -> BaseException:
@@ -138,7 +154,7 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str, revision: str | None) -
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} does not exist or is private: correct the name, or {LOG_IN}"
     if status == 401 and anonymous:
-        return f"{repo_id} cannot be written without a Hub token: {LOG_IN}"
+        return f"{repo_id} needs a Hub token: {LOG_IN}"
     if status == 401:
         return f"the Hub refuses your token for {repo_id}, it may have ended: {LOG_IN} anew"
     if status == 403:
