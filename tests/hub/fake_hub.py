@@ -243,12 +243,13 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a request, or do what a fault says."""
         address = urlsplit(self.path)
         self.query = parse_qs(address.query, keep_blank_values=True)
-        self.route_path, self.status, self.body = unquote(address.path), None, b""
+        self.route_path, self.body = unquote(address.path), b""
         cut = None
         if self.command != "GET":
             cut = self.hub.take_fault(self.command, self.route_path, lambda f: f.after_bytes is not None)
         try:
             if cut:
+                self.record(None)
                 self.rfile.read(cut.after_bytes)
                 self.hang_up()
             else:
@@ -256,10 +257,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client has hung up
+
+    def record(self, status: int | None) -> None:
+        """Log the request, before its answer: a client that has the answer finds it in the log."""
+        entry = Entry(self.command, self.path, status, dict(self.headers), self.body[:BODY_KEPT])
         with self.hub.lock:
-            self.hub.log.append(
-                Entry(self.command, self.path, self.status, dict(self.headers), self.body[:BODY_KEPT])
-            )
+            self.hub.log.append(entry)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
 
@@ -299,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int | None, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         """Answer with bytes or with JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.status = status
+        self.record(status)
         self.send_response(status or 500)
         for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(key, value)
