@@ -185,6 +185,10 @@ Every way to open the repository of the shipped checkpoint: from a folder, from 
 (for image processors, pixels) are bit-equal to those of the folder's model. Made by `python tests/hub/doors.py` with {versions}.
 
 {table_text}
+
+Refused: diffusers runs no pipeline of a repository's own without `trust_remote_code=True`, whoever has the package, and asks the
+Hub for the list of files even if all are in the cache (a pulled folder opens offline). transformers asks the Hub for a
+task that is not named. Code that is not trusted does not run.
 """
 
 
