@@ -1,6 +1,8 @@
 """A Hub for each test, for subprocesses by their environment and for this process by patches."""
 
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from fake_hub import FakeHub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from repository_folder import write_repository
 
 ADMIN_TOKEN = "hf_fake_admin"
 
@@ -55,3 +58,24 @@ def online_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     close_session()  # a client that was made for the other address
     yield hub
     close_session()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository folder: not to be changed."""
+    return write_repository(tmp_path_factory.mktemp("saved") / "tiny")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A repository folder of the test's own."""
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that retries would have waited; they go on at once. Locks, which wait for less, do wait."""
+    seconds: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda wait: seconds.append(wait) if wait >= 1 else sleep(wait))
+    return seconds

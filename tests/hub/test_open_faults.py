@@ -1,12 +1,10 @@
 """Opening a model from a Hub that fails, or that serves what it should not: one clear error, and nothing half-read."""
 
-import time
-
 import pytest
 import torch
 from fake_hub import Fault
 from huggingface_hub import HfApi
-from repository_folder import WEIGHTS, write_repository
+from repository_folder import WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from isic_vq import IsicVQModel
@@ -18,14 +16,8 @@ OTHERS_TOKEN = "hf_fake_other"
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write_repository(tmp_path / "tiny")
-
-
-@pytest.fixture
-def serve(online_hub, folder, monkeypatch):
+def serve(online_hub, folder, waits):
     """Put the folder on the Hub as it is now; retries go on at once."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     def upload():
         api = HfApi()

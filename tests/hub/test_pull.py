@@ -5,7 +5,6 @@ import json
 import ntpath
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,6 @@ def pushed(online_hub, saved):
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "pulled"
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Seconds that retries would have waited; they go on at once. Locks, which wait for less, do wait."""
-    seconds, sleep = [], time.sleep
-    monkeypatch.setattr(time, "sleep", lambda wait: seconds.append(wait) if wait >= 1 else sleep(wait))
-    return seconds
 
 
 def downloads(hub):

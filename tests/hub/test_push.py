@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 
 import numpy as np
 import pytest
 from fake_hub import Fault
 from huggingface_hub import HfApi
-from repository_folder import CARD, WEIGHTS, contents, oids, write_picture, write_repository
+from repository_folder import CARD, WEIGHTS, contents, oids, write_picture
 from safetensors.numpy import load_file, save_file
 
 from isic_vq.hub import ModelError, default_checkpoint
@@ -24,26 +23,6 @@ from isic_vq.transfer import push
 REPO = "user/tiny"
 OTHERS_TOKEN = "hf_fake_other"
 SECRET = "hf_" + "abcdefghij" * 3
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """A repository folder: not to be changed."""
-    return write_repository(tmp_path_factory.mktemp("saved") / "tiny")
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A repository folder of the test's own."""
-    return shutil.copytree(saved, tmp_path / "tiny")
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Seconds that retries would have waited; they go on at once. Locks, which wait for less, do wait."""
-    seconds, sleep = [], time.sleep
-    monkeypatch.setattr(time, "sleep", lambda wait: seconds.append(wait) if wait >= 1 else sleep(wait))
-    return seconds
 
 
 def requests(hub, *methods):

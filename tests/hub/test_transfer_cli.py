@@ -1,27 +1,14 @@
 """The commands push and pull: what they print, and errors in one line."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from fake_hub import Fault
-from repository_folder import CARD, contents, write_repository
+from repository_folder import CARD, contents
 
 from isic_vq.cli.transfer import size
 
 REPO = "user/tiny"
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """A repository folder: not to be changed."""
-    return write_repository(tmp_path_factory.mktemp("saved") / "tiny")
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A repository folder of the test's own."""
-    return shutil.copytree(saved, tmp_path / "tiny")
 
 
 def test_push_and_pull_there_and_back(online_hub, run, folder, tmp_path, monkeypatch):
