@@ -13,8 +13,13 @@ from PIL import Image, ImageOps
 
 
 def centred_square(path: Path, size: int) -> Image.Image:
-    """Open an image and cut it as the tokenizer's image processor does."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    """Open an RGB or grey image of 8 bits and cut it as the tokenizer's image processor does."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode not in ("RGB", "L"):
+        raise SystemExit(
+            f"{path} is of mode {image.mode}: convert it to RGB first, transparency laid on white"
+        )
+    image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))

@@ -217,9 +217,24 @@ def test_prose_without_numbers_and_more_tags_may_be_added(repository):
     assert check_card(repository) == []
 
 
-def test_code_may_hold_any_number(repository):
-    add_prose(repository, "```python\ntemperature = 0.91\n```")
+def test_code_may_be_added_and_its_numbers_are_numbers_too(repository):
+    add_prose(repository, "```python\nimport isic_vq\n```")
     assert check_card(repository) == []
+    add_prose(repository, "```\ntemperature = 0.91\n```")
+    assert check_card(repository) == ["0.91 is in the card but in no report"]
+
+
+@pytest.mark.parametrize("text", ["FID _3.21_.", "AUC3.21", "*3.21*", "FID: 3.21"])
+def test_a_number_is_seen_in_any_dress(repository, text):
+    add_prose(repository, text)
+    assert check_card(repository) == ["3.21 is in the card but in no report"]
+
+
+def test_a_reports_number_in_a_sentence_of_ones_own_is_named(repository, report):
+    value = f"{report.value('psnr'):.5g}"
+    add_prose(repository, f"The area under the curve is {value}.")
+    (problem,) = check_card(repository)
+    assert problem.startswith(f"{value} stands in a line that isic-vq card write does not write: 'The area")
 
 
 @pytest.mark.parametrize("number", ["0.91", "97 %", "1,234", "12 images", ".5", "-3.25"])
@@ -232,9 +247,9 @@ def test_a_number_that_no_report_has_is_named(repository, number):
 def test_two_numbers_of_the_table_that_changed_places_are_found(repository, report):
     cells = [f"| {f'{report.value(name):.5g}'} |" for name in ("psnr", "perplexity")]
     edit(repository, f"| psnr | dB {cells[0]}", f"| psnr | dB {cells[1]}")
-    assert check_card(repository) == [
-        "the table of measurements is not that of reports/: run isic-vq card write"
-    ]
+    assert "the table of measurements is not that of reports/: run isic-vq card write" in check_card(
+        repository
+    )
 
 
 def test_a_report_that_is_newer_than_the_card_is_found(repository, report):
@@ -311,9 +326,37 @@ def test_pictures_that_do_not_say_who_made_them_and_of_what_are_found(repository
     assert pairs.startswith("previews/pairs.png does not say that it shows no data image")
 
 
+def test_a_picture_that_is_none_is_refused_by_name(repository):
+    (repository / "previews" / "broken.png").write_bytes(b"no png")
+    with pytest.raises(ValueError, match=r"previews/broken.png is not a readable PNG: remove it"):
+        check_card(repository)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("name: psnr (dB)", "name: psnr on many patients"), ("type: syntheticimages", "type: clinic")],
+)
+def test_values_under_other_names_are_found(repository, old, new):
+    edit(repository, old, new)
+    assert check_card(repository) == [
+        "model-index has the reports' values under other names: run isic-vq card write"
+    ]
+
+
+def test_a_value_given_twice_is_found(repository):
+    edit(
+        repository,
+        "    - type: psnr\n",
+        "    - type: psnr\n      value: 99.0\n      args:\n        n: 6\n    - type: psnr\n",
+    )
+    assert check_card(repository) == [
+        "model-index has the reports' values under other names: run isic-vq card write"
+    ]
+
+
 def test_numbers_are_read_as_they_are_written():
-    text = "Of 5,387 (0.91) in 128x128 at 2.5; HAM10000, log2 K, v1.\n```\n7\n```\n-3, +4."
-    assert numbers(text) == ["5,387", "0.91", "128x128", "2.5", "-3", "+4"]
+    text = "Of 5,387 (0.91) in 128x128 at 2.5, _7_ and 7: -3, +4."
+    assert numbers(text) == ["5,387", "0.91", "128x128", "2.5", "7", "-3", "+4"]
 
 
 # The commands

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.evaluation.report import ABSOLUTE_PATH
-from isic_vq.export import export_repository, record_training
+from isic_vq.export import export_repository, record_training, write_provenance
 from isic_vq.figures.png import write_png
-from isic_vq.hub import default_checkpoint, load_model
+from isic_vq.hub import ModelError, default_checkpoint, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from tiny_repository import write_model
 
@@ -195,3 +195,21 @@ def test_the_shipped_provenance_records_both_stages_and_may_be_published():
     assert list(training) == ["vqvae", "prior"]
     assert all({"recipe", "environment", "steps", "hours"} <= set(record) for record in training.values())
     assert not ABSOLUTE_PATH.search(text)
+
+
+def test_a_folder_that_is_no_repository_is_not_replaced(model_folder, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.md").write_text("text")
+    with pytest.raises(
+        ModelError, match="thesis exists and is not a model of isic-vq: choose another output folder"
+    ):
+        export_repository(
+            str(model_folder / "model"), tmp_path / "thesis", model_folder / "codes.parquet", bf16=False
+        )
+    assert (tmp_path / "thesis" / "chapter.md").read_text() == "text"
+
+
+def test_a_path_of_this_machine_does_not_reach_the_provenance(tmp_path):
+    with pytest.raises(ValueError, match="provenance.json would name an absolute path"):
+        write_provenance(tmp_path, {"training_data": {"name": "folder:/images/mine"}})
+    assert not (tmp_path / "provenance.json").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.files import write_atomically
@@ -144,11 +144,18 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """What the pictures of a folder say of themselves (PNG field Comment), by name without suffix."""
+    """What the pictures of a folder say of themselves (PNG field Comment), by name without suffix.
+
+    Raises:
+        ValueError: one of them is no PNG.
+    """
     found = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as picture:
-            found[path.stem] = str(picture.info.get("Comment", ""))
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                found[path.stem] = str(picture.info.get("Comment", ""))
+        except (UnidentifiedImageError, SyntaxError) as error:
+            raise ValueError(f"{folder.name}/{path.name} is not a readable PNG: remove it") from error
     return found
 
 

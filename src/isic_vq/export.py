@@ -26,6 +26,7 @@ from isic_vq.figures.runs import METRICS_FILE, Run
 from isic_vq.figures.write import draw_run
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.hub import load_model
+from isic_vq.layout import check_replaceable
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PARTS, WEIGHTS_FILE, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -45,7 +46,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
 
     Args:
         model: folder of a whole model.
-        output: repository folder; replaced whole.
+        output: repository folder; replaced whole, if it is one of ours that nobody has added files to.
         train_codes: code cache of the images the model was trained on: their provenance.
         bf16: round the prior's parameters to bfloat16 and store them so; they are still computed with in float32.
         onnx: add the tokenizer as ONNX files, as `export_onnx` writes them.
@@ -55,6 +56,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
         ImportError: the model's runs are there to be drawn, and matplotlib is not installed; or ONNX files are
             asked for, and a package of the extra `onnx` is missing.
     """
+    check_replaceable(output)
     loaded = load_model(IsicVQModel, model).cpu()
     cache = read_code_cache(train_codes)
     check_tokenizer(cache, loaded.vqvae, train_codes.name)
@@ -95,8 +97,15 @@ def provenance(cache: CodeCache) -> dict[str, Any]:
 
 
 def write_provenance(folder: Path, content: dict[str, Any]) -> None:
-    """Write a repository folder's provenance."""
-    write_atomically(folder / PROVENANCE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    """Write a repository folder's provenance.
+
+    Raises:
+        ValueError: it names an absolute path, which may not be published.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+    if found := ABSOLUTE_PATH.search(text):
+        raise ValueError(f"{PROVENANCE_FILE} would name an absolute path ({found[0].strip()}...): shorten it")
+    write_atomically(folder / PROVENANCE_FILE, text.encode())
 
 
 def write_previews(model: IsicVQModel, folder: Path) -> None:

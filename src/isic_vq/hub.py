@@ -27,11 +27,22 @@ def default_checkpoint() -> Path:
     Raises:
         ModelError: it is in neither place.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "checkpoints", package.parents[1] / "model_cards"):
-        if (folder / DEFAULT_CHECKPOINT / "config.json").is_file():
-            return folder / DEFAULT_CHECKPOINT
+    for folder in _default_places():
+        if (folder / "config.json").is_file():
+            return folder
     raise ModelError(f"the checkpoint {DEFAULT_CHECKPOINT} is not part of this installation: name a model")
+
+
+def _default_places() -> list[Path]:
+    package = Path(__file__).resolve().parent
+    return [
+        place / DEFAULT_CHECKPOINT for place in (package / "checkpoints", package.parents[1] / "model_cards")
+    ]
+
+
+def is_default(model: str) -> bool:
+    """Whether a model's folder is that of the shipped checkpoint, which commands take unasked."""
+    return Path(model).resolve() in _default_places()
 
 
 def resolve(model: str | None) -> str:

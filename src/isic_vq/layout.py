@@ -6,6 +6,7 @@ An allow-list: what is not named here, such as images, caches, checkpoints or a 
 import json
 import os
 import re
+from collections.abc import Container
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ LAYOUT = (
 )
 MODEL_TYPE = "isic_vq"
 WRITER = "isic-vq"  # how the PNG text field Software of our own pictures starts
+# And how their field Comment starts if they show no source image.
+COMMENTS = ("synthetic image", "VQ-VAE reconstruction", "plot")
 SIBLING = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 HUB_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 
@@ -101,7 +104,7 @@ def check_folder(folder: Path, files: list[str]) -> None:
     _check_card(folder / "README.md")
     for path in files:
         if path.endswith(".png"):
-            _check_picture(folder / path)
+            check_picture(folder / path)
         if not path.endswith((".safetensors", ".onnx")) and HUB_TOKEN.search((folder / path).read_bytes()):
             raise ModelError(f"{folder / path} holds a Hub token: remove it there and revoke it, then push")
 
@@ -180,20 +183,48 @@ def _check_card(path: Path) -> None:
         raise ModelError(f"{path} has no metadata between --- lines at its start: run isic-vq card write")
 
 
-def _check_picture(path: Path) -> None:
-    """Refuse a picture that we did not draw: it may be of a patient."""
+def check_picture(path: Path) -> None:
+    """Refuse a picture that does not say that we drew it, and of what: it may be of a patient.
+
+    Raises:
+        ModelError: it does not, or it is no PNG.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            writer = str(image.info.get("Software"))
+            about = image.info
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ModelError(
-            f"{path} is not a readable PNG ({error}): remove it, or run isic-vq export"
-        ) from error
-    if not writer.startswith(WRITER):
+        raise ModelError(f"{path} is not a readable PNG: remove it, or run isic-vq export") from error
+    if not str(about.get("Software")).startswith(f"{WRITER} "):
         raise ModelError(
             f"{path} does not say that isic-vq made it (PNG field Software) and may be a data image, which is never "
             "pushed: remove it, or write it anew with isic-vq export"
+        )
+    if not str(about.get("Comment")).startswith(COMMENTS):
+        raise ModelError(
+            f"{path} does not say that it shows no data image (PNG field Comment: {', '.join(COMMENTS)}): remove it"
+        )
+
+
+def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
+    """Refuse to replace a folder that is not a repository of ours, or to which somebody has added files.
+
+    Args:
+        target: the folder; one that is missing or empty may be replaced.
+        expected: paths that are no surprise in it though they are not of the layout.
+
+    Raises:
+        ModelError: it holds something else.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    config = target / "config.json"
+    if not config.is_file() or read_object(config).get("model_type") != MODEL_TYPE:
+        raise ModelError(f"{target} exists and is not a model of {WRITER}: choose another output folder")
+    foreign = [path for path, _ in sort_files(target)[1] if path not in expected]
+    if foreign:
+        raise ModelError(
+            f"{target} holds files that would be removed, such as {foreign[0]}: move them, or choose another folder"
         )
 
 

@@ -18,7 +18,7 @@ from isic_vq import __version__
 from isic_vq.card_check import check_card
 from isic_vq.files import name_full_disk, replaced_directory
 from isic_vq.hub import ModelError
-from isic_vq.layout import MODEL_TYPE, WRITER, check_folder, is_safe, sort_files
+from isic_vq.layout import MODEL_TYPE, WRITER, check_folder, check_replaceable, is_safe, sort_files
 from isic_vq.models.upload import (
     HUBS_OWN,
     HubError,
@@ -171,7 +171,7 @@ def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Toke
         listing = remote_files(api, repo_id, commit)
     listing.pop(HUBS_OWN, None)
     _check_listing(repo_id, listing)
-    _check_target(target, listing)
+    check_replaceable(target, listing)
     with hub_errors(repo_id, revision), name_full_disk(cache):
         config = Path(hf_hub_download(repo_id, "config.json", revision=commit, token=token))
         if _model_type(config) != MODEL_TYPE:
@@ -209,16 +209,3 @@ def _check_listing(repo_id: str, listing: dict[str, RepoFile]) -> None:
             )
     if "config.json" not in listing:
         raise HubError(f"{repo_id} holds no config.json: expected the repository of a model")
-
-
-def _check_target(target: Path, listing: dict[str, RepoFile]) -> None:
-    """Refuse to replace what is not a repository of ours, or one to which somebody has added files."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if _model_type(target / "config.json") != MODEL_TYPE:
-        raise ModelError(f"{target} exists and is not a model of {WRITER}: choose another output folder")
-    foreign = [path for path, _ in sort_files(target)[1] if path not in listing]
-    if foreign:
-        raise ModelError(
-            f"{target} holds files that a pull would remove, such as {foreign[0]}: move them, or choose another folder"
-        )

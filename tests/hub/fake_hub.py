@@ -13,9 +13,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +61,8 @@ class Fault:
         method: the requests' method, or any.
         times: how often.
         status: answer with this status instead, and with `headers`.
-        after_bytes: cut the connection after so many bytes of the body, of what is sent for GET, else received.
+        after_bytes: cut the connection after so many bytes of the body, of what is sent for GET, else received;
+            a HEAD has no body and is not cut.
         corrupt: deliver the file with one bit flipped.
         headers: of the answer with `status`.
     """
@@ -173,6 +176,7 @@ class FakeHub:
         self.large_files: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[Entry] = []
+        self.connections: set[socket.socket] = set()
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -184,9 +188,13 @@ class FakeHub:
         return self
 
     def stop(self) -> None:
-        """Answer no more."""
+        """Answer no more, on connections that are open either."""
         self.server.shutdown()
         self.server.server_close()
+        with self.lock:
+            for connection in self.connections:
+                with suppress(OSError):  # the client may have closed it
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def create(self, repo_id: str, private: bool = False, gated: bool = False) -> Repository:
         """Make a repository."""
@@ -236,6 +244,16 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
 
+    def setup(self) -> None:
+        super().setup()
+        with self.hub.lock:
+            self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        with self.hub.lock:
+            self.hub.connections.discard(self.connection)
+        super().finish()
+
     def log_message(self, *_: Any) -> None:
         """Keep quiet; `FakeHub.log` has it all."""
 
@@ -245,12 +263,12 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(address.query, keep_blank_values=True)
         self.route_path, self.body = unquote(address.path), b""
         cut = None
-        if self.command != "GET":
+        if self.command not in ("GET", "HEAD"):
             cut = self.hub.take_fault(self.command, self.route_path, lambda f: f.after_bytes is not None)
         try:
             if cut:
                 self.record(None)
-                self.rfile.read(cut.after_bytes)
+                self.rfile.read(min(cut.after_bytes, int(self.headers.get("Content-Length") or 0)))
                 self.hang_up()
             else:
                 self.body = self.read_body()
@@ -574,7 +592,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             status, content = 206, content[first : last + 1]
         if self.command == "GET":
-            if self.hub.take_fault("GET", self.route_path, lambda fault: fault.corrupt):
+            if content and self.hub.take_fault("GET", self.route_path, lambda fault: fault.corrupt):
                 content = bytes([content[0] ^ 1]) + content[1:]
             cut = self.hub.take_fault("GET", self.route_path, lambda fault: fault.after_bytes is not None)
             if cut:

@@ -21,11 +21,12 @@ CARD = "---\nlicense: cc-by-nc-4.0\nlibrary_name: transformers\n---\n# tiny\n"
 WEIGHTS = ("vqvae/model.safetensors", "prior/model.safetensors")
 
 
-def write_picture(path: Path, software: str | None) -> None:
-    """Write a small PNG, with the text field by which our own pictures are known, or without."""
+def write_picture(path: Path, software: str | None, comment: str = "plot") -> None:
+    """Write a small PNG, with the text fields by which our own pictures are known, or without."""
     fields = PngInfo()
     if software:
         fields.add_text("Software", software)
+        fields.add_text("Comment", comment)
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (4, 4), (200, 150, 130)).save(path, pnginfo=fields)
 

@@ -235,6 +235,10 @@ BROKEN = {
     ),
     "unmarked picture": (lambda f: write_picture(f / "previews" / "nevus.png", None), "previews/nevus.png does not say"),
     "another program's picture": (lambda f: write_picture(f / "figures" / "a.png", "GIMP"), "figures/a.png does not say"),
+    "a data image beside its reconstruction": (
+        lambda f: write_picture(f / "previews" / "grid.png", "isic-vq 0.1.0", "originals above reconstructions"),
+        "previews/grid.png does not say that it shows no data image",
+    ),
     "no picture": (lambda f: (f / "previews" / "b.png").write_bytes(b"JPEG"), "b.png is not a readable PNG"),
     "token": (lambda f: (f / "provenance.json").write_text(json.dumps({"a": SECRET})), "provenance.json holds a Hub token"),
     "token in code": (lambda f: (f / "modes.py").write_text(f"T = '{SECRET}'"), "modes.py holds a Hub token"),

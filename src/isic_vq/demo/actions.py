@@ -5,6 +5,7 @@ another way here. Bad input is a ValueError whose text can be shown as it is.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from isic_vq.demo.neighbours import Neighbour, TrainingIndex
 from isic_vq.demo.pictures import CodebookUse, bits_map, code_colors, code_map, codebook_use, overlay
 from isic_vq.evaluation.reconstruction import psnr
+from isic_vq.hub import is_default
 from isic_vq.models.editing import code_mask, pixel_mask
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -189,14 +191,17 @@ class DemoModel:
         settings |= {"top_k": int(top_k)} if top_k else {}
         label = None if diagnosis == ANY else diagnosis
         output: Any = self.model.generate(int(num_images), label, seed=seed, on_row=on_row, **settings)
-        words = ["isic-vq generate", f"-n {num_images}", *([f"--label {label}"] if label else [])]
-        words += [f"--seed {seed}", *(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())]
+        source = self.model.config.name_or_path
+        options = {} if not source or is_default(source) else {"--model": source}
+        options |= {"-n": num_images} | ({"--label": label} if label else {}) | {"--seed": seed}
+        options |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+        words = ["isic-vq", "generate", *(str(word) for option in options.items() for word in option)]
         name = readable(label or "any diagnosis")
         return Generated(
             images=self.processor.postprocess(output.pixel_values),
             captions=[f"{name}, seed {seed}, image {index}" for index in range(int(num_images))],
             codes=output.codes.cpu(),
-            command=" ".join(words),
+            command=shlex.join(words),
         )
 
     def explain(self, square: Image.Image | None) -> Explained:

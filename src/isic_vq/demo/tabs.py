@@ -182,7 +182,10 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
 
     @with_messages
     def show_region(image: Image.Image | None, *box_edges: int) -> Image.Image | None:
-        return image and demo.region(image, demo.box_mask(*box_edges))
+        left, top, right, bottom = box_edges
+        if image is None or left >= right or top >= bottom:  # on the way to another box
+            return None
+        return demo.region(image, demo.box_mask(*box_edges))
 
     @with_messages
     def read(path: str | None) -> Any:

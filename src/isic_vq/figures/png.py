@@ -24,5 +24,5 @@ def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]
         fields.add_text(key, text)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=fields)
+    picture.save(buffer, format="PNG", pnginfo=fields, icc_profile=None, exif=b"")
     write_atomically(path, buffer.getvalue())
