@@ -15,11 +15,13 @@ def link_code(folder: Path) -> None:
     """Link every code file of a repository folder.
 
     Raises:
-        ValueError: a copy differs from the package's file, so it is not a copy.
+        ValueError: it is no repository folder, or a copy differs from the package's file.
     """
-    for copy in sorted(folder.rglob("*.py")):
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no repository folder: expected one that isic-vq export has written")
+    for copy in sorted(path for path in folder.rglob("*.py") if not path.is_symlink()):
         original = CODE / ("component.py" if copy.name == "isic_vq.py" else copy.name)
-        if copy.read_bytes() != original.read_bytes():
+        if not original.is_file() or copy.read_bytes() != original.read_bytes():
             raise ValueError(f"{copy} differs from {original.name} of the package: export the folder again")
         copy.unlink()
         copy.symlink_to(os.path.relpath(original, copy.parent.resolve()))

@@ -100,3 +100,12 @@ def test_leftovers_of_a_killed_process_do_not_get_in_the_way(tmp_path, target):
         (folder / "new.txt").write_text("new")
     assert contents(target) == {"new.txt": b"new"}
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_whose_process_died_between_the_renames_comes_back(tmp_path):
+    target, old = tmp_path / "folder", tmp_path / f".folder.{os.getpid()}.old"
+    old.mkdir()
+    (old / "kept").write_text("")
+    with pytest.raises(KeyboardInterrupt), replaced_directory(target):
+        raise KeyboardInterrupt
+    assert (target / "kept").is_file()

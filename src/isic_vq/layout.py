@@ -35,6 +35,7 @@ LAYOUT = (
     "reports/*.json",
     "onnx/*.onnx",
 )
+MADE_LATER = ("reports/", "previews/", "figures/", "onnx/")
 MODEL_TYPE = "isic_vq"
 WRITER = "isic-vq"  # how the PNG text field Software of our own pictures starts
 # And how their field Comment starts if they show no source image.
@@ -136,7 +137,7 @@ def _check_code(folder: Path, files: list[str]) -> None:
         module = str(target[0] if isinstance(target, list) and target else target)
         if part == "_class_name":
             needed[f"{module}.py"] = "model_index.json"
-        elif not part.startswith("_"):
+        elif part != "license" and not part.startswith("_"):
             needed[f"{part}/{module}.py"] = "model_index.json"
     for path in files:
         if path.endswith(".py") and "/" not in path:
@@ -211,7 +212,7 @@ def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
 
     Args:
         target: the folder; one that is missing or empty may be replaced.
-        expected: paths that are no surprise in it though they are not of the layout.
+        expected: paths that will be in it again; none if it is to be written anew.
 
     Raises:
         ModelError: it holds something else.
@@ -221,7 +222,10 @@ def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
     config = target / "config.json"
     if not config.is_file() or read_object(config).get("model_type") != MODEL_TYPE:
         raise ModelError(f"{target} exists and is not a model of {WRITER}: choose another output folder")
-    foreign = [path for path, _ in sort_files(target)[1] if path not in expected]
+    ours, others = sort_files(target)
+    foreign = [path for path, _ in others if path not in expected]
+    if expected:  # what somebody measured or drew for a pulled model is theirs
+        foreign += [path for path in ours if path.startswith(MADE_LATER) and path not in expected]
     if foreign:
         raise ModelError(
             f"{target} holds files that would be removed, such as {foreign[0]}: move them, or choose another folder"

@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from isic_vq import __version__
-from isic_vq.card_check import check_card
+from isic_vq.card_check import CODE_BLOCK, NAME, check_card, number_problems
 from isic_vq.files import name_full_disk, replaced_directory
 from isic_vq.hub import ModelError
 from isic_vq.layout import MODEL_TYPE, WRITER, check_folder, check_replaceable, is_safe, sort_files
@@ -120,10 +120,12 @@ def _check_claims(folder: Path, files: list[str]) -> None:
                 f"{card} does not say what the folder's files say: {problems[0]} (problem 1 of {len(problems)}); see "
                 f"isic-vq card check {folder}"
             )
-    elif "model-index" in ModelCard.load(card).data.to_dict():
+        return
+    loaded = ModelCard.load(card)
+    prose = NAME.sub("", CODE_BLOCK.sub("", loaded.text))
+    if "model-index" in loaded.data.to_dict() or any(number_problems(prose, "")):
         raise ModelError(
-            f"{card} publishes measurements (model-index) but the folder has no reports/: run isic-vq evaluate and "
-            "isic-vq card write"
+            f"{card} publishes numbers but the folder has no reports/: run isic-vq evaluate and isic-vq card write"
         )
 
 

@@ -100,3 +100,15 @@ def test_somebody_elses_repository_is_refused_in_one_sentence(online_hub, model)
     online_hub.create("other/theirs")
     with pytest.raises(HubError, match="your token may not do this with other/theirs"):
         model.push_to_hub("other/theirs")
+
+
+def test_a_bare_name_is_written_whole_into_the_card(online_hub, model):
+    model.push_to_hub("tiny")
+    assert 'pipeline(model="user/tiny"' in online_hub.read(REPO, "README.md").decode()
+
+
+def test_the_licence_goes_through_the_diffusers_pipeline(online_hub, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    IsicVQPipeline.from_pretrained(tmp_path).push_to_hub(REPO)
+    assert ModelCard(online_hub.read(REPO, "README.md").decode()).data.license == "cc-by-4.0"
+    assert IsicVQModel.from_pretrained(REPO).config.license == "cc-by-4.0"

@@ -285,3 +285,12 @@ def test_a_full_disk_of_the_cache_is_told_by_name(pushed, output, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full_disk)
     refused(f"No space left on device.*{constants.HF_HUB_CACHE}'$", REPO, output, error=OSError)
     assert not output.exists()
+
+
+def test_a_report_that_somebody_added_to_a_pull_is_not_removed(pushed, output):
+    pull(REPO, output)
+    (output / "reports").mkdir(exist_ok=True)
+    (output / "reports" / "mine.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds files that would be removed, such as reports/mine.json"):
+        pull(REPO, output)
+    assert (output / "reports" / "mine.json").is_file()

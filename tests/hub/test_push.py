@@ -483,4 +483,18 @@ def test_a_card_with_a_number_that_no_report_has_is_refused(online_hub, tmp_path
 def test_a_card_with_measurements_and_a_folder_without_reports_is_refused(online_hub, tmp_path):
     folder = shutil.copytree(default_checkpoint(), tmp_path / "copy")
     shutil.rmtree(folder / "reports")
-    refused("publishes measurements .* but the folder has no reports", folder, REPO, error=ModelError)
+    refused("publishes numbers but the folder has no reports", folder, REPO, error=ModelError)
+
+
+def test_a_number_in_the_prose_of_a_folder_without_reports_is_refused(online_hub, folder):
+    (folder / "README.md").write_text(CARD + "It generates images of 16 codes with FID 3.21.\n")
+    refused("publishes numbers but the folder has no reports", folder, REPO, error=ModelError)
+
+
+def test_a_repository_of_another_model_is_not_overwritten(online_hub, folder):
+    api = HfApi()
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id=REPO)
+    before = online_hub.files(REPO)
+    refused(f"{REPO} holds another model .model_type 'bert'.*nothing was sent", folder, REPO)
+    assert online_hub.files(REPO) == before

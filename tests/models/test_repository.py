@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,45 @@ def test_plain_card_states_licence_task_and_tags_and_measures_nothing(composite)
 
 def test_plain_card_of_weights_without_a_licence_states_none(composite):
     assert "license" not in ModelCard(plain_card("user/tiny", composite.config)).data.to_dict()
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_that_is_interrupted_between_the_parts_leaves_a_folder_that_is_refused(
+    make_composite, tmp_path, monkeypatch
+):
+    model = make_composite()
+    model.save_pretrained(tmp_path)
+    move = os.replace
+
+    def interrupted(source, target):
+        if Path(target).parent.name == "vqvae":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="model.safetensors"):
+        IsicVQModel.from_pretrained(tmp_path)
+
+
+def test_a_variant_and_other_weights_with_a_push_are_refused(composite, tmp_path):
+    with pytest.raises(ValueError, match="variant is 'fp16'"):
+        composite.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match="state_dict and push_to_hub"):
+        composite.save_pretrained(tmp_path, state_dict=composite.state_dict(), push_to_hub=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_weights_may_be_saved(composite, tmp_path):
+    weights = {name: tensor + 1 for name, tensor in composite.state_dict().items()}
+    composite.save_pretrained(tmp_path, state_dict=weights)
+    codebook = IsicVQModel.from_pretrained(tmp_path).vqvae.quantizer.codebook
+    assert torch.equal(codebook, composite.vqvae.quantizer.codebook + 1)
+
+
+def test_another_process_than_the_main_one_saves_nothing(composite, tmp_path):
+    composite.save_pretrained(tmp_path / "folder", False)
+    assert not (tmp_path / "folder").exists()

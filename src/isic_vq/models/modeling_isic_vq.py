@@ -32,7 +32,7 @@ from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .repository import plain_card, write_doors
 from .sampling import image_generators, position_uniforms
 from .strict_loading import StrictLoading
-from .upload import upload_folder
+from .upload import full_name, upload_folder
 
 PRIOR_MODELS: dict[str, type[PreTrainedModel]] = {PixelCNNModel.config_class.model_type: PixelCNNModel}
 PARTS = ("vqvae", "prior")
@@ -89,14 +89,21 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         return False
 
     @classmethod
-    def from_parts(cls, vqvae: VQVAEModel, prior: PreTrainedModel) -> "IsicVQModel":
+    def from_parts(
+        cls, vqvae: VQVAEModel, prior: PreTrainedModel, license: str | None = None
+    ) -> "IsicVQModel":
         """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
+
+        Args:
+            vqvae: the tokenizer.
+            prior: the prior.
+            license: the Hub's id of the weights' licence, if it is known.
 
         Raises:
             ValueError: the prior was made for other codes.
         """
         try:
-            config = IsicVQConfig(vqvae_config=vqvae.config, prior_config=prior.config)
+            config = IsicVQConfig(vqvae_config=vqvae.config, prior_config=prior.config, license=license)
         except StrictDataclassClassValidationError as error:
             raise ValueError(f"the prior was made for other codes: {error.__cause__}") from error
         with torch.device("meta"):  # weights nobody needs
@@ -339,36 +346,63 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         bits = score_codes(self.prior, codes, ids, marginalize, class_weights)
         return ScoreOutput(bits_per_code=bits.flatten(1).mean(1), bits=bits, codes=codes)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save a repository: the whole and each part load from the folder, with this package and without it.
 
-        Files are written beside and then moved into place. Other files in the folder stay, except weights that would
-        be read instead of these.
+        Files are written beside and then moved into place, the index last: a folder that was interrupted in between
+        does not load. Other files in the folder stay, except weights that would be read instead of these.
 
         Args:
             save_directory: the folder, made if need be.
-            args: passed on to `PreTrainedModel.save_pretrained`.
-            kwargs: passed on. `push_to_hub=True` also pushes it, with the other arguments of `push_to_hub`, to
-                `repo_id` or to a repository of the folder's name.
+            is_main_process: False does nothing.
+            state_dict: weights to save instead of the model's.
+            push_to_hub: also push, with the other arguments of `push_to_hub`, to `repo_id` or to a repository of the
+                folder's name.
+            max_shard_size: has no effect, each part is one file.
+            variant: not supported.
+            kwargs: passed on to `PreTrainedModel.save_pretrained`, but for those of `push_to_hub`.
+
+        Raises:
+            ValueError: a variant, or other weights together with a push.
         """
         push = {key: kwargs.pop(key) for key in PUSH_SETTINGS if key in kwargs}
-        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        kwargs.pop("max_shard_size", None)
-        if not kwargs.get("is_main_process", True):
+        repo_id = kwargs.pop("repo_id", None)
+        if variant is not None:
+            raise ValueError(f"variant is {variant!r}: expected None, a repository has one set of weights")
+        if push_to_hub and state_dict is not None:
+            raise ValueError(
+                "state_dict and push_to_hub are both given: load the weights first, then push the model"
+            )
+        if not is_main_process:
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             staged = Path(name)
-            self._save_parts(staged, *args, **kwargs)
+            self._save_parts(staged, state_dict, **kwargs)
             parts = {part: getattr(self, part) for part in PARTS}
-            write_doors(staged, parts, self.config.vqvae_config.image_size)
-            for file in sorted(path for path in staged.rglob("*") if path.is_file()):
+            write_doors(staged, parts, self.config)
+            # A single file at the root would win over the index.
+            for stale in (
+                folder / WEIGHTS_FILE,
+                folder / INDEX_FILE,
+                *folder.glob("model-*-of-*.safetensors"),
+            ):
+                stale.unlink(missing_ok=True)
+            files = [path for path in staged.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == INDEX_FILE):
                 target = folder / file.relative_to(staged)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
-        for stale in (folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors")):
-            stale.unlink(missing_ok=True)  # a single file at the root would win over the index
         if push_to_hub:
             self.push_to_hub(repo_id or folder.name, **push)
 
@@ -385,8 +419,9 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
     ) -> str:
         """Make a repository of the Hub hold this model, in one commit that is checked by hash.
 
-        The repository becomes exactly what `save_pretrained` writes, with a plain card: reports, previews and the card
-        of other weights go, for they would describe these falsely. `isic-vq push` publishes a folder with all that.
+        The repository becomes exactly what `save_pretrained` writes, with a plain card: reports, previews, licence files and
+        the card of other weights go, for they would describe these falsely. The card states `config.license`; what
+        else a licence asks for, such as attribution, is yours to add. `isic-vq push` publishes a folder with all that.
 
         Args:
             repo_id: "user/name"; made if it does not exist.
@@ -406,7 +441,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         with TemporaryDirectory() as name:
             folder = Path(name)
             self.save_pretrained(folder)
-            (folder / "README.md").write_text(plain_card(repo_id, self.config, tags))
+            (folder / "README.md").write_text(plain_card(full_name(repo_id, token), self.config, tags))
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             result = upload_folder(
                 folder,
@@ -420,12 +455,12 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             )
         return result.pr_url or result.url
 
-    def _save_parts(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+    def _save_parts(self, folder: Path, state_dict: dict[str, Tensor] | None, **kwargs: Any) -> None:
         """Write the configs and, split by part, the weights and their index."""
         for part in PARTS:  # first, because the root config holds the parts' configs too
             module = getattr(self, part)
             module.config.architectures, module.config.dtype = [type(module).__name__], module.dtype
-        super().save_pretrained(folder, *args, **kwargs)
+        super().save_pretrained(folder, state_dict=state_dict, **kwargs)
         single = folder / WEIGHTS_FILE
         weight_map: dict[str, str] = {}
         total_size = 0

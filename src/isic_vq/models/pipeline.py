@@ -29,9 +29,10 @@ class IsicVQPipeline(DiffusionPipeline):
         >>> images = pipe("melanoma", num_images=4, seed=0).images  # doctest: +SKIP
     """
 
-    def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel):
+    def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel, license: str | None = None):
         super().__init__()
         self.register_modules(vqvae=vqvae, prior=prior)
+        self.register_to_config(license=license)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "IsicVQPipeline":
@@ -51,7 +52,7 @@ class IsicVQPipeline(DiffusionPipeline):
         parts = {name: kwargs.pop(name) for name in ("vqvae", "prior") if name in kwargs}
         model_class = import_module(".modeling_isic_vq", __package__).IsicVQModel
         model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipe = cls(**{"vqvae": model.vqvae, "prior": model.prior, **parts})
+        pipe = cls(**{"vqvae": model.vqvae, "prior": model.prior, **parts}, license=model.config.license)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
@@ -59,7 +60,8 @@ class IsicVQPipeline(DiffusionPipeline):
     def model(self) -> Any:
         """The whole `IsicVQModel`, made of the parts that the pipeline holds now."""
         code = type(self.vqvae).__module__.rpartition(".")[0]
-        return import_module(".modeling_isic_vq", code).IsicVQModel.from_parts(self.vqvae, self.prior)
+        model_class = import_module(".modeling_isic_vq", code).IsicVQModel
+        return model_class.from_parts(self.vqvae, self.prior, self.config.license)
 
     @torch.no_grad()
     def __call__(
@@ -105,7 +107,7 @@ class IsicVQPipeline(DiffusionPipeline):
         if num_images is None:
             one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
-        rows = model.config.prior_config.grid_size * -(-num_images // settings.get("block_size", 16))
+        rows = model.config.prior_config.grid_size * -(-num_images // max(settings.get("block_size", 16), 1))
         steps = count()  # a bar that is not shown does not count
         with self.progress_bar(total=rows) as bar:
 

@@ -27,26 +27,26 @@ PIPELINES = {
 }
 
 
-def write_doors(folder: Path, parts: dict[str, Any], image_size: int) -> None:
+def write_doors(folder: Path, parts: dict[str, Any], config: IsicVQConfig) -> None:
     """Add the code, and all that names it, to a folder that holds the configs and weights.
 
     Args:
         folder: the repository folder.
         parts: the parts' models by the names of their folders.
-        image_size: side of the model's images, in pixels.
+        config: the whole model's.
     """
     for file in CODE_FOLDER.glob("*.py"):
         if file.name != "__init__.py":
             shutil.copyfile(file, folder / file.name)
     auto_map = {"AutoConfig": "auto_map.IsicVQConfig", "AutoModel": "auto_map.IsicVQModel"}
     _update_json(folder / "config.json", auto_map=auto_map, custom_pipelines=PIPELINES)
-    IsicVQImageProcessor(size=image_size).save_pretrained(folder)
+    IsicVQImageProcessor(size=config.vqvae_config.image_size).save_pretrained(folder)
     processor_map = {"AutoImageProcessor": "auto_map.IsicVQImageProcessor"}
     _update_json(folder / "preprocessor_config.json", auto_map=processor_map)
-    index: dict[str, Any] = {"_class_name": ["pipeline", "IsicVQPipeline"]}
+    index: dict[str, Any] = {"_class_name": ["pipeline", "IsicVQPipeline"], "license": config.license}
     for name, part in parts.items():
-        model, config = type(part).__name__, type(part.config).__name__
-        auto_map = {"AutoConfig": f"auto_map.{config}", "AutoModel": f"auto_map.{model}"}
+        model, model_config = type(part).__name__, type(part.config).__name__
+        auto_map = {"AutoConfig": f"auto_map.{model_config}", "AutoModel": f"auto_map.{model}"}
         _update_json(folder / name / "config.json", auto_map=auto_map)
         shutil.copyfile(CODE_FOLDER / "component.py", folder / name / f"{PART_MODULE}.py")
         index[name] = [PART_MODULE, model]

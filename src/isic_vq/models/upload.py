@@ -8,6 +8,7 @@ between is not overwritten; and the new commit's hashes are compared with the fo
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -266,6 +267,7 @@ def upload_folder(
         has_branch = branch_exists(api, repo_id, revision)
         parent = api.repo_info(repo_id, revision=revision if has_branch else None).sha
         assert parent is not None, "the Hub makes every repository with a first commit"
+        _check_contents(api, repo_id, parent)
         plan = plan_upload(api, local, repo_id, parent)
         operations = _send_files(api, repo_id, plan, local, revision if has_branch else None, create_pr)
         url, commit, pr_url = f"{constants.ENDPOINT}/{repo_id}/commit/{parent}", parent, None
@@ -297,6 +299,34 @@ def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
             f"{repo_id} is {is_now}, not {wanted}: change that at {constants.ENDPOINT}/{repo_id}/settings; nothing was sent"
         )
     return repo_id
+
+
+def full_name(repo_id: str, token: Token = None) -> str:
+    """A repository's name with its owner, where it may be called by its name alone.
+
+    Raises:
+        HubError: the Hub does not say who is logged in.
+    """
+    if "/" in repo_id:
+        return repo_id
+    with hub_errors(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _check_contents(api: HfApi, repo_id: str, revision: str) -> None:
+    """Refuse a repository that holds a model of another kind: a push would remove it."""
+    if not api.file_exists(repo_id, "config.json", revision=revision):
+        return
+    config = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=api.token)).read_bytes()
+    try:
+        found = json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
+        found = None
+    if found != "isic_vq":
+        raise HubError(
+            f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another name; "
+            "nothing was sent"
+        )
 
 
 def check_tag(api: HfApi, repo_id: str, tag: str | None) -> None:
