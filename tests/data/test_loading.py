@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from isic_vq.data.loading import DecodedImages, SkipCounter, collate, iter_batches
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import open_source
-from isic_vq.data.synthetic import synthetic_image, synthetic_records
+from isic_vq.data.synthetic import synthetic_image, synthetic_record
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
 LABEL2ID = {"melanoma": 0, "nevus": 1}
@@ -91,13 +91,13 @@ def test_corrupt_image_becomes_a_named_error(damaged_folder, processor, cache):
 
 
 def test_record_without_an_image_is_an_error_item(processor):
-    row = {**next(synthetic_records(1, 0)), "image": None}
+    row = {**synthetic_record(0, 0), "image": None}
     images = DecodedImages(Dataset.from_list([row], features=FEATURES), processor)
     assert images[0] == {"index": 0, "error": "SYNTHETIC_0_0000000: the record has no image"}
 
 
 def test_empty_bytes_are_not_looked_up_as_a_file(image_folder, processor, monkeypatch):
-    row = {**next(synthetic_records(1, 0)), "image": {"bytes": b"", "path": "000.png"}}
+    row = {**synthetic_record(0, 0), "image": {"bytes": b"", "path": "000.png"}}
     images = DecodedImages(Dataset.from_list([row], features=FEATURES), processor)
     monkeypatch.chdir(image_folder)
     assert "error" in images[0]

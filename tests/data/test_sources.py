@@ -13,12 +13,12 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import SourceInfo, describe_source, open_source
-from isic_vq.data.synthetic import synthetic_image, synthetic_metadata, synthetic_records
+from isic_vq.data.synthetic import synthetic_image, synthetic_metadata, synthetic_record
 
 
 def _write_parquet(path, first, last, seed=0):
     """Write synthetic records `first` to `last` - 1 under the column names of HAM10000."""
-    records = list(synthetic_records(last, seed))[first:]
+    records = [synthetic_record(index, seed) for index in range(first, last)]
     rows = [{("dx" if k == "diagnosis" else k): v for k, v in record.items()} for record in records]
     path.parent.mkdir(exist_ok=True, parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
@@ -56,7 +56,10 @@ def test_streaming_gives_the_same_rows(kind, parquet_dir, image_folder):
 
 
 def test_parquet_rows_come_in_the_order_of_the_files_names(parquet_dir):
-    expected = [{**record, "image": record["image"]["bytes"]} for record in synthetic_records(9, seed=0)]
+    expected = [
+        {**record, "image": record["image"]["bytes"]}
+        for record in (synthetic_record(index, seed=0) for index in range(9))
+    ]
     assert _rows(open_source(f"parquet:{parquet_dir}/train-*.parquet")) == expected
 
 
@@ -95,7 +98,7 @@ def test_class_label_columns_and_plain_bytes_are_understood(tmp_path):
     features = Features(
         {"image": Value("binary"), "label": ClassLabel(names=["NV", "MEL"]), "isic_id": Value("string")}
     )
-    data = [record["image"]["bytes"] for record in synthetic_records(2, 0)]
+    data = [record["image"]["bytes"] for record in (synthetic_record(index, 0) for index in range(2))]
     Dataset.from_dict({"image": data, "label": [1, 0], "isic_id": ["a", "b"]}, features=features).to_parquet(
         tmp_path / "a.parquet"
     )
@@ -205,7 +208,7 @@ def test_variables_are_replaced_and_kept_in_the_name(parquet_dir, monkeypatch):
         ("folder:{tmp}", "No images in the folder .* Parquet files are read with parquet:PATTERN"),
         ("${UNSET_VARIABLE}/a", "needs the environment variable UNSET_VARIABLE, which is not set"),
         ("hf://datasets/a/b", "unknown scheme 'hf'. Expected parquet:PATTERN, folder:DIR, synthetic:NUM"),
-        ("https://example.org/a.zip", "unknown scheme 'https'.*download remote files first"),
+        ("https://example.org/a.zip", "unknown scheme 'https'. Expected parquet:PATTERN"),
         ("synthetic:0", "positive NUM, such as synthetic:64:0"),
         ("synthetic:many", "positive NUM, such as synthetic:64:0"),
         ("parquet:", "names nothing"),

@@ -11,7 +11,6 @@ pictures has learnt nothing about skin.
 import hashlib
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +133,12 @@ def synthetic_metadata(index: int, seed: int) -> dict[str, Any]:
     }
 
 
-def synthetic_records(num_images: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the records of pictures 0 to `num_images` - 1; the pictures are PNG bytes."""
-    for index in range(num_images):
-        buffer = io.BytesIO()
-        synthetic_image(index, seed).save(buffer, format="PNG", compress_level=1)
-        metadata = synthetic_metadata(index, seed)
-        yield {"image": {"bytes": buffer.getvalue(), "path": f"{metadata['isic_id']}.png"}, **metadata}
+def synthetic_record(index: int, seed: int) -> dict[str, Any]:
+    """The record of a picture, which is a PNG file's bytes."""
+    buffer = io.BytesIO()
+    synthetic_image(index, seed).save(buffer, format="PNG", compress_level=1)
+    metadata = synthetic_metadata(index, seed)
+    return {"image": {"bytes": buffer.getvalue(), "path": f"{metadata['isic_id']}.png"}, **metadata}
 
 
 def synthetic_fingerprint(num_images: int, seed: int) -> str:

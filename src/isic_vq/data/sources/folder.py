@@ -10,14 +10,57 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from isic_vq.data.schema import DataError, normalise
+from datasets import Dataset
+
+from isic_vq.data.schema import FEATURES, DataError, normalise
+from isic_vq.data.sources.base import Source
 from isic_vq.models.diagnosis import canonical_diagnosis
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+FILES_PER_PART = 64
+
+
+@dataclass(frozen=True)
+class FolderSource(Source):
+    """Images below a directory.
+
+    Attributes:
+        name: as `Source` has it.
+        folder: the directory.
+    """
+
+    name: str
+    folder: Path
+
+    def parts(self) -> list[list[dict[str, Any]]]:
+        """The records themselves, in lists: their images are paths."""
+        records = read_folder(self.folder)
+        return [records[start : start + FILES_PER_PART] for start in range(0, len(records), FILES_PER_PART)]
+
+    def read(self, part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The records of a part."""
+        yield from part
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """The rows of all files."""
+        return [
+            {name: value for name, value in row.items() if name != "image"}
+            for row in read_folder(self.folder)
+        ]
+
+    def fingerprint(self) -> str:
+        """As `folder_fingerprint`."""
+        return folder_fingerprint(self.folder)
+
+    def dataset(self) -> Dataset:
+        """All records; images are paths."""
+        return Dataset.from_list(read_folder(self.folder), features=FEATURES)
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,144 @@
+"""What every source of images has in common: parts that can be read independently, and what may be told of it.
+
+A source is cheap to make and to pickle: it holds where the images are, not the images. Its parts are the unit in
+which processes and workers share the reading, so that no part is read twice, and in which a reader resumes.
+It does not split or decode: records carry encoded images.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from isic_vq.data.schema import FEATURES, DataError
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What may be published about a source.
+
+    Attributes:
+        name: the URI with environment variables as written and any other path reduced to its last component.
+        fingerprint: sha256 of the content as hex digits; the same wherever the files lie.
+        num_images: number of rows, corrupt images included.
+        licenses: number of images per licence, "unknown" where a row has none.
+        attributions: the distinct attribution lines, sorted.
+        diagnoses: number of images per canonical diagnosis.
+        snapshot: when the source's content was fixed, as the source says it; None where it does not.
+        ids_sha256: `hash_ids` of its images; None in records of older versions.
+    """
+
+    name: str
+    fingerprint: str
+    num_images: int
+    licenses: dict[str, int]
+    attributions: list[str]
+    diagnoses: dict[str, int]
+    snapshot: str | None = None
+    ids_sha256: str | None = None
+
+
+class Source(ABC):
+    """Images of one origin, as records with the columns of `FEATURES`.
+
+    Attributes:
+        name: its URI, safe to publish.
+        snapshot: when its content was fixed, as it says itself, or None.
+    """
+
+    name: str
+    snapshot: str | None = None
+
+    @abstractmethod
+    def parts(self) -> list[Any]:
+        """Picklable names of what can be read independently, in the order of the records.
+
+        Raises:
+            DataError: the source cannot be used.
+        """
+
+    @abstractmethod
+    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+        """Yield the records of a part in order, images encoded: bytes, a path, or None where there is none.
+
+        Raises:
+            DataError: a record cannot be used; it is named.
+        """
+
+    @abstractmethod
+    def metadata(self) -> Iterable[dict[str, Any]]:
+        """The rows of all records in order, without `image`, and without fetching images.
+
+        Raises:
+            DataError: as `read`.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The sha256 of the content, or of what stands for it, as hex digits; the same wherever it lies."""
+
+    def stream(self, rank: int = 0, world: int = 1) -> IterableDataset:
+        """Stream the records in order, reading them as they are asked for; each part is a shard of the stream.
+
+        Args:
+            rank: number of this process.
+            world: number of processes; each streams every `world`-th part, so that together they stream each
+                record once, and none reads what is another's.
+        """
+        return IterableDataset.from_generator(
+            read_parts, gen_kwargs={"source": self, "parts": self.parts()[rank::world]}, features=FEATURES
+        )
+
+    def dataset(self) -> Dataset:
+        """All records with random access.
+
+        Raises:
+            DataError: the source can only be streamed.
+        """
+        raise DataError(
+            f"{self.name} can only be read as a stream: write its images to files first, with isic-vq data prepare"
+        )
+
+    def describe(self) -> SourceInfo:
+        """What may be published about the source.
+
+        Raises:
+            DataError: as `metadata`.
+        """
+        return describe_rows(self.name, self.fingerprint(), list(self.metadata()), self.snapshot)
+
+
+def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the records of some parts of a source in order."""
+    for part in parts:
+        yield from source.read(part)
+
+
+def describe_rows(
+    name: str, fingerprint: str, rows: Sequence[dict[str, Any]], snapshot: str | None = None
+) -> SourceInfo:
+    """What may be published about rows with the columns of `FEATURES`."""
+    return SourceInfo(
+        name=name,
+        fingerprint=fingerprint,
+        num_images=len(rows),
+        licenses=_counts(row["license"] or "unknown" for row in rows),
+        attributions=sorted({row["attribution"] for row in rows if row["attribution"]}),
+        diagnoses=_counts(row["diagnosis"] for row in rows),
+        snapshot=snapshot,
+        ids_sha256=hash_ids(row["isic_id"] for row in rows),
+    )
+
+
+def hash_ids(ids: Iterable[str | None]) -> str:
+    """The sha256 of a set of image ids as hex digits: of the sorted ids, one per line; images without one do not count."""
+    return hashlib.sha256("\n".join(sorted(name for name in ids if name)).encode()).hexdigest()
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, sorted by value."""
+    return dict(sorted(Counter(values).items()))

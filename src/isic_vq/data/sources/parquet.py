@@ -1,0 +1,146 @@
+"""Parquet files with an `image` column, as the Hugging Face stack writes them."""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets, load_dataset
+
+from isic_vq.data.schema import FEATURES, DataError, normalise
+from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.folder import file_digest
+
+_SPLIT_PREFIX = re.compile(r"(train|val|test|dev)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ParquetSource(Source):
+    """Rows of parquet files.
+
+    Attributes:
+        name: as `Source` has it.
+        files: in the order of their rows.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+
+    def parts(self) -> list[tuple[Path, int, int]]:
+        """Row groups: file, number of the group, and of its first row in the file."""
+        found = []
+        for path in self.files:
+            metadata = pyarrow.parquet.read_metadata(path)
+            first = 0
+            for group in range(metadata.num_row_groups):
+                found.append((path, group, first))
+                first += metadata.row_group(group).num_rows
+        return found
+
+    def read(self, part: tuple[Path, int, int]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a row group, images as they are stored, a few rows in memory at a time.
+
+        This reads by pyarrow because a stream of `datasets` over parquet that is left early hangs at the
+        interpreter's exit. An image's path is dropped where there are bytes: `datasets` prefers a file of that
+        name in the working directory, which may be another image.
+        """
+        path, group, row = part
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = _class_names(Features.from_arrow_schema(file.schema_arrow))
+            for batch in file.iter_batches(batch_size=64, row_groups=[group], use_threads=False):
+                for record in batch.to_pylist():
+                    normal = normalise(record, f"{path.name}, row {row}", names)
+                    yield {**normal, "image": _stored_image(normal["image"])}
+                    row += 1
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """The rows of all files."""
+        return self.dataset().remove_columns("image").to_list()
+
+    def fingerprint(self) -> str:
+        """Of the files' contents, whatever their names."""
+        digests = sorted(file_digest(path) for path in self.files)
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def dataset(self) -> Dataset:
+        """All rows, without copying or decoding an image."""
+        return _read_parquet(self.files)
+
+
+def find_parquet_files(path: str, name: str) -> tuple[Path, ...]:
+    """Return the files of a parquet file, directory or pattern, sorted."""
+    if os.path.isdir(path):
+        files = sorted(Path(path).glob("*.parquet"))
+        splits = sorted({match[0].lower() for file in files if (match := _SPLIT_PREFIX.match(file.name))})
+        if len(splits) > 1:
+            raise DataError(
+                f"{name} holds several splits ({', '.join(splits)}). Name one by a pattern: {splits[0]}*.parquet."
+            )
+    else:
+        files = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path, recursive=True)))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise DataError(
+            f"Nothing matches {name}. Expected a parquet file, a pattern or a directory of *.parquet files."
+        )
+    columns: dict[str, Path] = {}
+    for file in files:
+        columns.setdefault(", ".join(sorted(_column_names(file))), file)
+    if len(columns) > 1:
+        listed = "; ".join(f"{file.name}: {names}" for names, file in columns.items())
+        raise DataError(
+            f"The files of {name} have different columns ({listed}). Open them as separate sources."
+        )
+    files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows > 0]
+    if not files:
+        raise DataError(f"{name} has no rows. Expected one row per image.")
+    return tuple(files)
+
+
+def _column_names(file: Path) -> list[str]:
+    """Return the columns of a parquet file, which must have `image` among them."""
+    try:
+        columns = pyarrow.parquet.read_schema(file).names
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file.name} is not a readable parquet file: {error}") from error
+    if "image" not in columns:
+        raise DataError(
+            f"{file.name} has no column image, only {', '.join(columns)}. Rename the column of the images."
+        )
+    return columns
+
+
+def _read_parquet(paths: tuple[Path, ...]) -> Dataset:
+    """Read the files without copying or decoding an image."""
+    files = [glob.escape(str(file)) for file in paths]
+    table = load_dataset("parquet", data_files=files, split="train")
+    images = table.select_columns("image").cast_column("image", Image())
+    paths = pyarrow.compute.struct_field(images.data.column("image"), "path").to_pylist()
+    names = _class_names(table.features)
+    rows = []
+    for index, row in enumerate(table.remove_columns("image").to_list()):
+        rows.append(normalise({**row, "image": {"path": paths[index]}}, f"row {index}", names))
+        del rows[-1]["image"]
+    metadata = Dataset.from_list(rows, features=Features({k: v for k, v in FEATURES.items() if k != "image"}))
+    return concatenate_datasets([images, metadata], axis=1)
+
+
+def _stored_image(image: dict[str, Any] | bytes | None) -> dict[str, Any] | bytes | None:
+    """Return an image's bytes, its path where it has no bytes, or None where it has neither."""
+    if not isinstance(image, dict):
+        return image
+    if image["bytes"] is not None:
+        return image["bytes"]
+    return image if image["path"] is not None else None
+
+
+def _class_names(features: Features) -> dict[str, list[str]]:
+    """Return the names behind the ids of every `ClassLabel` column."""
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}

@@ -1,0 +1,70 @@
+"""Generated images as a source: no files, any number, the same on every machine."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.sources.base import Source
+from isic_vq.data.synthetic import synthetic_fingerprint, synthetic_metadata, synthetic_record
+
+IMAGES_PER_PART = 16
+
+
+@dataclass(frozen=True)
+class SyntheticSource(Source):
+    """Images of `isic_vq.data.synthetic`.
+
+    Attributes:
+        num_images: how many.
+        seed: another seed gives other images.
+    """
+
+    num_images: int
+    seed: int
+
+    @classmethod
+    def from_target(cls, target: str) -> "SyntheticSource":
+        """Parse NUM[:SEED].
+
+        Raises:
+            DataError: it is something else.
+        """
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", target)
+        if match is None or int(match[1]) == 0:
+            raise DataError(
+                f"'synthetic:{target}' is not synthetic:NUM or synthetic:NUM:SEED with a positive NUM, such as "
+                "synthetic:64:0."
+            )
+        return cls(int(match[1]), int(match[2] or 0))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The URI with its seed."""
+        return f"synthetic:{self.num_images}:{self.seed}"
+
+    def parts(self) -> list[range]:
+        """Ranges of images."""
+        starts = range(0, self.num_images, IMAGES_PER_PART)
+        return [range(start, min(start + IMAGES_PER_PART, self.num_images)) for start in starts]
+
+    def read(self, part: range) -> Iterator[dict[str, Any]]:
+        """The records of a range of images."""
+        for index in part:
+            yield synthetic_record(index, self.seed)
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """The rows of all images."""
+        return (synthetic_metadata(index, self.seed) for index in range(self.num_images))
+
+    def fingerprint(self) -> str:
+        """As `synthetic_fingerprint`."""
+        return synthetic_fingerprint(self.num_images, self.seed)
+
+    def dataset(self) -> Dataset:
+        """All records, in memory."""
+        records = [record for part in self.parts() for record in self.read(part)]
+        return Dataset.from_list(records, features=FEATURES)
