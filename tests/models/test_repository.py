@@ -101,7 +101,7 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(make_composite, tmp_p
     model.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in files_of(tmp_path)}
     model.prior.code_embedding.weight = torch.nn.Parameter(torch.empty(7, 6, device="meta"))
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(NotImplementedError, match="meta"):
         model.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files_of(tmp_path)} == before
 

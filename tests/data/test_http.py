@@ -1,0 +1,330 @@
+"""Fetching from a server that fails: exact bytes, and no more requests than it takes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import zipfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from fault_server import Answer, FaultServer, changed
+
+from isic_vq.data import http
+from isic_vq.data.http import HttpClient, RangeFile, RemoteError, RemoteSettings, Request, public_url
+from isic_vq.data.schema import DataError
+
+CONTENT = bytes(range(256)) * 2048  # 512 KiB
+PASSING = ["429", "503", "cut", "reset", "slow", "stall"]  # a second request, or patience, gets over them
+
+
+def settings(**changes):
+    return RemoteSettings(**{"retries": 3, "backoff": 0.001, "read_timeout": 0.3, **changes})
+
+
+@pytest.fixture
+def server():
+    with FaultServer({"/file": CONTENT, **{f"/{i}": bytes([i]) * 1000 for i in range(50)}}) as server:
+        server.stall_seconds = 0.6
+        yield server
+
+
+@pytest.fixture
+def fetcher():
+    return HttpClient(settings())
+
+
+@pytest.mark.parametrize("byte_range", [None, (1000, 300_000)])
+@pytest.mark.parametrize("kind", PASSING)
+def test_a_failure_that_passes_costs_one_request(kind, byte_range, server, fetcher):
+    server.fail("/file", kind)
+    first, end = byte_range or (0, len(CONTENT))
+    assert fetcher.get(f"{server.url}/file", byte_range=byte_range) == CONTENT[first:end]
+    assert len(server.log) == (1 if kind == "slow" else 2)
+
+
+@pytest.mark.parametrize("byte_range", [None, (1000, 301_000)])
+def test_a_cut_body_goes_on_where_it_stopped(byte_range, server, fetcher):
+    server.fail("/file", "cut", times=3)
+    first, end = byte_range or (0, len(CONTENT))
+    assert fetcher.get(f"{server.url}/file", byte_range=byte_range) == CONTENT[first:end]
+    asked = [r.byte_range for r in server.log]
+    assert len(asked) == 4
+    starts = [int(r.removeprefix("bytes=").split("-")[0]) for r in asked if r]
+    assert starts == sorted(set(starts)), "each goes on further on"
+    assert sum(r.sent for r in server.log) == end - first, "no byte was sent twice"
+
+
+@pytest.mark.parametrize("byte_range", [None, (1000, 300_000)])
+def test_a_file_that_changes_in_the_middle_is_never_a_mixture(byte_range, server, fetcher):
+    server.fail("/file", "cut")
+    server.fail("/file", "etag")
+    first, end = byte_range or (0, len(CONTENT))
+    assert fetcher.get(f"{server.url}/file", byte_range=byte_range) == changed(CONTENT)[first:end]
+
+
+def test_what_is_not_there_is_an_error_at_once(server, fetcher):
+    with pytest.raises(RemoteError, match="/none: the server answered 404. Check the address"):
+        fetcher.get(f"{server.url}/none", {"token": "secret"})
+    assert len(server.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("503", "the server answered 503"), ("reset", "the connection was cut"), ("stall", "no answer in time")],
+)
+def test_a_failure_that_stays_is_an_error_that_names_it(kind, reason, server, fetcher):
+    server.files["/empty"] = b""
+    server.fail("/file", kind, times=100)
+    with pytest.raises(
+        RemoteError, match=rf"/file could not be read: {reason}, 4 times in a row. Try again later"
+    ) as caught:
+        fetcher.get(f"{server.url}/file", {"token": "secret"}, byte_range=(0, 2))
+    assert len(server.log) == 4
+    assert "secret" not in str(caught.value)
+    assert isinstance(caught.value, DataError)
+
+
+def test_a_server_that_always_cuts_and_knows_no_ranges_is_given_up(server, fetcher):
+    def route(request):
+        return Answer(CONTENT)
+
+    server.routes["/plain"] = route
+    server.fail("/plain", "cut", times=100)
+    with pytest.raises(RemoteError, match="the connection was cut"):
+        fetcher.get(f"{server.url}/plain")
+    assert len(server.log) == 4, "bytes that came before are no progress"
+
+
+def test_nobody_listens():
+    with pytest.raises(RemoteError, match="could not be read"):
+        HttpClient(settings(retries=1)).get("http://127.0.0.1:9/file")
+
+
+def test_retry_after_is_obeyed(server, fetcher):
+    answers = [Answer(b"", 429, {"Retry-After": "0.2"}), Answer(b"ok")]
+    server.routes["/busy"] = lambda request: answers.pop(0)
+    began = time.monotonic()
+    assert fetcher.get(f"{server.url}/busy") == b"ok"
+    assert time.monotonic() - began >= 0.2
+
+
+def test_a_range_beyond_the_end_is_an_error(server, fetcher):
+    with pytest.raises(RemoteError, match="ends before byte 2000: expected a longer file"):
+        fetcher.get(f"{server.url}/3", byte_range=(500, 2000))
+    with pytest.raises(RemoteError, match="the server answered 416"):
+        fetcher.get(f"{server.url}/3", byte_range=(1500, 2000))
+
+
+def test_json_that_is_none_is_an_error(server, fetcher):
+    server.files["/json"] = b'{"a": [1]}'
+    assert fetcher.get_json(f"{server.url}/json") == {"a": [1]}
+    with pytest.raises(RemoteError, match="/file did not answer with JSON"):
+        fetcher.get_json(f"{server.url}/file")
+
+
+def test_head(server, fetcher):
+    server.fail("/file", "503")
+    found = fetcher.head(f"{server.url}/file")
+    assert (found.size, found.ranges) == (len(CONTENT), True)
+    assert found.etag
+
+
+# --- many files ----------------------------------------------------------------------------------------------------
+
+
+def test_files_come_in_order_over_few_connections(server):
+    fetcher = HttpClient(settings(connections=3))
+    for number, kind in enumerate(PASSING, start=1):
+        server.fail(f"/{number}", kind)
+    found = list(fetcher.fetch((Request(f"{server.url}/{i}") for i in range(50)), window=8))
+    assert found == [bytes([i]) * 1000 for i in range(50)]
+    assert 2 <= server.most_connections <= 3
+
+
+def test_a_file_that_cannot_be_had_is_an_error_in_its_place(server, fetcher):
+    found = list(fetcher.fetch(Request(f"{server.url}/{name}") for name in ("1", "none", "2")))
+    assert isinstance(found[1], RemoteError)
+    assert (found[0], found[2]) == (server.files["/1"], server.files["/2"])
+
+
+def test_a_slow_reader_bounds_what_is_fetched(server, fetcher):
+    results = fetcher.fetch((Request(f"{server.url}/{i}") for i in range(50)), window=5)
+    for taken in range(1, 11):
+        next(results)
+        time.sleep(0.02)
+        assert len(server.log) <= taken + 5
+    results.close()
+    assert len(server.log) <= 16
+    assert not [t for t in threading.enumerate() if t.name.startswith("isic-vq-fetch")]
+
+
+def _fetch_in_child(url, queue):
+    queue.put(http.client().get(url) == CONTENT)
+
+
+def test_a_forked_process_has_connections_of_its_own(server, monkeypatch):
+    own = http.client()
+    assert own.get(f"{server.url}/file") == CONTENT
+    assert http.client() is own
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=_fetch_in_child, args=(f"{server.url}/file", queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=30) for _ in children] == [True, True]
+    for child in children:
+        child.join()
+    monkeypatch.setenv("ISIC_VQ_RETRIES", "1")
+    assert http.client() is not own, "settings of the environment count when they change"
+
+
+# --- files on disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_a_download_survives(kind, server, fetcher, tmp_path):
+    server.fail("/file", kind)
+    fetcher.download(f"{server.url}/file", tmp_path / "a" / "file")
+    assert (tmp_path / "a" / "file").read_bytes() == CONTENT
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["file"]
+
+
+def _download(url, path):
+    HttpClient(settings(read_timeout=60)).download(url, path)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_a_killed_download_goes_on_unless_the_file_changed(change, server, fetcher, tmp_path):
+    server.stall_seconds = 60
+    server.fail("/file", "stall")
+    child = multiprocessing.get_context("fork").Process(
+        target=_download, args=(f"{server.url}/file", tmp_path / "file")
+    )
+    child.start()
+    part = tmp_path / "file.part"
+    until = time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size >= len(CONTENT) // 2 - http.CHUNK):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    have = part.stat().st_size
+    assert 0 < have < len(CONTENT)
+    if change:
+        server.files["/file"] = changed(CONTENT)
+    fetcher.download(f"{server.url}/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == server.files["/file"]
+    assert server.log[-1].byte_range == f"bytes={have}-"
+    assert server.log[-1].status == (200 if change else 206)
+
+
+def test_two_downloads_to_one_path_do_not_mix(server, fetcher, tmp_path):
+    server.fail("/file", "slow", times=2)
+    threads = [
+        threading.Thread(target=fetcher.download, args=(f"{server.url}/file", tmp_path / "file"))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["file"]
+
+
+# --- files that are read in pieces ---------------------------------------------------------------------------------
+
+
+def test_a_zip_is_read_with_few_requests_and_failures(server, tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(200):
+            archive.writestr(f"{i:03}.bin", bytes([i]) * 5000)
+    server.files["/a.zip"] = path.read_bytes()
+    for kind in PASSING:
+        server.fail("/a.zip", kind)
+    with zipfile.ZipFile(RangeFile(f"{server.url}/a.zip", HttpClient(settings()))) as archive:
+        assert all(archive.read(f"{i:03}.bin") == bytes([i]) * 5000 for i in range(200))
+    assert len(server.requests(method="GET")) <= 5 + len(PASSING)
+
+
+def test_parquet_is_read_by_column(server, fetcher, tmp_path):
+    table = pyarrow.table({"small": list(range(1000)), "large": [os.urandom(2000) for _ in range(1000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=500)
+    server.files["/t.parquet"] = (tmp_path / "t.parquet").read_bytes()
+    source = RangeFile(f"{server.url}/t.parquet", fetcher, read_ahead=4096)
+    assert pyarrow.parquet.ParquetFile(source).read(["small"]).column(0).to_pylist() == list(range(1000))
+    assert sum(r.sent for r in server.log) < 100_000
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(server, fetcher):
+    source = RangeFile(f"{server.url}/file", fetcher, read_ahead=1000)
+    assert source.read(10) == CONTENT[:10]
+    server.files["/file"] = changed(CONTENT)
+    source.seek(100_000)
+    with pytest.raises(RemoteError, match="/file changed while it was read. Start again"):
+        source.read(10)
+
+
+def test_a_range_file_reads_as_a_file_does(server, fetcher):
+    source = RangeFile(f"{server.url}/file", fetcher, read_ahead=1000)
+    assert source.seek(-10, os.SEEK_END) == len(CONTENT) - 10
+    assert source.read(100) == CONTENT[-10:]
+    assert source.read(1) == b""
+    source.seek(5)
+    source.seek(7, os.SEEK_CUR)
+    assert (source.tell(), source.read(3000)) == (12, CONTENT[12:3012])
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_cached_bytes_make_no_request(server, tmp_path):
+    fetcher = HttpClient(settings(cache=tmp_path))
+    for _ in range(2):
+        assert fetcher.get(f"{server.url}/1") == server.files["/1"]
+        assert fetcher.get(f"{server.url}/1", byte_range=(3, 9)) == server.files["/1"][3:9]
+    assert len(server.log) == 2
+    for path in tmp_path.glob("??/*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert fetcher.get(f"{server.url}/1") == server.files["/1"]
+    assert len(server.log) == 3, "what is damaged is fetched again"
+
+
+def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(server, tmp_path):
+    fetcher = HttpClient(settings(cache=tmp_path, cache_gib=10_500 / 2**30))
+    for i in range(10):
+        fetcher.get(f"{server.url}/{i}")
+        os.utime(next(p for p in tmp_path.glob("??/*") if p.read_bytes()[40] == i), (i, i))
+    fetcher.get(f"{server.url}/0")  # used again, just now
+    fetcher.get(f"{server.url}/10")
+    files = list(tmp_path.glob("??/*"))
+    assert sum(p.stat().st_size for p in files) <= 10_500
+    kept = {p.read_bytes()[40] for p in files}
+    assert {0, 10} <= kept
+    assert 1 not in kept
+    assert kept - {0, 10} == set(range(10 - len(kept) + 2, 10)), "the older ones went"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="the cache 'file' cannot be written .* unset it to do without"):
+        HttpClient(settings(cache=tmp_path / "file"))
+
+
+def test_settings_come_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ISIC_VQ_API_URL", "http://mirror/api/")
+    monkeypatch.setenv("ISIC_VQ_CACHE", str(tmp_path))
+    monkeypatch.setenv("ISIC_VQ_CONNECTIONS", "2")
+    found = RemoteSettings.from_environment()
+    assert (found.api_url, found.cache, found.connections) == ("http://mirror/api", tmp_path, 2)
+    monkeypatch.setenv("ISIC_VQ_CACHE_GIB", "much")
+    with pytest.raises(DataError, match="ISIC_VQ_CACHE_GIB is 'much': expected a number"):
+        RemoteSettings.from_environment()
+
+
+def test_messages_name_no_secrets():
+    assert public_url("https://me:pass@host:1/a/b?token=1#c") == "https://host:1/a/b"
