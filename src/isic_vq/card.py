@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image, UnidentifiedImageError
 
+from isic_vq.data.licenses import weights_license
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.files import write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
@@ -24,32 +25,10 @@ from isic_vq.models.repository import TAGS
 TEMPLATE = Path(__file__).with_name("card_template.md")
 AUDIT_REPORT = "memorization.json"
 NOT_RECORDED = "not recorded"
-# By the letters of a licence's name, so that CC-BY-NC, CC-BY-NC-4.0 and CC BY-NC 4.0 are one; CC-0 leaves "cc".
-LICENSE_IDS = {"cc": "cc0-1.0", "ccby": "cc-by-4.0", "ccbync": "cc-by-nc-4.0", "unknown": "unknown"}
-RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
 DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
 # Metrics of real images: their reconstructions, codes and likelihood. Any other concerns generated ones.
 METRICS_OF_REAL_IMAGES = {"psnr", "ssim", "l1", "mse", "usage", "perplexity"}
 STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
-
-
-def weights_license(licenses: dict[str, int]) -> str:
-    """The Hub's licence id for weights trained on images of these licences: the most restrictive one.
-
-    Images without a licence make it "unknown".
-
-    Raises:
-        ValueError: a licence that is not one of ISIC's.
-    """
-    ids = set()
-    for license_name in licenses:
-        letters = re.sub(r"[^a-z]", "", license_name.lower())
-        if letters not in LICENSE_IDS:
-            raise ValueError(
-                f"images are under {license_name!r}: expected CC-0, CC-BY or CC-BY-NC, ISIC's licences"
-            )
-        ids.add(LICENSE_IDS[letters])
-    return max(ids, key=RESTRICTIVENESS.index)
 
 
 def dataset_title(uri: str) -> str:

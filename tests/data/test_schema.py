@@ -34,7 +34,7 @@ def test_row_of_ham10000_becomes_the_schema():
         "diagnosis": "nevus",
         "age": 45.0,
         "sex": "female",
-        "site": "trunk",
+        "site": "torso",
         "source": "vidir_molemax",
         "license": "CC-BY-NC-4.0",
         "attribution": "Tschandl et al.",

@@ -101,10 +101,11 @@ class RemoteFile(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What to fetch: an address, and the half-open range of bytes, or all."""
+    """What to fetch: an address, the half-open range of bytes or all, and the ETag that it must have, if any."""
 
     url: str
     byte_range: tuple[int, int] | None = None
+    version: str | None = None
 
 
 class _ChangedError(Exception):
@@ -247,7 +248,7 @@ class HttpClient:
 
     def _get_or_error(self, request: Request) -> bytes | RemoteError:
         try:
-            return self.get(request.url, byte_range=request.byte_range)
+            return self.get(request.url, byte_range=request.byte_range, version=request.version)
         except RemoteError as error:
             return error
 
@@ -283,10 +284,9 @@ class HttpClient:
                 return
             headers = {}
             if have or byte_range:
-                last = "" if end is None else str(end - 1)
-                headers["Range"] = f"bytes={first + have}-{last}"
-                if version:
-                    headers["If-Match" if pinned else "If-Range"] = version
+                headers["Range"] = f"bytes={first + have}-{'' if end is None else end - 1}"
+            if version and (have or pinned):
+                headers["If-Match" if pinned else "If-Range"] = version
             with attempts.one(), self._open("GET", url, headers) as response:
                 if response.status == 416 and have and byte_range is None and _total(response) == have:
                     return  # all of it was there

@@ -2,7 +2,9 @@
 
 Source: the column names of HAM10000, of the ISIC challenges' CSV files and of the ISIC archive's metadata.
 Differs: archives write "unknown", "" or NaN for a missing value; here all of them are None, except that a
-missing diagnosis is the class `unknown`, which a model may be asked about.
+missing diagnosis is the class `unknown`, which a model may be asked about. Diagnoses become the eight classes, sites
+those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Licence
+and attribution stay as they are written.
 It does not decode images: `normalise` hands the `image` column on as it came.
 """
 
@@ -13,7 +15,8 @@ from typing import Any
 
 from datasets import Features, Image, Value
 
-from isic_vq.models.diagnosis import canonical_diagnosis
+from isic_vq.data.sites import canonical_site
+from isic_vq.models.diagnosis import canonical_diagnosis, one_hot_diagnosis
 
 FEATURES = Features(
     {
@@ -45,6 +48,7 @@ COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
     "attribution": ("attribution",),
 }
 
+_SEXES = {"m": "male", "man": "male", "f": "female", "w": "female", "woman": "female"}
 _MISSING = frozenset({"", "unknown", "unk", "nan", "none", "null", "n/a", "na"})
 
 
@@ -79,10 +83,12 @@ def normalise(
         values["isic_id"] = _file_stem(record)
     where = where if values["isic_id"] is None else f"{where} ({values['isic_id']})"
     normal: dict[str, Any] = {name: None if v is None else str(v).strip() for name, v in values.items()}
-    normal["diagnosis"] = _diagnosis(values["diagnosis"], where)
+    normal["diagnosis"] = _diagnosis(values["diagnosis"], record, where)
     normal["age"] = _age(values["age"], where)
     if normal["sex"] is not None:
-        normal["sex"] = normal["sex"].lower()
+        normal["sex"] = _SEXES.get(normal["sex"].lower(), normal["sex"].lower())
+    if normal["site"] is not None:
+        normal["site"] = canonical_site(normal["site"])
     return {"image": record["image"], **normal} if "image" in record else normal
 
 
@@ -104,12 +110,12 @@ def _file_stem(record: Mapping[str, Any]) -> str | None:
     return None if name is None else PurePosixPath(name.replace("\\", "/")).stem
 
 
-def _diagnosis(value: object, where: str) -> str:
-    """Return the canonical diagnosis of one row."""
-    if value is None:
-        return "unknown"
+def _diagnosis(value: object, record: Mapping[str, Any], where: str) -> str:
+    """Return the canonical diagnosis of one row, which one of several columns may name by a 1."""
     try:
-        return canonical_diagnosis(str(value))
+        if value is not None:
+            return canonical_diagnosis(str(value))
+        return one_hot_diagnosis(record) or "unknown"
     except ValueError as error:
         raise DataError(f"{where}: {error} Correct the row, or leave its diagnosis empty.") from None
 

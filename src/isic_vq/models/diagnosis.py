@@ -4,12 +4,13 @@ Source: the order is that of ISIC 2019 (MEL, NV, BCC, AK, BKL, DF, VASC, SCC); t
 (Tschandl et al., 2018, doi 10.1038/sdata.2018.161) and the ISIC archive's own terms are aliases.
 Differs: HAM10000's `akiec` joins actinic keratoses and intraepithelial carcinoma (Bowen's disease) under one
 label; this table counts it as actinic keratosis.
-It does not guess: a spelling that is not in the table is an error that lists the closest known ones.
+It does not guess: a spelling that is not in the table is an error that lists the closest known ones. Diagnoses that
+are known to be none of the eight are `unknown`: what is asked of a model has no ninth class.
 """
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 DIAGNOSES = (
@@ -58,6 +59,7 @@ _ALIASES = {
         "solar lentigo",
         "lichen planus like keratosis",
         "lplk",
+        "lichenoid keratosis",  # another word for the lichen planus-like one; the 2020 challenge writes it so
         "pigmented benign keratosis",
         "benign epidermal proliferations",
     ),
@@ -73,9 +75,28 @@ _ALIASES = {
         "pyogenic granuloma",
         "benign soft tissue proliferations - vascular",
     ),
-    "squamous_cell_carcinoma": ("scc", "invasive squamous cell carcinoma", "squamous cell carcinoma nos"),
-    "unknown": ("unk", "none of the others", "not available"),
+    "squamous_cell_carcinoma": (
+        "scc",
+        "invasive squamous cell carcinoma",
+        "squamous cell carcinoma, invasive",
+        "squamous cell carcinoma in situ",
+        "squamous cell carcinoma nos",
+    ),
+    "unknown": (
+        "unk",
+        "none of the others",
+        "not available",
+        # Of the 2020 challenge: not one of the eight, or not known to be.
+        "lentigo nos",
+        "cafe-au-lait macule",
+        "atypical melanocytic proliferation",
+        "other",
+    ),
 }
+
+# Columns of the challenges' tables with one 1 in each row; upper case in 2018 and 2019, lower case in 2017.
+_ONE_HOT = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
+_ONE_HOT_2017 = ("melanoma", "seborrheic_keratosis")
 
 
 def _key(name: str) -> str:
@@ -109,6 +130,61 @@ def canonical_diagnosis(name: str) -> str:
         hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
         raise ValueError(f"{name!r} is not a known diagnosis.{hint} Known names: {', '.join(DIAGNOSES)}.")
     return canonical
+
+
+def archive_diagnosis(levels: Sequence[str | None]) -> str:
+    """Return the canonical name of what the ISIC archive's `diagnosis_1` to `diagnosis_5` say.
+
+    The most specific level that is one of the eight classes counts. The archive knows hundreds of other diagnoses, for
+    which, as for "Benign", "Malignant" and "Indeterminate" alone, the result is `unknown`.
+
+    Args:
+        levels: from the general to the specific; None where a level is empty.
+
+    Example:
+        >>> archive_diagnosis(["Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma Invasive"])
+        'melanoma'
+    """
+    for level in reversed(levels):
+        canonical = _CANONICAL_OF.get(_key(level or ""), "unknown")
+        if canonical != "unknown":
+            return canonical
+    return "unknown"
+
+
+def one_hot_diagnosis(row: Mapping[str, object]) -> str | None:
+    """Return the canonical name of the column of a challenge's table that holds a 1.
+
+    Args:
+        row: has columns such as MEL, NV, BCC (2018, 2019), or melanoma and seborrheic_keratosis (2017, where a row
+            without a 1 is a nevus); numbers may be text.
+
+    Returns:
+        One of `DIAGNOSES`, "unknown" if no column holds a 1; None if the row has no such columns.
+
+    Raises:
+        ValueError: several columns hold a 1, or one holds neither 0 nor 1.
+    """
+    columns = [name for name in _ONE_HOT if name in row]
+    is_2017 = len(columns) < 2
+    if is_2017:
+        columns = [name for name in _ONE_HOT_2017 if name in row]
+        if len(columns) < 2:
+            return None
+    named = []
+    for name in columns:
+        try:
+            value = float(str(row[name]))
+        except ValueError:
+            value = -1.0
+        if value not in (0.0, 1.0):
+            raise ValueError(f"{name} is {row[name]!r}, expected 0 or 1.")
+        named += [name] * int(value)
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} are both 1, expected one diagnosis.")
+    if not named:
+        return "nevus" if is_2017 else "unknown"
+    return canonical_diagnosis(named[0])
 
 
 def resolve_label(label: int | str, id2label: Mapping[int, str]) -> int:

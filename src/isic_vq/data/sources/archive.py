@@ -1,0 +1,302 @@
+"""The ISIC archive, streamed: metadata from a snapshot or the API, images from its open bucket.
+
+    isic-archive:                                          all of it, as 256-pixel thumbnails
+    isic-archive:license=CC-0&image_type=dermoscopic       what all filters let pass
+    isic-archive:collection=212,66&images=full&limit=500   collections, full images, the first 500
+
+Filters are `license`, `image_type`, `diagnosis` (one of this package's classes), `collection` (ids) and `query` (the
+archive's own language); values are separated by commas. Without `collection` and `query` the metadata come from the
+bucket's snapshot, whose time is recorded, else from the API v2, page by page. Images that the archive marks as
+synthetic are never read.
+Source: https://api.isic-archive.com/api/docs/swagger/ and the bucket `isic-archive` of AWS Open Data.
+Thumbnails are JPEG of quality 75: they bound the detail that a model can learn.
+"""
+
+import functools
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+
+import pyarrow
+import pyarrow.parquet
+
+from isic_vq.data.http import HttpClient, RemoteError, RemoteSettings, Request, client
+from isic_vq.data.schema import DataError, normalise
+from isic_vq.data.sites import is_canonical_site
+from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.sidecar import flatten
+from isic_vq.models.diagnosis import archive_diagnosis, canonical_diagnosis
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_PART = 64
+PAGE_SIZE = 100  # the API gives no more
+LICENSES = ("CC-0", "CC-BY", "CC-BY-NC")
+IMAGE_PATHS = {"thumbnail": "thumbnails/{}_thumbnail.jpg", "full": "images/{}.jpg"}
+SNAPSHOT = "snapshots/ISIC_metadata.parquet"
+DIAGNOSIS_LEVELS = tuple(f"diagnosis_{level}" for level in range(1, 6))
+SITE_LEVELS = (
+    "anatom_site_special",
+    "anatom_site_general",
+    *(f"anatom_site_{level}" for level in range(5, 0, -1)),
+)
+COLUMNS = (
+    "isic_id",
+    "lesion_id",
+    "patient_id",
+    "age_approx",
+    "sex",
+    "copyright_license",
+    "attribution",
+    "image_type",
+    "image_manipulation",
+    *DIAGNOSIS_LEVELS,
+    *SITE_LEVELS,
+)
+_ISIC_ID = re.compile(r"ISIC_\d{7}")
+
+
+@dataclass(frozen=True)
+class ArchiveFilters:
+    """Which images; an empty tuple lets all pass.
+
+    Attributes:
+        license: of `LICENSES`.
+        image_type: as the archive writes them, such as "dermoscopic" or "clinical: close-up".
+        diagnosis: of `DIAGNOSES`.
+        collection: numbers of collections.
+        query: in the archive's language.
+        images: "thumbnail" (at most 256 pixels) or "full".
+        limit: at most so many, in the order of the archive; None takes all.
+    """
+
+    license: tuple[str, ...] = ()
+    image_type: tuple[str, ...] = ()
+    diagnosis: tuple[str, ...] = ()
+    collection: tuple[str, ...] = ()
+    query: str = ""
+    images: str = "thumbnail"
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "ArchiveFilters":
+        """Read KEY=VALUE[,VALUE...]&...
+
+        Raises:
+            DataError: a key or value that does not exist.
+        """
+        values: dict[str, Any] = {}
+        try:
+            pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
+        except ValueError as error:
+            raise DataError(f"'isic-archive:{text}' is not KEY=VALUE&KEY=VALUE: {error}") from error
+        for key, value in pairs:
+            if key in ("license", "image_type", "diagnosis", "collection"):
+                values[key] = (*values.get(key, ()), *(item.strip() for item in value.split(",")))
+            elif key in ("query", "images", "limit"):
+                values[key] = value
+            else:
+                raise DataError(f"isic-archive has no filter {key!r}. Expected {', '.join(vars(cls()))}.")
+        cls._check(values)
+        return cls(**values)
+
+    @staticmethod
+    def _check(values: dict[str, Any]) -> None:
+        spelled = {re.sub(r"[\W_]", "", name.lower()): name for name in LICENSES}
+        licenses = [
+            spelled.get(re.sub(r"[\W_]", "", name.lower()), name) for name in values.get("license", ())
+        ]
+        for name in licenses:
+            if name not in LICENSES:
+                raise DataError(f"license={name}: the archive's licences are {', '.join(LICENSES)}.")
+        try:
+            diagnoses = [canonical_diagnosis(name) for name in values.get("diagnosis", ())]
+        except ValueError as error:
+            raise DataError(f"diagnosis: {error}") from None
+        for number in values.get("collection", ()):
+            if not number.isdecimal():
+                raise DataError(
+                    f"collection={number}: expected numbers of collections, such as 212 for HAM10000."
+                )
+        if values.get("images", "full") not in IMAGE_PATHS:
+            raise DataError(f"images={values['images']}: expected {' or '.join(IMAGE_PATHS)}.")
+        if "limit" in values:
+            if not values["limit"].isdecimal() or int(values["limit"]) == 0:
+                raise DataError(f"limit={values['limit']}: expected a positive number.")
+            values["limit"] = int(values["limit"])
+        values |= {"license": tuple(licenses), "diagnosis": tuple(diagnoses)}
+
+    def __str__(self) -> str:
+        defaults = vars(ArchiveFilters())
+        changed = {k: v for k, v in vars(self).items() if v != defaults[k]}
+        joined = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in sorted(changed.items())}
+        return urlencode(joined, safe=',:" ')
+
+    def let_pass(self, row: dict[str, Any]) -> bool:
+        """Whether an image of the archive's metadata is wanted."""
+        if row.get("image_manipulation") == "synthetic":
+            return False
+        return (
+            (not self.license or row.get("copyright_license") in self.license)
+            and (not self.image_type or row.get("image_type") in self.image_type)
+            and (not self.diagnosis or _diagnosis(row) in self.diagnosis)
+        )
+
+
+@dataclass(frozen=True)
+class ArchiveSource(Source):
+    """Images of the ISIC archive.
+
+    Attributes:
+        filters: which.
+    """
+
+    filters: ArchiveFilters
+
+    @classmethod
+    def from_target(cls, target: str) -> "ArchiveSource":
+        """Parse the filters.
+
+        Raises:
+            DataError: as `ArchiveFilters.parse`.
+        """
+        return cls(ArchiveFilters.parse(target.strip()))
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The URI with its filters in order."""
+        return f"isic-archive:{self.filters}"
+
+    @property
+    def snapshot(self) -> str | None:  # type: ignore[override]
+        """The time of the archive's snapshot; None for what the API found."""
+        return self._found()[1]
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Ranges of images, by number."""
+        number = self._found()[0].num_rows
+        return [(start, min(start + IMAGES_PER_PART, number)) for start in range(0, number, IMAGES_PER_PART)]
+
+    def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
+        """Yield the records of a range of images; one that cannot be had has no image, and a warning names it."""
+        start, stop = part
+        rows = self._found()[0].slice(start, stop - start).to_pylist()
+        base, path = RemoteSettings.from_environment().bucket_url, IMAGE_PATHS[self.filters.images]
+        requests = (Request(f"{base}/{path.format(row['isic_id'])}") for row in rows)
+        for row, content in zip(rows, client().fetch(requests), strict=True):
+            if isinstance(content, RemoteError):
+                logger.warning("%s has no image: %s", row["isic_id"], content)
+            yield {"image": content if isinstance(content, bytes) else None, **_normal(row)}
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """The rows of all images."""
+        return map(_normal, self._found()[0].to_pylist())
+
+    def fingerprint(self) -> str:
+        """Of the snapshot's time, the kind of images and their ids."""
+        table, snapshot = self._found()
+        ids = "\n".join(sorted(table["isic_id"].to_pylist()))
+        return hashlib.sha256(f"{snapshot}\n{self.filters.images}\n{ids}".encode()).hexdigest()
+
+    def _found(self) -> tuple[pyarrow.Table, str | None]:
+        return _find(self.filters, RemoteSettings.from_environment())
+
+
+@functools.lru_cache(maxsize=2)
+def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Table, str | None]:
+    """The archive's metadata of the images that pass, and the time of their snapshot.
+
+    Columns of an Arrow table, because a process holds them while it reads.
+
+    Raises:
+        DataError: nothing passes, or the metadata are not what they are known to be.
+    """
+    http = client()
+    if filters.collection or filters.query:
+        table, snapshot = _search(filters, settings, http), None
+    else:
+        table, snapshot = _read_snapshot(settings, http)
+    passes, ids, refused = [], set(), 0
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            name = row["isic_id"]
+            if not isinstance(name, str) or not _ISIC_ID.fullmatch(name):
+                raise DataError(
+                    f"the archive's metadata name an image {name!r}: expected ISIC_ and seven digits"
+                )
+            refused += name in ids  # the set changed between two pages
+            passes.append(name not in ids and filters.let_pass(row))
+            ids.add(name)
+    kept = table.filter(pyarrow.array(passes, pyarrow.bool_())).slice(0, filters.limit)
+    if refused:
+        logger.warning("the archive listed %d images twice; each is read once", refused)
+    if not kept.num_rows:
+        raise DataError(f"isic-archive:{filters} lets no image of {len(ids)} pass: loosen the filters.")
+    logger.info("isic-archive: %d of %d images pass", kept.num_rows, len(ids))
+    return kept.combine_chunks(), snapshot
+
+
+def _read_snapshot(settings: RemoteSettings, http: HttpClient) -> tuple[pyarrow.Table, str | None]:
+    """The metadata of all images, and when they were written."""
+    url = f"{settings.bucket_url}/{SNAPSHOT}"
+    # By its version, so that a cache does not keep one snapshot for ever.
+    content = http.get(url, version=http.head(url).etag)
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        table = file.read([name for name in COLUMNS if name in file.schema_arrow.names])
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{url} is not a parquet file: {error}") from error
+    if "isic_id" not in table.column_names:
+        raise DataError(f"{url} has no column isic_id: its layout is not the one that is known here")
+    snapshot = (file.schema_arrow.metadata or {}).get(b"snapshot_timestamp")
+    return table, snapshot.decode() if snapshot else None
+
+
+def _search(filters: ArchiveFilters, settings: RemoteSettings, http: HttpClient) -> pyarrow.Table:
+    """The metadata of what the API finds, page by page."""
+    url = f"{settings.api_url}/images/search/"
+    params = {"limit": str(PAGE_SIZE)}
+    if filters.collection:
+        params["collections"] = ",".join(filters.collection)
+    if filters.query:
+        params["query"] = filters.query
+    page, rows, expected = http.get_json(url, params), [], None
+    while True:
+        if not isinstance(page, dict) or not isinstance(page.get("results"), list):
+            raise DataError(
+                f"{url} did not answer with a page of results: its API is not the one that is known here"
+            )
+        expected = page.get("count") if expected is None else expected
+        rows += [{name: about.get(name) for name in COLUMNS} for about in map(flatten, page["results"])]
+        if not page.get("next"):
+            break
+        page = http.get_json(_same_server(url, page["next"]))
+    if expected is not None and len({row["isic_id"] for row in rows}) != expected:
+        logger.warning(
+            "the archive counted %d images and listed %d: it changed meanwhile", expected, len(rows)
+        )
+    types = {name: pyarrow.string() for name in COLUMNS} | {"age_approx": pyarrow.float64()}
+    return pyarrow.Table.from_pylist(rows, pyarrow.schema(list(types.items())))
+
+
+def _same_server(url: str, following: str) -> str:
+    """The address of the next page: its query alone counts, so that a mirror is never left."""
+    query = urlsplit(following).query
+    return urljoin(url, f"?{query}")
+
+
+def _diagnosis(row: dict[str, Any]) -> str:
+    return archive_diagnosis([row.get(name) for name in DIAGNOSIS_LEVELS])
+
+
+def _normal(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the archive's metadata with the columns of `FEATURES`."""
+    sites = [row[name] for name in SITE_LEVELS if row.get(name)]
+    site = next((name for name in sites if is_canonical_site(name)), sites[-1] if sites else None)
+    about = {**row, "diagnosis": _diagnosis(row), "site": site, "source": "isic-archive"}
+    return normalise(about, "isic-archive")

@@ -1,0 +1,270 @@
+"""The ISIC challenges of 2016 to 2020: a zip archive of images, joined with its CSV files.
+
+    challenge:2019           the training images of 2019
+    challenge:2018:test      another part; 2018 is Task 3, the training images of which are HAM10000
+
+Source: the challenges' download pages (https://challenge.isic-archive.com/data/), which also state the licences
+that are recorded here; the archive's licence of a single image may differ.
+Differs: labels become the classes of this package. In 2016 "malignant" is melanoma, and "benign" is whatever is not:
+unknown. In 2017 what is neither melanoma nor seborrheic keratosis is a nevus.
+The zip archive is opened once and never as a whole in memory; see `range_zip`.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from isic_vq.data.http import RemoteSettings, client
+from isic_vq.data.schema import DataError, normalise
+from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.folder import IMAGE_SUFFIXES
+from isic_vq.data.sources.range_zip import Member, RangeZip, is_remote, public_name
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 4 << 20
+PART_MEMBERS = 64
+NAME_COLUMNS = ("image", "image_id", "image_name")
+NOT_IMAGES = ("_superpixels", "_segmentation")
+BCN_HAM_MSK = (
+    "BCN_20000 (c) Department of Dermatology, Hospital Clinic de Barcelona; HAM10000 (c) ViDIR Group, Medical University "
+    "of Vienna, doi 10.1038/sdata.2018.161; MSK (c) Anonymous, arXiv 1710.05006 and 1902.03368"
+)
+HAM = "HAM10000 (c) ViDIR Group, Medical University of Vienna, doi 10.1038/sdata.2018.161"
+ISIC_2020 = "ISIC 2020 Challenge Dataset, doi 10.34970/2020-ds01, (c) by its contributors"
+ISIC_CC0 = "ISIC Archive, International Skin Imaging Collaboration"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The files of one part of a challenge, relative to the challenges' address.
+
+    Attributes:
+        images: zip archive.
+        tables: CSV files, or zip archives of one, whose rows are joined by the image's name; later ones add columns.
+        license: as the download page states it.
+        attribution: whom to name.
+        in_archive_bucket: the files lie in the archive's bucket under `challenges/`.
+    """
+
+    images: str
+    tables: tuple[str, ...]
+    license: str
+    attribution: str
+    in_archive_bucket: bool = False
+
+
+def _release_2016(part: str) -> Release:
+    stem = f"2016/ISBI2016_ISIC_Part3_{part}"
+    return Release(f"{stem}_Data.zip", (f"{stem}_GroundTruth.csv",), "CC-0", ISIC_CC0)
+
+
+def _release_2017(part: str, data: str) -> Release:
+    return Release(
+        f"2017/ISIC-2017_{data}.zip",
+        (f"2017/ISIC-2017_{part}_Part3_GroundTruth.csv",),
+        "CC-0",
+        ISIC_CC0,
+        in_archive_bucket=True,
+    )
+
+
+def _release_2018(part: str, *more: str) -> Release:
+    stem = f"2018/ISIC2018_Task3_{part}"
+    return Release(f"{stem}_Input.zip", (f"{stem}_GroundTruth.zip", *more), "CC-BY-NC", HAM)
+
+
+def _release_2019(part: str) -> Release:
+    stem = f"2019/ISIC_2019_{part}"
+    return Release(
+        f"{stem}_Input.zip", (f"{stem}_GroundTruth.csv", f"{stem}_Metadata.csv"), "CC-BY-NC", BCN_HAM_MSK
+    )
+
+
+RELEASES = {
+    ("2016", "train"): _release_2016("Training"),
+    ("2016", "test"): _release_2016("Test"),
+    ("2017", "train"): _release_2017("Training", "Training_Data"),
+    ("2017", "validation"): _release_2017("Validation", "Validation_Data"),
+    ("2017", "test"): _release_2017("Test_v2", "Test_v2_Data"),
+    ("2018", "train"): _release_2018("Training", "2018/ISIC2018_Task3_Training_LesionGroupings.csv"),
+    ("2018", "validation"): _release_2018("Validation"),
+    ("2018", "test"): _release_2018("Test"),
+    ("2019", "train"): _release_2019("Training"),
+    ("2019", "test"): _release_2019("Test"),
+    ("2020", "train"): Release(
+        "2020/ISIC_2020_Training_JPEG.zip",
+        ("2020/ISIC_2020_Training_GroundTruth_v2.csv",),
+        "CC-BY-NC",
+        ISIC_2020,
+        in_archive_bucket=True,
+    ),
+    ("2020", "test"): Release(
+        "2020/ISIC_2020_Test_JPEG.zip",
+        ("2020/ISIC_2020_Test_Metadata.csv",),
+        "CC-BY-NC",
+        ISIC_2020,
+        in_archive_bucket=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ChallengeSource(Source):
+    """The images of one part of a challenge.
+
+    Attributes:
+        year: "2016" to "2020".
+        part: "train", "validation" or "test".
+    """
+
+    year: str
+    part: str
+
+    @classmethod
+    def from_target(cls, target: str) -> "ChallengeSource":
+        """Parse YEAR[:PART].
+
+        Raises:
+            DataError: there is no such part of a challenge.
+        """
+        year, _, part = target.strip().partition(":")
+        if (year, part or "train") not in RELEASES:
+            known = ", ".join(":".join(key) for key in RELEASES)
+            raise DataError(f"'challenge:{target}' is not known. Expected YEAR or YEAR:PART, of {known}.")
+        return cls(year, part or "train")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The URI with its part."""
+        return f"challenge:{self.year}:{self.part}"
+
+    @property
+    def release(self) -> Release:
+        """Its files."""
+        return RELEASES[self.year, self.part]
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Ranges of images that lie next to each other in the zip archive, by number."""
+        members, parts, start = self._images(), [], 0
+        for stop in range(1, len(members) + 1):
+            is_full = (
+                stop - start == PART_MEMBERS or members[stop - 1].end - members[start].start >= PART_BYTES
+            )
+            if is_full or stop == len(members):
+                parts.append((start, stop))
+                start = stop
+        return parts
+
+    def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
+        """Yield the records of a range of images; one that cannot be read has no image, and a warning names it."""
+        for member, content in self._zip().read(self._images()[slice(*part)]):
+            row = self._row(member)
+            if isinstance(content, DataError):
+                logger.warning("%s: %s has no image: %s", self.name, row["isic_id"], content)
+            yield {"image": content if isinstance(content, bytes) else None, **row}
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """The rows of all images; of the zip archive only the directory is read."""
+        return map(self._row, self._images())
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and checksums in the archive's directory, and of the rows."""
+        rows = [json.dumps([*self._row(m).values(), m.size, m.crc]) for m in self._images()]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    def _zip(self) -> RangeZip:
+        return _open_zip(_locate(self.release, self.release.images))
+
+    def _images(self) -> list[Member]:
+        """The members that are images, in the order of their bytes."""
+        return [member for member in self._zip().members if _is_image(member.name)]
+
+    def _row(self, member: Member) -> dict[str, Any]:
+        """The row of an image, as the tables have it."""
+        name = PurePosixPath(member.name).stem.removesuffix("_downsampled")
+        release = self.release
+        table = _read_tables(release, tuple(_locate(release, path) for path in release.tables))
+        about = {**table.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
+        about |= {"license": release.license, "attribution": release.attribution}
+        return normalise(about, self.name)
+
+
+def _is_image(name: str) -> bool:
+    """Whether a member is a photograph; challenges keep masks and superpixels beside them."""
+    path = PurePosixPath(name)
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.stem.endswith(NOT_IMAGES)
+        and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    )
+
+
+def _locate(release: Release, path: str) -> str:
+    """Address, or path, of a file of a release by the settings of the environment."""
+    settings = RemoteSettings.from_environment()
+    base = settings.challenge_url
+    if base.startswith("file://"):
+        return str(Path(url2pathname(urlsplit(base).path)) / path)
+    if not is_remote(base):
+        return str(Path(base).expanduser() / path)
+    if release.in_archive_bucket and base == RemoteSettings.challenge_url:
+        return f"{settings.bucket_url}/challenges/{path}"
+    return f"{base}/{path}"
+
+
+@functools.lru_cache(maxsize=4)
+def _open_zip(location: str) -> RangeZip:
+    """An archive that stays open: its directory is read once in a process."""
+    return RangeZip.open(location)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_tables(release: Release, locations: tuple[str, ...]) -> Mapping[str, dict[str, Any]]:
+    """The rows of a release's tables by image, under names that `normalise` knows."""
+    rows: dict[str, dict[str, Any]] = {}
+    for location in locations:
+        for row in _read_csv(location):
+            name = next(row[column] for column in NAME_COLUMNS if column in row)
+            about = {key: value for key, value in row.items() if value and key not in NAME_COLUMNS}
+            if "diagnosis" not in about and "benign_malignant" in about:  # 2016
+                malignant = about["benign_malignant"] in ("malignant", "1.0", "1")
+                about["diagnosis"] = "melanoma" if malignant else "unknown"
+            rows.setdefault(name.strip(), {}).update(about)
+    return rows
+
+
+def _read_csv(location: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, which a zip archive may hold; those of 2016 have no header."""
+    if is_remote(location):
+        content = client().get(location)
+    else:
+        try:
+            content = Path(location).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{public_name(location)} is not there: it belongs to the challenge's images"
+            ) from error
+    if location.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            (name,) = [n for n in archive.namelist() if n.endswith(".csv") and "__MACOSX" not in n]
+            content = archive.read(name)
+    text = content.decode("utf-8-sig")
+    header = None if not re.match(r"ISIC_\d+,", text) else ("image", "benign_malignant")
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), fieldnames=header))
+    if not rows or not set(NAME_COLUMNS) & set(rows[0]):
+        raise DataError(
+            f"{public_name(location)} has no column image, image_id or image_name: expected a challenge's CSV"
+        )
+    return rows

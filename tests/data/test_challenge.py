@@ -1,0 +1,258 @@
+"""Challenge archives as a source: one zip archive over HTTP or on disk, joined with its tables."""
+
+import zipfile
+
+import pytest
+from archive_server import WORDS_2020, ArchiveServer, challenge_files, images
+from fault_server import FaultServer
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import find_source
+from isic_vq.data.sources.challenge import RELEASES, _open_zip, _read_tables
+from isic_vq.data.sources.range_zip import RangeZip
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from source_contract import (
+    assert_metadata_are_the_rows_without_images,
+    assert_pickled_source_reads_the_same,
+    assert_processes_share_the_rows,
+    assert_stream_resumes_exactly,
+    rows_of,
+)
+
+NUMBER = 26
+REAL = pytest.param(True, marks=pytest.mark.real_data)
+HAM = ["melanoma", "nevus", "basal_cell_carcinoma", "actinic_keratosis", "benign_keratosis", "dermatofibroma"]
+EXPECTED = {
+    "2016": ["melanoma", "unknown", "unknown"],
+    "2017": ["melanoma", "benign_keratosis", "nevus"],
+    "2018": [*HAM, "vascular_lesion"],
+    "2019": [*HAM, "vascular_lesion", "squamous_cell_carcinoma", "unknown"],
+    "2020": [
+        "nevus",
+        "melanoma",
+        "benign_keratosis",
+        "unknown",
+        "benign_keratosis",
+        "benign_keratosis",
+        *["unknown"] * 3,
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _opened_anew():
+    _open_zip.cache_clear()
+    _read_tables.cache_clear()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with FaultServer() as server:
+        for name, value in ArchiveServer.environment(server).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def serve(server, year, contents, method=zipfile.ZIP_STORED):
+    files, names = challenge_files(year, contents, method)
+    server.files |= {f"/challenge/{path}": content for path, content in files.items()}
+    return names
+
+
+def images_zip(year):
+    return f"/challenge/{RELEASES[year, 'train'].images}"
+
+
+@pytest.mark.parametrize("real", [False, REAL])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("year", sorted(EXPECTED))
+def test_images_and_labels_of_every_year(year, method, real, server, request):
+    if real:
+        request.getfixturevalue("data_dir")
+    contents = images(NUMBER, real)
+    names = serve(server, year, contents, method)
+    rows = rows_of(find_source(f"challenge:{year}").stream())
+    assert [row["isic_id"] for row in rows] == names
+    assert [row["image"] for row in rows] == contents
+    cycle = EXPECTED[year]
+    assert [row["diagnosis"] for row in rows] == [cycle[i % len(cycle)] for i in range(NUMBER)]
+    licence = "CC-0" if year in ("2016", "2017") else "CC-BY-NC"
+    assert {(row["license"], row["source"]) for row in rows} == {(licence, f"isic-challenge-{year}")}
+    assert all(row["attribution"] for row in rows)
+
+
+def test_what_the_tables_say_beside_the_diagnosis(server):
+    for year in ("2018", "2019", "2020"):
+        serve(server, year, images(NUMBER))
+    rows = {year: list(find_source(f"challenge:{year}").metadata()) for year in ("2018", "2019", "2020")}
+    assert [row["lesion_id"] for row in rows["2018"]] == [f"HAM_{i // 2:07d}" for i in range(NUMBER)]
+    for i, row in enumerate(rows["2019"]):
+        assert row["age"] == (5.0 * i if i % 4 else None)
+        assert row["site"] == ("anterior torso" if i % 2 else None)
+        assert row["lesion_id"] == (None if i % 3 else f"BCN_{i}")
+        assert row["sex"] == ("male" if i % 2 else None)
+    for i, row in enumerate(rows["2020"]):
+        assert (row["patient_id"], row["lesion_id"]) == (f"IP_{i // 3:07d}", f"IL_{i:07d}")
+        assert (row["age"], row["site"], row["sex"]) == (45.0, "torso", "female" if i % 2 else "male")
+    assert len(WORDS_2020) == 9
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut", "reset", "slow", "stall"])
+def test_every_image_comes_once_whatever_fails(kind, server):
+    server.stall_seconds = 1.0
+    contents = images(NUMBER)
+    names = serve(server, "2018", contents)
+    for path in server.files:
+        server.fail(path, kind)
+    server.fail(images_zip("2018"), kind, times=2, after=2)
+    rows = rows_of(find_source("challenge:2018").stream())
+    assert [(row["isic_id"], row["image"]) for row in rows] == list(zip(names, contents, strict=True))
+
+
+def test_a_zip_that_changes_while_it_is_read_is_never_a_mixture(server, caplog):
+    serve(server, "2018", images(NUMBER))
+    source = find_source("challenge:2018")
+    source.parts()
+    server.fail(images_zip("2018"), "etag")
+    rows = rows_of(source.stream())
+    assert [row["image"] for row in rows] == [None] * NUMBER
+    assert "changed while it was read. Start again" in caplog.text
+
+
+def test_a_truncated_and_a_damaged_image_are_counted_and_the_others_sound(server, caplog):
+    contents = images(NUMBER)
+    contents[4] = contents[4][: len(contents[4]) // 2]  # truncated before it was packed
+    names = serve(server, "2018", contents)
+    path = images_zip("2018")
+    at = server.files[path].index(contents[9])
+    server.files[path] = server.files[path][: at + 50] + b"\0\0" + server.files[path][at + 52 :]
+    stream = find_source("challenge:2018").stream()
+    batches = iter_batches(stream, IsicVQImageProcessor(size=16), 8, max_corrupt_share=0.1)
+    assert [n for batch in batches for n in batch["isic_ids"]] == [
+        n for i, n in enumerate(names) if i not in (4, 9)
+    ]
+    assert (
+        f"{names[9]} has no image: {names[9]}.jpg is damaged in the zip archive (wrong checksum)"
+        in caplog.text
+    )
+
+
+def test_a_member_that_was_damaged_on_the_way_is_fetched_again(server, monkeypatch):
+    contents = images(NUMBER)
+    serve(server, "2018", contents)
+    path, sound = images_zip("2018"), server.files[images_zip("2018")]
+    source = find_source("challenge:2018")
+    source.parts()
+    from isic_vq.data.sources import range_zip
+
+    unpack, broken = range_zip._unpack, []
+
+    def once_broken(member, packed):
+        if member.name.endswith("5000003.jpg") and not broken:
+            broken.append(member)
+            packed = b"\0" * len(packed)
+        return unpack(member, packed)
+
+    monkeypatch.setattr(range_zip, "_unpack", once_broken)
+    assert [row["image"] for row in rows_of(source.stream())] == contents
+    assert broken
+    assert server.files[path] == sound
+
+
+def test_few_requests_read_many_images(server):
+    contents = images(20) * 30
+    serve(server, "2018", contents)
+    source = find_source("challenge:2018")
+    assert len(rows_of(source.stream())) == 600
+    assert len(source.parts()) >= 600 // 64
+    asked = server.requests(images_zip("2018"))
+    assert len(asked) <= len(source.parts()) + 8
+    size = len(server.files[images_zip("2018")])
+    assert sum(r.sent for r in asked) < size + (2 << 20), "hardly a byte twice"
+
+
+def test_the_contract_of_sources(server):
+    serve(server, "2019", images(20) * 8)
+    source = find_source("challenge:2019")
+    for holds in (
+        assert_processes_share_the_rows,
+        assert_pickled_source_reads_the_same,
+        assert_metadata_are_the_rows_without_images,
+        assert_stream_resumes_exactly,
+    ):
+        holds(source)
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_a_folder_serves_as_a_server_does(as_url, tmp_path, monkeypatch):
+    contents = images(NUMBER)
+    files, names = challenge_files("2017", contents)
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    monkeypatch.setenv("ISIC_VQ_CHALLENGE_URL", tmp_path.as_uri() if as_url else str(tmp_path))
+    source = find_source("challenge:2017")
+    assert [row["image"] for row in rows_of(source.stream())] == contents
+    info = source.describe()
+    assert (info.name, info.num_images, info.licenses) == ("challenge:2017:train", NUMBER, {"CC-0": NUMBER})
+    fingerprint = info.fingerprint
+    (tmp_path / "2017" / "ISIC-2017_Training_Part3_GroundTruth.csv").write_text(
+        "image_id,melanoma,seborrheic_keratosis\n" + "\n".join(f"{n},0.0,0.0" for n in names)
+    )
+    _read_tables.cache_clear()
+    assert source.fingerprint() != fingerprint, "labels are content"
+    assert {row["diagnosis"] for row in source.metadata()} == {"nevus"}
+
+
+def test_images_without_a_row_are_unknown(server):
+    names = serve(server, "2019", images(4))
+    table = "/challenge/2019/ISIC_2019_Training_GroundTruth.csv"
+    server.files[table] = b"\n".join(server.files[table].splitlines()[:-1])
+    rows = list(find_source("challenge:2019").metadata())
+    assert [row["isic_id"] for row in rows] == names
+    assert rows[-1]["diagnosis"] == "unknown"
+    assert rows[0]["diagnosis"] == "melanoma"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("challenge:2015", "'challenge:2015' is not known. Expected YEAR or YEAR:PART, of 2016:train"),
+        ("challenge:2020:validation", "is not known.*2020:train, 2020:test"),
+        ("challenge:", "names nothing"),
+    ],
+)
+def test_challenges_that_do_not_exist(uri, message):
+    with pytest.raises(DataError, match=message):
+        find_source(uri)
+
+
+def test_files_that_are_not_there(server, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="ISIC_2019_Training_Input.zip: the server answered 404"):
+        find_source("challenge:2019").parts()
+    monkeypatch.setenv("ISIC_VQ_CHALLENGE_URL", str(tmp_path))
+    with pytest.raises(DataError, match="ISIC_2019_Training_Input.zip is not there: expected a zip archive"):
+        find_source("challenge:2019").parts()
+
+
+def test_zip_archives_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"no zip")
+    with pytest.raises(DataError, match="a.zip is not a whole zip archive"):
+        RangeZip.open(str(tmp_path / "a.zip"))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.jpg", b"content" * 50)
+    with pytest.raises(DataError, match="b.zip holds 'a.jpg', which is encrypted or packed by method 12"):
+        RangeZip.open(str(tmp_path / "b.zip"))
+
+
+def test_zip64_and_any_order_of_members(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("c", "a", "b"):
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(name.encode() * 100_000)
+    opened = RangeZip.open(str(tmp_path / "a.zip"))
+    assert [m.name for m in opened.members] == ["c", "a", "b"]
+    assert {m.name: content for m, content in opened.read(opened.members)} == {
+        name: name.encode() * 100_000 for name in "abc"
+    }
