@@ -7,7 +7,19 @@ from hypothesis import strategies as st
 
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
-from isic_vq.data.splits import GROUP_COLUMNS, group_of, in_validation, split_by_group
+from isic_vq.data.splits import (
+    GROUP_COLUMNS,
+    SPLITS,
+    Assignment,
+    assign_splits,
+    components,
+    few_images,
+    in_validation,
+    open_part,
+    split_by_group,
+    stratified_report,
+)
+from isic_vq.data.synthetic import synthetic_image
 
 NUMBERS = st.integers(0, 2**32)
 
@@ -17,16 +29,25 @@ def _dataset(lesions):
     return Dataset.from_list(rows, features=Features({column: Value("string") for column in GROUP_COLUMNS}))
 
 
+def row(lesion=None, patient=None, image=None, **more):
+    return {"lesion_id": lesion, "patient_id": patient, "isic_id": image, **more}
+
+
 def test_group_is_the_lesion_else_the_patient_else_the_image():
-    record = {"lesion_id": "l", "patient_id": "p", "isic_id": "i"}
-    assert group_of(record) == "l"
-    assert group_of({**record, "lesion_id": None}) == "p"
-    assert group_of({**record, "lesion_id": None, "patient_id": ""}) == "i"
+    assert components([row("l", None, "i"), row(None, "p", "j"), row(None, "", "k")]) == ["l", "p", "k"]
+    assert components([row("x", None, "i"), row(None, "x", "j")]) == ["x", "x"], "the names, not the groups"
+    split = assign_splits([row("x", None, "i"), row(None, "x", "j")], {}, wanted=["train", "test"])
+    assert [a.split for a in split] == ["train", "test"], "a lesion and a patient of one name are two"
+
+
+def test_a_lesion_and_a_patient_are_one_group_over_any_bridge():
+    rows = [row("b", "p"), row("a", "q"), row("b", "q"), row("c", None), row(None, "p")]
+    assert components(rows) == ["a", "a", "a", "c", "a"]
 
 
 def test_record_without_ids_cannot_be_split():
     with pytest.raises(DataError, match="none of lesion_id, patient_id, isic_id"):
-        group_of(dict.fromkeys(GROUP_COLUMNS))
+        components([row()])
 
 
 def test_assignment_is_pinned():
@@ -84,3 +105,189 @@ def test_no_lesion_of_ham10000_is_on_both_sides(data_dir):
     assert not set(train["lesion_id"]) & set(validation["lesion_id"])
     assert len(train) + len(validation) == 5984
     assert 480 < len(validation) < 720
+
+
+# --- assignments that stay -----------------------------------------------------------------------------------------
+
+SHARES = {"validation": 0.25, "test": 0.25}
+IDS = st.one_of(st.none(), st.sampled_from([f"{kind}{number}" for kind in "a" for number in range(12)]))
+
+
+@st.composite
+def snapshots(draw, least=1, most=30):
+    """Rows of random lesions and patients with bridges between them, each image once."""
+    pairs = draw(st.lists(st.tuples(IDS, IDS), min_size=least, max_size=most))
+    return [row(lesion, patient, f"i{number:03}") for number, (lesion, patient) in enumerate(pairs)]
+
+
+def splits_of(rows, **options):
+    return {r["isic_id"]: a.split for r, a in zip(rows, assign_splits(rows, SHARES, **options), strict=True)}
+
+
+def assert_disjoint(rows, assignments):
+    """No lesion and no patient in two splits, but for what is excluded."""
+    for column in ("lesion_id", "patient_id"):
+        sides = {}
+        for r, a in zip(rows, assignments, strict=True):
+            if r[column] and a.split != "excluded":
+                assert sides.setdefault(r[column], a.split) == a.split, (column, r[column])
+
+
+@given(snapshots(), NUMBERS, st.randoms())
+def test_one_snapshot_is_disjoint_and_free_of_order(rows, seed, random):
+    expected = assign_splits(rows, SHARES, seed)
+    assert {a.split for a in expected} <= {"train", "validation", "test"}
+    assert_disjoint(rows, expected)
+    shuffled = random.sample(rows, len(rows))
+    assert splits_of(shuffled, seed=seed) == {
+        r["isic_id"]: a.split for r, a in zip(rows, expected, strict=True)
+    }
+
+
+@given(snapshots(most=40), st.integers(1, 39), NUMBERS, st.randoms())
+def test_adding_images_never_moves_old_ones_and_what_disagrees_is_excluded(rows, cut, seed, random):
+    random.shuffle(rows)
+    old, new = rows[:cut], rows[cut:]
+    before = assign_splits(old, SHARES, seed)
+    after = assign_splits(new, SHARES, seed, frozen_rows=old, frozen=before)
+    assert_disjoint([*old, *new], [*before, *after])
+    everything = [*old, *new]
+    groups = dict(zip((r["isic_id"] for r in everything), components(everything), strict=True))
+    for r, a in zip(new, after, strict=True):
+        of_old = {
+            b.split for o, b in zip(old, before, strict=True) if groups[o["isic_id"]] == groups[r["isic_id"]]
+        }
+        if len(of_old) > 1:
+            assert a.split == "excluded"
+            assert a.reason.startswith("joins ")
+        elif of_old:
+            assert {a.split} == of_old
+        else:
+            assert a.split != "excluded"
+    again = assign_splits([], SHARES, seed, frozen_rows=everything, frozen=[*before, *after])
+    assert again == []
+
+
+@given(snapshots(), st.floats(0, 0.45), st.floats(0, 0.45), NUMBERS)
+def test_larger_shares_only_take_from_training(rows, a, b, seed):
+    small, large = ({"validation": s, "test": s} for s in sorted((a, b)))
+    for before, after in zip(assign_splits(rows, small, seed), assign_splits(rows, large, seed), strict=True):
+        assert before.split in ("train", after.split)
+
+
+def test_shares_hold_on_average():
+    rows = [row(f"l{number}", None, str(number)) for number in range(20_000)]
+    found = [a.split for a in assign_splits(rows, {"validation": 0.1, "test": 0.2}, seed=1)]
+    for split, share in (("validation", 0.1), ("test", 0.2), ("train", 0.7)):
+        assert abs(found.count(split) / 20_000 - share) < 0.01
+
+
+def test_a_bridge_between_old_groups_is_excluded_with_both_named():
+    old = [row("IL_1", None, "a"), row(None, "IP_2", "b")]
+    frozen = [Assignment("train"), Assignment("validation")]
+    new = [row("IL_1", "IP_2", "c"), row("IL_1", None, "d"), row("IL_9", None, "e")]
+    found = assign_splits(new, {}, frozen_rows=old, frozen=frozen)
+    assert found[0] == Assignment("excluded", "joins lesion IL_1 in train and patient IP_2 in validation")
+    assert found[1] == found[0], "in this snapshot it belongs to the same group"
+    assert found[2] == Assignment("train")
+
+
+def test_an_excluded_image_binds_nobody():
+    old = [row("l", "p", "a")]
+    found = assign_splits([row("l", None, "b")], {}, frozen_rows=old, frozen=[Assignment("excluded", "why")])
+    assert found == [Assignment("train")]
+
+
+def test_a_split_of_a_source_takes_its_groups_along():
+    rows = [
+        row("l", None, "a"),
+        row("l", None, "b"),
+        row("m", None, "c"),
+        row("n", None, "d"),
+        row("n", None, "e"),
+    ]
+    found = assign_splits(rows, {}, wanted=["test", None, None, "train", "validation"])
+    assert [a.split for a in found] == ["test", "test", "train", "excluded", "excluded"]
+    assert found[3].reason == "joins lesion n in train and lesion n in validation"
+
+
+def test_what_was_assigned_before_outweighs_the_source():
+    found = assign_splits(
+        [row("l", None, "b"), row("l", None, "c")],
+        {},
+        wanted=["test", None],
+        frozen_rows=[row("l", None, "a")],
+        frozen=[Assignment("validation")],
+    )
+    assert found[0] == Assignment("excluded", "comes for test and joins lesion l in validation")
+    assert found[1] == Assignment("validation")
+
+
+def test_an_image_that_comes_twice_counts_once():
+    rows = [row("l", None, "a"), row("m", None, "a"), row("n", None, "b")]
+    found = assign_splits(rows, {}, frozen_rows=[row("o", None, "b")], frozen=[Assignment("train")])
+    assert [a.split for a in found] == ["train", "excluded", "excluded"]
+    assert found[1].reason == "has the isic_id of an earlier image"
+    assert found[2].reason == "has the isic_id of an image that is there already"
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted", "message"),
+    [
+        ({"dev": 0.1}, None, "a share of 'dev': expected shares of validation and test"),
+        ({"validation": 0.6, "test": 0.4}, None, "whose sum is below 1"),
+        ({"validation": -0.1}, None, "numbers from 0 on"),
+        ({}, ["dev"], "'dev' is not a split: expected train, validation, test"),
+    ],
+)
+def test_shares_and_splits_that_are_none(shares, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        assign_splits([row("l")], shares, wanted=wanted)
+
+
+def test_the_report_counts_by_hand():
+    more = {"source": "s", "sex": None, "license": "CC-0"}
+    rows = [
+        row("a", diagnosis="nevus", **more),
+        row("b", diagnosis="nevus", **more),
+        row("c", diagnosis="melanoma", **more),
+    ]
+    report = stratified_report(rows, [Assignment("train"), Assignment("test"), Assignment("test")])
+    none = dict.fromkeys(SPLITS, 0)
+    assert report["diagnosis"] == {"melanoma": {**none, "test": 1}, "nevus": {**none, "train": 1, "test": 1}}
+    assert report["sex"] == {"unknown": {**none, "train": 1, "test": 2}}
+    assert few_images(report) == [
+        f"{name}: 1 images in test, fewer than 10; report it only with others"
+        for name in ("melanoma", "nevus")
+    ]
+
+
+# --- licences ------------------------------------------------------------------------------------------------------
+
+
+def test_only_images_under_a_licence_are_opened(image_folder_with_licenses):
+    records, info = open_part(f"folder:{image_folder_with_licenses}", licenses=["cc0"])
+    assert sorted(records["isic_id"]) == ["a", "b"]
+    assert info.licenses == {"CC-0": 1, "CC0-1.0": 1}
+    assert info.num_images == 2
+    assert info.attributions == ["Hospital A"]
+    assert "(licence cc0)" in info.name
+    everything = open_part(f"folder:{image_folder_with_licenses}")[1]
+    assert everything.ids_sha256 != info.ids_sha256
+    with pytest.raises(DataError, match="No image .* is under CC-BY; there are CC-0 .1 images., CC-BY-NC"):
+        open_part(f"folder:{image_folder_with_licenses}", licenses=["CC-BY"])
+
+
+@pytest.fixture
+def image_folder_with_licenses(tmp_path):
+    rows = [
+        ("a", "CC-0", "Hospital A"),
+        ("b", "CC0-1.0", ""),
+        ("c", "CC-BY-NC", "Hospital C"),
+        ("d", "", "Hospital D"),
+    ]
+    for number, (name, _, _) in enumerate(rows):
+        synthetic_image(number, 0, size=16).save(tmp_path / f"{name}.png")
+    lines = ["file_name,license,attribution", *(f"{name}.png,{license},{who}" for name, license, who in rows)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    return tmp_path
