@@ -135,7 +135,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folders `vqvae` and `prior`.
     """
     from isic_vq.data.code_cache import encode_source, write_code_cache
-    from isic_vq.data.splits import open_part
+    from isic_vq.data.parts import open_part
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel

@@ -37,6 +37,7 @@ OWNERS = {
     "datasets": {"data"},
     "diffusers": {"models"},
     "gradio": {"demo"},
+    "imagehash": {"data"},
     "matplotlib": {"figures"},
     "numba": {"models"},
     "onnx": {"onnx_export"},
@@ -47,6 +48,7 @@ OWNERS = {
     "sklearn": {"evaluation"},
     "torchmetrics": {"evaluation", "training"},
     "typer": {"cli"},
+    "urllib3": {"data"},
     "yaml": {"training", "figures", "layout", "export", "card_check"},
 }
 MODELS_MAY_IMPORT = {
@@ -202,7 +204,7 @@ def test_only_the_plots_draw_with_matplotlib():
 
 
 def test_the_loop_knows_nothing_of_images_or_codes():
-    allowed = {"averaging", "batches", "checkpoints", "processes", "recipe", "run", "tracking"}
+    allowed = {"averaging", "checkpoints", "feed", "processes", "recipe", "run", "tracking"}
     assert own("training.loop") <= {f"training.{name}" for name in allowed}, (
         "what is trained reaches the loop as a Task"
     )

@@ -20,8 +20,8 @@ from torch import nn
 from isic_vq import IsicVQConfig, IsicVQImageProcessor, IsicVQModel, VQVAEConfig, VQVAEModel, __version__
 from isic_vq.data.code_cache import encode_source, tokenizer_hash, write_code_cache
 from isic_vq.data.loading import iter_batches
+from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
-from isic_vq.data.splits import open_part
 from isic_vq.data.synthetic import synthetic_image
 from isic_vq.hub import load_model
 from isic_vq.onnx_export import (

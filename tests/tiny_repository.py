@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from isic_vq.data.code_cache import encode_source, write_code_cache
-from isic_vq.data.splits import open_part
+from isic_vq.data.parts import open_part
 from isic_vq.evaluation.evaluate import evaluate_checkpoint
 from isic_vq.export import export_repository
 from isic_vq.models.configuration_isic_vq import IsicVQConfig

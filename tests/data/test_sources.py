@@ -11,9 +11,11 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from isic_vq.data.schema import FEATURES, DataError
-from isic_vq.data.sources import SourceInfo, describe_source, open_source
+from isic_vq.data.schema import DataError
+from isic_vq.data.sites import canonical_site
+from isic_vq.data.sources import SourceInfo, describe_source, find_source, open_source
 from isic_vq.data.synthetic import synthetic_image, synthetic_metadata, synthetic_record
+from source_contract import CONTRACT, rows_of
 
 
 def _write_parquet(path, first, last, seed=0):
@@ -25,12 +27,6 @@ def _write_parquet(path, first, last, seed=0):
     return path
 
 
-def _rows(dataset):
-    """Rows with undecoded images; a stored image is its bytes, for a stream drops the name beside them."""
-    rows = list(dataset.cast_column("image", Image(decode=False)))
-    return [{**row, "image": row["image"]["bytes"] or row["image"]["path"]} for row in rows]
-
-
 @pytest.fixture
 def parquet_dir(tmp_path):
     _write_parquet(tmp_path / "shards" / "train-0.parquet", 0, 5)
@@ -38,36 +34,33 @@ def parquet_dir(tmp_path):
     return tmp_path / "shards"
 
 
+@pytest.mark.parametrize("holds", CONTRACT)
 @pytest.mark.parametrize("kind", ["parquet", "folder", "synthetic"])
-def test_streaming_gives_the_same_rows(kind, parquet_dir, image_folder):
+def test_every_local_source_keeps_the_contract(kind, holds, parquet_dir, image_folder, monkeypatch):
+    monkeypatch.setattr("isic_vq.data.sources.folder.FILES_PER_PART", 5)
     uri = {
         "parquet": f"parquet:{parquet_dir}",
         "folder": f"folder:{image_folder}",
-        "synthetic": "synthetic:9:3",
+        "synthetic": "synthetic:40:3",
     }[kind]
-    dataset, stream = open_source(uri), open_source(uri, streaming=True)
-    assert dataset.features == FEATURES
-    assert stream.features == FEATURES
-    assert list(dataset.features) == list(stream.features) == list(FEATURES)
-    assert _rows(dataset) == _rows(stream)
-    for record, streamed in zip(dataset, stream, strict=True):
-        assert list(streamed) == list(FEATURES)
-        assert record["image"].convert("RGB").tobytes() == streamed["image"].convert("RGB").tobytes()
+    assert len(find_source(uri).parts()) > 2
+    holds(find_source(uri))
 
 
 def test_parquet_rows_come_in_the_order_of_the_files_names(parquet_dir):
     expected = [
-        {**record, "image": record["image"]["bytes"]}
+        {**record, "image": record["image"]["bytes"], "site": canonical_site(record["site"])}
         for record in (synthetic_record(index, seed=0) for index in range(9))
     ]
-    assert _rows(open_source(f"parquet:{parquet_dir}/train-*.parquet")) == expected
+    assert rows_of(open_source(f"parquet:{parquet_dir}/train-*.parquet")) == expected
 
 
 def test_folder_rows_carry_the_metadata_and_the_images(image_folder):
     for index, record in enumerate(open_source(f"folder:{image_folder}")):
         picture = record.pop("image")
         assert picture.tobytes() == synthetic_image(index, seed=0, size=48).tobytes()
-        assert record == synthetic_metadata(index, seed=0)
+        expected = synthetic_metadata(index, seed=0)
+        assert record == {**expected, "site": canonical_site(expected["site"])}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +75,16 @@ def test_bare_path_of_a_file_or_folder_needs_no_scheme(parquet_dir, image_folder
     assert open_source(str(image_folder)).num_rows == 16
 
 
+def test_archive_needs_no_filters_and_no_colon():
+    whole = find_source("isic-archive")
+    assert whole == find_source("isic-archive:")
+    assert type(whole).__name__ == "ArchiveSource"
+    assert type(find_source("challenge:2018")).__name__ == "ChallengeSource"
+
+
 def test_brackets_in_a_path_are_not_a_pattern(tmp_path):
     path = _write_parquet(tmp_path / "odd [1] name" / "a.parquet", 0, 3)
-    assert _rows(open_source(str(path))) == _rows(open_source(str(path), streaming=True))
+    assert rows_of(open_source(str(path))) == rows_of(open_source(str(path), streaming=True))
 
 
 def test_rewritten_file_is_read_again(tmp_path):
@@ -161,7 +161,7 @@ def test_metadata_may_be_jsonl_with_nested_names_and_other_columns(tmp_path):
     }
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n")
     record = open_source(f"folder:{tmp_path}")[0]
-    assert (record["diagnosis"], record["age"], record["site"]) == ("basal_cell_carcinoma", 50.0, "ear")
+    assert (record["diagnosis"], record["age"], record["site"]) == ("basal_cell_carcinoma", 50.0, "head/neck")
 
 
 def test_class_folders_count_only_if_they_are_called_like_a_diagnosis(tmp_path):
@@ -207,8 +207,8 @@ def test_variables_are_replaced_and_kept_in_the_name(parquet_dir, monkeypatch):
         ("folder:{tmp}/none", "folder:none is not a directory"),
         ("folder:{tmp}", "No images in the folder .* Parquet files are read with parquet:PATTERN"),
         ("${UNSET_VARIABLE}/a", "needs the environment variable UNSET_VARIABLE, which is not set"),
-        ("hf://datasets/a/b", "unknown scheme 'hf'. Expected parquet:PATTERN, folder:DIR, synthetic:NUM"),
-        ("https://example.org/a.zip", "unknown scheme 'https'. Expected parquet:PATTERN"),
+        ("hf://datasets/a/b", "unknown scheme 'hf'. Expected .*parquet:PATTERN, folder:DIR"),
+        ("https://example.org/a.zip", "unknown scheme 'https'. Expected .*webdataset:PATTERN"),
         ("synthetic:0", "positive NUM, such as synthetic:64:0"),
         ("synthetic:many", "positive NUM, such as synthetic:64:0"),
         ("parquet:", "names nothing"),
@@ -257,7 +257,7 @@ def test_unknown_diagnosis_names_the_row(streaming, tmp_path):
     rows = [{"image": b"", "isic_id": f"ISIC_{i}", "dx": dx} for i, dx in enumerate(["nv", "mel", "wart"])]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"row 2 \(ISIC_2\): 'wart' is not a known diagnosis"):
-        _rows(open_source(str(tmp_path), streaming))
+        rows_of(open_source(str(tmp_path), streaming))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_unknown_diagnosis_names_the_row(streaming, tmp_path):
     [
         (
             "file_name,dx\n000.png,nv\n999.png,nv\n",
-            r"names 1 file\(s\) that are not in the folder, for example 999.png",
+            r"metadata.csv names 1 image\(s\) that are not in the folder, for example 999.png",
         ),
         ("file_name,dx\n000.png,wart\n", r"metadata.csv, row 0 \(000\): 'wart' is not a known diagnosis"),
         ("file_name,dx\n000.png,nv\n000.png,mel\n", "row 1: 000.png is named twice"),
@@ -369,7 +369,7 @@ def test_no_lesion_of_ham10000_is_in_training_and_validation(data_dir):
 @pytest.mark.real_data
 def test_real_stream_equals_the_data_set(data_dir):
     uri = "parquet:${ISIC_VQ_DATA}/uda1/*.parquet"
-    assert _rows(open_source(uri)) == _rows(open_source(uri, streaming=True))
+    assert rows_of(open_source(uri)) == rows_of(open_source(uri, streaming=True))
 
 
 @pytest.mark.real_data

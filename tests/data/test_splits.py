@@ -5,6 +5,7 @@ from datasets import Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.data.splits import (
@@ -15,7 +16,6 @@ from isic_vq.data.splits import (
     components,
     few_images,
     in_validation,
-    open_part,
     split_by_group,
     stratified_report,
 )

@@ -1,11 +1,13 @@
-"""A Hub of model repositories in this process, over real HTTP on the loopback interface: what tests push to and pull from.
+"""A Hub of repositories in this process, over real HTTP on the loopback interface: what tests push to and pull from.
 
 It answers what huggingface_hub 2.4, transformers 5.23 and diffusers 0.42 ask, from memory: repositories with commits,
 branches, tags and pull requests, large files, private and gated ones, and faults on demand.
 
     python tests/hub/fake_hub.py --port 8421      prints the variables that point a shell at it
 
-Differs from the Hub: no xet (set HF_HUB_DISABLE_XET=1), no datasets and spaces, no accounts but the two of `TOKENS`.
+Repositories of data sets, `datasets/OWNER/NAME` here, are only read.
+
+Differs from the Hub: no xet (set HF_HUB_DISABLE_XET=1), no spaces, no accounts but the two of `TOKENS`.
 """
 
 import argparse
@@ -347,14 +349,14 @@ class Handler(BaseHTTPRequestHandler):
     def readable(self, repo_id: str) -> Repository:
         """A repository that the user may see; a private one is hidden from others as if it did not exist."""
         repo = self.hub.repos.get(repo_id)
-        if repo is None or (repo.private and self.user != repo_id.split("/")[0]):
+        if repo is None or (repo.private and self.user != repo_id.split("/")[-2]):
             raise RefusalError(401 if self.user is None else 404, "RepoNotFound", "Repository not found")
         return repo
 
     def writable(self, repo_id: str) -> Repository:
         self.signed_in()
         repo = self.readable(repo_id)
-        if self.user != repo_id.split("/")[0]:
+        if self.user != repo_id.split("/")[-2]:
             raise RefusalError(403, message="You don't have the rights to write to this repo")
         return repo
 
@@ -567,7 +569,7 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, repo_id: str, revision: str, path: str) -> None:
         repo = self.readable(repo_id)
         sha = repo.resolve(revision)
-        if repo.gated and self.user != repo_id.split("/")[0]:
+        if repo.gated and self.user != repo_id.split("/")[-2]:
             raise RefusalError(
                 401 if self.user is None else 403, "GatedRepo", f"Access to model {repo_id} is restricted."
             )
@@ -605,7 +607,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, content, headers)
 
 
-_REPO = r"/api/models/([^/]+/[^/]+)"
+_REPO = r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 _REVISION = r"(refs/pr/\d+|[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
@@ -625,7 +627,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.large_batch),
     ("PUT", "/_lfs/([0-9a-f]{64})", Handler.large_put),
     ("POST", "/_lfs_verify", Handler.large_verify),
-    ("GET HEAD", rf"/([^/]+/[^/]+)/(?:resolve|raw)/{_REVISION}/(.+)", Handler.file),
+    ("GET HEAD", rf"/((?:datasets/)?[^/]+/[^/]+)/(?:resolve|raw)/{_REVISION}/(.+)", Handler.file),
 ]
 
 

@@ -34,22 +34,21 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
 @pytest.fixture
 def make_vqvae_task(tiny_run: SimpleNamespace) -> Callable[..., Any]:
     """Tasks of the tiny recipe, with overrides, on freshly initialised models; a trainer begins them."""
-    from isic_vq.data.loading import DecodedImages
     from isic_vq.models.configuration_vqvae import VQVAEConfig
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
+    from isic_vq.training.images import open_images
     from isic_vq.training.recipe import VQVAERecipe, load_recipe
     from isic_vq.training.run import build_config
-    from isic_vq.training.vqvae import VQVAETask, open_data
+    from isic_vq.training.vqvae import VQVAETask
 
     def make(*overrides: str) -> VQVAETask:
         recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], list(overrides))
-        train, validation, _ = open_data(recipe.data)
         config = build_config(VQVAEConfig, recipe.model)
         torch.manual_seed(recipe.loop.seed)
         processor = IsicVQImageProcessor(size=config.image_size)
-        sets = [DecodedImages(records, processor, cache=True) for records in (train, validation)]
-        return VQVAETask(VQVAEModel(config), processor, *sets, recipe)
+        train_set, validation_set, _ = open_images(recipe.data, processor)
+        return VQVAETask(VQVAEModel(config), processor, train_set, validation_set, recipe)
 
     return make
 

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from isic_vq.training.feed import RowFeed
 from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import LoopRecipe
 
 
 class LineTask:
@@ -41,6 +43,9 @@ class LineTask:
 
     def begin(self, processes: Processes) -> None:
         self.processes = processes
+
+    def feed(self, recipe: LoopRecipe, processes: Processes) -> RowFeed:
+        return RowFeed(self.train_set, self.collate, recipe, processes)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:
         x, y = (torch.stack(column) for column in zip(*items, strict=True))

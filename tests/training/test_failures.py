@@ -150,7 +150,7 @@ def test_error_of_the_data_is_one_line_whichever_process_loads_them(make_trainer
     task = LineTask()
     task.train_set = HoledSet(*task.train_set.tensors)
     trainer = make_trainer(task=task, save_every=100, num_workers=num_workers)
-    step = next(step for step, batch in enumerate(trainer.batches) if 9 in batch)
+    step = next(step for step, batch in enumerate(trainer.feed.batches) if 9 in batch)
     with pytest.raises(TrainingError) as error:
         trainer.train()
     lines = str(error.value).splitlines()

@@ -38,7 +38,12 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model folder or Hub id; default: the shipped checkpoint.")
 ]
 DataOption = Annotated[
-    str, typer.Option("--data", help="parquet:PATTERN, folder:DIR, synthetic:NUM[:SEED] or a path.")
+    str,
+    typer.Option(
+        "--data",
+        help="isic-archive[:FILTERS], challenge:YEAR[:PART], hub:OWNER/NAME, webdataset:PATTERN, parquet:PATTERN, "
+        "folder:DIR, prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path.",
+    ),
 ]
 CorruptShareOption = Annotated[
     float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")

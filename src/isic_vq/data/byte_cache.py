@@ -1,16 +1,17 @@
 """Bytes on disk by name, up to a size: the least recently used go first.
 
-Several processes may share a folder. A file holds its content's sha256 and the content; one that does not match is
-not used, and written again.
+Several processes may share a folder, and several threads a cache. A file holds its content's sha256 and the content;
+one that does not match (a machine that lost its power, for example) is not used, and written again.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from isic_vq.data.schema import DataError
-from isic_vq.files import write_atomically
 
 DIGEST_BYTES = 32
 
@@ -20,7 +21,8 @@ class ByteCache:
 
     Args:
         folder: made if needed.
-        limit: bytes of all files together.
+        limit: bytes of all files together. Each process looks at what others wrote when it has written a twentieth
+            of it, so that for a moment there may be so much more for each process.
 
     Raises:
         DataError: the folder cannot be written.
@@ -28,7 +30,10 @@ class ByteCache:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        self._explained(lambda: folder.mkdir(parents=True, exist_ok=True))
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._written = 0  # since the last look at the folder
         self._size = sum(size for _, size, _ in self._files())
 
     def get(self, key: str) -> bytes | None:
@@ -52,10 +57,18 @@ class ByteCache:
         stored = hashlib.sha256(content).digest() + content
         if len(stored) > self.limit:
             return
-        self._explained(lambda: write_atomically(path, stored))
-        self._size += len(stored)
-        if self._size > self.limit:
-            self._shrink()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        with self._explained():
+            path.parent.mkdir(exist_ok=True)
+            try:
+                temporary.write_bytes(stored)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        with self._lock:
+            self._written += len(stored)
+            if self._size + self._written > self.limit or self._written > self.limit / 20:
+                self._shrink()
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -73,18 +86,22 @@ class ByteCache:
         return found
 
     def _shrink(self) -> None:
-        """Drop the least recently used files until nine tenths of the limit are left; also counts others' files."""
+        """If there is more than the limit, drop the least recently used files until nine tenths of it are left."""
         files = sorted(self._files())
+        self._written = 0
         self._size = sum(size for _, size, _ in files)
+        if self._size <= self.limit:
+            return
         for _, size, path in files:
             if self._size <= 0.9 * self.limit:
                 break
             path.unlink(missing_ok=True)
             self._size -= size
 
-    def _explained(self, write: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             raise DataError(
                 f"the cache {self.folder.name!r} cannot be written ({error.strerror}): point ISIC_VQ_CACHE to another "

@@ -7,36 +7,31 @@ Source: RFC 9110 (ranges, conditional requests, Retry-After); retries and pooled
 """
 
 import contextlib
+import errno
 import io
 import json
-import logging
+import math
 import os
-import random
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlencode
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from filelock import FileLock
 
 from isic_vq import __version__
 from isic_vq.data.byte_cache import ByteCache
+from isic_vq.data.retries import Attempts, ChangedError, RemoteError, public_url
 from isic_vq.data.schema import DataError
+from isic_vq.files import name_full_disk
 
-logger = logging.getLogger(__name__)
-
-BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHUNK = 1 << 16  # bytes read at once
 READ_AHEAD = 1 << 20  # bytes that `RangeFile` asks for at least
-
-
-class RemoteError(DataError):
-    """A file of a server cannot be had; the message names it, and what happened."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,7 @@ class RemoteSettings:
         cache: folder of the cache of fetched bytes; None keeps nothing.
         cache_gib: its size at most, in GiB.
         connections: open at once to one server.
-        retries: failures in a row, without a byte in between, after which a request is given up.
-        backoff: seconds before the second retry, doubled for each further one; the first comes at once.
+        retries, backoff: as `Attempts` has them.
         connect_timeout: seconds.
         read_timeout: seconds without a byte.
     """
@@ -72,24 +66,33 @@ class RemoteSettings:
         """The defaults, with those that `ISIC_VQ_API_URL`, `ISIC_VQ_CACHE` and so on set.
 
         Raises:
-            DataError: a number is none.
+            DataError: a number is none, or is out of range.
         """
         values: dict[str, Any] = {}
         for name, default in vars(cls()).items():
-            text = os.environ.get(f"ISIC_VQ_{name.upper()}")
+            variable = f"ISIC_VQ_{name.upper()}"
+            text = os.environ.get(variable)
             if not text:
                 continue
-            try:
-                values[name] = (
-                    Path(text)
-                    if name == "cache"
-                    else text.rstrip("/")
-                    if isinstance(default, str)
-                    else type(default)(text)
+            if name == "cache":
+                values[name] = Path(text).expanduser()
+            elif isinstance(default, str):
+                values[name] = text.rstrip("/")
+            else:
+                values[name] = _number(
+                    variable, text, type(default), may_be_zero=name in ("retries", "backoff")
                 )
-            except ValueError:
-                raise DataError(f"ISIC_VQ_{name.upper()} is {text!r}: expected a number") from None
         return cls(**values)
+
+
+def _number(variable: str, text: str, kind: type, may_be_zero: bool) -> float:
+    """The value of a variable of the environment."""
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)):
+            return value
+    number = "a whole number" if kind is int else "a number"
+    raise DataError(f"{variable} is {text!r}: expected {number}{'' if may_be_zero else ' above 0'}")
 
 
 class RemoteFile(NamedTuple):
@@ -106,16 +109,6 @@ class Request(NamedTuple):
     url: str
     byte_range: tuple[int, int] | None = None
     version: str | None = None
-
-
-class _ChangedError(Exception):
-    """The file is not the one whose beginning was read."""
-
-
-def public_url(url: str) -> str:
-    """An address without user, password, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 class HttpClient:
@@ -145,6 +138,9 @@ class HttpClient:
     ) -> bytes:
         """The whole content of an address, or of a half-open range of its bytes.
 
+        With a cache, what was once fetched is taken as it is and nobody is asked whether it changed (an image of the
+        archive never does): name the `version` of what may change.
+
         Args:
             url: the address.
             params: its query.
@@ -154,14 +150,16 @@ class HttpClient:
         Raises:
             RemoteError: it does not exist, is shorter than the range, is of another version, or could not be read
                 after all retries.
+            DataError: the cache cannot be written.
         """
-        if params:
-            url = f"{url}?{urlencode(params)}"
-        key = f"{url} {byte_range} {version}"
+        return self._get(self._attempts(_with_query(url, params)), byte_range, version)
+
+    def _get(self, attempts: Attempts, byte_range: tuple[int, int] | None, version: str | None) -> bytes:
+        key = f"{attempts.url} {byte_range} {version}"
         if self.cache is not None and (content := self.cache.get(key)) is not None:
             return content
         sink = io.BytesIO()
-        self._receive(url, sink, byte_range, version, pinned=version is not None)
+        self._receive(attempts, sink, byte_range, version, pinned=version is not None)
         content = sink.getvalue()
         if self.cache is not None:
             self.cache.put(key, content)
@@ -174,8 +172,7 @@ class HttpClient:
             RemoteError: as `get`, or it is no JSON.
         """
         sink = io.BytesIO()
-        url = f"{url}?{urlencode(params)}" if params else url
-        self._receive(url, sink, None)
+        self._receive(self._attempts(_with_query(url, params)), sink)
         try:
             return json.loads(sink.getvalue())
         except ValueError as error:
@@ -189,7 +186,7 @@ class HttpClient:
         Raises:
             RemoteError: as `get`, or the server does not tell the size.
         """
-        attempts = _Attempts(url, self.settings)
+        attempts = self._attempts(url)
         while True:
             with attempts.one(), self._open("HEAD", url, {}) as response:
                 attempts.check(response)
@@ -206,68 +203,84 @@ class HttpClient:
     def download(self, url: str, path: Path) -> None:
         """Write an address's content to a file, whole or not at all.
 
-        What an interrupted call left (`NAME.part`, with the ETag beside it) is gone on with, by any process. Two
-        processes that download to one path at once each need their own; the second waits for nothing and starts over.
+        What an interrupted call left (`NAME.part`, with the ETag beside it) is gone on with, by any process. Of
+        several that download to one path at once, one does and the others wait for it.
 
         Raises:
             RemoteError: as `get`.
             OSError: the file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.etag")
-        with _own(part) as mine:
-            if not mine:  # another process is at it
-                part = path.with_name(f".{path.name}.{os.getpid()}.part")
-                tag = path.with_name(f".{path.name}.{os.getpid()}.etag")
-            version = tag.read_text() if tag.exists() and part.exists() else None
-            with part.open("r+b" if version else "wb") as file:
-                file.seek(0, os.SEEK_END)
-                self._receive(url, file, None, version, lambda version: tag.write_text(version or ""))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            tag.unlink(missing_ok=True)
+        part, tag, lock = (path.with_name(f"{path.name}.part{end}") for end in ("", ".etag", ".lock"))
+        before = _identity(path)
+        with FileLock(lock):  # ends with the process
+            if _identity(path) == before:  # nobody else has finished it meanwhile
+                version = tag.read_text() if tag.exists() and part.exists() else None
+                with name_full_disk(path):
+                    with part.open("r+b" if version else "wb") as file:
+                        file.seek(0, os.SEEK_END)
+                        self._receive(
+                            self._attempts(url),
+                            file,
+                            None,
+                            version,
+                            lambda found: tag.write_text(found or ""),
+                        )
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(part, path)
+                tag.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
 
     def fetch(self, requests: Iterable[Request], window: int = 16) -> Iterator[bytes | RemoteError]:
         """Yield what `get` gives for each request, in order, several under way at once.
 
         A failure is yielded in its place. At most `window` results are held, fetched or under way, so that a slow
-        reader bounds the memory. Closing the generator ends its threads after what is under way.
+        reader bounds the memory. Closing the generator gives up what is under way, and ends its threads.
         """
         waiting: deque[Future[bytes | RemoteError]] = deque()
+        stopped = threading.Event()
         pool = ThreadPoolExecutor(min(window, self.settings.connections), "isic-vq-fetch")
         try:
             for request in requests:
-                waiting.append(pool.submit(self._get_or_error, request))
+                waiting.append(pool.submit(self._get_or_error, request, stopped))
                 if len(waiting) >= window:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
 
-    def _get_or_error(self, request: Request) -> bytes | RemoteError:
+    def _get_or_error(self, request: Request, stopped: threading.Event) -> bytes | RemoteError:
         try:
-            return self.get(request.url, byte_range=request.byte_range, version=request.version)
+            return self._get(self._attempts(request.url, stopped), request.byte_range, request.version)
         except RemoteError as error:
             return error
 
-    def _open(self, method: str, url: str, headers: dict[str, str]) -> Any:
-        """A response whose body is not read yet; urllib3 follows redirects, all else is up to `_Attempts`."""
+    def _attempts(self, url: str, stopped: threading.Event | None = None) -> Attempts:
+        return Attempts(url, self.settings.retries, self.settings.backoff, stopped)
+
+    @contextlib.contextmanager
+    def _open(self, method: str, url: str, headers: dict[str, str]) -> Iterator[Any]:
+        """A response whose body is not read yet; urllib3 follows redirects, all else is up to `Attempts`."""
         retries = urllib3.Retry(
             total=5, connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False
         )
-        return contextlib.closing(
-            self.pool.request(
-                method, url, headers={**self.pool.headers, **headers}, preload_content=False, retries=retries
-            )
+        response = self.pool.request(
+            method, url, headers={**self.pool.headers, **headers}, preload_content=False, retries=retries
         )
+        try:
+            yield response
+        finally:
+            response.close()  # the connection, too, where a body was not read to its end
+            response.release_conn()  # which `close` does not: its place in the pool would be lost
 
     def _receive(
         self,
-        url: str,
-        sink: Any,
-        byte_range: tuple[int, int] | None,
+        attempts: Attempts,
+        sink: BinaryIO,
+        byte_range: tuple[int, int] | None = None,
         version: str | None = None,
         note_version: Callable[[str | None], Any] | None = None,
         pinned: bool = False,
@@ -277,28 +290,33 @@ class HttpClient:
         With `pinned`, another version is an error; else it replaces what was there.
         """
         first, end = byte_range or (0, None)
-        attempts = _Attempts(url, self.settings)
         while True:
+            if version is None:  # nothing tells whether what is there is of the same file
+                sink.seek(0)
+                sink.truncate()
             have = sink.tell()
             if end is not None and have == end - first:
                 return
             headers = {}
             if have or byte_range:
                 headers["Range"] = f"bytes={first + have}-{'' if end is None else end - 1}"
-            if version and (have or pinned):
-                headers["If-Match" if pinned else "If-Range"] = version
-            with attempts.one(), self._open("GET", url, headers) as response:
+            if version and pinned and not version.startswith("W/"):  # a weak one matches nothing
+                headers["If-Match"] = version
+            elif version and have and not pinned:
+                headers["If-Range"] = version
+            with attempts.one(), self._open("GET", attempts.url, headers) as response:
                 if response.status == 416 and have and byte_range is None and _total(response) == have:
                     return  # all of it was there
                 attempts.check(response)
                 found = response.headers.get("ETag")
-                if have and (response.status != 206 or found != version):
-                    # Another version, or a server without ranges: what is there cannot be gone on with.
+                if pinned and found != version:
+                    raise attempts.changed()
+                if have and response.status == 206 and found != version:
+                    version = None
+                    raise ChangedError
+                if have and response.status == 200:  # another version, or a server without ranges
                     sink.seek(0)
                     sink.truncate()
-                    version = None
-                    if response.status == 206:
-                        raise _ChangedError
                 version = found
                 if note_version is not None:
                     note_version(version)
@@ -307,97 +325,18 @@ class HttpClient:
                     dropped = min(skip, len(chunk))
                     skip -= dropped
                     room = None if end is None else end - first - sink.tell()
-                    sink.write(chunk[dropped:] if room is None else chunk[dropped:][:room])
+                    sink.write(chunk[dropped:][:room])
                     attempts.progress(sink.tell())
                 if end is not None and sink.tell() != end - first:
                     raise RemoteError(
-                        f"{public_url(url)} ends before byte {end}: expected a longer file. It may have been replaced."
+                        f"{public_url(attempts.url)} ends before byte {end}: expected a longer file. It may have been "
+                        "replaced."
                     )
                 return
 
 
-class _Attempts:
-    """The failures of one request: which are tried again, and when."""
-
-    def __init__(self, url: str, settings: RemoteSettings):
-        self.url, self.settings = url, settings
-        self.failures, self.reached = 0, 0
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        """Try once; a failure that may pass is waited for, and any other raised."""
-        self.wait = 0.0
-        try:
-            yield
-        except _ChangedError:
-            self._count("it changed while it was read", None)
-        except (HTTPError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                raise  # the disk, not the network
-            self._count(_reason(error), error)
-        except _BusyError as error:
-            self._count(f"the server answered {error.status}", None)
-            self.wait = max(self.wait, error.retry_after)
-        else:
-            return
-        time.sleep(self.wait)
-
-    def progress(self, position: int) -> None:
-        """Bytes came: where they are new, earlier failures do not count any more."""
-        if position > self.reached:
-            self.failures, self.reached = 0, position
-
-    def check(self, response: Any) -> None:
-        """Raise unless the answer has a body that was asked for."""
-        status = response.status
-        if status in BUSY:
-            raise _BusyError(status, _retry_after(response.headers.get("Retry-After"), self.settings))
-        if status == 412:
-            raise RemoteError(f"{public_url(self.url)} changed while it was read. Start again.")
-        if status not in (200, 206):
-            detail = response.read(200).decode("utf-8", "replace").strip() if response.status == 400 else ""
-            raise RemoteError(
-                f"{public_url(self.url)}: the server answered {status}{f' ({detail})' if detail else ''}. "
-                "Check the address, and whether it is still there."
-            )
-
-    def _count(self, reason: str, cause: Exception | None) -> None:
-        self.failures += 1
-        if self.failures > self.settings.retries:
-            raise RemoteError(
-                f"{public_url(self.url)} could not be read: {reason}, {self.failures} times in a row. Try again later; "
-                "what is finished stays."
-            ) from cause
-        if self.failures > 1:
-            delay = self.settings.backoff * 2 ** (self.failures - 2)
-            self.wait = min(delay, 60.0) * random.uniform(
-                0.75, 1.25
-            )  # many processes should not come back as one
-        logger.debug("%s: %s, attempt %d", public_url(self.url), reason, self.failures)
-
-
-class _BusyError(Exception):
-    def __init__(self, status: int, retry_after: float):
-        self.status, self.retry_after = status, retry_after
-
-
-def _retry_after(value: str | None, settings: RemoteSettings) -> float:
-    """Seconds to wait, at most two minutes; dates and what is no number count as not said."""
-    try:
-        return min(max(float(value or 0), 0.0), 120.0)
-    except ValueError:
-        return settings.backoff
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without the address, which may hold a query."""
-    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        error = error.reason
-    if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)):
-        return "no answer in time"
-    if isinstance(error, (urllib3.exceptions.IncompleteRead, urllib3.exceptions.ProtocolError)):
-        return "the connection was cut"
-    return type(error).__name__
+def _with_query(url: str, params: Mapping[str, str] | None) -> str:
+    return f"{url}?{urlencode(params)}" if params else url
 
 
 def _total(response: Any) -> int | None:
@@ -406,22 +345,13 @@ def _total(response: Any) -> int | None:
     return int(total) if total.isdecimal() else None
 
 
-@contextlib.contextmanager
-def _own(part: Path) -> Iterator[bool]:
-    """Whether this process alone may write a partial file; a lock that ends with the process."""
-    from filelock import FileLock, Timeout  # huggingface_hub's own
-
-    lock = FileLock(part.with_name(f".{part.name}.lock"))
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that replaces it."""
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-        part.with_name(f".{part.name}.lock").unlink(missing_ok=True)
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 class RangeFile(io.RawIOBase):
@@ -433,7 +363,8 @@ class RangeFile(io.RawIOBase):
         read_ahead: bytes that are asked for at least, so that small reads in a row make one request.
 
     Raises:
-        RemoteError: it does not exist, its server answers no ranges, or, on reading, it changed since it was opened.
+        RemoteError: it does not exist, its server answers no ranges, or, on reading, it changed since it was opened,
+            which shows if the server tells an ETag.
     """
 
     def __init__(self, url: str, http: HttpClient | None = None, read_ahead: int = READ_AHEAD):
@@ -457,22 +388,30 @@ class RangeFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.info.size}[whence]
+        if base + offset < 0:
+            raise OSError(
+                errno.EINVAL, "a position before the beginning of the file"
+            )  # as zipfile expects it
         self.position = base + offset
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self.info.size - self.position)
-        if wanted <= 0:
-            return 0
-        if not self._start <= self.position < self._start + len(self._buffer):
-            end = min(self.position + max(wanted, self.read_ahead), self.info.size)
-            self._buffer = self.http.get(self.url, byte_range=(self.position, end), version=self.info.etag)
-            self._start = self.position
-        offset = self.position - self._start
-        content = self._buffer[offset : offset + wanted]
-        buffer[: len(content)] = content
-        self.position += len(content)
-        return len(content)
+        """Fill the buffer, or as much of it as the file has: zipfile takes a short read for the end."""
+        wanted = min(len(buffer), max(self.info.size - self.position, 0))
+        filled = 0
+        while filled < wanted:
+            if not self._start <= self.position < self._start + len(self._buffer):
+                end = min(self.position + max(wanted - filled, self.read_ahead), self.info.size)
+                self._buffer = self.http.get(
+                    self.url, byte_range=(self.position, end), version=self.info.etag
+                )
+                self._start = self.position
+            offset = self.position - self._start
+            piece = self._buffer[offset : offset + wanted - filled]
+            buffer[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            self.position += len(piece)
+        return filled
 
 
 _client: tuple[int, RemoteSettings, HttpClient] | None = None

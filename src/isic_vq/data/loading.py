@@ -10,15 +10,16 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
 from datasets import Dataset, Image, IterableDataset
 from numpy.typing import NDArray
 
-from isic_vq.data.augmentation import view
-from isic_vq.data.schema import DataError
+from isic_vq.data.augmentation import random_views, view
+from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.sources import Source
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,13 @@ class Batch(TypedDict):
     isic_ids: NotRequired[list[str]]
 
 
+class Views(Protocol):
+    """The dihedral view of each image, by its item's index."""
+
+    def __getitem__(self, index: int, /) -> int:
+        """Return the view of an image, 0 to 7."""
+
+
 class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
     """A map-style torch data set that decodes images through the image processor.
 
@@ -55,6 +63,8 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
             gets the unconditional id, `len(label2id)`.
         cache: keep decoded pixels in memory (about 48 KiB per image of 128 x 128 pixels, in each worker
             process).
+        shard_sizes: rows of each file that `records` are read from, where an epoch should read one file after
+            the other; None if any order is as good.
     """
 
     def __init__(
@@ -63,7 +73,9 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
         image_processor: IsicVQImageProcessor,
         label2id: Mapping[str, int] | None = None,
         cache: bool = False,
+        shard_sizes: Sequence[int] | None = None,
     ):
+        self.shard_sizes = shard_sizes
         self.records = records.cast_column("image", Image(decode=False))
         self.image_processor = image_processor
         self.labels = [_label(diagnosis, label2id) for diagnosis in records["diagnosis"]]
@@ -72,6 +84,20 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         """Return the number of images, corrupt ones included."""
         return len(self.records)
+
+    @property
+    def num_images(self) -> int:
+        """The number of images, corrupt ones included."""
+        return len(self.records)
+
+    def views(self, seed: int, epoch: int) -> list[int]:
+        """The view in which each image is shown in an epoch."""
+        return random_views(len(self), seed, epoch).tolist()
+
+    def sample(self, size: int, seed: int) -> torch.utils.data.Subset[dict[str, Any]]:
+        """The first images of a random order, up to `size`; the same in every process."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return torch.utils.data.Subset(self, order[:size].tolist())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return {"pixels", "label", "index"}, or {"index", "error"} for a corrupt image.
@@ -148,14 +174,14 @@ class SkipCounter:
             )
 
 
-def collate(items: list[dict[str, Any]], views: Sequence[int] | None = None) -> Batch:
-    """Join items of `DecodedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`.
+def collate(items: list[dict[str, Any]], views: Views | None = None) -> Batch:
+    """Join items of `DecodedImages` or `StreamedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`.
 
     `pixel_values` lies in memory channels last, as decoded images do and as convolutions like it.
 
     Args:
-        items: of `DecodedImages`.
-        views: one per image of the data set: the dihedral view it is shown in; None shows all as they are.
+        items: decoded images.
+        views: the dihedral view each is shown in, by its index; None shows all as they are.
     """
     sound = [item for item in items if "error" not in item]
     pixels = [
@@ -197,17 +223,44 @@ def iter_batches(
     records = enumerate(dataset.cast_column("image", Image(decode=False)))
     while chunk := list(itertools.islice(records, batch_size)):
         names = {index: _name(record, index) for index, record in chunk}
-        batch = collate(
-            [
-                _item(_decode(record, index, image_processor), _label(record["diagnosis"], label2id), index)
-                for index, record in chunk
-            ]
-        )
+        batch = collate([decoded_item(record, image_processor, index, label2id) for index, record in chunk])
         counter.count(batch)
         batch["isic_ids"] = [names[index] for index in batch["indices"].tolist()]
         if batch["isic_ids"]:
             yield batch
     counter.finish()
+
+
+def decoded_item(
+    record: Mapping[str, Any],
+    image_processor: IsicVQImageProcessor,
+    index: int = 0,
+    label2id: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Decode a record: {"pixels", "label", "index"}, or {"index", "error"} for a corrupt image.
+
+    Args:
+        record: has the columns of `FEATURES`, its image as {"bytes", "path"} or None.
+        image_processor: fixes the size.
+        index: what the item is called by.
+        label2id: as for `DecodedImages`.
+    """
+    return _item(_decode(record, index, image_processor), _label(record["diagnosis"], label2id), index)
+
+
+def own_records(records: Dataset | Source, rank: int, world: int) -> Dataset | IterableDataset:
+    """One process's share of the records, each of which is in one share: rows in order, or whole parts of a stream.
+
+    Args:
+        records: with random access, or a source that is streamed.
+        rank: number of the process.
+        world: number of processes.
+    """
+    if isinstance(records, Dataset):
+        return records.shard(world, rank)
+    if rank >= len(records.parts()):
+        return Dataset.from_list([], features=FEATURES)
+    return records.stream(rank, world)
 
 
 def _label(diagnosis: str, label2id: Mapping[str, int] | None) -> int:

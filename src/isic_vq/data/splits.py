@@ -12,16 +12,13 @@ It does not find the same lesion under two ids (HAM10000 has some: Abhishek et a
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from isic_vq.data.licenses import license_id
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import SourceInfo, find_source
-from isic_vq.data.sources.base import describe_rows
 
 SPLITS = ("train", "validation", "test", "excluded")
 GROUP_COLUMNS = ("lesion_id", "patient_id", "isic_id")
@@ -175,49 +172,6 @@ def split_by_group(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, 
             f"{len(sides[1])} for validation. Use more images, another share or another seed."
         )
     return dataset.select(sides[0]), dataset.select(sides[1])
-
-
-def open_part(
-    uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()
-) -> tuple[Dataset, SourceInfo]:
-    """Open a source, or the training or validation part that `split_by_group` (seed 0) makes of it.
-
-    Args:
-        uri: as for `open_source`.
-        part: "all", "train" or "validation".
-        share: expected share of the groups in validation.
-        licenses: images under one of these alone, however they are spelled; none takes all.
-
-    Returns:
-        The records, and what may be published about them.
-
-    Raises:
-        ValueError: the part, the share or a licence is not one.
-        DataError: as `open_source` and `split_by_group`, or no image has such a licence.
-    """
-    if part not in ("all", "train", "validation"):
-        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
-    source = find_source(uri)
-    records, name = source.dataset(), source.name
-    if licenses:
-        records, name = _with_licenses(records, name, licenses), f"{name} (licence {', '.join(licenses)})"
-    if part != "all":
-        train, validation = split_by_group(records, share, seed=0)
-        records = train if part == "train" else validation
-        name = f"{name} ({part} part, share {share:g})"
-    rows = records.remove_columns("image").to_list()
-    return records, describe_rows(name, source.fingerprint(), rows, source.snapshot)
-
-
-def _with_licenses(records: Dataset, name: str, licenses: Collection[str]) -> Dataset:
-    """The records under one of some licences; one without a licence is under none."""
-    wanted = {license_id(text) for text in licenses} - {"unknown"}
-    present = Counter(text or "unknown" for text in records["license"])
-    passing = {text for text in present if text != "unknown" and license_id(text) in wanted}
-    if not passing:
-        there = ", ".join(f"{text} ({number} images)" for text, number in sorted(present.items()))
-        raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {there}.")
-    return records.select([i for i, text in enumerate(records["license"]) if text in passing])
 
 
 def _keys(row: Mapping[str, Any]) -> list[Key]:

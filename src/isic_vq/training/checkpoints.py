@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import load
 from accelerate.utils.constants import RNG_STATE_NAME
@@ -58,10 +59,14 @@ class Checkpoints:
         folder: where they are.
         keep: how many of them are kept.
         processes: the group.
+
+    Attributes:
+        feed: what `save` was given as this process's feed in the checkpoint loaded last; None if it was given none.
     """
 
     def __init__(self, folder: Path, keep: int, processes: Processes):
         self.folder, self.keep, self.processes = folder, keep, processes
+        self.feed: dict[str, Any] | None = None
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -72,8 +77,15 @@ class Checkpoints:
         saved = self.list()
         return saved[-1].name if saved else "none"
 
-    def save(self, averaged: AveragedParameters | None, progress: Progress) -> Path:
+    def save(
+        self, averaged: AveragedParameters | None, progress: Progress, feed: dict[str, Any] | None = None
+    ) -> Path:
         """Write a checkpoint and drop the oldest ones past `keep`.
+
+        Args:
+            averaged: averaged parameters, if there are any.
+            progress: where the run stands, in all processes.
+            feed: what else this process has to know to be fed the rest of an epoch.
 
         Raises:
             CheckpointError: it cannot be written, by any process; the earlier checkpoints are untouched.
@@ -81,7 +93,7 @@ class Checkpoints:
         target = self.folder / f"step-{progress.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
         error = self._attempt(lambda: self._begin(temporary), on_main=True)
-        error = error or self._attempt(lambda: self._fill(temporary, averaged, progress))
+        error = error or self._attempt(lambda: self._fill(temporary, averaged, progress, feed))
         error = error or self._attempt(lambda: self._publish(temporary, target), on_main=True)
         if error:
             if self.processes.is_main:
@@ -112,14 +124,25 @@ class Checkpoints:
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def _fill(self, temporary: Path, averaged: AveragedParameters | None, progress: Progress) -> None:
+    def _fill(
+        self,
+        temporary: Path,
+        averaged: AveragedParameters | None,
+        progress: Progress,
+        feed: dict[str, Any] | None,
+    ) -> None:
         """Write this process's part."""
         self.processes.accelerator.save_state(str(temporary))
+        if feed is not None:
+            self._feed_file(temporary).write_text(json.dumps(feed))
         if self.processes.is_main:
             if averaged is not None:
                 save_file(averaged.state_dict(), temporary / "averaged.safetensors")
             state = {**asdict(progress), "num_processes": self.processes.world}
             (temporary / "progress.json").write_text(json.dumps(state))
+
+    def _feed_file(self, folder: Path) -> Path:
+        return folder / f"feed-{self.processes.rank}.json"
 
     def _publish(self, temporary: Path, target: Path) -> None:
         """Let the finished folder take its name, and drop the oldest ones."""
@@ -174,6 +197,8 @@ class Checkpoints:
             )
         # accelerate passes over damaged random states in silence; this does not
         load(path / f"{RNG_STATE_NAME}_{self.processes.rank}.pkl")
+        feed = self._feed_file(path)
+        self.feed = json.loads(feed.read_text()) if feed.exists() else None
         self.processes.accelerator.load_state(str(path))
         if averaged is not None:
             averaged.load_state_dict(load_file(path / "averaged.safetensors"))

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
+from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
@@ -26,7 +27,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import Decoder, VQVAEModel
 from isic_vq.training.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss
-from isic_vq.training.images import ImageTask, open_data
+from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe
@@ -105,7 +106,7 @@ class DecoderTask(ImageTask):
         tokenizer: VQVAEModel,
         features: FeatureModel,
         processor: IsicVQImageProcessor,
-        train_set: DecodedImages,
+        train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
         recipe: DecoderRecipe,
     ):
@@ -182,18 +183,18 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         features = FeatureModel.from_pretrained(recipe.feature_model)
     except (OSError, ValueError) as error:
         raise ModelError(f"feature_model cannot be read: {error}") from error
-    train_records, validation_records, sources = open_data(recipe.data)
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    train_set, validation_set, sources = open_images(recipe.data, processor)
     processes = Processes(recipe.loop, Path(recipe.output_dir))
     run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
     model.to(processes.device)  # the tokenizer with it; it was opened on the same GPU in every process
-    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     task = DecoderTask(
         tokenizer.to(memory_format=torch.channels_last),
         features.to(processes.device),
         processor,
-        DecodedImages(train_records, processor, cache=recipe.data.cache),
-        DecodedImages(validation_records, processor, cache=recipe.data.cache),
+        train_set,
+        validation_set,
         recipe,
     )
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage})

@@ -8,15 +8,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isic_vq.data.augmentation import random_views
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
+from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import SourceInfo
-from isic_vq.data.splits import open_part
+from isic_vq.data.sources import Source, SourceInfo, find_source
+from isic_vq.data.streaming import StreamedImages, read_into_memory
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.feed import Feed, RowFeed
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import DataRecipe, DecoderRecipe, VQVAERecipe
+from isic_vq.training.recipe import DataRecipe, DecoderRecipe, LoopRecipe, VQVAERecipe
+from isic_vq.training.stream_feed import StreamFeed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +39,7 @@ class ImageTask:
     def __init__(
         self,
         processor: IsicVQImageProcessor,
-        train_set: DecodedImages,
+        train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
         recipe: VQVAERecipe | DecoderRecipe,
     ):
@@ -47,8 +49,15 @@ class ImageTask:
     def begin(self, processes: Processes) -> None:
         """Take this process's share of the images that may be corrupt."""
         self.processes = processes
-        seen_here = (len(self.train_set) + len(self.validation_set)) // processes.world
+        seen_here = (self.train_set.num_images + len(self.validation_set)) // processes.world
         self.skipped = SkipCounter(self.data.max_corrupt_share, seen_here)
+
+    def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
+        """Training images, in a new order each epoch."""
+        images = self.train_set
+        if isinstance(images, StreamedImages):
+            return StreamFeed(images, self.collate, recipe, processes)
+        return RowFeed(images, self.collate, recipe, processes)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Join decoded images, each in its view of this epoch; corrupt ones are left out."""
@@ -69,7 +78,7 @@ class ImageTask:
 
     def before_epoch(self, epoch: int) -> None:
         """Draw the epoch's views."""
-        self.views = random_views(len(self.train_set), self.loop.seed, epoch).tolist()
+        self.views = self.train_set.views(self.loop.seed, epoch)
 
     def pixel_values(self, batch: dict[str, Any]) -> Tensor:
         """A batch's images on the device."""
@@ -100,14 +109,44 @@ class ImageTask:
         return {name: self.processor.postprocess(value, output_type="np") for name, value in pairs.items()}
 
 
-def open_data(recipe: DataRecipe) -> "tuple[Dataset, Dataset, dict[str, SourceInfo]]":
-    """Training and validation records, and what may be published about their sources."""
+def open_images(
+    recipe: DataRecipe, processor: IsicVQImageProcessor
+) -> tuple[DecodedImages | StreamedImages, DecodedImages, dict[str, SourceInfo]]:
+    """Training and validation images, and what may be published about their sources.
+
+    Raises:
+        DataError: there are none to train on, or none to validate with, or they cannot be used.
+    """
+    train, validation, infos = open_data(recipe)
+    validation_set = DecodedImages(validation, processor, cache=recipe.cache)
+    if isinstance(train, Source):
+        return StreamedImages(train, processor, infos["train"].num_images), validation_set, infos
+    return DecodedImages(train, processor, cache=recipe.cache), validation_set, infos
+
+
+def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str, SourceInfo]]":
+    """Training records, or their source if they are streamed, validation records, and what may be published of both."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
+    source = find_source(recipe.train)
+    if recipe.stream or not source.has_random_access:
+        if not recipe.validation:
+            raise DataError(
+                f"data.train={source.name} is streamed, so no part of it can be split off for validation: name "
+                "data.validation, or write the images to files first, with isic-vq data prepare"
+            )
+        validation, validation_info = open_validation(recipe.validation)
+        return source, validation, {"train": source.describe(), "validation": validation_info}
     if recipe.validation:
         train, train_info = open_part(recipe.train)
-        validation, validation_info = open_part(recipe.validation)
+        validation, validation_info = open_validation(recipe.validation)
     else:
         train, train_info = open_part(recipe.train, "train", recipe.validation_share)
         validation, validation_info = open_part(recipe.train, "validation", recipe.validation_share)
     return train, validation, {"train": train_info, "validation": validation_info}
+
+
+def open_validation(uri: str) -> "tuple[Dataset, SourceInfo]":
+    """Validation records, read into memory if their source can only be streamed, and what may be published of them."""
+    source = find_source(uri)
+    return open_part(uri) if source.has_random_access else (read_into_memory(source), source.describe())

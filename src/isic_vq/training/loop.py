@@ -21,12 +21,11 @@ import torch
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from isic_vq.training.averaging import AveragedParameters
-from isic_vq.training.batches import EpochBatches
 from isic_vq.training.checkpoints import CheckpointError, Checkpoints, Progress
+from isic_vq.training.feed import Batch, Feed
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
 from isic_vq.training.run import Run
@@ -50,18 +49,14 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """What is trained."""
 
-    @property
-    def train_set(self) -> Dataset:
-        """What it is trained on; has a length."""
-
     def compiled_parts(self) -> list[nn.Module]:
         """What `loop.compile` compiles: modules without random choices of Python's or data-dependent branches."""
 
     def begin(self, processes: Processes) -> None:
         """Get ready; the model is on its device."""
 
-    def collate(self, items: list[Any]) -> dict[str, Any]:
-        """Join items of `train_set` into a batch; batch["size"] tells how many images it holds."""
+    def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
+        """This process's share of the training data; batch["size"] of each micro-batch tells how many images it holds."""
 
     def check(self, batch: dict[str, Any]) -> None:
         """Raise if a batch cannot be trained on."""
@@ -161,23 +156,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_scale(step, recipe.warmup_steps, recipe.max_steps)
         )
-        self.batches = EpochBatches(
-            len(task.train_set),  # type: ignore[arg-type]
-            recipe.batch_size,
-            recipe.seed,
-            recipe.accumulation_steps,
-            processes.world,
-            processes.rank,
-        )
-        # Not prepared by accelerate, which would cut the batches once more: EpochBatches has cut them.
-        self.loader = DataLoader(
-            task.train_set,
-            batch_sampler=self.batches,
-            collate_fn=task.collate,
-            num_workers=recipe.num_workers,
-            generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
-            pin_memory=processes.device.type == "cuda",
-        )
+        self.feed = task.feed(recipe, processes)
         accelerator = processes.accelerator
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         accelerator.register_for_checkpointing(self.scheduler)  # accelerate would step it once per process
@@ -189,8 +168,14 @@ class Trainer:
         task.begin(processes)
 
     def resume(self) -> None:
-        """Restore the newest checkpoint of the run folder."""
+        """Restore the newest checkpoint of the run folder.
+
+        Raises:
+            CheckpointError: there is none.
+            TrainingError: the training data are fed in another way than they were.
+        """
         self.progress = self.checkpoints.load_newest(self.averaged)
+        self.feed.restore(self.checkpoints.feed)
         logger.info("resumed at step %d", self.progress.step)
 
     def train(self) -> None:
@@ -253,14 +238,15 @@ class Trainer:
     def _epoch(self) -> Iterator[dict[str, float]]:
         """Train the rest of an epoch, then validate."""
         progress, recipe = self.progress, self.recipe
-        self.batches.epoch, self.batches.start = progress.epoch, progress.batch
         self.task.before_epoch(progress.epoch)
         self.model.train()
-        loader = iter(self.loader)
-        while progress.step < recipe.max_steps and progress.batch < self.batches.batches_per_epoch:
+        steps = self.feed.epoch(progress.epoch, progress.batch)
+        while progress.step < recipe.max_steps:
             started = time.perf_counter()
-            micro_batches, failure = self._fetch(loader)
+            micro_batches, failure = self._fetch(steps)
             num_images = self._agree(micro_batches, failure)
+            if not num_images:
+                break
             fetched = time.perf_counter()
             values = self._step(micro_batches, num_images)
             ended = time.perf_counter()
@@ -274,31 +260,42 @@ class Trainer:
             yield values
         if self.processes.agree(self.stop.is_set()):
             self._stop()
+        if progress.batch == 0:
+            raise TrainingError(
+                f"the training data gave process {self.processes.rank} of {self.processes.world} or another one no "
+                f"whole share of a batch of {recipe.batch_size}: lower loop.batch_size or loop.num_workers"
+            )
+        dropped = self.feed.num_items - progress.batch * recipe.batch_size
         epoch, progress.epoch, progress.batch = progress.epoch, progress.epoch + 1, 0
-        record = self._epoch_means()
+        record = {**self._epoch_means(), "train/dropped_images": float(dropped)}
         if progress.epoch % recipe.eval_every == 0 or progress.step >= recipe.max_steps:
             record |= self._validate()
         self.log.write("epoch", progress.step, epoch, record)
 
-    def _fetch(self, loader: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Exception | None]:
-        """The micro-batches of a step, or why they cannot be had."""
+    def _fetch(self, steps: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...], Exception | None]:
+        """The micro-batches of a step, none after the last; or why they cannot be had."""
         try:
-            micro_batches = [next(loader) for _ in range(self.recipe.accumulation_steps)]
+            micro_batches = next(steps, ())
             for batch in micro_batches:
                 self.task.check(batch)
         except Exception as error:  # whatever a data source dies of
-            return [], error
+            return (), error
         return micro_batches, None
 
-    def _agree(self, micro_batches: list[dict[str, Any]], failure: Exception | None) -> int:
-        """Exchange how each process stands; returns the images of the whole step.
+    def _agree(self, micro_batches: tuple[Batch, ...], failure: Exception | None) -> int:
+        """Exchange how each process stands; returns the images of the whole step, 0 if some process has none left.
 
         Raises:
             InterruptedTraining: some process was asked to stop.
             TrainingError: some process has no data.
         """
-        own = [float(self.stop.is_set()), float(failure is not None), sum(b["size"] for b in micro_batches)]
-        stop, failures, num_images = (
+        own = [
+            float(self.stop.is_set()),
+            float(failure is not None),
+            float(not micro_batches),
+            sum(batch["size"] for batch in micro_batches),
+        ]
+        stop, failures, ended, num_images = (
             self.processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
             if self.processes.world > 1
             else own
@@ -317,9 +314,9 @@ class Trainer:
                 f"the images of step {self.progress.step} could not be loaded ({reason}); a checkpoint was saved "
                 "there. Repair the data and run the same command with --resume"
             ) from failure
-        return int(num_images)
+        return 0 if ended else int(num_images)
 
-    def _step(self, micro_batches: list[dict[str, Any]], num_images: int) -> dict[str, float]:
+    def _step(self, micro_batches: tuple[Batch, ...], num_images: int) -> dict[str, float]:
         """One optimizer step; returns its losses as numbers, means over the images of all processes."""
         progress, accelerator = self.progress, self.processes.accelerator
         sums: dict[str, Tensor] = {}
@@ -427,7 +424,7 @@ class Trainer:
         return record
 
     def _save(self) -> None:
-        self.checkpoints.save(self.averaged, self.progress)
+        self.checkpoints.save(self.averaged, self.progress, self.feed.state(self.progress.batch))
 
     def _stop(self) -> None:
         self._save()

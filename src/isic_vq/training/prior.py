@@ -22,9 +22,10 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import PriorRecipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe
 from isic_vq.training.run import build_config, open_run, save_model
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,10 @@ class PriorTask:
             "indices": torch.tensor(indices),
             "size": len(codes),
         }
+
+    def feed(self, recipe: LoopRecipe, processes: Processes) -> RowFeed:
+        """Training codes, in a new order each epoch."""
+        return RowFeed(self.train_set, self.collate, recipe, processes)
 
     def check(self, batch: dict[str, Any]) -> None:
         """Codes were checked when the cache was read."""

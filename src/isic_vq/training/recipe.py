@@ -101,8 +101,10 @@ class DataRecipe:
     """Which images.
 
     Args:
-        train: URI of the training images (`parquet:`, `folder:`, `synthetic:` or a path).
+        train: URI of the training images (`parquet:`, `folder:`, `synthetic:`, another source's, or a path).
         validation: URI of the validation images; without it a share of `train` is split off by lesion.
+        stream: read the training images as they come, rather than by random access; a source that can only be read
+            so is. Wants `validation`, and keeps nothing in memory or on disk.
         validation_share: that share, in (0, 1).
         max_corrupt_share: share of unreadable images past which the run fails.
         cache: keep decoded images in memory (48 KiB each at 128 pixels).
@@ -110,6 +112,7 @@ class DataRecipe:
 
     train: str = ""
     validation: str | None = None
+    stream: bool = False
     validation_share: float = 0.1
     max_corrupt_share: float | int = 0.01
     cache: bool = True

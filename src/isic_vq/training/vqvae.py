@@ -20,6 +20,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo
+from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
@@ -28,7 +29,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
 from isic_vq.training.codebook import SharedCodebook, SharedRows
-from isic_vq.training.images import ImageTask, open_data
+from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
@@ -57,7 +58,7 @@ class VQVAETask(ImageTask):
         self,
         model: VQVAEModel,
         processor: IsicVQImageProcessor,
-        train_set: DecodedImages,
+        train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
         recipe: VQVAERecipe,
     ):
@@ -136,11 +137,11 @@ class VQVAETask(ImageTask):
     def start_codebook(self) -> None:
         """Put the codebook at the k-means centroids of latents of the first training images of all processes."""
         config, loop, processes = self.model.config, self.recipe.loop, self.processes
-        order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(loop.seed))
-        num_batches = min(KMEANS_BATCHES, len(order) // loop.batch_size)  # whole: every process has as many
-        batches = order[: num_batches * loop.batch_size].split(loop.batch_size // loop.accumulation_steps)
+        sample = self.train_set.sample(KMEANS_BATCHES * loop.batch_size, loop.seed)
+        whole = len(sample) // loop.batch_size * loop.batch_size  # every process has as many batches
+        batches = torch.arange(whole).split(loop.batch_size // loop.accumulation_steps)
         own = torch.cat([batch[processes.part(len(batch))] for batch in batches])
-        chosen = torch.utils.data.Subset(self.train_set, own.tolist())
+        chosen = torch.utils.data.Subset(sample, own.tolist())
         own_size = loop.batch_size // (loop.accumulation_steps * processes.world)
         own_images = list(self.images(chosen, own_size))
         if processes.agree(len(own_images) < len(batches)):
@@ -162,8 +163,7 @@ class VQVAETask(ImageTask):
     def refit_statistics(self) -> None:
         """Re-estimate BatchNorm statistics and codebook under the model's present parameters."""
         loop = self.recipe.loop
-        order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(loop.seed + 1))
-        chosen = torch.utils.data.Subset(self.train_set, order[: REFIT_BATCHES * loop.batch_size].tolist())
+        chosen = self.train_set.sample(REFIT_BATCHES * loop.batch_size, loop.seed + 1)
         refit_batch_norm(self.model, self.images(chosen))
         if self.model.config.codebook_update == "ema":
             refit_codebook(self.model, self.images(chosen))
@@ -227,17 +227,17 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
         DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
     """
     config = build_config(VQVAEConfig, recipe.model)
-    train_records, validation_records, sources = open_data(recipe.data)
+    processor = IsicVQImageProcessor(size=config.image_size)
+    train_set, validation_set, sources = open_images(recipe.data, processor)
     idle = config.codebook_update == "gradient" and recipe.codebook_warmup_steps > 0
     processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
     run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
-    processor = IsicVQImageProcessor(size=config.image_size)
     task = VQVAETask(
         VQVAEModel(config).to(memory_format=torch.channels_last),
         processor,
-        DecodedImages(train_records, processor, cache=recipe.data.cache),
-        DecodedImages(validation_records, processor, cache=recipe.data.cache),
+        train_set,
+        validation_set,
         recipe,
     )
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})

@@ -1,9 +1,14 @@
 """Open a source of images by its URI, always with the columns `FEATURES`.
 
+    isic-archive[:FILTERS]   the ISIC archive
+    challenge:YEAR[:PART]    the archives of an ISIC challenge
+    hub:OWNER/NAME           a data set on the Hugging Face Hub; @REVISION?KEY=VALUE&... say which and how it is read
+    webdataset:PATTERN       tar files, local or http(s); {000..009} and {a,b} stand for several
     parquet:PATTERN          files, a glob pattern or a directory of parquet files with an `image` column
-    folder:DIR               images below a directory, with metadata.csv, metadata.jsonl or class folders
+    folder:DIR               images below a directory, with a table, JSON files or class folders
+    prepared:DIR[:SPLIT]     what `isic-vq data prepare` has written
     synthetic:NUM[:SEED]     generated images, for quick starts and tests
-    PATH                     a directory of parquet files, another directory, a *.parquet file or pattern
+    PATH                     a prepared directory; a file, directory or pattern of parquet or tar files; a folder
 
 `$VAR` and `${VAR}` are replaced by environment variables, so that a recipe names no machine's folders. What
 is told about a source (`describe_source`) is safe to publish: no absolute paths, only counts and a hash.
@@ -12,20 +17,40 @@ It does not split, filter or decode.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
 from isic_vq.data.schema import DataError
+from isic_vq.data.sources.archive import ArchiveSource
 from isic_vq.data.sources.base import Source, SourceInfo
+from isic_vq.data.sources.challenge import ChallengeSource
 from isic_vq.data.sources.folder import FolderSource
-from isic_vq.data.sources.parquet import ParquetSource, find_parquet_files
+from isic_vq.data.sources.hub import HubSource
+from isic_vq.data.sources.manifest import MANIFEST
+from isic_vq.data.sources.parquet import ParquetSource
+from isic_vq.data.sources.prepared import PreparedSource
 from isic_vq.data.sources.synthetic import SyntheticSource
-from isic_vq.data.sources.uri import expand_path, public_path
+from isic_vq.data.sources.uri import expand_path
+from isic_vq.data.sources.webdataset import WebDatasetSource
 
 __all__ = ["Source", "SourceInfo", "describe_source", "find_source", "open_source"]
 
-SCHEMES = "parquet:PATTERN, folder:DIR, synthetic:NUM[:SEED] or a path"
+SCHEMES = (
+    "isic-archive[:FILTERS], challenge:YEAR[:PART], hub:OWNER/NAME, webdataset:PATTERN, parquet:PATTERN, folder:DIR, "
+    "prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path"
+)
+SOURCES: dict[str, Callable[[str], Source]] = {
+    "isic-archive": ArchiveSource.from_target,
+    "challenge": ChallengeSource.from_target,
+    "hub": HubSource.from_target,
+    "webdataset": WebDatasetSource.from_target,
+    "prepared": PreparedSource.from_target,
+    "parquet": ParquetSource.from_target,
+    "folder": FolderSource.from_target,
+    "synthetic": SyntheticSource.from_target,
+}
 
 
 def open_source(uri: str, streaming: bool = False) -> Dataset | IterableDataset:
@@ -62,21 +87,22 @@ def find_source(uri: str) -> Source:
     Raises:
         DataError: the URI is not one, or names nothing.
     """
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", uri, re.DOTALL)
+    match = re.match(
+        r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", "isic-archive:" if uri == "isic-archive" else uri, re.DOTALL
+    )
     scheme, target = (match[1].lower(), match[2]) if match else ("", uri)
-    if scheme not in ("", "parquet", "folder", "synthetic"):
+    if scheme and scheme not in SOURCES:
         raise DataError(f"{uri!r} has the unknown scheme {scheme!r}. Expected {SCHEMES}.")
-    if not target.strip():
+    if not target.strip() and scheme != "isic-archive":
         raise DataError(f"{uri!r} names nothing. Expected {SCHEMES}.")
-    if scheme == "synthetic":
-        return SyntheticSource.from_target(target)
+    return SOURCES[scheme or _scheme_of_path(target)](target)
+
+
+def _scheme_of_path(target: str) -> str:
+    """What a path without a scheme holds."""
     path = expand_path(target)
-    if not scheme:
-        has_parquet = os.path.isdir(path) and any(Path(path).glob("*.parquet"))
-        scheme = "folder" if os.path.isdir(path) and not has_parquet else "parquet"
-    name = f"{scheme}:{public_path(target)}"
-    if scheme == "parquet":
-        return ParquetSource(name, find_parquet_files(path, name))
-    if not os.path.isdir(path):
-        raise DataError(f"{name} is not a directory. Expected folder:DIR with images in DIR or below.")
-    return FolderSource(name, Path(path))
+    if os.path.isfile(os.path.join(re.sub(r":(train|validation|test)$", "", path), MANIFEST)):
+        return "prepared"
+    if os.path.isdir(path) and not any(Path(path).glob("*.parquet")):
+        return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
+    return "webdataset" if path.endswith(".tar") else "parquet"

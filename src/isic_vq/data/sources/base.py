@@ -93,6 +93,11 @@ class Source(ABC):
             read_parts, gen_kwargs={"source": self, "parts": self.parts()[rank::world]}, features=FEATURES
         )
 
+    @property
+    def has_random_access(self) -> bool:
+        """Whether there is a `dataset`; else the source can only be streamed."""
+        return type(self).dataset is not Source.dataset
+
     def dataset(self) -> Dataset:
         """All records with random access.
 

@@ -1,8 +1,10 @@
-"""A folder of images as records: files found recursively, described by a metadata file or by class folders.
+"""A folder of images as records: files found recursively, described by a table, by JSON beside them or by class folders.
 
-Source: the layout of Hugging Face's `imagefolder` (metadata.csv or metadata.jsonl with a `file_name` column).
-Differs: class folders count only where their name is a known diagnosis (`imagefolder` takes any folder name,
-even a host, for a class), and metadata that names a file which is not there is an error.
+Sources: the layout of Hugging Face's `imagefolder` (metadata.csv or metadata.jsonl with a `file_name` column); the
+tables of the ISIC challenges and of isic-cli, which name images by id; the archive's JSON files, NAME.json beside
+NAME.jpg.
+Differs from `imagefolder`: class folders count only where their name is a known diagnosis (it takes any folder
+name, even a host, for a class), and a table that names an image which is not there is an error.
 It does not open the images: a file is a record even if it turns out to be corrupt, and loading counts it.
 """
 
@@ -19,10 +21,14 @@ from datasets import Dataset
 
 from isic_vq.data.schema import FEATURES, DataError, normalise
 from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.sidecar import read_sidecar
+from isic_vq.data.sources.uri import expand_path, public_path
 from isic_vq.models.diagnosis import canonical_diagnosis
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+# The column of a table that names the image: a file with its folders, or an id without suffix; the first counts.
+NAME_COLUMNS = ("file_name", "isic_id", "image_id", "image_name", "image", "image_file")
 FILES_PER_PART = 64
 
 
@@ -37,6 +43,18 @@ class FolderSource(Source):
 
     name: str
     folder: Path
+
+    @classmethod
+    def from_target(cls, target: str) -> "FolderSource":
+        """Find a directory.
+
+        Raises:
+            DataError: there is none.
+        """
+        name, folder = f"folder:{public_path(target)}", Path(expand_path(target))
+        if not folder.is_dir():
+            raise DataError(f"{name} is not a directory. Expected folder:DIR with images in DIR or below.")
+        return cls(name, folder)
 
     def parts(self) -> list[list[dict[str, Any]]]:
         """The records themselves, in lists: their images are paths."""
@@ -66,10 +84,11 @@ class FolderSource(Source):
 def read_folder(folder: Path) -> list[dict[str, Any]]:
     """Return one record per image file, in the order of the relative names, under the names of `FEATURES`.
 
-    A record's `image` is the path of its file. An image that the metadata does not mention, or mentions
-    without a diagnosis, has the diagnosis of the nearest folder that is called like one, else `unknown`. Its
-    `isic_id` is the metadata's, else the file's name without suffix, or the whole relative name where two
-    files share that.
+    A record's `image` is the path of its file. What is known of an image is its row of the table; without one,
+    NAME.json beside it. The table is metadata.csv or metadata.jsonl in the folder itself, else the only file there
+    that ends in .csv or .jsonl. An image without a diagnosis in it has that of the nearest folder that is called
+    like one, else `unknown`. Its `isic_id` is the table's, else the file's name without suffix, or the whole
+    relative name where two files share that.
 
     Args:
         folder: searched recursively; hidden files and folders are left out.
@@ -78,20 +97,18 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
         DataError: there is no image, or the metadata cannot be used.
     """
     names = image_names(folder)
-    metadata = _read_metadata(folder)
-    missing = sorted(set(metadata) - set(names))
-    if missing:
-        raise DataError(
-            f"The metadata names {len(missing)} file(s) that are not in the folder, for example "
-            f"{', '.join(missing[:3])}. Expected file_name relative to the folder; correct or remove these rows."
-        )
+    table = _read_table(folder, names)
     stems = Counter(PurePosixPath(name).stem for name in names)
     records = []
     for name in names:
-        where, described = metadata.get(name, (name, {}))
+        sidecar = (folder / name).with_suffix(".json")
+        where, described = table.get(name, (name, {}))
+        if name not in table and sidecar.is_file():
+            where = PurePosixPath(name).with_suffix(".json").as_posix()
+            described = read_sidecar(sidecar.read_bytes(), where)
         record = normalise({"file_name": name, **described}, where)
         if record["diagnosis"] == "unknown":
-            record["diagnosis"] = _class_folder(name)
+            record["diagnosis"] = class_folder(name)
         if record["isic_id"] == PurePosixPath(name).stem and stems[record["isic_id"]] > 1:
             record["isic_id"] = name
         records.append({"image": None, **record} | {"image": str(folder / name)})
@@ -119,8 +136,12 @@ def image_names(folder: Path) -> list[str]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return the sha256 over names and contents of the images and the metadata file, as hex digits."""
-    names = [*image_names(folder), *(name for name in METADATA_NAMES if (folder / name).is_file())]
+    """Return the sha256 over names and contents of the images, the table and the JSON files, as hex digits."""
+    images = image_names(folder)
+    sidecars = {PurePosixPath(name).with_suffix(".json").as_posix() for name in images}
+    names = [*images, *(name for name in sidecars if (folder / name).is_file())]
+    if (table := _find_table(folder)) is not None:
+        names.append(table.name)
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(json.dumps([name, file_digest(folder / name)]).encode())
@@ -133,21 +154,58 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_metadata(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the metadata's rows by file name, each with its place; empty without a metadata file."""
+def _find_table(folder: Path) -> Path | None:
+    """Return the file that describes the images, or None if there is none."""
     present = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(present) > 1:
         raise DataError(f"The folder {folder.name!r} has {' and '.join(METADATA_NAMES)}; keep one of them.")
+    if not present:
+        present = sorted(
+            path for path in folder.glob("[!.]*") if path.suffix in (".csv", ".jsonl") and path.is_file()
+        )
+    if len(present) > 1:
+        raise DataError(
+            f"The folder {folder.name!r} has several tables ({', '.join(path.name for path in present)}). Join them in "
+            "one metadata.csv, or leave one."
+        )
+    return present[0] if present else None
+
+
+def _read_table(folder: Path, names: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the table's rows by the name of their image, each with its place; empty without a table."""
+    path = _find_table(folder)
+    if path is None:
+        return {}
+    by_stem: dict[str, list[str]] = {}
+    for name in names:
+        by_stem.setdefault(PurePosixPath(name).stem, []).append(name)
+    known, missing = set(names), []
     rows: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in present:
-        for row, record in enumerate(_read_csv(path) if path.suffix == ".csv" else _read_jsonl(path)):
-            where = f"{path.name}, row {row}"
-            if not record.get("file_name"):
-                raise DataError(f"{where}: no file_name. Expected a column file_name, filled in every row.")
-            name = PurePosixPath(str(record["file_name"]).strip().replace("\\", "/")).as_posix()
-            if name in rows:
+    for number, record in enumerate(_read_csv(path) if path.suffix == ".csv" else _read_jsonl(path)):
+        where = f"{path.name}, row {number}"
+        column = next((column for column in NAME_COLUMNS if column in record), None)
+        if column is None or not record[column]:
+            raise DataError(
+                f"{where}: no {column or 'file_name'}. Expected a column file_name, or one with the image's id "
+                f"({', '.join(NAME_COLUMNS[1:])}), filled in every row."
+            )
+        name = PurePosixPath(str(record[column]).strip().replace("\\", "/")).as_posix()
+        found = [name] if name in known else []
+        if column != "file_name" and not found:
+            found = by_stem.get(name, [])
+        if len(found) > 1:
+            raise DataError(f"{where}: {name} may be {' or '.join(found)}; name it in a column file_name.")
+        missing += [] if found else [name]
+        for image in found:
+            if image in rows:
                 raise DataError(f"{where}: {name} is named twice; keep one row per image.")
-            rows[name] = (where, record)
+            rows[image] = (where, record)
+    if missing:
+        raise DataError(
+            f"{path.name} names {len(missing)} image(s) that are not in the folder, for example "
+            f"{', '.join(sorted(missing)[:3])}. Expected file names relative to the folder, or ids of images in it; "
+            "correct or remove these rows."
+        )
     return rows
 
 
@@ -177,7 +235,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _class_folder(name: str) -> str:
+def class_folder(name: str) -> str:
     """Return the diagnosis that the nearest enclosing folder is called by, or `unknown`."""
     for part in reversed(PurePosixPath(name).parts[:-1]):
         try:

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets,
 from isic_vq.data.schema import FEATURES, DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.folder import file_digest
+from isic_vq.data.sources.uri import expand_path, public_path
 
 _SPLIT_PREFIX = re.compile(r"(train|val|test|dev)", re.IGNORECASE)
 
@@ -32,6 +33,16 @@ class ParquetSource(Source):
 
     name: str
     files: tuple[Path, ...]
+
+    @classmethod
+    def from_target(cls, target: str) -> "ParquetSource":
+        """Find the files of a path, directory or pattern.
+
+        Raises:
+            DataError: there are none, or they cannot be used together.
+        """
+        name = f"parquet:{public_path(target)}"
+        return cls(name, find_parquet_files(expand_path(target), name))
 
     def parts(self) -> list[tuple[Path, int, int]]:
         """Row groups: file, number of the group, and of its first row in the file."""

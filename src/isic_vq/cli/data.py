@@ -1,0 +1,175 @@
+"""Commands about images: what is in a source, prepare it for training, check what was prepared."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isic_vq.cli.app import CorruptShareOption, app, quiet_transformers
+
+data_app = typer.Typer(help="Look at images, prepare them for training, check them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+SAMPLES = 32
+SAMPLE_SIZE = 128
+
+
+@data_app.command(
+    "summary",
+    epilog="Examples:\n\n  isic-vq data summary folder:my_images -o sample.png\n\n"
+    "  isic-vq data summary 'isic-archive:license=CC-0&image_type=dermoscopic'",
+)
+def summary(
+    uri: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Images, as for --data of the other commands.")
+    ],
+    sample: Annotated[
+        Path | None,
+        typer.Option("--sample", "-o", help="PNG of some images, which shows the source's pixels."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the counts as JSON.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images that the PNG shows.")] = 0,
+) -> None:
+    """Count a source's images by diagnosis, source, licence and so on, and what they lack."""
+    from isic_vq.data.sources import find_source
+    from isic_vq.data.summary import COUNTED, summarise
+    from isic_vq.files import write_atomically
+
+    quiet_transformers()
+    source = find_source(uri)
+    counted = {"source_name": source.name, "snapshot": source.snapshot, **summarise(source.metadata())}
+    typer.echo(
+        f"{source.name}: {counted['num_images']} images" + (f", {source.snapshot}" if source.snapshot else "")
+    )
+    for name in (*COUNTED, "age", "missing", "groups"):
+        _print_counts(name, counted[name], counted["num_images"])
+    if counted["other_sites"]:
+        typer.echo(f"sites that no table knows: {', '.join(counted['other_sites'])}")
+    if json_file is not None:
+        write_atomically(json_file, (json.dumps(counted, indent=2) + "\n").encode())
+        typer.echo(f"wrote {json_file}")
+    if sample is not None:
+        typer.echo(f"wrote {_write_sample(source, counted['num_images'], sample, seed)} images to {sample}")
+
+
+@data_app.command(
+    "prepare",
+    epilog="Examples:\n\n  isic-vq data prepare my_data --data folder:my_images\n\n"
+    "  isic-vq data prepare ham --data challenge:2018 --data test=challenge:2018:test --workers 4",
+)
+def prepare(
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="[SPLIT=]SOURCE; repeat it for several. SPLIT: train, validation, test."),
+    ],
+    size: Annotated[int, typer.Option(help="Side of the prepared images, in pixels.")] = 128,
+    encoding: Annotated[str, typer.Option(help="jpeg, or png, which is lossless and larger.")] = "jpeg",
+    quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
+    shard_format: Annotated[str, typer.Option("--format", help="parquet or webdataset.")] = "parquet",
+    rows_per_shard: Annotated[int, typer.Option(help="Images in a file.")] = 1024,
+    validation_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.0,
+    license: Annotated[
+        list[str] | None,
+        typer.Option("--license", help="Only images under this licence, such as CC-0; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; they decide no byte of the result.")] = 1,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Add to a finished folder, whose images stay.")
+    ] = False,
+    keep_duplicates: Annotated[
+        bool,
+        typer.Option("--keep-duplicates", help="Keep training images that validation or test shows, too."),
+    ] = False,
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Write images at the training size in shards, split by lesion and patient, without near-duplicates across splits."""
+    from isic_vq.data.prepare import Preparation
+    from isic_vq.data.prepare import prepare as run
+
+    quiet_transformers()
+    preparation = Preparation(
+        size=size,
+        encoding=encoding,
+        quality=quality,
+        format=shard_format,
+        rows_per_shard=rows_per_shard,
+        shares={"validation": validation_share, "test": test_share},
+        seed=seed,
+        licenses=tuple(license or ()),
+        keep_duplicates=keep_duplicates,
+        max_corrupt_share=max_corrupt_share,
+    )
+    manifest = run(
+        output, [_with_split(text) for text in data], preparation, workers, extend, sys.stderr.isatty()
+    )
+    for split, about in manifest.splits.items():
+        if about["num_images"]:
+            _print_counts(f"{split}: {about['num_images']} images", about["diagnoses"], about["num_images"])
+    typer.echo(
+        f"unreadable: {len(manifest.unreadable)}; near-duplicates: {manifest.duplicates['num_pairs']} pairs"
+    )
+    typer.echo(
+        f"wrote {len(manifest.shards)} shards to {output}; train with data.train=prepared:{output}:train"
+    )
+
+
+@data_app.command("verify", epilog="Example:\n\n  isic-vq data verify my_data")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that isic-vq data prepare has finished.")],
+) -> None:
+    """Check a prepared folder: hashes, pixels, counts, and that no lesion or patient is in two splits."""
+    from isic_vq.data.sources.manifest import Manifest
+    from isic_vq.data.verify import verify as check
+
+    quiet_transformers()
+    wrong = check(folder)
+    for sentence in wrong:
+        typer.echo(sentence)
+    manifest = Manifest.read(folder)
+    images = sum(shard.rows for shard in manifest.shards)
+    if wrong:
+        raise ValueError(f"{folder.name}: {len(wrong)} things are wrong; prepare the folder again")
+    typer.echo(f"{folder.name} is sound: {len(manifest.shards)} shards, {images} images, splits disjoint")
+
+
+def _with_split(text: str) -> tuple[str | None, str]:
+    """Parse [SPLIT=]URI."""
+    match = re.match(r"(train|validation|test)=(.+)", text, re.DOTALL)
+    return (match[1], match[2]) if match else (None, text)
+
+
+def _print_counts(title: str, counts: dict[str, int], total: int) -> None:
+    typer.echo(title)
+    for value, count in counts.items():
+        share = f"{count / total:7.1%}" if count <= total else ""
+        typer.echo(f"  {value[:70]:<70} {count:>8} {share}")
+
+
+def _write_sample(source: Any, number: int, path: Path, seed: int) -> int:
+    """Write a grid of some images of a source; returns how many it shows."""
+    import numpy as np
+
+    from isic_vq.data.loading import iter_batches
+    from isic_vq.figures import image_grid
+    from isic_vq.figures.png import write_png
+    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+
+    chosen = sorted(np.random.default_rng(seed).permutation(number)[:SAMPLES].tolist())
+    # Of a stream the first ones: the others are far away.
+    records = source.dataset().select(chosen) if source.has_random_access else source.stream().take(SAMPLES)
+    processor = IsicVQImageProcessor(size=SAMPLE_SIZE)
+    batches = [
+        batch["pixel_values"] for batch in iter_batches(records, processor, SAMPLES, max_corrupt_share=1.0)
+    ]
+    if not batches:
+        raise ValueError(f"{source.name} holds no readable image among {len(chosen)}")
+    pixels = np.concatenate([processor.postprocess(batch, output_type="np") for batch in batches])
+    comment = f"{len(pixels)} images of {source.name}, seed {seed}: source images, not generated ones"
+    write_png(image_grid(pixels, columns=8), path, {"Title": "sample", "Comment": comment})
+    return len(pixels)

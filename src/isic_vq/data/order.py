@@ -1,0 +1,37 @@
+"""The order in which an epoch reads prepared shards: random, but near in time what lies near on disk."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 16  # shards whose rows are mixed
+
+
+def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> NDArray[np.int64]:
+    """Every row of all shards once: shards in random order, the rows of each `window` of them in random order.
+
+    A function of its arguments alone, so that a place in an epoch is one integer. With no more shards than the window
+    holds it is a permutation of all rows, each as likely as any other.
+
+    Args:
+        shard_sizes: rows of each shard, in the order of the data set's rows.
+        seed: of the run.
+        epoch: from 0.
+        window: how many shards are open at once.
+
+    Returns:
+        Rows of the data set, int64 of shape (rows,).
+
+    Example:
+        >>> sorted(epoch_order([2, 3], seed=0, epoch=0).tolist())
+        [0, 1, 2, 3, 4]
+    """
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
+    shards = generator.permutation(len(shard_sizes))
+    rows = []
+    for first in range(0, len(shards), window):
+        opened = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
+        rows.append(generator.permutation(np.concatenate(opened)))
+    return np.concatenate(rows) if rows else np.empty(0, np.int64)

@@ -1,0 +1,478 @@
+"""Prepare images for training: any sources in, shards at the training size out, with splits and a manifest.
+
+Work is done in units, one part of one source each, by any number of processes; a unit's file is whole or not there, so
+that a call that was interrupted, even by kill -9, goes on where it was. What follows needs all units and is quick:
+near-duplicates, splits, shards. The bytes of the result depend on the sources and settings alone.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+from tqdm import tqdm
+
+from isic_vq import __version__
+from isic_vq.data.duplicates import (
+    DuplicatePair,
+    drop_from_train,
+    duplicate_report,
+    find_duplicates,
+    signature,
+)
+from isic_vq.data.licenses import license_id
+from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.sources import Source, find_source
+from isic_vq.data.sources.manifest import (
+    IMAGE_COLUMNS,
+    IMAGES,
+    MANIFEST,
+    SUFFIXES,
+    Manifest,
+    Shard,
+    describe_split,
+    images_bytes,
+    read_images,
+    shard_of,
+    write_shard,
+)
+from isic_vq.data.splits import SPLITS, Assignment, assign_splits
+from isic_vq.files import write_atomically
+from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
+
+logger = logging.getLogger(__name__)
+
+WORK = ".work"
+SETTINGS = "settings.json"
+UNREADABLE = "unreadable: "  # what the reason of an image begins with that could not be read
+_NO_IMAGE = "the record has no image"
+_UNIT = pyarrow.schema([*IMAGE_COLUMNS, ("image", pyarrow.binary())])
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are prepared.
+
+    Attributes:
+        size: side in pixels.
+        encoding: "jpeg" (without chroma subsampling) or "png" (lossless, about three times as large).
+        quality: of JPEG.
+        format: "parquet" or "webdataset".
+        rows_per_shard: images in a file.
+        shares: expected share of the groups in "validation" and "test", of sources that come without a split.
+        seed: of the splits.
+        licenses: images under one of these alone; none takes all.
+        keep_duplicates: leave training images that validation or test shows as well.
+        max_corrupt_share: share of unreadable images past which to fail.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    size: int = 128
+    encoding: str = "jpeg"
+    quality: int = 95
+    format: str = "parquet"
+    rows_per_shard: int = 1024
+    shares: Mapping[str, float] = field(default_factory=lambda: {"validation": 0.1, "test": 0.0})
+    seed: int = 0
+    licenses: tuple[str, ...] = ()
+    keep_duplicates: bool = False
+    max_corrupt_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.size < 16:
+            raise ValueError(f"size is {self.size}: expected at least 16 pixels")
+        if self.encoding not in ("jpeg", "png"):
+            raise ValueError(f"encoding is {self.encoding!r}: expected jpeg or png")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality}: expected 1 to 100")
+        if self.format not in SUFFIXES:
+            raise ValueError(f"format is {self.format!r}: expected {' or '.join(SUFFIXES)}")
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard}: expected at least 1")
+        for name in self.licenses:
+            license_id(name)
+
+    def encode(self, square: Any) -> bytes:
+        """A PNG or JPEG file of pixels (height, width, 3)."""
+        buffer = io.BytesIO()
+        picture = Image.fromarray(square)
+        if self.encoding == "png":
+            picture.save(buffer, format="PNG", optimize=False)
+        else:
+            picture.save(buffer, format="JPEG", quality=self.quality, subsampling=0)
+        return buffer.getvalue()
+
+
+def prepare(
+    output: Path,
+    sources: Sequence[tuple[str | None, str]],
+    preparation: Preparation,
+    workers: int = 1,
+    extend: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Prepare images of sources in a folder.
+
+    Args:
+        output: the folder; an interrupted call with the same arguments is gone on with.
+        sources: split (None: by `preparation.shares`) and URI of each.
+        preparation: how.
+        workers: processes.
+        extend: add to a finished folder: what it holds keeps its split and its bytes, and new images that would put a
+            lesion, a patient or a photograph on two sides are excluded.
+        progress: show a progress bar.
+
+    Returns:
+        What the folder's manifest says.
+
+    Raises:
+        ValueError: a setting that is none.
+        DataError: a source cannot be used, too many images are unreadable, or the folder holds something else.
+        OSError: a file cannot be written; it is named.
+    """
+    found = [(split, find_source(uri)) for split, uri in sources]
+    if not found:
+        raise ValueError("nothing to prepare: name at least one source")
+    parts = [source.parts() for _, source in found]
+    infos = [asdict(source.describe()) for _, source in found]
+    settings = _settings(preparation, [split for split, _ in found], infos)
+    old = _open_folder(output, settings, extend)
+    if old is not None and old.settings == settings:
+        logger.info("%s is finished with these settings already", output.name)
+        return old
+    work = output / WORK
+    units = [
+        (source, part, work / f"{i:02d}-{j:06d}.parquet")
+        for i, (_, source) in enumerate(found)
+        for j, part in enumerate(parts[i])
+    ]
+    _make_units(units, preparation, workers, sum(info["num_images"] for info in infos), progress)
+    paths = [path for _, _, path in units]
+    rows, wanted = _read_rows(paths, [split for split, _ in found])
+    _check_unreadable(rows, preparation.max_corrupt_share)
+    old_rows = read_images(output) if old is not None else []
+    pairs = _assign(rows, wanted, old_rows, preparation)
+    shards = _write_shards(output, paths, rows, preparation, old.shards if old is not None else [])
+    everything = [*old_rows, *rows]
+    report = duplicate_report(pairs, everything)
+    report.pop("pairs")
+    manifest = Manifest(
+        settings=settings,
+        sources=[*(old.sources if old is not None else []), *infos],
+        splits={split: describe_split([r for r in everything if r["split"] == split]) for split in SPLITS},
+        shards=shards,
+        unreadable={
+            str(row["isic_id"]): row["reason"].removeprefix(UNREADABLE)
+            for row in everything
+            if (row["reason"] or "").startswith(UNREADABLE)
+        },
+        duplicates=report,
+    )
+    write_atomically(output / IMAGES, images_bytes(everything))
+    manifest.write(output)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _settings(
+    preparation: Preparation, splits: Sequence[str | None], infos: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """All that decides the bytes of the folder."""
+    named = [
+        {"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}}
+        for split, info in zip(splits, infos, strict=True)
+    ]
+    versions = {
+        "isic_vq": __version__,
+        **{name: metadata.version(name) for name in ("pillow", "pyarrow", "ImageHash")},
+    }
+    plain = {
+        **asdict(preparation),
+        "shares": dict(preparation.shares),
+        "licenses": list(preparation.licenses),
+    }
+    return {**plain, "sources": named, "versions": versions}
+
+
+def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Manifest | None:
+    """Begin the folder's work, or check that it was begun with the same settings; returns a finished one's manifest."""
+    old = Manifest.read(output) if (output / MANIFEST).is_file() else None
+    if extend and old is None:
+        raise DataError(
+            f"{output.name} is not finished, so it cannot be extended: prepare it without --extend first"
+        )
+    if old is not None and old.settings == settings:
+        return old
+    if old is not None and not extend:
+        raise DataError(
+            f"{output.name} is finished and was prepared with other settings or sources "
+            f"({_difference(old.settings, settings)}): choose another folder, or add to it with --extend"
+        )
+    if old is not None:
+        for key in ("size", "encoding", "quality", "format"):
+            if old.settings[key] != settings[key]:
+                raise DataError(
+                    f"{output.name} was prepared with {key} = {old.settings[key]!r}, and this is {settings[key]!r}: extend "
+                    "it with the same"
+                )
+    begun = output / WORK / SETTINGS
+    if begun.is_file():
+        if json.loads(begun.read_text()) != settings:
+            raise DataError(
+                f"{output.name} was begun with other settings or sources "
+                f"({_difference(json.loads(begun.read_text()), settings)}): go on with the same, or remove {WORK} in it"
+            )
+        for leftover in begun.parent.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return old
+    strangers = (
+        sorted(path.name for path in output.glob("*") if old is None and path.name != WORK)
+        if output.is_dir()
+        else []
+    )
+    if strangers:
+        raise DataError(
+            f"{output.name} holds {strangers[0]}, which is not of this preparation: choose an empty folder"
+        )
+    write_atomically(begun, (json.dumps(settings, indent=2) + "\n").encode())
+    return old
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys in which settings differ."""
+    return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
+
+
+def _make_units(
+    units: Sequence[tuple[Source, Any, Path]],
+    preparation: Preparation,
+    workers: int,
+    num_images: int,
+    progress: bool,
+) -> None:
+    """Make the units that are not there yet."""
+    missing = [unit for unit in units if not unit[2].exists()]
+    there = sum(pyarrow.parquet.read_metadata(path).num_rows for _, _, path in units if path.exists())
+    done = len(units) - len(missing)
+    with tqdm(total=num_images, initial=there, unit="image", desc="preparing", disable=not progress) as bar:
+        try:
+            for number in _run([(_make_unit, (*unit, preparation)) for unit in missing], workers):
+                bar.update(number)
+                done += 1
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{done} of {len(units)} parts are finished; run the same command to go on"
+            ) from error
+
+
+def _run(calls: Sequence[tuple[Callable[..., int], tuple[Any, ...]]], workers: int) -> Iterator[int]:
+    """Yield the results of calls as they come, from so many processes; two calls per process wait at most."""
+    if workers <= 1:
+        yield from (function(*arguments) for function, arguments in calls)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    remaining, running = iter(calls), set[Future[int]]()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_leave_with, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            while True:
+                while len(running) < 2 * workers and (call := next(remaining, None)) is not None:
+                    running.add(pool.submit(call[0], *call[1]))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _leave_with(parent: int) -> None:
+    """Let a worker end when the process that wants its work is gone, killed even, and leave Ctrl-C to that one."""
+    import signal
+    import threading
+    import time
+
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_unit(source: Source, part: Any, path: Path, preparation: Preparation) -> int:
+    """Write the rows of a part, with their images at the training size; returns their number."""
+    processor = IsicVQImageProcessor(size=preparation.size)
+    wanted = {license_id(name) for name in preparation.licenses} - {"unknown"}
+    rows = []
+    for record in source.read(part):
+        if preparation.licenses and (not record["license"] or license_id(record["license"]) not in wanted):
+            continue
+        rows.append(_prepared_row(record, source.name, processor, preparation))
+    table = pyarrow.Table.from_pylist(rows, schema=_UNIT)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink, compression="none")
+    write_atomically(path, sink.getvalue())
+    return len(rows)
+
+
+def _prepared_row(
+    record: Mapping[str, Any], origin: str, processor: IsicVQImageProcessor, preparation: Preparation
+) -> dict[str, Any]:
+    """A record's row: with an image and signature, or with the reason why it has none."""
+    row: dict[str, Any] = {name: record[name] for name in FEATURES if name != "image"} | {"origin": origin}
+    content = _image_bytes(record["image"])
+    if content is None:
+        return {**row, "split": "excluded", "reason": f"{UNREADABLE}{_NO_IMAGE}"}
+    row["sha256"] = hashlib.sha256(content).hexdigest()
+    try:
+        square = processor.to_square(content, name=str(row["isic_id"]))
+        return {**row, "signature": signature(content), "image": preparation.encode(square)}
+    except ImageError as error:
+        return {**row, "split": "excluded", "reason": f"{UNREADABLE}{error}"}
+
+
+def _image_bytes(image: Any) -> bytes | None:
+    """The encoded image of a record, None if it has none or its file is gone."""
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image["bytes"] is not None else image["path"]
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes() if Path(image).is_file() else None
+    return image
+
+
+def _read_rows(
+    paths: Sequence[Path], splits: Sequence[str | None]
+) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """The rows of all units, without images, and the split that the source of each comes with."""
+    rows: list[dict[str, Any]] = []
+    wanted: list[str | None] = []
+    for path in paths:
+        unit = pyarrow.parquet.read_table(path, columns=IMAGE_COLUMNS.names).to_pylist()
+        rows += unit
+        wanted += [splits[int(path.name.partition("-")[0])]] * len(unit)
+    return rows, wanted
+
+
+def _check_unreadable(rows: Sequence[Mapping[str, Any]], max_share: float) -> None:
+    """Refuse to go on with too many images that could not be read, or with none."""
+    bad = [row for row in rows if row["split"] == "excluded"]
+    if not rows or len(bad) == len(rows):
+        raise DataError("no image is left to prepare: check the sources and the licences")
+    if len(bad) > max_share * len(rows):
+        examples = "; ".join(f"{row['isic_id']}: {row['reason'].removeprefix(UNREADABLE)}" for row in bad[:5])
+        raise DataError(
+            f"{len(bad)} of {len(rows)} images are unreadable, more than the allowed share of {max_share:g}, for example "
+            f"{examples}. Replace or remove them, or allow a larger share."
+        )
+
+
+def _assign(
+    rows: list[dict[str, Any]],
+    wanted: Sequence[str | None],
+    old_rows: Sequence[Mapping[str, Any]],
+    preparation: Preparation,
+) -> list[DuplicatePair]:
+    """Fill in split and reason of new rows; returns the near-duplicates among all, old rows first."""
+    readable = [number for number, row in enumerate(rows) if row["split"] is None]
+    assignments = assign_splits(
+        [rows[number] for number in readable],
+        preparation.shares,
+        preparation.seed,
+        [wanted[number] for number in readable],
+        old_rows,
+        [Assignment(row["split"], row["reason"]) for row in old_rows],
+    )
+    for number, assignment in zip(readable, assignments, strict=True):
+        rows[number] |= {"split": assignment.split, "reason": assignment.reason}
+    everything = [*old_rows, *rows]
+    described = [number for number, row in enumerate(everything) if row["signature"] is not None]
+    pairs = [
+        DuplicatePair(described[p.first], described[p.second], p.view, p.distance, p.similarity)
+        for p in find_duplicates([everything[number]["signature"] for number in described])
+    ]
+    if not preparation.keep_duplicates:
+        _drop_duplicates(pairs, everything, len(old_rows))
+    return pairs
+
+
+def _drop_duplicates(pairs: Sequence[DuplicatePair], rows: Sequence[Any], num_old: int) -> None:
+    """Exclude training rows that show a photograph of validation or test; of an old and a new row, the new one."""
+    names = [str(row["isic_id"]) for row in rows]
+    for number, reason in drop_from_train(pairs, [row["split"] for row in rows], names).items():
+        if number >= num_old:
+            rows[number].update(split="excluded", reason=reason)
+    for pair in pairs:
+        old, new = sorted((pair.first, pair.second))
+        sides = {rows[old]["split"], rows[new]["split"]}
+        if old < num_old <= new and "train" in sides and sides & {"validation", "test"}:
+            rows[new].update(
+                split="excluded",
+                reason=f"same photograph as {names[old]} of {rows[old]['split']}, which stays",
+            )
+
+
+def _write_shards(
+    output: Path,
+    paths: Sequence[Path],
+    rows: Sequence[dict[str, Any]],
+    preparation: Preparation,
+    old: Sequence[Shard],
+) -> list[Shard]:
+    """Write the images of each split in order, one unit and at most one shard per split in memory."""
+    shards = list(old)
+    waiting: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {split: [] for split in SPLITS[:3]}
+
+    def flush(split: str) -> None:
+        held = waiting[split]
+        if not held:
+            return
+        number = sum(shard.split == split for shard in shards)
+        path = output / f"{split}-{number:05d}{SUFFIXES[preparation.format]}"
+        write_shard(path, [record for _, record in held])
+        for place, (row, _) in enumerate(held):
+            row |= {"shard": path.name, "row": place}
+        shards.append(shard_of(path, split, len(held)))
+        held.clear()
+
+    suffix = "png" if preparation.encoding == "png" else "jpg"
+    following = iter(rows)
+    for path in paths:
+        for image in pyarrow.parquet.read_table(path, columns=["image"])["image"].to_pylist():
+            row = next(following)
+            if row["split"] == "excluded":
+                continue
+            stored = {"bytes": image, "path": f"{Path(str(row['isic_id'])).name}.{suffix}"}
+            waiting[row["split"]].append(
+                (row, {"image": stored, **{name: row[name] for name in FEATURES if name != "image"}})
+            )
+            if len(waiting[row["split"]]) == preparation.rows_per_shard:
+                flush(row["split"])
+    for split in waiting:
+        flush(split)
+    return shards

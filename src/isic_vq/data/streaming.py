@@ -1,0 +1,177 @@
+"""Training images from sources that are read as they come: shuffled, decoded, and resumable at any image.
+
+An epoch reads the parts of a source in a new order and deals them out to lanes, one per loading process. A lane
+decodes its images and mixes them in windows: while one window is given out in random order, the next one is read.
+Where a lane stands is four integers, from which it goes on exactly, at the cost of reading up to two windows, and
+the part they begin in, once more.
+Differs from `datasets.IterableDataset.shuffle`: that one mixes encoded images, whose size nobody bounds, and after
+a resume it has lost what its buffer held.
+It does not split or augment, and a lane mixes only what lies within a window of its parts.
+"""
+
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image
+
+from isic_vq.data.augmentation import NUM_VIEWS
+from isic_vq.data.loading import decoded_item
+from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.sources import Source
+from isic_vq.data.sources.base import read_parts
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+
+WINDOW = 512  # decoded images that are mixed at a time; 24 MiB at 128 pixels
+MAX_SAMPLE = 4096  # decoded images that are kept in memory to be measured; 192 MiB at 128 pixels
+MAX_BYTES_IN_MEMORY = 2**31
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a lane of an epoch stands.
+
+    Attributes:
+        window: number of the present window.
+        part: number, among the lane's parts, of the one the window begins in.
+        row: rows of that part before the window.
+        taken: images of the window that were given out.
+    """
+
+    window: int = 0
+    part: int = 0
+    row: int = 0
+    taken: int = 0
+
+
+class StreamedImages:
+    """Decoded images of a source in a random order that differs from epoch to epoch.
+
+    Items are those of `DecodedImages`, with `isic_id`; their `index` is no row but a checksum of the pixels.
+
+    Args:
+        source: needs not offer random access.
+        image_processor: fixes the size.
+        num_images: of the source.
+        window: images that are mixed at a time.
+
+    Attributes:
+        parts: of the source, as they were found when this was made.
+    """
+
+    def __init__(
+        self, source: Source, image_processor: IsicVQImageProcessor, num_images: int, window: int = WINDOW
+    ):
+        self.source, self.image_processor, self.num_images = source, image_processor, num_images
+        self.window, self.parts = window, source.parts()
+
+    def lane(
+        self, seed: int, epoch: int, lane: int = 0, num_lanes: int = 1, position: Position | None = None
+    ) -> Iterator[tuple[dict[str, Any], Position]]:
+        """Yield the items of one of an epoch's lanes, each with the position after it.
+
+        Over all lanes every image comes once. The same arguments give the same items.
+
+        Args:
+            seed: of the orders.
+            epoch: another one gives other orders.
+            lane: number of the lane.
+            num_lanes: how many there are.
+            position: where to go on; None begins.
+
+        Raises:
+            DataError: as `Source.read`.
+        """
+        position = position or Position()
+        parts = [self.parts[index] for index in _permutation(len(self.parts), seed, epoch)[lane::num_lanes]]
+        reader = _Reader(self, parts, position.part, position.row)
+        start, window = reader.place, list(itertools.islice(reader, self.window))
+        number, taken = position.window, position.taken
+        while window:
+            following_start = reader.place
+            following: list[dict[str, Any]] = []
+            for count, index in enumerate(_permutation(len(window), seed, epoch, lane, number), 1):
+                following.extend(itertools.islice(reader, 1))
+                if count > taken:
+                    yield window[index], Position(number, *start, count)
+            start, window, number, taken = following_start, following, number + 1, 0
+
+    def views(self, seed: int, epoch: int) -> "StreamViews":
+        """The view in which each image is shown in an epoch, by its item's index."""
+        return StreamViews(seed, epoch)
+
+    def sample(self, size: int, seed: int) -> list[dict[str, Any]]:
+        """Items of the first images of a random order, up to `size` and `MAX_SAMPLE`; the same in every process."""
+        return [item for item, _ in itertools.islice(self.lane(seed, 0), min(size, MAX_SAMPLE))]
+
+
+class _Reader:
+    """Decodes parts in order, from a row of one of them on; `place` is the number of the part and row to come."""
+
+    def __init__(self, images: StreamedImages, parts: list[Any], part: int, row: int):
+        self.images, self.parts, self.place = images, parts, (part, row)
+        self.items = self._items()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.items
+
+    def _items(self) -> Iterator[dict[str, Any]]:
+        first, row = self.place
+        for part in range(first, len(self.parts)):
+            records = self.images.source.read(self.parts[part])
+            for record in itertools.islice(records, row, None):
+                row += 1
+                self.place = (part, row)
+                item = decoded_item(_stored(record), self.images.image_processor)
+                if "pixels" in item:
+                    item["index"] = zlib.crc32(item["pixels"])
+                yield {**item, "isic_id": record["isic_id"]}
+            row = 0
+
+
+class StreamViews:
+    """A dihedral view, 0 to 7, for every index of a streamed item: the same wherever it is loaded.
+
+    Args:
+        seed: seed of the run, not negative.
+        epoch: every epoch draws its own views.
+    """
+
+    def __init__(self, seed: int, epoch: int):
+        self.seed, self.epoch = seed, epoch
+
+    def __getitem__(self, index: int) -> int:
+        state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, index)).generate_state(1)
+        return int(state[0]) % NUM_VIEWS
+
+
+def read_into_memory(source: Source, max_bytes: int = MAX_BYTES_IN_MEMORY) -> Dataset:
+    """All records of a source that is small enough, images as they are encoded.
+
+    Raises:
+        DataError: its images take more than `max_bytes`, or as `Source.read`.
+    """
+    records, size = [], 0
+    for record in map(_stored, read_parts(source, source.parts())):
+        size += len((record["image"] or {}).get("bytes") or b"")
+        if size > max_bytes:
+            raise DataError(
+                f"{source.name} can only be read as a stream, and its images take more than the "
+                f"{max_bytes / 2**30:g} GiB that are kept in memory: write them to files first, with isic-vq data "
+                "prepare"
+            )
+        records.append(record)
+    return Dataset.from_list(records, features=FEATURES)
+
+
+def _stored(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose image is {"bytes", "path"} or None."""
+    return {**record, "image": None if record["image"] is None else Image().encode_example(record["image"])}
+
+
+def _permutation(size: int, seed: int, *key: int) -> list[int]:
+    """A random order of `size` things that is a function of the numbers."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key)).permutation(size).tolist()
