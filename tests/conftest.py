@@ -134,7 +134,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     Paths: `images` and `codes` by part ("train", "validation"), `configs` (the recipes) by stage, and the run
     folders `vqvae` and `prior`.
     """
-    from isic_vq.data.code_cache import encode_source, write_code_cache
+    from isic_vq.data.code_cache import write_code_cache
+    from isic_vq.data.encoding import encode_source
     from isic_vq.data.parts import open_part
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor

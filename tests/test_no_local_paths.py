@@ -28,7 +28,11 @@ SPELL_PATHS = {
 }
 URL = re.compile(r"https?://[^\s\"'<>)\]`]+")
 PUBLIC_HOSTS = {
+    "127.0.0.1",  # servers of tests
+    "localhost",
+    "api.isic-archive.com",
     "arxiv.org",
+    "challenge.isic-archive.com",
     "creativecommons.org",
     "doi.org",
     "download.pytorch.org",
@@ -36,6 +40,8 @@ PUBLIC_HOSTS = {
     "git-lfs.github.com",
     "github.com",
     "huggingface.co",
+    "isic-archive.s3.us-east-1.amazonaws.com",
+    "isic-challenge-data.s3.amazonaws.com",
     "pypi.org",
     "www.apache.org",
     "www.isic-archive.com",

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 from isic_vq import IsicVQConfig, IsicVQImageProcessor, IsicVQModel, VQVAEConfig, VQVAEModel, __version__
-from isic_vq.data.code_cache import encode_source, tokenizer_hash, write_code_cache
+from isic_vq.data.code_cache import tokenizer_hash, write_code_cache
+from isic_vq.data.encoding import encode_source
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source

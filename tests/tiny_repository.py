@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
-from isic_vq.data.code_cache import encode_source, write_code_cache
+from isic_vq.data.code_cache import write_code_cache
+from isic_vq.data.encoding import encode_source
 from isic_vq.data.parts import open_part
+from isic_vq.data.provenance import write_training_data
 from isic_vq.evaluation.evaluate import evaluate_checkpoint
 from isic_vq.export import export_repository
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
@@ -31,6 +33,7 @@ def write_model(folder: Path) -> None:
     records, source = open_part("synthetic:8:0")
     cache = encode_source(model.vqvae, IsicVQImageProcessor(size=16), records, source, num_views=1)
     write_code_cache(cache, folder / "codes.parquet")
+    write_training_data(folder / "model", {"vqvae": source, "prior": source})
 
 
 def write_repository(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image, UnidentifiedImageError
 
 from isic_vq.data.licenses import weights_license
+from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.files import write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
@@ -68,7 +69,7 @@ def render_card(folder: Path, name: str) -> str:
     data = origin["training_data"]
     metrics = [metric for report in reports.values() for metric in report.metrics]
     metadata = ModelCardData(
-        license=weights_license(data["licenses"]),
+        license=weights_license(licenses_of(origin.get(BY_STAGE, {"prior": data, "vqvae": None}))),
         library_name="transformers",
         pipeline_tag=TASK,
         tags=card_tags(folder, config),
@@ -92,6 +93,8 @@ def render_card(folder: Path, name: str) -> str:
         table=metric_table(reports.values()),
         environments=measured_on(reports.values()),
         training=training_table(origin),
+        stages=training_data_table(origin),
+        attributions=attributions_of(origin),
         pictures={part: captions(folder / part) for part in ("previews", "figures")},
         audit=audit_verdict(reports),
     )
@@ -234,6 +237,38 @@ def training_table(origin: dict[str, Any]) -> str:
         "| | " + " | ".join(STAGE_TITLES[stage] for stage in stages) + " |",
         "|---" * (len(stages) + 1) + "|",
     ]
+    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items())])
+
+
+def attributions_of(origin: dict[str, Any]) -> list[str]:
+    """Whom to name for the images of all parts, sorted."""
+    stages = [info for info in origin.get(BY_STAGE, {}).values() if info] or [origin["training_data"]]
+    return sorted({line for info in stages for line in info["attributions"]})
+
+
+def training_data_table(origin: dict[str, Any]) -> str:
+    """What each part was trained on, from the provenance, as a Markdown table; what it lacks is "not recorded"."""
+    stages: dict[str, Any] = {"vqvae": None, **origin.get(BY_STAGE, {"prior": origin["training_data"]})}
+    columns = []
+    for info in stages.values():
+        about = info or {}
+        licenses = "; ".join(f"{name}: {count:,}" for name, count in about.get("licenses", {}).items())
+        columns.append(
+            {
+                "images": f"{about['num_images']:,}" if about else NOT_RECORDED,
+                "by licence": licenses or NOT_RECORDED,
+                "snapshot of the source": about.get("snapshot") or NOT_RECORDED,
+                "sha256 of the ids": f"`{about['ids_sha256']:.16}`"
+                if about.get("ids_sha256")
+                else NOT_RECORDED,
+                "sha256 of the content": f"`{about['fingerprint']:.16}`" if about else NOT_RECORDED,
+            }
+        )
+    lines = [
+        "| trained on | " + " | ".join(STAGE_TITLES[stage] for stage in stages) + " |",
+        "|---" * (len(stages) + 1) + "|",
+    ]
+    rows = {label: [column[label] for column in columns] for label in columns[0]}
     return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items())])
 
 

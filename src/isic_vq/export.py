@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from isic_vq import __version__
-from isic_vq.card import weights_license
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache, tokenizer_hash
+from isic_vq.data.licenses import weights_license
+from isic_vq.data.provenance import BY_STAGE, licenses_of, read_training_data
 from isic_vq.evaluation.report import ABSOLUTE_PATH, Report
 from isic_vq.figures import image_grid
 from isic_vq.figures.png import write_png
@@ -60,14 +61,16 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
     loaded = load_model(IsicVQModel, model).cpu()
     cache = read_code_cache(train_codes)
     check_tokenizer(cache, loaded.vqvae, train_codes.name)
-    loaded.config.license = weights_license(cache.source.licenses)
+    runs = find_training_runs(Path(model), cache.tokenizer_hash)
+    stages = training_data_by_stage(Path(model), runs, dataclasses.asdict(cache.source))
+    loaded.config.license = weights_license(licenses_of(stages))
     with replaced_directory(output) as folder:
         loaded.save_pretrained(folder)
         if bf16:
             store_prior_as_bf16(folder, loaded)
             loaded = load_model(IsicVQModel, str(folder)).cpu()
-        write_provenance(folder, provenance(cache))
-        record_training(folder, model)
+        write_provenance(folder, provenance(cache, stages))
+        _record(folder, model, runs)
         write_previews(loaded, folder / "previews")
         if onnx:
             export_onnx(loaded.vqvae, folder, loaded.config.license)
@@ -86,12 +89,30 @@ def store_prior_as_bf16(folder: Path, model: IsicVQModel) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def provenance(cache: CodeCache) -> dict[str, Any]:
+def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:
+    """What each part of a model was trained on, as dictionaries; None for a tokenizer of which nothing is recorded.
+
+    Args:
+        model: folder of a whole model.
+        runs: as `find_training_runs` has them; older ones describe their data in `run.json` alone.
+        prior: of the codes that its prior was trained on.
+    """
+    found: dict[str, Any] = {"vqvae": None}
+    for stage, run in runs.items():
+        if (run / "run.json").is_file():
+            found[stage] = json.loads((run / "run.json").read_text())["data"]["train"]
+    for stage, info in read_training_data(model).items():
+        found[stage] = None if info is None else dataclasses.asdict(info)
+    return {**found, "prior": prior}
+
+
+def provenance(cache: CodeCache, stages: dict[str, Any]) -> dict[str, Any]:
     """What the weights were trained on, in a form that may be published."""
     return {
         "isic_vq": __version__,
         "tokenizer_hash": cache.tokenizer_hash,
         "training_data": dataclasses.asdict(cache.source),
+        BY_STAGE: stages,
         "training_code_counts": cache.counts().tolist(),
     }
 
@@ -137,13 +158,19 @@ def record_training(folder: Path, model: str) -> list[str]:
         ValueError: the folder holds other weights, or a run is broken or names an absolute path.
         ImportError: there are runs to be drawn, and matplotlib is not installed.
     """
+    expected = tokenizer_hash(load_model(VQVAEModel, model))
+    return _record(folder, model, find_training_runs(Path(model), expected))
+
+
+def _record(folder: Path, model: str, runs: dict[str, Path]) -> list[str]:
+    """Do what `record_training` does, with the runs that it finds."""
     trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
     check_same_weights(trained, shipped, folder)
     content = json.loads((folder / PROVENANCE_FILE).read_text())
     counts = content.pop("training_code_counts")  # long, so it stays last
+    content[BY_STAGE] = training_data_by_stage(Path(model), runs, content["training_data"])
     content["num_parameters"] = {part: getattr(trained, part).num_parameters() for part in PARTS}
     content["training"] = {}
-    runs = find_training_runs(Path(model), tokenizer_hash(trained.vqvae))
     for stage, run in reversed(runs.items()):  # in the order of training
         content["training"][stage] = training_record(run)
         write_run_figures(run, folder / "figures")

@@ -186,8 +186,8 @@ def _item(row):
         "public": True,
         **{name: row[name] for name in outer},
         "files": {
-            "full": {"url": "https://elsewhere/full.jpg", "size": 1},
-            "thumbnail_256": {"url": "https://elsewhere/t.jpg", "size": 1},
+            "full": {"url": "https://example.org/full.jpg", "size": 1},
+            "thumbnail_256": {"url": "https://example.org/t.jpg", "size": 1},
         },
         "metadata": {
             "acquisition": {name: row[name] for name in groups["acquisition"]},

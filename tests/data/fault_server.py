@@ -4,6 +4,7 @@ It speaks what sources need of a file server: ETag, ranges with If-Range, HEAD. 
 are functions. What it was asked, and by how many connections at once, can be looked up afterwards.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -69,6 +70,7 @@ class FaultServer:
         self.log: list[Request] = []
         self.slow_seconds = slow_seconds  # pause between the pieces of a "slow" body
         self.stall_seconds = 5.0  # a "stall" sends half of the body, and nothing for so long
+        self.num_connections = 0  # ever, and at once
         self.most_connections = 0
         self._open = 0
         self._faults: list[_Fault] = []
@@ -121,6 +123,7 @@ class FaultServer:
     def _enter(self, change: int) -> None:
         with self._lock:
             self._open += change
+            self.num_connections += change > 0
             self.most_connections = max(self.most_connections, self._open)
 
 
@@ -142,6 +145,10 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             super().setup()
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             server._enter(1)
+
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # the client had enough
+                super().handle()
 
         def finish(self):
             server._enter(-1)

@@ -13,11 +13,11 @@ from isic_vq.data.code_cache import (
     METADATA_KEY,
     CodeCache,
     check_tokenizer,
-    encode_source,
     read_code_cache,
     tokenizer_hash,
     write_code_cache,
 )
+from isic_vq.data.encoding import encode_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import describe_source, open_source
 from isic_vq.models.configuration_vqvae import VQVAEConfig

@@ -1,18 +1,21 @@
 """Fetching from a server that fails: exact bytes, and no more requests than it takes."""
 
+import errno
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fault_server import Answer, FaultServer, changed
+from fault_server import Answer, FaultServer, changed, etag
 
 from isic_vq.data import http
+from isic_vq.data.byte_cache import ByteCache
 from isic_vq.data.http import HttpClient, RangeFile, RemoteError, RemoteSettings, Request, public_url
 from isic_vq.data.schema import DataError
 
@@ -101,8 +104,64 @@ def test_a_server_that_always_cuts_and_knows_no_ranges_is_given_up(server, fetch
 
 
 def test_nobody_listens():
-    with pytest.raises(RemoteError, match="could not be read"):
+    with pytest.raises(RemoteError, match="/file could not be read: no connection, 2 times in a row"):
         HttpClient(settings(retries=1)).get("http://127.0.0.1:9/file")
+
+
+@pytest.mark.parametrize("url", ["file", "ftp://localhost/file", "http://", "http://localhost:b/file"])
+def test_what_is_no_address_is_an_error_at_once(url, fetcher):
+    with pytest.raises(RemoteError, match="is no address: expected http or https, and a host"):
+        fetcher.get(url)
+
+
+def test_failed_answers_take_no_connection_away(server):
+    fetcher = HttpClient(settings(connections=1))
+    for kind in ("503", "429", "cut", "reset", "stall"):
+        server.fail("/file", kind)
+        assert fetcher.get(f"{server.url}/file") == CONTENT
+    for _ in range(2):
+        with pytest.raises(RemoteError, match="answered 404"):
+            fetcher.get(f"{server.url}/none")
+        assert fetcher.head(f"{server.url}/file").size == len(CONTENT)
+
+
+def test_redirects_are_followed_but_not_for_ever(server, fetcher):
+    server.routes["/moved"] = lambda _: Answer(b"", 302, {"Location": f"{server.url}/file"})
+    server.routes["/round"] = lambda _: Answer(b"", 302, {"Location": f"{server.url}/round"})
+    assert fetcher.get(f"{server.url}/moved", byte_range=(5, 9)) == CONTENT[5:9]
+    with pytest.raises(RemoteError, match="/round leads in a circle of redirects"):
+        fetcher.get(f"{server.url}/round")
+    assert len(server.requests("/round")) == 6
+
+
+def test_without_an_etag_a_cut_body_starts_over(server, fetcher):
+    contents = [changed(CONTENT), CONTENT]
+    server.routes["/untagged"] = lambda _: Answer(contents.pop(0))
+    server.fail("/untagged", "cut")
+    assert fetcher.get(f"{server.url}/untagged") == CONTENT
+    assert [r.byte_range for r in server.log] == [None, None]
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_a_version_that_is_asked_for_is_had_or_is_an_error(obedient, server, fetcher):
+    version = fetcher.head(f"{server.url}/file").etag
+    if not obedient:  # a server that knows no If-Match
+        server.routes["/file"] = lambda _: Answer(
+            server.files["/other"], 200, {"ETag": etag(server.files["/other"])}
+        )
+        server.files["/other"] = server.files.pop("/file")
+    assert fetcher.get(f"{server.url}/file", version=version) == CONTENT
+    server.files["/file" if obedient else "/other"] = changed(CONTENT)
+    with pytest.raises(RemoteError, match="/file changed while it was read"):
+        fetcher.get(f"{server.url}/file", version=version)
+
+
+def test_a_version_that_changes_in_the_middle_of_a_body_is_an_error(server, fetcher):
+    version = fetcher.head(f"{server.url}/file").etag
+    server.fail("/file", "cut")
+    server.fail("/file", "etag")
+    with pytest.raises(RemoteError, match="/file changed while it was read"):
+        fetcher.get(f"{server.url}/file", byte_range=(0, 300_000), version=version)
 
 
 def test_retry_after_is_obeyed(server, fetcher):
@@ -118,6 +177,29 @@ def test_a_range_beyond_the_end_is_an_error(server, fetcher):
         fetcher.get(f"{server.url}/3", byte_range=(500, 2000))
     with pytest.raises(RemoteError, match="the server answered 416"):
         fetcher.get(f"{server.url}/3", byte_range=(1500, 2000))
+
+
+def test_a_server_without_ranges_gives_the_range_all_the_same(server, fetcher):
+    server.routes["/plain"] = lambda _: Answer(CONTENT)
+    server.fail("/plain", "slow")
+    assert fetcher.get(f"{server.url}/plain", byte_range=(1000, 5000)) == CONTENT[1000:5000]
+    server.fail("/plain", "cut")
+    assert fetcher.get(f"{server.url}/plain", byte_range=(1000, 400_000)) == CONTENT[1000:400_000]
+
+
+@pytest.mark.parametrize("told", ["bytes 1001-1999/9999", "lines 1000-1999/9999", ""])
+def test_another_range_than_the_one_asked_for_is_an_error(told, server, fetcher):
+    server.routes["/odd"] = lambda _: Answer(CONTENT[:1000], 206, {"Content-Range": told})
+    with pytest.raises(RemoteError, match="/odd: the server answered with the wrong range"):
+        fetcher.get(f"{server.url}/odd", byte_range=(1000, 2000))
+
+
+def test_a_connection_is_used_again(server, fetcher):
+    for byte_range in (None, (0, 10), (5, 9), None):
+        fetcher.get(f"{server.url}/file", byte_range=byte_range)
+    fetcher.head(f"{server.url}/file")
+    fetcher.get(f"{server.url}/file")
+    assert server.num_connections <= 2, "asking for the size may end one"
 
 
 def test_json_that_is_none_is_an_error(server, fetcher):
@@ -139,11 +221,19 @@ def test_head(server, fetcher):
 
 def test_files_come_in_order_over_few_connections(server):
     fetcher = HttpClient(settings(connections=3))
-    for number, kind in enumerate(PASSING, start=1):
-        server.fail(f"/{number}", kind)
+    server.fail("/", "slow", times=50)
     found = list(fetcher.fetch((Request(f"{server.url}/{i}") for i in range(50)), window=8))
     assert found == [bytes([i]) * 1000 for i in range(50)]
     assert 2 <= server.most_connections <= 3
+
+
+def test_files_come_in_order_whatever_fails(server):
+    fetcher = HttpClient(settings(connections=3))
+    for number, kind in enumerate(PASSING, start=1):
+        server.fail(f"/{number}", kind)
+    found = list(fetcher.fetch((Request(f"{server.url}/{i}") for i in range(20)), window=8))
+    assert found == [bytes([i]) * 1000 for i in range(20)]
+    assert len(server.log) == 20 + len(PASSING) - 1, "all but the slow one were asked for twice"
 
 
 def test_a_file_that_cannot_be_had_is_an_error_in_its_place(server, fetcher):
@@ -160,6 +250,29 @@ def test_a_slow_reader_bounds_what_is_fetched(server, fetcher):
         assert len(server.log) <= taken + 5
     results.close()
     assert len(server.log) <= 16
+    assert not [t for t in threading.enumerate() if t.name.startswith("isic-vq-fetch")]
+
+
+def test_closing_early_does_not_wait_for_a_server_that_is_busy_for_long(server):
+    fetcher = HttpClient(settings(backoff=30.0))
+    server.fail("/1", "503", times=100)
+    results = fetcher.fetch(Request(f"{server.url}/{i}") for i in range(20))
+    assert next(results) == server.files["/0"]
+    while len(server.requests("/1")) < 2:
+        time.sleep(0.01)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 5, "the third attempt was half a minute away"
+    assert not [t for t in threading.enumerate() if t.name.startswith("isic-vq-fetch")]
+
+
+def test_an_error_in_the_requests_ends_the_threads(server, fetcher):
+    def requests():
+        yield Request(f"{server.url}/0")
+        raise ValueError("the list is broken")
+
+    with pytest.raises(ValueError, match="the list is broken"):
+        list(fetcher.fetch(requests()))
     assert not [t for t in threading.enumerate() if t.name.startswith("isic-vq-fetch")]
 
 
@@ -223,18 +336,49 @@ def test_a_killed_download_goes_on_unless_the_file_changed(change, server, fetch
     assert server.log[-1].status == (200 if change else 206)
 
 
-def test_two_downloads_to_one_path_do_not_mix(server, fetcher, tmp_path):
-    server.fail("/file", "slow", times=2)
-    threads = [
-        threading.Thread(target=fetcher.download, args=(f"{server.url}/file", tmp_path / "file"))
-        for _ in range(2)
+def test_of_several_downloads_to_one_path_one_does_the_work(server, tmp_path):
+    server.fail("/file", "slow", times=3)
+    children = [
+        multiprocessing.get_context("fork").Process(
+            target=_download, args=(f"{server.url}/file", tmp_path / "file")
+        )
+        for _ in range(3)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
     assert (tmp_path / "file").read_bytes() == CONTENT
-    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert len(server.log) == 1
+
+
+def test_a_download_replaces_an_older_file(server, fetcher, tmp_path):
+    for content in (CONTENT, changed(CONTENT)):
+        server.files["/file"] = content
+        fetcher.download(f"{server.url}/file", tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == content
+
+
+def test_what_failed_for_good_stays_and_is_gone_on_with(server, fetcher, tmp_path):
+    server.fail("/file", "cut")
+    server.fail("/file", "503", times=4)
+    with pytest.raises(RemoteError, match="answered 503"):
+        fetcher.download(f"{server.url}/file", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    fetcher.download(f"{server.url}/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert server.log[-1].byte_range == f"bytes={len(CONTENT) // 2}-"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_no_failure_of_the_server(server, fetcher, tmp_path):
+    (tmp_path / "file.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="nothing was written.*file'") as caught:
+        fetcher.download(f"{server.url}/file", tmp_path / "file")
+    assert caught.value.errno == errno.ENOSPC
+    assert len(server.log) == 1
 
 
 # --- files that are read in pieces ---------------------------------------------------------------------------------
@@ -279,6 +423,29 @@ def test_a_range_file_reads_as_a_file_does(server, fetcher):
     source.seek(5)
     source.seek(7, os.SEEK_CUR)
     assert (source.tell(), source.read(3000)) == (12, CONTENT[12:3012])
+    source.seek(1)
+    assert (source.read(500), source.read(2000)) == (CONTENT[1:501], CONTENT[501:2501]), "no read is short"
+    with pytest.raises(OSError, match="before the beginning"):
+        source.seek(-1)
+    source.seek(10, os.SEEK_END)
+    assert source.read(1) == b""
+
+
+def test_headers_of_a_zip_may_lie_on_the_border_of_two_blocks(server, fetcher, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(100):
+            archive.writestr(f"{i:03}.bin", bytes([i]) * 500)
+    server.files.update({"/a.zip": (tmp_path / "a.zip").read_bytes(), "/empty.zip": b""})
+    with zipfile.ZipFile(RangeFile(f"{server.url}/a.zip", fetcher, read_ahead=700)) as archive:
+        assert all(archive.read(f"{i:03}.bin") == bytes([i]) * 500 for i in range(100))
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.ZipFile(RangeFile(f"{server.url}/empty.zip", fetcher))
+
+
+def test_a_server_without_ranges_cannot_be_read_in_pieces(server, fetcher):
+    server.routes["/plain"] = lambda _: Answer(CONTENT)
+    with pytest.raises(RemoteError, match="/plain: the server answers no ranges. Download the file"):
+        RangeFile(f"{server.url}/plain", fetcher)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -311,22 +478,71 @@ def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(server, tmp_pat
     assert kept - {0, 10} == set(range(10 - len(kept) + 2, 10)), "the older ones went"
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
+def test_a_cache_that_cannot_be_used_is_an_error(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="the cache 'file' cannot be written .* unset it to do without"):
+    with pytest.raises(DataError, match="the cache 'file' cannot be used .* unset it to do without"):
         HttpClient(settings(cache=tmp_path / "file"))
+    fetcher = HttpClient(settings(cache=tmp_path / "cache"))
+    for number in range(256):
+        (tmp_path / "cache" / f"{number:02x}").write_bytes(b"")
+    with pytest.raises(DataError, match="the cache 'cache' cannot be used"):
+        fetcher.get(f"{server.url}/1")
+    with pytest.raises(DataError, match="the cache 'cache' cannot be used"):
+        list(fetcher.fetch([Request(f"{server.url}/1")]))
+
+
+def test_threads_may_write_one_entry_at_once(tmp_path):
+    cache = ByteCache(tmp_path, 10**9)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: cache.put("one", CONTENT), range(40)))
+    assert cache.get("one") == CONTENT
+    assert len(list(tmp_path.glob("??/*"))) == 1
+
+
+def _fill(folder, name):
+    cache = ByteCache(folder, 100_000)
+    for i in range(100):
+        cache.put(f"{name} {i}", bytes(1000))
+
+
+def test_processes_share_a_limit(tmp_path):
+    children = [
+        multiprocessing.get_context("fork").Process(target=_fill, args=(tmp_path, name)) for name in "abc"
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    size = sum(p.stat().st_size for p in tmp_path.glob("??/*"))
+    assert 80_000 < size <= 115_000 + 3 * 1032, "a twentieth more for each process"
 
 
 def test_settings_come_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("ISIC_VQ_API_URL", "http://mirror/api/")
+    monkeypatch.setenv("ISIC_VQ_API_URL", "http://localhost/api/")
     monkeypatch.setenv("ISIC_VQ_CACHE", str(tmp_path))
     monkeypatch.setenv("ISIC_VQ_CONNECTIONS", "2")
     found = RemoteSettings.from_environment()
-    assert (found.api_url, found.cache, found.connections) == ("http://mirror/api", tmp_path, 2)
-    monkeypatch.setenv("ISIC_VQ_CACHE_GIB", "much")
-    with pytest.raises(DataError, match="ISIC_VQ_CACHE_GIB is 'much': expected a number"):
+    assert (found.api_url, found.cache, found.connections) == ("http://localhost/api", tmp_path, 2)
+    monkeypatch.setenv("ISIC_VQ_RETRIES", "0")
+    assert RemoteSettings.from_environment().retries == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("CACHE_GIB", "much", "a number above 0"),
+        ("CONNECTIONS", "0", "a whole number above 0"),
+        ("CONNECTIONS", "2.5", "a whole number above 0"),
+        ("BACKOFF", "-1", "a number of at least 0"),
+        ("READ_TIMEOUT", "nan", "a number above 0"),
+    ],
+)
+def test_a_setting_that_is_no_number_names_the_variable(name, value, expected, monkeypatch):
+    monkeypatch.setenv(f"ISIC_VQ_{name}", value)
+    with pytest.raises(DataError, match=f"ISIC_VQ_{name} is '{value}': expected {expected}$"):
         RemoteSettings.from_environment()
 
 
 def test_messages_name_no_secrets():
-    assert public_url("https://me:pass@host:1/a/b?token=1#c") == "https://host:1/a/b"
+    assert public_url("https://me:pass@localhost:1/a/b?token=1#c") == "https://localhost:1/a/b"

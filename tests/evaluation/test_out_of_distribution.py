@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from isic_vq.data.code_cache import encode_source, read_code_cache, write_code_cache
+from isic_vq.data.code_cache import read_code_cache, write_code_cache
+from isic_vq.data.encoding import encode_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import describe_source, open_source
 from isic_vq.evaluation import out_of_distribution

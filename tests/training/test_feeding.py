@@ -23,11 +23,14 @@ from PIL import Image
 from run_folder import digests, records, untimed
 
 from isic_vq.data import sources
+from isic_vq.data.order import epoch_order
+from isic_vq.data.prepare import Preparation, prepare
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.feed import RowFeed
+from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import InterruptedTraining
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe, VQVAERecipe, load_recipe
@@ -209,6 +212,21 @@ def test_rows_that_no_step_sees_are_counted(make_trainer):
     assert [record["train/dropped_images"] for record in records(trainer.run.folder, "epoch")] == [2, 2]
 
 
+def test_prepared_images_are_read_shard_by_shard(tiny_run, small_prepared):
+    """Sixteen of the 24 shards are open at a time; the first 320 rows of an epoch are theirs."""
+    recipe = load_recipe(
+        VQVAERecipe, tiny_run.configs["vqvae"], [f"data.train={small_prepared}", "loop.seed=3"]
+    )
+    processor = IsicVQImageProcessor(size=16)
+    train_set, validation_set, _ = open_images(recipe.data, processor)
+    feed = ImageTask(processor, train_set, validation_set, recipe).feed(recipe.loop, Numbered())
+    for epoch in (0, 2):
+        feed.batches.epoch = epoch
+        rows = sum(feed.batches, [])
+        assert rows == epoch_order([20] * 24, seed=3, epoch=epoch).tolist()
+        assert len({row // 20 for row in rows[:320]}) == 16
+
+
 @pytest.fixture
 def stream_only(monkeypatch):
     """A scheme of a source that can only be streamed."""
@@ -249,6 +267,14 @@ def small_parquet(tmp_path_factory):
     names = [f"NOISE_{index:03d}" for index in range(480)]
     pyarrow.parquet.write_table(pyarrow.table({"image": images, "isic_id": names}), path, row_group_size=24)
     return f"parquet:{path}"
+
+
+@pytest.fixture(scope="session")
+def small_prepared(small_parquet, tmp_path_factory):
+    """The URI of the same images, prepared in 24 shards."""
+    folder = tmp_path_factory.mktemp("prepared") / "noise"
+    prepare(folder, [("train", small_parquet)], Preparation(size=16, rows_per_shard=20))
+    return f"prepared:{folder}:train"
 
 
 def job(folder, kind, uri, validation, batch_size, num_workers, save_every=1000):
@@ -336,8 +362,9 @@ def assert_processes_are_fed(tmp_path, uris, validation, batch_size, world, work
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_see_each_image_once(small_parquet, tmp_path, world):
-    assert_processes_are_fed(tmp_path, [small_parquet], "synthetic:4:1", 42, world, (0, 2))
+def test_processes_see_each_image_once(small_parquet, small_prepared, tmp_path, world):
+    uris = [small_parquet, small_prepared]
+    assert_processes_are_fed(tmp_path, uris, "synthetic:4:1", 42, world, (0, 2))
 
 
 @pytest.mark.slow
@@ -353,8 +380,8 @@ def test_processes_see_each_real_image_once(data_dir, tmp_path, world):
 def test_an_epoch_of_killed_processes_goes_on_where_its_checkpoint_stood(small_parquet, tmp_path, kind):
     """Killed twice in the middle of an epoch: what counts is each image once."""
     uri, folder = small_parquet, tmp_path / "run"
-    command = torchrun(WORKER, json.dumps([job(folder, kind, uri, "synthetic:4:1", 4, 2, save_every=3)]))
-    for turn, step in enumerate((7, 31)):
+    command = torchrun(WORKER, json.dumps([job(folder, kind, uri, "synthetic:4:1", 8, 2, save_every=5)]))
+    for turn, step in enumerate((7, 23)):
         with launched(command, tmp_path / f"log-{turn}") as process:
             wait_for_step(folder, step, lambda p=process: p.poll() is None)
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -363,7 +390,7 @@ def test_an_epoch_of_killed_processes_goes_on_where_its_checkpoint_stood(small_p
     code, output = run(command, tmp_path / "log")
     assert code == 0, output
     assert (folder / "seen-0.jsonl").read_text().count("resumed") == 2
-    assert_epoch_was_fed(folder, uri, 4, 2, expected_steps(kind, uri, 4, 2, 2))
+    assert_epoch_was_fed(folder, uri, 8, 2, expected_steps(kind, uri, 8, 2, 2))
 
 
 @pytest.mark.slow

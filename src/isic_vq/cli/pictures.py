@@ -20,13 +20,18 @@ def read_images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator[
 
 def read_named_images(
     data: str, processor: Any, max_corrupt_share: float
-) -> tuple[Iterator[tuple[list[str], "torch.Tensor"]], int]:
-    """Names and pixel values of a source or of one image file, in batches, and how many images there are."""
+) -> tuple[Iterator[tuple[list[str], "torch.Tensor"]], int | None]:
+    """Names and pixel values of a source or of one image file, in batches, and how many images there are.
+
+    Their number is None if the source can only be streamed.
+    """
     from isic_vq.data.loading import iter_batches
-    from isic_vq.data.sources import open_source
+    from isic_vq.data.sources import find_source
 
     if Path(data).is_file() and not data.endswith(".parquet"):
         return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
-    records = open_source(data)
+    source = find_source(data)
+    records = source.records()
     batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
-    return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), len(records)
+    number = len(records) if source.has_random_access else None
+    return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), number

@@ -52,25 +52,32 @@ def encode(
         str, typer.Option(help="all, or the train or validation part that training splits off by itself.")
     ] = "all",
     validation_share: Annotated[float, typer.Option(help="As data.validation_share of the recipe.")] = 0.1,
+    license: Annotated[
+        list[str] | None,
+        typer.Option("--license", help="Only images under this licence, such as CC-0; repeatable."),
+    ] = None,
     max_corrupt_share: CorruptShareOption = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
 ) -> None:
-    """Write the codes of a data set: what a prior is trained on."""
-    from isic_vq.data.code_cache import encode_source, write_code_cache
+    """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
+    from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
+    from isic_vq.generation import launched_process
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
 
     quiet_transformers()
-    records, source = open_part(data, part, validation_share)
+    rank, world = launched_process()
+    records, source = open_part(data, part, validation_share, license or ())
     tokenizer = load_model(VQVAEModel, model)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    cache = encode_source(
-        tokenizer, processor, records, source, views, batch_size, max_corrupt_share, progress=True
-    )
-    write_code_cache(cache, output)
-    typer.echo(f"wrote the codes of {len(cache.isic_ids)} images in {views} views to {output}")
+    encoding = Encoding(tokenizer, processor, records, source, views, batch_size, max_corrupt_share)
+    number = encode_to_file(encoding, output, rank, world, progress=rank == 0)
+    if number is None:
+        typer.echo(f"process {rank} of {world} is done; the last one writes {output}")
+    else:
+        typer.echo(f"wrote the codes of {number} images in {views} views to {output}")
 
 
 @train_app.command("prior", epilog="Example:\n\n  isic-vq train prior -c examples/configs/prior-f8.yaml")

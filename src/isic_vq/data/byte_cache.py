@@ -37,13 +37,18 @@ class ByteCache:
         self._size = sum(size for _, size, _ in self._files())
 
     def get(self, key: str) -> bytes | None:
-        """The content of a key, which becomes the most recently used; None if it is not there."""
+        """The content of a key, which becomes the most recently used; None if it is not there.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         path = self._path(key)
-        try:
-            stored = path.read_bytes()
-            os.utime(path)
-        except FileNotFoundError:
-            return None
+        with self._explained():
+            try:
+                stored = path.read_bytes()
+                os.utime(path)
+            except FileNotFoundError:
+                return None
         digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
         return content if hashlib.sha256(content).digest() == digest else None
 
@@ -104,6 +109,6 @@ class ByteCache:
             yield
         except OSError as error:
             raise DataError(
-                f"the cache {self.folder.name!r} cannot be written ({error.strerror}): point ISIC_VQ_CACHE to another "
+                f"the cache {self.folder.name!r} cannot be used ({error.strerror}): point ISIC_VQ_CACHE to another "
                 "folder, or unset it to do without"
             ) from error

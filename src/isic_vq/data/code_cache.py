@@ -13,17 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from isic_vq.data.augmentation import NUM_VIEWS, dihedral
-from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo
 from isic_vq.files import write_atomically
 from isic_vq.models.diagnosis import DIAGNOSES
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
 METADATA_KEY = b"isic_vq"
@@ -67,55 +62,6 @@ def tokenizer_hash(model: VQVAEModel) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.inference_mode()
-def encode_source(
-    model: VQVAEModel,
-    processor: IsicVQImageProcessor,
-    records: Dataset,
-    source: SourceInfo,
-    num_views: int = NUM_VIEWS,
-    batch_size: int = 32,
-    max_corrupt_share: float = 0.01,
-    progress: bool = False,
-) -> CodeCache:
-    """Encode the first `num_views` dihedral views of every image.
-
-    Raises:
-        ValueError: `num_views` is not in 1 to 8, or the codebook is too large for uint16.
-        DataError: too many images are corrupt, or none is left.
-    """
-    if not 1 <= num_views <= NUM_VIEWS:
-        raise ValueError(f"num_views is {num_views}: expected 1 to {NUM_VIEWS}")
-    if model.config.num_codes > 2**16:
-        raise ValueError(f"num_codes is {model.config.num_codes}: a code cache holds at most {2**16}")
-    model.eval()
-    grids: list[NDArray[np.uint16]] = []
-    ids: list[str] = []
-    rows: list[int] = []
-    with tqdm(total=len(records), unit="image", desc="encoding", disable=not progress) as bar:
-        for batch in iter_batches(records, processor, batch_size, max_corrupt_share=max_corrupt_share):
-            pixel_values = batch["pixel_values"].to(model.device)
-            views = [
-                model.encode(dihedral(pixel_values, torch.full((len(pixel_values),), view)))
-                for view in range(num_views)
-            ]
-            grids.append(torch.stack(views, dim=1).cpu().numpy().astype(np.uint16))
-            ids += batch["isic_ids"]
-            rows += batch["indices"].tolist()
-            bar.update(len(pixel_values))
-    if not grids:
-        raise DataError(f"{source.name} holds no readable image")
-    diagnoses = records["diagnosis"]
-    return CodeCache(
-        codes=np.concatenate(grids),
-        isic_ids=ids,
-        diagnoses=[diagnoses[row] for row in rows],
-        num_codes=model.config.num_codes,
-        tokenizer_hash=tokenizer_hash(model),
-        source=source,
-    )
 
 
 def write_code_cache(cache: CodeCache, path: Path) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,7 +93,9 @@ def _number(variable: str, text: str, kind: type, may_be_zero: bool) -> float:
         if math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)):
             return value
     number = "a whole number" if kind is int else "a number"
-    raise DataError(f"{variable} is {text!r}: expected {number}{'' if may_be_zero else ' above 0'}")
+    raise DataError(
+        f"{variable} is {text!r}: expected {number}{' of at least 0' if may_be_zero else ' above 0'}"
+    )
 
 
 class RemoteFile(NamedTuple):
@@ -215,22 +218,25 @@ class HttpClient:
         before = _identity(path)
         with FileLock(lock):  # ends with the process
             if _identity(path) == before:  # nobody else has finished it meanwhile
-                version = tag.read_text() if tag.exists() and part.exists() else None
                 with name_full_disk(path):
-                    with part.open("r+b" if version else "wb") as file:
-                        file.seek(0, os.SEEK_END)
-                        self._receive(
-                            self._attempts(url),
-                            file,
-                            None,
-                            version,
-                            lambda found: tag.write_text(found or ""),
-                        )
-                        file.flush()
-                        os.fsync(file.fileno())
+                    self._download_part(url, part, tag)
                     os.replace(part, path)
                 tag.unlink(missing_ok=True)
         lock.unlink(missing_ok=True)
+
+    def _download_part(self, url: str, part: Path, tag: Path) -> None:
+        """Write what is missing of a partial file, whose version is in another one."""
+        version = tag.read_text() if tag.exists() and part.exists() else ""
+        with part.open("r+b" if version else "wb") as file:
+            file.seek(0, os.SEEK_END)
+            self._receive(
+                self._attempts(url),
+                file,
+                version=version or None,
+                note_version=lambda v: tag.write_text(v or ""),
+            )
+            file.flush()
+            os.fsync(file.fileno())
 
     def fetch(self, requests: Iterable[Request], window: int = 16) -> Iterator[bytes | RemoteError]:
         """Yield what `get` gives for each request, in order, several under way at once.
@@ -291,7 +297,7 @@ class HttpClient:
         """
         first, end = byte_range or (0, None)
         while True:
-            if version is None:  # nothing tells whether what is there is of the same file
+            if sink.tell() and version is None:  # nothing tells whether what is there is of the same file
                 sink.seek(0)
                 sink.truncate()
             have = sink.tell()
@@ -320,14 +326,20 @@ class HttpClient:
                 version = found
                 if note_version is not None:
                     note_version(version)
-                skip = first if byte_range and response.status == 200 else 0
+                skip = first + sink.tell() - _first_byte(response)
+                if skip < 0:
+                    raise RemoteError(
+                        f"{public_url(attempts.url)}: the server answered with the wrong range."
+                    )
                 while chunk := response.read1(CHUNK):  # `stream` loses the end of a body that is cut
                     dropped = min(skip, len(chunk))
                     skip -= dropped
                     room = None if end is None else end - first - sink.tell()
                     sink.write(chunk[dropped:][:room])
                     attempts.progress(sink.tell())
-                if end is not None and sink.tell() != end - first:
+                    if end is not None and sink.tell() == end - first:
+                        return  # without the rest that a server without ranges sends
+                if end is not None:
                     raise RemoteError(
                         f"{public_url(attempts.url)} ends before byte {end}: expected a longer file. It may have been "
                         "replaced."
@@ -337,6 +349,15 @@ class HttpClient:
 
 def _with_query(url: str, params: Mapping[str, str] | None) -> str:
     return f"{url}?{urlencode(params)}" if params else url
+
+
+def _first_byte(response: Any) -> int:
+    """Where in the file a body begins."""
+    if response.status == 200:
+        return 0
+    unit, _, span = response.headers.get("Content-Range", "").partition(" ")
+    start = span.partition("-")[0]
+    return int(start) if unit == "bytes" and start.isdecimal() else sys.maxsize
 
 
 def _total(response: Any) -> int | None:

@@ -36,7 +36,8 @@ class Batch(TypedDict):
         labels: int64 of shape (batch,); the unconditional id for a diagnosis that the model does not have.
         indices: int64 of shape (batch,), rows of the data set.
         skipped: one "name: reason" per corrupt image, which the tensors leave out.
-        isic_ids: the images' ids; only from `iter_batches`.
+        isic_ids: the images' ids; only from `iter_batches` and `decoded_batches`.
+        diagnoses: their canonical diagnoses; likewise.
     """
 
     pixel_values: torch.Tensor
@@ -44,6 +45,7 @@ class Batch(TypedDict):
     indices: torch.Tensor
     skipped: list[str]
     isic_ids: NotRequired[list[str]]
+    diagnoses: NotRequired[list[str]]
 
 
 class Views(Protocol):
@@ -205,7 +207,7 @@ def iter_batches(
     label2id: Mapping[str, int] | None = None,
     max_corrupt_share: float = 0.01,
 ) -> Iterator[Batch]:
-    """Yield the images of a data set or stream once, in order, in batches that also carry `isic_ids`.
+    """Yield the images of a data set or stream once, in order, in batches that also carry `isic_ids` and `diagnoses`.
 
     A corrupt image makes its batch smaller; a batch without a sound image is left out.
 
@@ -220,15 +222,28 @@ def iter_batches(
         DataError: too many images are corrupt.
     """
     counter = SkipCounter(max_corrupt_share, len(dataset) if isinstance(dataset, Dataset) else 1000)
-    records = enumerate(dataset.cast_column("image", Image(decode=False)))
-    while chunk := list(itertools.islice(records, batch_size)):
-        names = {index: _name(record, index) for index, record in chunk}
-        batch = collate([decoded_item(record, image_processor, index, label2id) for index, record in chunk])
+    for batch in decoded_batches(dataset, image_processor, batch_size, label2id):
         counter.count(batch)
-        batch["isic_ids"] = [names[index] for index in batch["indices"].tolist()]
         if batch["isic_ids"]:
             yield batch
     counter.finish()
+
+
+def decoded_batches(
+    dataset: Dataset | IterableDataset,
+    image_processor: IsicVQImageProcessor,
+    batch_size: int,
+    label2id: Mapping[str, int] | None = None,
+) -> Iterator[Batch]:
+    """Yield batches as `iter_batches` does, without judging how many images are corrupt; a batch may be empty."""
+    records = enumerate(dataset.cast_column("image", Image(decode=False)))
+    while chunk := list(itertools.islice(records, batch_size)):
+        about = {index: (_name(record, index), record["diagnosis"]) for index, record in chunk}
+        batch = collate([decoded_item(record, image_processor, index, label2id) for index, record in chunk])
+        sound = [about[index] for index in batch["indices"].tolist()]
+        batch["isic_ids"] = [name for name, _ in sound]
+        batch["diagnoses"] = [diagnosis for _, diagnosis in sound]
+        yield batch
 
 
 def decoded_item(
@@ -259,7 +274,7 @@ def own_records(records: Dataset | Source, rank: int, world: int) -> Dataset | I
     if isinstance(records, Dataset):
         return records.shard(world, rank)
     if rank >= len(records.parts()):
-        return Dataset.from_list([], features=FEATURES)
+        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
     return records.stream(rank, world)
 
 

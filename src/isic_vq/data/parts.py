@@ -7,15 +7,17 @@ from datasets import Dataset
 
 from isic_vq.data.licenses import license_id
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import SourceInfo, find_source
+from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.base import describe_rows
 from isic_vq.data.splits import split_by_group
 
 
 def open_part(
     uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()
-) -> tuple[Dataset, SourceInfo]:
+) -> tuple[Dataset | Source, SourceInfo]:
     """Open a source, or the training or validation part that `split_by_group` (seed 0) makes of it.
+
+    A source that can only be streamed is returned itself; no part of it can be taken.
 
     Args:
         uri: as for `open_source`.
@@ -33,6 +35,13 @@ def open_part(
     if part not in ("all", "train", "validation"):
         raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
     source = find_source(uri)
+    if not source.has_random_access:
+        if part != "all" or licenses:
+            raise DataError(
+                f"{source.name} can only be read as a stream, so no part of it can be taken here: take it in the source's "
+                "own filters, or write the images to files first, with isic-vq data prepare"
+            )
+        return source, source.describe()
     records, name = source.dataset(), source.name
     if licenses:
         records, name = _with_licenses(records, name, licenses), f"{name} (licence {', '.join(licenses)})"

@@ -20,6 +20,7 @@ from urllib3.exceptions import (
     NameResolutionError,
     NewConnectionError,
     ProtocolError,
+    ResponseError,
     SSLError,
     TimeoutError,
 )
@@ -89,7 +90,12 @@ class Attempts:
         except LocationValueError:
             raise self._no_address() from None
         except HTTPError as error:
-            wait = self._count(_reason(error))
+            cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
+            if isinstance(cause, ResponseError):
+                raise RemoteError(
+                    f"{public_url(self.url)} leads in a circle of redirects. Check the address."
+                ) from None
+            wait = self._count(_reason(cause))
         else:
             return
         self.stopped.wait(wait)
@@ -124,7 +130,7 @@ class Attempts:
         return RemoteError(f"{public_url(self.url)} changed while it was read. Start again.")
 
     def _no_address(self) -> RemoteError:
-        return RemoteError(f"{public_url(self.url)!r} is no address: expected http:// or https://, and a host.")
+        return RemoteError(f"{public_url(self.url)!r} is no address: expected http or https, and a host.")
 
     def _check_stopped(self) -> None:
         if self.stopped.is_set():
@@ -153,10 +159,8 @@ def _retry_after(value: str | None) -> float:
         return 0.0
 
 
-def _reason(error: HTTPError) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong, without the address, which may hold a query."""
-    if isinstance(error, MaxRetryError) and isinstance(error.reason, HTTPError):
-        error = error.reason
     if isinstance(error, NameResolutionError):
         return "its host is not known"
     if isinstance(error, NewConnectionError):

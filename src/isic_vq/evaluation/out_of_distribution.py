@@ -16,9 +16,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
-from isic_vq.data.loading import iter_batches
+from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import describe_source, open_source
+from isic_vq.data.sources import Source, find_source
+from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.evaluation.scores import SCORES, image_scores, read_reference
@@ -82,7 +83,8 @@ def evaluate_out_of_distribution(
         train_codes: code cache of the training images.
         split: what the report calls the usual images.
         non_skin: images that show no skin; None takes `photograph_tiles`.
-        limit: at most this many images of a source, a seeded subset.
+        limit: at most this many images of a source, a seeded subset; of one that is streamed, up to
+            `isic_vq.data.streaming.MAX_SAMPLE`.
         seed: of the subsets and of the corruptions.
         max_corrupt_share: share of unreadable images past which to fail.
         progress: show a bar.
@@ -101,15 +103,17 @@ def evaluate_out_of_distribution(
         tiles, non_skin_name = photograph_tiles(), "tiles of scikit-learn's sample photographs"
         others = [processor(tiles, return_tensors="pt")["pixel_values"]]
     else:
-        non_skin_name = describe_source(non_skin).name
-        others = list(_subset(non_skin, processor, limit, seed, max_corrupt_share))
-    source = describe_source(uri)
+        other_source = find_source(non_skin)
+        non_skin_name = other_source.name
+        others = list(_subset(other_source, processor, limit, seed, max_corrupt_share))
+    source = find_source(uri)
+    num_images = source.describe().num_images
     reference = read_reference(train_codes, loaded, seed=seed)
-    copies = _spoiled_copies(_subset(uri, processor, limit, seed, max_corrupt_share), seed)
+    copies = _spoiled_copies(_subset(source, processor, limit, seed, max_corrupt_share), seed)
     parts: dict[str, dict[str, list[Tensor]]] = {
         kind: {score: [] for score in SCORES} for kind in (USUAL, *CORRUPTIONS, NON_SKIN)
     }
-    total = min(limit, source.num_images) * (1 + len(CORRUPTIONS)) + sum(map(len, others))
+    total = min(limit, num_images) * (1 + len(CORRUPTIONS)) + sum(map(len, others))
     with tqdm(total=total, unit="image", desc="scoring", disable=not progress) as bar:
         for kind, pixel_values in itertools.chain(copies, zip(itertools.repeat(NON_SKIN), others)):
             output = loaded.score(pixel_values)
@@ -195,18 +199,36 @@ def score_histograms(scores: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
 
 
 def _subset(
-    uri: str, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
+    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
 ) -> Iterator[Tensor]:
-    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed, in the source's order."""
-    records = open_source(uri)
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
-    chosen = records.select(sorted(order[:limit].tolist()))
+    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed; in the source's order if it can be."""
+    if source.has_random_access:
+        records = source.dataset()
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+        chosen = records.select(sorted(order[:limit].tolist()))
+        batches = iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share)
+    else:
+        batches = _streamed_subset(source, processor, limit, seed, max_corrupt_share)
     num_images = 0
-    for batch in iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share):
+    for batch in batches:
         num_images += len(batch["pixel_values"])
         yield batch["pixel_values"]
     if num_images == 0:
-        raise DataError(f"{describe_source(uri).name} holds no readable image")
+        raise DataError(f"{source.name} holds no readable image")
+
+
+def _streamed_subset(
+    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
+) -> Iterator[Batch]:
+    """Batches of the first images of a stream whose parts, and the images in them, are in a seeded order."""
+    images = StreamedImages(source, processor, source.describe().num_images, window=limit)
+    items = images.sample(limit, seed)
+    counter = SkipCounter(max_corrupt_share, len(items))
+    for start in range(0, len(items), BATCH_SIZE):
+        batch = collate(items[start : start + BATCH_SIZE])
+        counter.count(batch)
+        if len(batch["indices"]):
+            yield batch
 
 
 def _spoiled_copies(batches: Iterator[Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from isic_vq.data.loading import DecodedImages
+from isic_vq.data.provenance import read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.hub import ModelError, load_model
+from isic_vq.hub import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import Decoder, VQVAEModel
@@ -208,7 +209,12 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         return None
     if trainer.averaged is not None:
         trainer.averaged.copy_to(task.model)
-    save_model(run.folder / "model", model, processor)
+    training_data = {
+        "vqvae": None,
+        **read_training_data(Path(resolve(recipe.model))),
+        "decoder": sources["train"],
+    }
+    save_model(run.folder / "model", model, processor, training_data=training_data)
     report = Report(
         model={"type": model.config.model_type, "feature_model": Path(recipe.feature_model).name},
         metrics=[*measured_metrics(task, dataset), *before],

@@ -1,6 +1,7 @@
 """What the stages that train on images share: batches of sound images, views, pictures for people."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -9,9 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
+from isic_vq.data.order import epoch_order
 from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
+from isic_vq.data.sources.prepared import PreparedSource
 from isic_vq.data.streaming import StreamedImages, read_into_memory
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -57,7 +60,8 @@ class ImageTask:
         images = self.train_set
         if isinstance(images, StreamedImages):
             return StreamFeed(images, self.collate, recipe, processes)
-        return RowFeed(images, self.collate, recipe, processes)
+        order = None if images.shard_sizes is None else partial(epoch_order, images.shard_sizes, recipe.seed)
+        return RowFeed(images, self.collate, recipe, processes, order)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Join decoded images, each in its view of this epoch; corrupt ones are left out."""
@@ -121,7 +125,11 @@ def open_images(
     validation_set = DecodedImages(validation, processor, cache=recipe.cache)
     if isinstance(train, Source):
         return StreamedImages(train, processor, infos["train"].num_images), validation_set, infos
-    return DecodedImages(train, processor, cache=recipe.cache), validation_set, infos
+    source, shard_sizes = find_source(recipe.train), None
+    if isinstance(source, PreparedSource) and len(train) == sum(source.shard_sizes):  # all rows, not a part
+        shard_sizes = source.shard_sizes
+    train_set = DecodedImages(train, processor, cache=recipe.cache, shard_sizes=shard_sizes)
+    return train_set, validation_set, infos
 
 
 def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str, SourceInfo]]":
@@ -148,5 +156,5 @@ def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str,
 
 def open_validation(uri: str) -> "tuple[Dataset, SourceInfo]":
     """Validation records, read into memory if their source can only be streamed, and what may be published of them."""
-    source = find_source(uri)
-    return open_part(uri) if source.has_random_access else (read_into_memory(source), source.describe())
+    records, info = open_part(uri)
+    return read_into_memory(records) if isinstance(records, Source) else records, info

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from isic_vq.data.augmentation import random_views
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
+from isic_vq.data.provenance import read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
-from isic_vq.hub import load_model
+from isic_vq.hub import load_model, resolve
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -192,7 +193,10 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     run_dir = run.folder
     prior = PixelCNNModel.from_pretrained(run_dir / "best")
     model = IsicVQModel.from_parts(tokenizer, prior).to(processes.device)
-    save_model(run_dir / "model", model, IsicVQImageProcessor(size=tokenizer.config.image_size))
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    of_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
+    training_data = {**of_tokenizer, "prior": sources["train"]}
+    save_model(run_dir / "model", model, processor, training_data=training_data)
     report = write_results(model, task, caches, recipe, run_dir)
     trainer.finish()
     return report

@@ -11,6 +11,7 @@ import yaml
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from isic_vq.data.provenance import TrainingData, write_training_data
 from isic_vq.evaluation.report import environment
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
@@ -92,8 +93,18 @@ def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: P
     return Run(folder, identifier)
 
 
-def save_model(folder: Path, *parts: PreTrainedModel | IsicVQImageProcessor) -> None:
-    """Save a model, and its image processor where it has one, for others to load: whole or not at all."""
+def save_model(
+    folder: Path, *parts: PreTrainedModel | IsicVQImageProcessor, training_data: TrainingData | None = None
+) -> None:
+    """Save a model, and its image processor where it has one, for others to load: whole or not at all.
+
+    Args:
+        folder: replaced.
+        parts: what is saved in it.
+        training_data: what the weights were trained on, to lie beside them.
+    """
     with replaced_directory(folder) as temporary:
         for part in parts:
             part.save_pretrained(temporary)
+        if training_data is not None:
+            write_training_data(temporary, training_data)

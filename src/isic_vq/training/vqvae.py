@@ -246,13 +246,13 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
     trainer.train()
     result = None
     if processes.is_main:
-        variant, result = choose_model(task, trainer)
+        variant, result = choose_model(task, trainer, sources["train"])
         write_results(task, result, variant, sources, run.folder)
     trainer.finish()
     return result
 
 
-def choose_model(task: VQVAETask, trainer: Trainer) -> tuple[str, Reconstruction]:
+def choose_model(task: VQVAETask, trainer: Trainer, source: SourceInfo) -> tuple[str, Reconstruction]:
     """Load the better of best raw and re-estimated averaged parameters into `task.model` and save it as `model/`."""
     best = VQVAEModel.from_pretrained(trainer.run.folder / "best").state_dict()
     # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
@@ -271,7 +271,7 @@ def choose_model(task: VQVAETask, trainer: Trainer) -> tuple[str, Reconstruction
         logger.info("%s model: %.2f dB on %d images", name, results[name].psnr, results[name].num_images)
     chosen = min(results, key=lambda name: results[name].mse)
     task.model.load_state_dict(candidates[chosen])
-    task.save(trainer.run.folder / "model")
+    save_model(trainer.run.folder / "model", task.model, task.processor, training_data={"vqvae": source})
     return chosen, results[chosen]
 
 

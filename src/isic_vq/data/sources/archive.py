@@ -6,8 +6,9 @@
 
 Filters are `license`, `image_type`, `diagnosis` (one of this package's classes), `collection` (ids) and `query` (the
 archive's own language); values are separated by commas. Without `collection` and `query` the metadata come from the
-bucket's snapshot, whose time is recorded, else from the API v2, page by page. Images that the archive marks as
-synthetic are never read.
+bucket's snapshot, whose time is recorded, else from the API v2, page by page, as far as the limit asks. Images that the
+archive marks as synthetic are never read. Each process asks once, when it first needs to know; several that read one
+source together should take the snapshot, which the API's answers may outrun.
 Source: https://api.isic-archive.com/api/docs/swagger/ and the bucket `isic-archive` of AWS Open Data.
 Thumbnails are JPEG of quality 75: they bound the detail that a model can learn.
 """
@@ -17,6 +18,7 @@ import hashlib
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 import pyarrow
 import pyarrow.parquet
 
-from isic_vq.data.http import HttpClient, RemoteError, RemoteSettings, Request, client
+from isic_vq.data.http import RemoteError, RemoteSettings, Request, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sites import is_canonical_site
 from isic_vq.data.sources.base import Source
@@ -35,6 +37,7 @@ from isic_vq.models.diagnosis import archive_diagnosis, canonical_diagnosis
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_PART = 64
+ROWS_AT_ONCE = 10_000
 PAGE_SIZE = 100  # the API gives no more
 LICENSES = ("CC-0", "CC-BY", "CC-BY-NC")
 IMAGE_PATHS = {"thumbnail": "thumbnails/{}_thumbnail.jpg", "full": "images/{}.jpg"}
@@ -45,11 +48,9 @@ SITE_LEVELS = (
     "anatom_site_general",
     *(f"anatom_site_{level}" for level in range(5, 0, -1)),
 )
-COLUMNS = (
-    "isic_id",
-    "lesion_id",
-    "patient_id",
-    "age_approx",
+ID_COLUMNS = ("isic_id", "lesion_id", "patient_id")
+# The same few words in most rows: each is held once.
+REPEATED_COLUMNS = (
     "sex",
     "copyright_license",
     "attribution",
@@ -57,6 +58,13 @@ COLUMNS = (
     "image_manipulation",
     *DIAGNOSIS_LEVELS,
     *SITE_LEVELS,
+)
+SCHEMA = pyarrow.schema(
+    {
+        **dict.fromkeys(ID_COLUMNS, pyarrow.string()),
+        "age_approx": pyarrow.float64(),
+        **dict.fromkeys(REPEATED_COLUMNS, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+    }
 )
 _ISIC_ID = re.compile(r"ISIC_\d{7}")
 
@@ -139,8 +147,6 @@ class ArchiveFilters:
 
     def let_pass(self, row: dict[str, Any]) -> bool:
         """Whether an image of the archive's metadata is wanted."""
-        if row.get("image_manipulation") == "synthetic":
-            return False
         return (
             (not self.license or row.get("copyright_license") in self.license)
             and (not self.image_type or row.get("image_type") in self.image_type)
@@ -195,7 +201,8 @@ class ArchiveSource(Source):
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """The rows of all images."""
-        return map(_normal, self._found()[0].to_pylist())
+        for batch in self._found()[0].to_batches(ROWS_AT_ONCE):
+            yield from map(_normal, batch.to_pylist())
 
     def fingerprint(self) -> str:
         """Of the snapshot's time, the kind of images and their ids."""
@@ -211,77 +218,108 @@ class ArchiveSource(Source):
 def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Table, str | None]:
     """The archive's metadata of the images that pass, and the time of their snapshot.
 
-    Columns of an Arrow table, because a process holds them while it reads.
+    A table of `SCHEMA`, because a process holds it while it reads: of the whole archive, about 0.1 KB per image.
 
     Raises:
         DataError: nothing passes, or the metadata are not what they are known to be.
     """
-    http = client()
+    kept, ids, counts = [], set[str](), Counter[str]()
+    snapshot = None
     if filters.collection or filters.query:
-        table, snapshot = _search(filters, settings, http), None
+        batches = _search(filters, settings)
     else:
-        table, snapshot = _read_snapshot(settings, http)
-    passes, ids, refused = [], set(), 0
-    for batch in table.to_batches(max_chunksize=10_000):
+        file = _open_snapshot(settings)
+        written = (file.schema_arrow.metadata or {}).get(b"snapshot_timestamp")
+        snapshot = written.decode() if written else None
+        batches = _read_snapshot(file)
+    for batch in batches:
+        passes = []
         for row in batch.to_pylist():
             name = row["isic_id"]
             if not isinstance(name, str) or not _ISIC_ID.fullmatch(name):
                 raise DataError(
                     f"the archive's metadata name an image {name!r}: expected ISIC_ and seven digits"
                 )
-            refused += name in ids  # the set changed between two pages
-            passes.append(name not in ids and filters.let_pass(row))
+            is_synthetic = row["image_manipulation"] == "synthetic"
+            passes.append(name not in ids and not is_synthetic and filters.let_pass(row))
+            counts["twice"] += name in ids  # the set changed between two pages
+            counts["synthetic"] += is_synthetic
+            counts["kept"] += passes[-1]
             ids.add(name)
-    kept = table.filter(pyarrow.array(passes, pyarrow.bool_())).slice(0, filters.limit)
-    if refused:
-        logger.warning("the archive listed %d images twice; each is read once", refused)
-    if not kept.num_rows:
+        kept.append(batch.filter(pyarrow.array(passes, pyarrow.bool_())))
+        if filters.limit is not None and counts["kept"] >= filters.limit:
+            break
+    if counts["twice"]:
+        logger.warning("the archive listed %d images twice; each is read once", counts["twice"])
+    if not counts["kept"]:
         raise DataError(f"isic-archive:{filters} lets no image of {len(ids)} pass: loosen the filters.")
-    logger.info("isic-archive: %d of %d images pass", kept.num_rows, len(ids))
-    return kept.combine_chunks(), snapshot
+    logger.info(
+        "isic-archive: %d of %d images pass; %d, marked as synthetic, never do",
+        *(counts["kept"], len(ids), counts["synthetic"]),
+    )
+    table = pyarrow.Table.from_batches(kept, SCHEMA).slice(0, filters.limit)
+    return table.unify_dictionaries().combine_chunks(), snapshot
 
 
-def _read_snapshot(settings: RemoteSettings, http: HttpClient) -> tuple[pyarrow.Table, str | None]:
-    """The metadata of all images, and when they were written."""
-    url = f"{settings.bucket_url}/{SNAPSHOT}"
+def _open_snapshot(settings: RemoteSettings) -> pyarrow.parquet.ParquetFile:
+    """The bucket's metadata of all images."""
+    url, http = f"{settings.bucket_url}/{SNAPSHOT}", client()
     # By its version, so that a cache does not keep one snapshot for ever.
     content = http.get(url, version=http.head(url).etag)
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        table = file.read([name for name in COLUMNS if name in file.schema_arrow.names])
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{url} is not a parquet file: {error}") from error
-    if "isic_id" not in table.column_names:
-        raise DataError(f"{url} has no column isic_id: its layout is not the one that is known here")
-    snapshot = (file.schema_arrow.metadata or {}).get(b"snapshot_timestamp")
-    return table, snapshot.decode() if snapshot else None
+    missing = {"isic_id", "copyright_license", "attribution", "image_manipulation"} - set(
+        file.schema_arrow.names
+    )
+    if missing:
+        raise DataError(
+            f"{url} has no column {', '.join(sorted(missing))}: its layout is not the one that is known here"
+        )
+    return file
 
 
-def _search(filters: ArchiveFilters, settings: RemoteSettings, http: HttpClient) -> pyarrow.Table:
-    """The metadata of what the API finds, page by page."""
-    url = f"{settings.api_url}/images/search/"
+def _read_snapshot(file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    """Its rows, a few thousand at a time."""
+    present = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=present):
+        columns = [
+            batch[field.name].cast(field.type)
+            if field.name in present
+            else pyarrow.nulls(len(batch), field.type)
+            for field in SCHEMA
+        ]
+        yield pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _search(filters: ArchiveFilters, settings: RemoteSettings) -> Iterator[pyarrow.RecordBatch]:
+    """What the API finds, page by page."""
+    url, http = f"{settings.api_url}/images/search/", client()
     params = {"limit": str(PAGE_SIZE)}
     if filters.collection:
         params["collections"] = ",".join(filters.collection)
     if filters.query:
         params["query"] = filters.query
-    page, rows, expected = http.get_json(url, params), [], None
+    page, listed, expected = http.get_json(url, params), set(), None
     while True:
         if not isinstance(page, dict) or not isinstance(page.get("results"), list):
             raise DataError(
                 f"{url} did not answer with a page of results: its API is not the one that is known here"
             )
         expected = page.get("count") if expected is None else expected
-        rows += [{name: about.get(name) for name in COLUMNS} for about in map(flatten, page["results"])]
+        rows = [flatten(about) for about in page["results"]]
+        listed |= {row.get("isic_id") for row in rows}
+        yield pyarrow.RecordBatch.from_pylist(
+            [{name: row.get(name) for name in SCHEMA.names} for row in rows], SCHEMA
+        )
         if not page.get("next"):
             break
         page = http.get_json(_same_server(url, page["next"]))
-    if expected is not None and len({row["isic_id"] for row in rows}) != expected:
+    if expected is not None and len(listed) != expected:
         logger.warning(
-            "the archive counted %d images and listed %d: it changed meanwhile", expected, len(rows)
+            "the archive counted %d images and listed %d: it changed meanwhile", expected, len(listed)
         )
-    types = {name: pyarrow.string() for name in COLUMNS} | {"age_approx": pyarrow.float64()}
-    return pyarrow.Table.from_pylist(rows, pyarrow.schema(list(types.items())))
 
 
 def _same_server(url: str, following: str) -> str:

@@ -108,13 +108,21 @@ class Source(ABC):
             f"{self.name} can only be read as a stream: write its images to files first, with isic-vq data prepare"
         )
 
+    def records(self) -> Dataset | IterableDataset:
+        """All records in order, with random access if the source has it.
+
+        Raises:
+            DataError: as `dataset`, or as `parts`.
+        """
+        return self.dataset() if self.has_random_access else self.stream()
+
     def describe(self) -> SourceInfo:
         """What may be published about the source.
 
         Raises:
             DataError: as `metadata`.
         """
-        return describe_rows(self.name, self.fingerprint(), list(self.metadata()), self.snapshot)
+        return describe_rows(self.name, self.fingerprint(), self.metadata(), self.snapshot)
 
 
 def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -124,26 +132,28 @@ def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]
 
 
 def describe_rows(
-    name: str, fingerprint: str, rows: Sequence[dict[str, Any]], snapshot: str | None = None
+    name: str, fingerprint: str, rows: Iterable[dict[str, Any]], snapshot: str | None = None
 ) -> SourceInfo:
-    """What may be published about rows with the columns of `FEATURES`."""
+    """What may be published about rows with the columns of `FEATURES`, which are gone through once."""
+    ids: list[str | None] = []
+    licenses, attributions, diagnoses = Counter[str](), set(), Counter[str]()
+    for row in rows:
+        ids.append(row["isic_id"])
+        licenses[row["license"] or "unknown"] += 1
+        diagnoses[row["diagnosis"]] += 1
+        attributions.add(row["attribution"])
     return SourceInfo(
         name=name,
         fingerprint=fingerprint,
-        num_images=len(rows),
-        licenses=_counts(row["license"] or "unknown" for row in rows),
-        attributions=sorted({row["attribution"] for row in rows if row["attribution"]}),
-        diagnoses=_counts(row["diagnosis"] for row in rows),
+        num_images=len(ids),
+        licenses=dict(sorted(licenses.items())),
+        attributions=sorted(filter(None, attributions)),
+        diagnoses=dict(sorted(diagnoses.items())),
         snapshot=snapshot,
-        ids_sha256=hash_ids(row["isic_id"] for row in rows),
+        ids_sha256=hash_ids(ids),
     )
 
 
 def hash_ids(ids: Iterable[str | None]) -> str:
     """The sha256 of a set of image ids as hex digits: of the sorted ids, one per line; images without one do not count."""
     return hashlib.sha256("\n".join(sorted(name for name in ids if name)).encode()).hexdigest()
-
-
-def _counts(values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, sorted by value."""
-    return dict(sorted(Counter(values).items()))

@@ -1,0 +1,59 @@
+"""What weights were trained on: a file beside them, which every later stage takes along.
+
+A tokenizer's `training_data.json` describes its images; a whole model's those of its tokenizer, of its prior and, where
+there was one, of its decoder's fine-tuning. A part whose images were not recorded is null: nothing is assumed of it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import SourceInfo
+from isic_vq.files import write_atomically
+
+TRAINING_DATA = "training_data.json"
+PROVENANCE = "provenance.json"  # of a Hub repository's folder, where they are one entry among others
+BY_STAGE = "training_data_by_stage"
+
+TrainingData = Mapping[str, SourceInfo | None]  # by stage: "vqvae", "prior", "decoder"
+
+
+def write_training_data(folder: Path, data: TrainingData) -> None:
+    """Write what the weights in a folder were trained on."""
+    content = {stage: None if info is None else asdict(info) for stage, info in data.items()}
+    write_atomically(folder / TRAINING_DATA, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
+    """What the weights in a folder were trained on; empty if that was not recorded.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = folder / TRAINING_DATA
+    if not path.is_file():
+        path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        content = content.get(BY_STAGE, {}) if path.name == PROVENANCE else content
+        return {stage: None if info is None else SourceInfo(**info) for stage, info in content.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder.name}/{path.name} is damaged ({error}): remove it, or train again"
+        ) from error
+
+
+def licenses_of(data: Mapping[str, Mapping[str, Any] | None]) -> set[str]:
+    """The licences of all images that weights were trained on, "unknown" among them if some were not recorded.
+
+    Args:
+        data: `SourceInfo` as a dictionary, by stage.
+    """
+    return {
+        name for info in data.values() for name in (info["licenses"] if info is not None else ["unknown"])
+    }
