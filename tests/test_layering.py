@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "isic_vq"
 # A part imports parts of a lower rank only; its own files import each other without a cycle.
 RANKS = {
     "files": 0,
+    "launch": 0,
     "registration": 0,  # holds the names of model classes and imports them when transformers is imported
     "models": 0,
     "hub": 1,

@@ -262,6 +262,9 @@ def training_data_table(origin: dict[str, Any]) -> str:
                 if about.get("ids_sha256")
                 else NOT_RECORDED,
                 "sha256 of the content": f"`{about['fingerprint']:.16}`" if about else NOT_RECORDED,
+                "sha256 of the manifest": f"`{about['manifest_sha256']:.16}`"
+                if about.get("manifest_sha256")
+                else "",
             }
         )
     lines = [
@@ -269,7 +272,10 @@ def training_data_table(origin: dict[str, Any]) -> str:
         "|---" * (len(stages) + 1) + "|",
     ]
     rows = {label: [column[label] for column in columns] for label in columns[0]}
-    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items())])
+    said = {
+        label: cells for label, cells in rows.items() if any(cells)
+    }  # data that were not prepared have no manifest
+    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in said.items())])
 
 
 def training_column(record: dict[str, Any]) -> dict[str, str]:

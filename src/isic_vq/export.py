@@ -20,6 +20,7 @@ from isic_vq import __version__
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache, tokenizer_hash
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of, read_training_data
+from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import ABSOLUTE_PATH, Report
 from isic_vq.figures import image_grid
 from isic_vq.figures.png import write_png
@@ -96,13 +97,22 @@ def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, 
         model: folder of a whole model.
         runs: as `find_training_runs` has them; older ones describe their data in `run.json` alone.
         prior: of the codes that its prior was trained on.
+
+    Raises:
+        DataError: the prior was trained on others.
     """
     found: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
         if (run / "run.json").is_file():
             found[stage] = json.loads((run / "run.json").read_text())["data"]["train"]
     for stage, info in read_training_data(model).items():
-        found[stage] = None if info is None else dataclasses.asdict(info)
+        if info is not None:
+            found[stage] = dataclasses.asdict(info)
+    if found.get("prior", prior) != prior:
+        raise DataError(
+            f"the codes are those of {prior['name']} ({prior['num_images']} images), and the prior was trained on "
+            f"{found['prior']['name']} ({found['prior']['num_images']} images): name the codes that it was trained on"
+        )
     return {**found, "prior": prior}
 
 
@@ -156,6 +166,7 @@ def record_training(folder: Path, model: str) -> list[str]:
 
     Raises:
         ValueError: the folder holds other weights, or a run is broken or names an absolute path.
+        DataError: the folder was exported with other codes than those that the prior was trained on.
         ImportError: there are runs to be drawn, and matplotlib is not installed.
     """
     expected = tokenizer_hash(load_model(VQVAEModel, model))
@@ -169,6 +180,7 @@ def _record(folder: Path, model: str, runs: dict[str, Path]) -> list[str]:
     content = json.loads((folder / PROVENANCE_FILE).read_text())
     counts = content.pop("training_code_counts")  # long, so it stays last
     content[BY_STAGE] = training_data_by_stage(Path(model), runs, content["training_data"])
+    write_license(folder, weights_license(licenses_of(content[BY_STAGE])))
     content["num_parameters"] = {part: getattr(trained, part).num_parameters() for part in PARTS}
     content["training"] = {}
     for stage, run in reversed(runs.items()):  # in the order of training
@@ -177,6 +189,15 @@ def _record(folder: Path, model: str, runs: dict[str, Path]) -> list[str]:
     content["training_code_counts"] = counts
     write_provenance(folder, content)
     return list(content["training"])
+
+
+def write_license(folder: Path, license: str) -> None:
+    """Let a repository folder's config name the weights' licence, which more records may have changed."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if config["license"] != license:
+        text = json.dumps({**config, "license": license}, indent=2, sort_keys=True) + "\n"
+        write_atomically(path, text.encode())
 
 
 def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path) -> None:

@@ -32,6 +32,7 @@ from isic_vq.data.shards import (
     write_shard,
 )
 from isic_vq.files import write_atomically
+from isic_vq.launch import check_process
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.pixelcnn_sampler import BACKENDS
@@ -76,26 +77,6 @@ class _Generation:
         """Images of a shard."""
         size = self.settings["images_per_shard"]
         return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
-
-
-def launched_process() -> tuple[int, int]:
-    """Rank of this process and number of processes, from what torchrun and accelerate launch set; (0, 1) alone.
-
-    On a machine with several GPUs, the one of its local rank becomes the one it uses.
-
-    Raises:
-        ValueError: only one of RANK and WORLD_SIZE is set, or they contradict each other.
-    """
-    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if len(found) == 1:
-        raise ValueError(
-            "one of RANK and WORLD_SIZE is set in the environment: set both, as torchrun does, or neither"
-        )
-    rank, world = map(int, found) if found else (0, 1)
-    _check_process(rank, world)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return rank, world
 
 
 def generate_shards(
@@ -144,7 +125,7 @@ def generate_shards(
         DataError: the folder holds a shard that is damaged or of another set.
         OSError: a file cannot be written; it is named.
     """
-    _check_process(rank, world)
+    check_process(rank, world)
     several = isinstance(labels, Sequence) and not isinstance(labels, str)
     ids = model.label_ids(labels, len(labels) if several else 1)  # type: ignore[arg-type]
     asked = {
@@ -166,11 +147,6 @@ def generate_shards(
 def _as_floats(sampling: dict[str, Any]) -> dict[str, Any]:
     """The same numbers, written one way: 1 and 1.0 are one temperature."""
     return {k: v if v is None or k == "top_k" else float(v) for k, v in sampling.items()}
-
-
-def _check_process(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise ValueError(f"this is process {rank} of {world}: expected a number from 0 to {world - 1}")
 
 
 def _check_settings(asked: dict[str, Any], num_codes: int) -> None:

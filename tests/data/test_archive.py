@@ -1,8 +1,10 @@
 """The ISIC archive as a source, read from a server on this machine that fails."""
 
+import io
 import logging
 import re
 
+import pyarrow.parquet
 import pytest
 from archive_server import DIAGNOSES, SITES, SNAPSHOT_TIME, ArchiveServer, is_synthetic
 
@@ -144,19 +146,32 @@ def test_filters(filters, let_pass, plain):
 
 
 @pytest.mark.parametrize("filters", ["", "collection=77", "query=-sex:nobody"])
-def test_synthetic_images_never_pass(filters, plain):
+def test_synthetic_images_never_pass(filters, plain, caplog):
+    caplog.set_level(logging.INFO)
     found = [int(row["isic_id"][5:]) for row in find_source(f"isic-archive:{filters}").metadata()]
     assert found
     assert not any(map(is_synthetic, found))
-    assert any(is_synthetic(i) for i in range(NUMBER))
+    seen = range(0, NUMBER, 3) if "77" in filters else range(NUMBER)
+    number = sum(map(is_synthetic, seen))
+    assert f"{len(found)} of {len(seen)} images pass; {number}, marked as synthetic, never do" in caplog.text
+    assert number
 
 
-def test_pages_follow_the_cursor_and_stay_on_the_configured_server(plain):
-    found = list(find_source("isic-archive:query=-sex:nobody").metadata())
-    assert [row["isic_id"] for row in found] == ids(wanted(plain))
-    pages = plain.requests("/api")
-    assert [r.query.get("cursor") for r in pages] == [None, ["100"]]
+def test_pages_follow_the_cursor_and_stay_on_the_configured_server(monkeypatch):
+    with ArchiveServer(250) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        found = list(find_source("isic-archive:query=-sex:nobody").metadata())
+    assert [row["isic_id"] for row in found] == ids(wanted(server))
+    pages = server.requests("/api")
+    assert [r.query.get("cursor") for r in pages] == [None, ["100"], ["200"]]
     assert pages[0].query["limit"] == ["100"]
+
+
+def test_no_page_is_asked_for_beyond_the_limit(plain):
+    found = list(find_source("isic-archive:query=-sex:nobody&limit=90").metadata())
+    assert [row["isic_id"] for row in found] == ids(wanted(plain)[:90])
+    assert len(plain.requests("/api")) == 1, "the first 100 images hold 90 that are not synthetic"
 
 
 def test_an_archive_that_changes_between_pages_lists_an_image_once(plain, caplog):
@@ -164,6 +179,12 @@ def test_an_archive_that_changes_between_pages_lists_an_image_once(plain, caplog
     found = [row["isic_id"] for row in find_source("isic-archive:query=-sex:nobody").metadata()]
     assert found == ids(wanted(plain))
     assert "the archive listed 5 images twice; each is read once" in caplog.text
+
+
+def test_images_that_were_lost_between_pages_are_missed(plain, caplog):
+    plain.shift = -5
+    list(find_source("isic-archive:query=-sex:nobody").metadata())
+    assert "the archive counted 150 images and listed 145: it changed meanwhile" in caplog.text
 
 
 def test_the_snapshot_has_a_time_and_the_search_has_none(plain):
@@ -244,6 +265,20 @@ def test_ids_that_are_no_ids_never_reach_an_address(plain):
     with pytest.raises(DataError, match="name an image '../../etc/passwd': expected ISIC_ and seven digits"):
         find_source("isic-archive:collection=78").parts()
     assert not plain.requests("/bucket")
+
+
+@pytest.mark.parametrize("column", ["isic_id", "copyright_license", "image_manipulation"])
+def test_a_snapshot_of_another_layout_is_refused(column, plain):
+    path = "/bucket/snapshots/ISIC_metadata.parquet"
+    table = pyarrow.parquet.read_table(io.BytesIO(plain.files[path])).drop_columns([column])
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    plain.files[path] = sink.getvalue()
+    with pytest.raises(DataError, match=f"has no column {column}: its layout is not the one"):
+        find_source("isic-archive:").parts()
+    plain.files[path] = b"no table"
+    with pytest.raises(DataError, match="ISIC_metadata.parquet is not a parquet file"):
+        find_source("isic-archive:").parts()
 
 
 def test_a_cache_saves_the_second_epoch(plain, monkeypatch, tmp_path, caplog):

@@ -1,15 +1,16 @@
 """Challenge archives as a source: one zip archive over HTTP or on disk, joined with its tables."""
 
+import logging
 import zipfile
 
 import pytest
-from archive_server import WORDS_2020, ArchiveServer, challenge_files, images
+from archive_server import WORDS_2020, ArchiveServer, challenge_files, images, one_hot_csv, zipped
 from fault_server import FaultServer
 
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
-from isic_vq.data.sources.challenge import RELEASES, _open_zip, _read_tables
+from isic_vq.data.sources.challenge import RELEASES, _open
 from isic_vq.data.sources.range_zip import RangeZip
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from source_contract import (
@@ -42,8 +43,7 @@ EXPECTED = {
 
 @pytest.fixture(autouse=True)
 def _opened_anew():
-    _open_zip.cache_clear()
-    _read_tables.cache_clear()
+    _open.cache_clear()
 
 
 @pytest.fixture
@@ -170,6 +170,7 @@ def test_few_requests_read_many_images(server):
     assert len(asked) <= len(source.parts()) + 8
     size = len(server.files[images_zip("2018")])
     assert sum(r.sent for r in asked) < size + (2 << 20), "hardly a byte twice"
+    assert _open.cache_info().misses == 1, "the directory and the tables are read once, not for each part"
 
 
 def test_the_contract_of_sources(server):
@@ -200,7 +201,7 @@ def test_a_folder_serves_as_a_server_does(as_url, tmp_path, monkeypatch):
     (tmp_path / "2017" / "ISIC-2017_Training_Part3_GroundTruth.csv").write_text(
         "image_id,melanoma,seborrheic_keratosis\n" + "\n".join(f"{n},0.0,0.0" for n in names)
     )
-    _read_tables.cache_clear()
+    _open.cache_clear()
     assert source.fingerprint() != fingerprint, "labels are content"
     assert {row["diagnosis"] for row in source.metadata()} == {"nevus"}
 
@@ -213,6 +214,87 @@ def test_images_without_a_row_are_unknown(server):
     assert [row["isic_id"] for row in rows] == names
     assert rows[-1]["diagnosis"] == "unknown"
     assert rows[0]["diagnosis"] == "melanoma"
+
+
+def test_rows_and_images_without_each_other_are_counted(server, caplog):
+    caplog.set_level(logging.INFO)
+    names = serve(server, "2018", images(5))
+    server.files["/challenge/2018/ISIC2018_Task3_Training_LesionGroupings.csv"] += (
+        b"\nISIC_9999999,HAM_1,histo"
+    )
+    table = "GT/ISIC2018_Task3_Training_GroundTruth.csv"
+    rows = one_hot_csv("2018", names).splitlines()[:-1]
+    server.files["/challenge/2018/ISIC2018_Task3_Training_GroundTruth.zip"] = zipped(
+        {table: b"\n".join(rows)}
+    )
+    found = list(find_source("challenge:2018").metadata())
+    assert "challenge:2018:train: 5 images; 0 of them are in no table, 1 rows have no image" in caplog.text
+    assert found[-1]["diagnosis"] == "unknown", "the lesions' table alone names it"
+
+
+def test_names_of_2019_that_say_downsampled_are_ids_like_others(server):
+    names = [f"ISIC_{number:07d}" for number in range(3)]
+    written = [names[0], f"{names[1]}_downsampled", f"{names[2]}_downsampled"]
+    stem = "/challenge/2019/ISIC_2019_Training"
+    server.files |= {
+        f"{stem}_Input.zip": zipped({f"in/{name}.jpg": images(1)[0] for name in written}),
+        f"{stem}_GroundTruth.csv": one_hot_csv("2019", written),
+        f"{stem}_Metadata.csv": "\n".join(
+            ["image,lesion_id", *(f"{name},L{i}" for i, name in enumerate(written))]
+        ).encode(),
+    }
+    rows = list(find_source("challenge:2019").metadata())
+    assert [row["isic_id"] for row in rows] == names
+    assert [row["diagnosis"] for row in rows] == ["melanoma", "nevus", "basal_cell_carcinoma"]
+    assert [row["lesion_id"] for row in rows] == ["L0", "L1", "L2"]
+
+
+def test_the_test_images_of_2020_have_patients_and_no_diagnosis(server):
+    server.files |= {
+        "/challenge/2020/ISIC_2020_Test_JPEG.zip": zipped({"t/ISIC_0052060.jpg": images(1)[0]}),
+        "/challenge/2020/ISIC_2020_Test_Metadata.csv": (
+            b"image,patient,age_approx,anatom_site_general_challenge,sex\nISIC_0052060,IP_3579794,70.0,,male"
+        ),
+    }
+    (row,) = find_source("challenge:2020:test").metadata()
+    assert (row["patient_id"], row["age"], row["sex"]) == ("IP_3579794", 70.0, "male")
+    assert (row["site"], row["diagnosis"]) == (None, "unknown")
+
+
+def test_images_to_segment_need_no_table(server):
+    contents = images(3)
+    members = {f"ISIC2018_Task1-2_Training_Input/ISIC_{i:07d}.jpg": c for i, c in enumerate(contents)}
+    members |= {"x/ISIC_0000001_segmentation.png": b"mask", "__MACOSX/x/._ISIC_0000001.jpg": b"fork"}
+    members |= {"__MACOSX/x/ISIC_0000001.jpg": b"fork", "x/ATTRIBUTION.txt": b"(c)"}
+    server.files["/challenge/2018/ISIC2018_Task1-2_Training_Input.zip"] = zipped(members)
+    rows = rows_of(find_source("challenge:2018-task1").stream())
+    assert [row["image"] for row in rows] == contents
+    assert {(row["diagnosis"], row["license"]) for row in rows} == {("unknown", "CC-0")}
+
+
+def test_two_diagnoses_in_a_row_are_an_error(server):
+    names = serve(server, "2018", images(3))
+    rows = f"image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n{names[1]},1.0,1.0,0.0,0.0,0.0,0.0,0.0".encode()
+    server.files["/challenge/2018/ISIC2018_Task3_Training_GroundTruth.zip"] = zipped({"truth.csv": rows})
+    with pytest.raises(DataError, match=f"{names[1]}.*MEL and NV are both 1, expected one diagnosis"):
+        list(find_source("challenge:2018").metadata())
+
+
+def test_archives_without_images_or_with_one_twice_are_refused(server):
+    path, image = "/challenge/2018/ISIC2018_Task1-2_Test_Input.zip", images(1)[0]
+    server.files[path] = zipped({"x/photo.jpg": image, "x/ISIC_12.jpg": image})
+    with pytest.raises(DataError, match=r"no file in .*Test_Input.zip is called like ISIC_0000000.jpg"):
+        find_source("challenge:2018-task1:test").parts()
+    server.files[path] = zipped({"a/ISIC_0000001.jpg": image, "b/ISIC_0000001.jpg": image})
+    with pytest.raises(DataError, match="1 images of .* have the id of another one"):
+        find_source("challenge:2018-task1:test").parts()
+
+
+def test_releases_in_the_archive_s_bucket_are_found_there(server, monkeypatch):
+    monkeypatch.delenv("ISIC_VQ_CHALLENGE_URL")
+    files, names = challenge_files("2017", images(3))
+    server.files |= {f"/bucket/challenges/{path}": content for path, content in files.items()}
+    assert [row["isic_id"] for row in find_source("challenge:2017").metadata()] == names
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,87 @@ def test_chunks_of_other_settings_are_refused(change, named, tmp_path):
 def test_corrupt_images_are_counted_over_all_chunks(image_folder, tmp_path):
     (image_folder / "002.png").write_text("this is no image")
     uri = f"folder:{image_folder}"
-    with pytest.raises(DataError, match="1 of 16 images are corrupt, more than the allowed share of 0.01"):
+    with pytest.raises(DataError, match=r"1 of \d+ images are corrupt, more than the allowed share of 0.01"):
         encode_to_file(make_encoding(uri), tmp_path / "a.parquet")
     assert encode_to_file(make_encoding(uri, max_corrupt_share=0.1), tmp_path / "b.parquet") == 15
     assert encode_to_file(make_encoding(uri, max_corrupt_share=0.1), tmp_path / "a.parquet") == 15, (
         "the chunks stayed"
     )
+
+
+def test_too_many_corrupt_images_are_named_and_stop_the_first_chunk(image_folder, tmp_path, caplog):
+    (image_folder / "000.png").write_text("this is no image")
+    with pytest.raises(DataError, match="1 of 4 images are corrupt"):
+        encode_to_file(make_encoding(f"folder:{image_folder}"), tmp_path / "codes.parquet")
+    assert "Skipped a corrupt image: SYNTHETIC_0_0000000" in caplog.text
+    assert not list((tmp_path / "codes.parquet.parts").glob("chunk-*"))
+
+
+def test_corrupt_images_of_chunks_that_were_there_count_when_they_are_joined(image_folder, tmp_path):
+    for name in ("000.png", "001.png"):
+        (image_folder / name).write_text("this is no image")
+    uri, output = f"folder:{image_folder}", tmp_path / "codes.parquet"
+    assert encode_to_file(make_encoding(uri, max_corrupt_share=1), output, 0, 2) is None
+    with pytest.raises(
+        DataError, match="2 of 16 images are corrupt, more than the allowed share of 0.1, for"
+    ):
+        encode_to_file(make_encoding(uri, max_corrupt_share=0.1), output, 1, 2)
+    assert not output.exists()
+
+
+def test_a_process_that_comes_late_leaves_nothing_behind(expected, tmp_path, monkeypatch):
+    output = tmp_path / "codes.parquet"
+    assert encode_to_file(make_encoding(), output) == NUMBER
+    monkeypatch.setattr(encoding_module, "_encode_chunk", None)  # it has nothing to encode
+    assert encode_to_file(make_encoding(), output, 1, 2) == NUMBER
+    assert output.read_bytes() == expected
+    assert not (tmp_path / "codes.parquet.parts").exists()
+
+
+def test_a_process_whose_chunks_are_joined_while_it_works_leaves_nothing_behind(
+    expected, tmp_path, monkeypatch
+):
+    output, work = tmp_path / "codes.parquet", tmp_path / "codes.parquet.parts"
+    encode_chunk = encoding_module._encode_chunk
+
+    def overtaken(*arguments):
+        if not output.exists():
+            monkeypatch.setattr(encoding_module, "_encode_chunk", encode_chunk)
+            encode_to_file(make_encoding(), output)
+            assert not work.exists()
+        return encode_chunk(*arguments)
+
+    monkeypatch.setattr(encoding_module, "_encode_chunk", overtaken)
+    assert encode_to_file(make_encoding(), output, 0, 2) == NUMBER
+    assert output.read_bytes() == expected
+    assert not work.exists()
+
+
+def test_codes_of_other_images_are_replaced(expected, tmp_path):
+    output = tmp_path / "codes.parquet"
+    assert encode_to_file(make_encoding("synthetic:8:1"), output) == 8
+    assert encode_to_file(make_encoding(), output) == NUMBER
+    assert output.read_bytes() == expected
+
+
+def test_the_number_of_threads_decides_nothing(expected, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        encode_to_file(make_encoding(), tmp_path / "codes.parquet")
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "codes.parquet").read_bytes() == expected
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
+    encode_chunk = encoding_module._encode_chunk
+
+    def interrupted(encoding, chunk, counter):
+        if chunk.start == 16:
+            raise KeyboardInterrupt
+        return encode_chunk(encoding, chunk, counter)
+
+    monkeypatch.setattr(encoding_module, "_encode_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="2 of 5 chunks are finished; run the same command to go on"):
+        encode_to_file(make_encoding(), tmp_path / "codes.parquet")

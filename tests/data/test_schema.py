@@ -1,9 +1,12 @@
 """One schema: aliases, missing values, canonical diagnoses, and errors that name the row."""
 
+import io
 import math
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,3 +105,68 @@ def test_impossible_age_is_refused(age):
 def test_importing_the_package_does_not_import_datasets():
     code = "import sys, isic_vq.data; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- properties ----------------------------------------------------------------------------------------------------
+
+WORDS = st.one_of(
+    st.none(), st.sampled_from(["", "unknown", "NaN", "x 1", "IL_0000001"]), st.text(max_size=8)
+)
+DIAGNOSES = [None, "nv", "MEL", "Seborrheic keratosis", "unknown", "Squamous cell carcinoma, NOS"]
+RECORDS = st.fixed_dictionaries(
+    {
+        "image": st.just({"bytes": b"encoded", "path": None}),
+        "isic_id": st.sampled_from(["ISIC_0000001", "ISIC_0000002"]),
+        "diagnosis": st.sampled_from(DIAGNOSES),
+        "age": st.one_of(st.none(), st.integers(0, 130), st.sampled_from(["45", "45.0", "unknown"])),
+        "sex": st.sampled_from([None, "male", "F", "Woman", "unknown", "other"]),
+        "site": st.sampled_from([None, "trunk", "Head & neck", "left heel", "unknown"]),
+        **dict.fromkeys(("lesion_id", "patient_id", "source", "license", "attribution"), WORDS),
+    }
+)
+
+
+@given(RECORDS)
+def test_a_normal_record_stays_what_it_is_also_through_a_file(record):
+    normal = normalise(record, "row 0")
+    assert set(normal) == set(FEATURES)
+    assert normalise(normal, "row 0") == normal
+    table = pyarrow.Table.from_pylist([normal], schema=FEATURES.arrow_schema)
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    (read,) = pyarrow.parquet.read_table(io.BytesIO(sink.getvalue())).to_pylist()
+    assert normalise(read, "row 0") == normal
+
+
+@pytest.mark.parametrize(
+    ("column", "alias"), [(column, alias) for column, aliases in COLUMN_ALIASES.items() for alias in aliases]
+)
+def test_every_alias_is_its_column(column, alias):
+    values = {"age": 45, "diagnosis": "mel", "sex": "female", "site": "back"}
+    written = values.get(column, "word")
+    expected = {"age": 45.0, "diagnosis": "melanoma", "site": "posterior torso"}.get(column, written)
+    assert normalise({alias: written}, "row 0")[column] == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "sex"),
+    [
+        ("m", "male"),
+        ("Male", "male"),
+        ("man", "male"),
+        ("F", "female"),
+        ("woman", "female"),
+        ("Other", "other"),
+    ],
+)
+def test_words_for_sex(written, sex):
+    assert normalise({"isic_id": "a", "sex": written}, "row 0")["sex"] == sex
+
+
+def test_one_hot_columns_are_a_diagnosis():
+    row = {"isic_id": "a", "MEL": "0.0", "NV": "0.0", "BCC": "1.0", "AKIEC": "0.0"}
+    assert normalise(row, "row 0")["diagnosis"] == "basal_cell_carcinoma"
+    with pytest.raises(
+        DataError, match="row 0 .a.: NV and BCC are both 1, expected one diagnosis. Correct the row"
+    ):
+        normalise({**row, "NV": "1.0"}, "row 0")

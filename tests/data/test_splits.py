@@ -1,7 +1,6 @@
 """Splits: disjoint by lesion, independent of order, nested in the share."""
 
 import pytest
-from datasets import Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,24 +8,18 @@ from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.data.splits import (
-    GROUP_COLUMNS,
     SPLITS,
     Assignment,
     assign_splits,
     components,
     few_images,
     in_validation,
-    split_by_group,
+    split_rows,
     stratified_report,
 )
 from isic_vq.data.synthetic import synthetic_image
 
 NUMBERS = st.integers(0, 2**32)
-
-
-def _dataset(lesions):
-    rows = [{"lesion_id": name, "patient_id": None, "isic_id": f"i{i}"} for i, name in enumerate(lesions)]
-    return Dataset.from_list(rows, features=Features({column: Value("string") for column in GROUP_COLUMNS}))
 
 
 def row(lesion=None, patient=None, image=None, **more):
@@ -61,12 +54,12 @@ def test_split_is_a_partition_disjoint_by_group_and_free_of_order(lesions, seed,
     expected = {name: in_validation(name, 0.5, seed) for name in lesions}
     if len(set(expected.values())) < 2:
         with pytest.raises(DataError, match="Use more images, another share or another seed"):
-            split_by_group(_dataset(lesions), 0.5, seed)
+            split_rows([row(name) for name in lesions], 0.5, seed)
         return
     for order in (lesions, shuffled):
-        train, validation = split_by_group(_dataset(order), 0.5, seed)
-        assert train["lesion_id"][:] == [name for name in order if not expected[name]]
-        assert validation["lesion_id"][:] == [name for name in order if expected[name]]
+        train, validation = split_rows([row(name) for name in order], 0.5, seed)
+        assert train == [index for index, name in enumerate(order) if not expected[name]]
+        assert validation == [index for index, name in enumerate(order) if expected[name]]
 
 
 @given(st.text(min_size=1), NUMBERS, st.floats(0, 1), st.floats(0, 1))
@@ -87,13 +80,12 @@ def test_seeds_give_different_splits():
 @pytest.mark.parametrize("share", [0, 1, -0.1, 10])
 def test_share_outside_zero_and_one_is_refused(share):
     with pytest.raises(ValueError, match="expected a number between 0 and 1"):
-        split_by_group(_dataset("ab"), share, 0)
+        split_rows([row("a"), row("b")], share, 0)
 
 
 def test_images_stay_with_their_rows():
     dataset = open_source("synthetic:32:0")
-    train, validation = split_by_group(dataset, 0.3, seed=0)
-    for side in (train, validation):
+    for side in (open_part("synthetic:32:0", part, 0.3)[0] for part in ("train", "validation")):
         for record in side:
             index = int(record["isic_id"].rsplit("_", 1)[1])
             assert record["image"].tobytes() == dataset[index]["image"].tobytes()
@@ -101,7 +93,9 @@ def test_images_stay_with_their_rows():
 
 @pytest.mark.real_data
 def test_no_lesion_of_ham10000_is_on_both_sides(data_dir):
-    train, validation = split_by_group(open_source("${ISIC_VQ_DATA}/ham10000/*.parquet"), 0.1, seed=0)
+    train, validation = (
+        open_part("${ISIC_VQ_DATA}/ham10000/*.parquet", part)[0] for part in ("train", "validation")
+    )
     assert not set(train["lesion_id"]) & set(validation["lesion_id"])
     assert len(train) + len(validation) == 5984
     assert 480 < len(validation) < 720

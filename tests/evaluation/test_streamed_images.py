@@ -1,6 +1,5 @@
 """Commands that measure, on images that can only be streamed: the same numbers, and each image read once."""
 
-import csv
 from collections import Counter
 
 import pytest
@@ -77,10 +76,7 @@ def test_streamed_images_are_scored_in_one_pass(run, model, reads, tmp_path):
     assert stdout.startswith(f"{NUM_IMAGES} images: ")
     assert set(reads.values()) == {1}
     assert run("score", SAME_IMAGES, "-m", model, "-o", tmp_path / "files", "--limit", 0)[0] == 0
-    streamed, stored = (
-        list(csv.DictReader((folder / "scores.csv").open())) for folder in (tmp_path, tmp_path / "files")
-    )
-    assert streamed == stored
+    assert (tmp_path / "scores.csv").read_bytes() == (tmp_path / "files" / "scores.csv").read_bytes()
 
 
 def test_reconstruct_reads_no_more_of_a_stream_than_it_shows(run, model, reads, monkeypatch, tmp_path):

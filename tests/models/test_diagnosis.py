@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isic_vq.models import diagnosis
-from isic_vq.models.diagnosis import DIAGNOSES, canonical_diagnosis, resolve_label
+from isic_vq.models.diagnosis import (
+    DIAGNOSES,
+    archive_diagnosis,
+    canonical_diagnosis,
+    one_hot_diagnosis,
+    resolve_label,
+)
 
 HAM10000 = {
     "akiec": "actinic_keratosis",
@@ -114,3 +120,120 @@ def test_module_needs_the_standard_library_only():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+# --- as the sources write them, value by value ---------------------------------------------------------------------
+
+HAM10000 = {
+    "nv": "nevus",
+    "mel": "melanoma",
+    "bkl": "benign_keratosis",
+    "bcc": "basal_cell_carcinoma",
+    "akiec": "actinic_keratosis",
+    "vasc": "vascular_lesion",
+    "df": "dermatofibroma",
+}
+SKIN_CANCER = {  # marmal88/skin_cancer
+    "melanocytic_Nevi": "nevus",
+    "melanoma": "melanoma",
+    "benign_keratosis-like_lesions": "benign_keratosis",
+    "basal_cell_carcinoma": "basal_cell_carcinoma",
+    "actinic_keratoses": "actinic_keratosis",
+    "vascular_lesions": "vascular_lesion",
+    "dermatofibroma": "dermatofibroma",
+}
+CHALLENGE_2020 = {
+    "nevus": "nevus",
+    "melanoma": "melanoma",
+    "seborrheic keratosis": "benign_keratosis",
+    "lichenoid keratosis": "benign_keratosis",
+    "solar lentigo": "benign_keratosis",
+    "lentigo NOS": "unknown",
+    "cafe-au-lait macule": "unknown",
+    "atypical melanocytic proliferation": "unknown",
+    "unknown": "unknown",
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "diagnosis"), [*HAM10000.items(), *SKIN_CANCER.items(), *CHALLENGE_2020.items()]
+)
+def test_words_of_the_sources(written, diagnosis):
+    assert canonical_diagnosis(written) == diagnosis
+
+
+@pytest.mark.parametrize(
+    ("levels", "diagnosis"),
+    [
+        (["Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma, NOS"], "melanoma"),
+        (["Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma metastasis"], "melanoma"),
+        (["Benign", "Benign melanocytic proliferations", "Nevus", "Nevus, Spitz"], "nevus"),
+        (
+            [
+                "Malignant",
+                "Malignant adnexal epithelial proliferations - Follicular",
+                "Basal cell carcinoma",
+                "Basal cell carcinoma, Nodular",
+            ],
+            "basal_cell_carcinoma",
+        ),
+        (
+            ["Indeterminate", "Indeterminate epidermal proliferations", "Solar or actinic keratosis"],
+            "actinic_keratosis",
+        ),
+        (["Benign", "Benign epidermal proliferations", "Seborrheic keratosis"], "benign_keratosis"),
+        (["Benign", "Benign epidermal proliferations", "Pigmented benign keratosis"], "benign_keratosis"),
+        (["Benign", "Benign epidermal proliferations", "Clear cell acanthoma"], "benign_keratosis"),
+        (
+            ["Benign", "Benign soft tissue proliferations - Fibro-histiocytic", "Dermatofibroma"],
+            "dermatofibroma",
+        ),
+        (["Benign", "Benign soft tissue proliferations - Vascular", "Angiokeratoma"], "vascular_lesion"),
+        (
+            ["Malignant", "Malignant epidermal proliferations", "Squamous cell carcinoma, Invasive"],
+            "squamous_cell_carcinoma",
+        ),
+        (
+            ["Malignant", "Malignant epidermal proliferations", "Squamous cell carcinoma in situ"],
+            "squamous_cell_carcinoma",
+        ),
+        (["Benign", "Benign melanocytic proliferations", "Blue something"], "unknown"),
+        (["Benign", None, None, None, None], "unknown"),
+        (["Indeterminate"], "unknown"),
+        ([None] * 5, "unknown"),
+        ([], "unknown"),
+    ],
+)
+def test_the_archive_s_most_specific_level_that_is_a_class_counts(levels, diagnosis):
+    assert archive_diagnosis(levels) == diagnosis
+
+
+ONE_HOT = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
+
+
+@pytest.mark.parametrize(("column", "diagnosis"), list(zip(ONE_HOT, DIAGNOSES, strict=True)))
+def test_the_column_with_a_one_is_the_diagnosis(column, diagnosis):
+    assert one_hot_diagnosis({name: float(name == column) for name in ONE_HOT}) == diagnosis
+    assert one_hot_diagnosis({name: str(int(name == column)) for name in ONE_HOT}) == diagnosis
+
+
+def test_columns_of_2017_and_rows_without_a_one():
+    row = {"melanoma": "0.0", "seborrheic_keratosis": "0.0"}
+    assert one_hot_diagnosis(row) == "nevus"
+    assert one_hot_diagnosis({**row, "melanoma": "1.0"}) == "melanoma"
+    assert one_hot_diagnosis({**row, "seborrheic_keratosis": "1.0"}) == "benign_keratosis"
+    assert one_hot_diagnosis(dict.fromkeys(ONE_HOT, 0)) == "unknown"
+    assert one_hot_diagnosis({"diagnosis": "nv"}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MEL": 1, "NV": 1}, "MEL and NV are both 1"),
+        ({"NV": "yes"}, "NV is 'yes', expected 0 or 1"),
+        ({"NV": 0.5}, "expected 0 or 1"),
+    ],
+)
+def test_rows_that_are_not_one_hot_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        one_hot_diagnosis({**dict.fromkeys(ONE_HOT, 0), **changes})

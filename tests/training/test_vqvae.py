@@ -14,6 +14,7 @@ from torch import nn
 from isic_vq.data.augmentation import dihedral, random_views
 from isic_vq.data.loading import collate
 from isic_vq.data.schema import DataError
+from isic_vq.data.sources import find_source
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -310,7 +311,7 @@ def test_the_model_with_the_lower_validation_error_is_chosen(make_vqvae_trainer,
         spoilt = VQVAEModel.from_pretrained(tmp_path / "best")
         nn.init.constant_(spoilt.decoder.to_pixels.bias, 10)
         spoilt.save_pretrained(tmp_path / "best")
-    variant, result = choose_model(task, trainer)
+    variant, result = choose_model(task, trainer, find_source("synthetic:4:0").describe())
     assert variant == better
     saved = load_model(VQVAEModel, str(tmp_path / "model"))
     bias = saved.decoder.to_pixels.bias
@@ -327,7 +328,8 @@ def test_the_model_with_the_lower_validation_error_is_chosen(make_vqvae_trainer,
 def test_without_averaging_the_raw_model_is_chosen(make_vqvae_trainer):
     trainer = make_vqvae_trainer("loop.max_steps=3", "loop.average_decay=0")
     trainer.train()
-    assert choose_model(trainer.task, trainer)[0] == "raw"
+    source = find_source("synthetic:4:0").describe()
+    assert choose_model(trainer.task, trainer, source)[0] == "raw"
 
 
 # Pictures

@@ -66,7 +66,8 @@ def generate(
             "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
         )
     if shards is not None:
-        from isic_vq.generation import generate_shards, launched_process
+        from isic_vq.generation import generate_shards
+        from isic_vq.launch import launched_process
 
         rank, world = launched_process()
         made, kept = generate_shards(

@@ -106,7 +106,8 @@ def record(
 
 @app.command(epilog="Example:\n\n  isic-vq info model_cards/isic-vq-128")
 def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub id.")] = None) -> None:
-    """Describe a model: sizes, classes, licence and measured quality."""
+    """Describe a model: sizes, classes, licence, training images and measured quality."""
+    from isic_vq.data.provenance import read_training_data
     from isic_vq.evaluation.report import Report
     from isic_vq.hub import load_model, resolve
     from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -124,9 +125,10 @@ def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub i
     typer.echo(
         "classes: " + (", ".join(f"{i} {n}" for i, n in prior.id2label.items()) or "none (unconditional)")
     )
-    if (folder / "README.md").is_file():
-        from huggingface_hub import ModelCard
-
-        typer.echo(f"weights licence: {ModelCard.load(folder / 'README.md').data.license}")
+    typer.echo(f"weights licence: {loaded.config.license or 'not recorded'}")
+    for stage, about in read_training_data(folder).items():
+        licenses = about and ", ".join(f"{name} {count:,}" for name, count in about.licenses.items())
+        known = about and f"{about.num_images:,} images of {about.name}, by licence: {licenses}"
+        typer.echo(f"{stage} trained on {known or 'images that are not recorded'}")
     for path in sorted(folder.glob("reports/*.json")):
         print_report(Report.load(path))

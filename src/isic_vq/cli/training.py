@@ -62,8 +62,8 @@ def encode(
     """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
     from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
-    from isic_vq.generation import launched_process
     from isic_vq.hub import load_model
+    from isic_vq.launch import launched_process
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
 

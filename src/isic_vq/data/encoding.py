@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from isic_vq.data.augmentation import NUM_VIEWS, dihedral
-from isic_vq.data.code_cache import CodeCache, tokenizer_hash, write_code_cache
-from isic_vq.data.loading import NUM_NAMED_SKIPS, decoded_batches
+from isic_vq.data.code_cache import CodeCache, read_code_cache, tokenizer_hash, write_code_cache
+from isic_vq.data.loading import NUM_NAMED_SKIPS, SkipCounter, decoded_batches
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.sources.base import read_parts
@@ -110,10 +110,11 @@ def encode_source(*arguments: Any, progress: bool = False, **options: Any) -> Co
         DataError: too many images are corrupt, or none is left.
     """
     encoding = Encoding(*arguments, **options)
+    counter = SkipCounter(encoding.max_corrupt_share, encoding.source.num_images)
     tables = []
     with tqdm(total=encoding.source.num_images, unit="image", desc="encoding", disable=not progress) as bar:
         for chunk in encoding.chunks():
-            tables.append(_encode_chunk(encoding, chunk))
+            tables.append(_encode_chunk(encoding, chunk, counter))
             bar.update(tables[-1].num_rows)
     return _join(encoding, tables)
 
@@ -122,6 +123,8 @@ def encode_to_file(
     encoding: Encoding, output: Path, rank: int = 0, world: int = 1, progress: bool = False
 ) -> int | None:
     """Encode this process's chunks, but for those that are there, and join all once they are.
+
+    An output that holds these codes already is left as it is.
 
     Args:
         encoding: the same in all processes.
@@ -138,29 +141,51 @@ def encode_to_file(
         OSError: a file cannot be written; it is named.
     """
     work = output.with_name(f"{output.name}.parts")
+    if (number := _written(encoding, output, work)) is not None:
+        return number
     _open_work(work, encoding)
     chunks = encoding.chunks()
     paths = [work / f"chunk-{number:06d}.parquet" for number in range(len(chunks))]
-    with tqdm(
-        unit="image", desc="encoding", disable=not progress, total=-(-encoding.source.num_images // world)
-    ) as bar:
-        for number in range(rank, len(chunks), world):
-            if paths[number].exists():
-                bar.update(pq.read_metadata(paths[number]).num_rows)
-                continue
-            table = _encode_chunk(encoding, chunks[number])
+    own = range(rank, len(chunks), world)
+    missing = [number for number in own if not paths[number].exists()]
+    there = sum(pq.read_metadata(paths[number]).num_rows for number in own if number not in missing)
+    share = -(-encoding.source.num_images // world)
+    counter = SkipCounter(encoding.max_corrupt_share, share)
+    with tqdm(total=share, initial=there, unit="image", desc="encoding", disable=not progress) as bar:
+        for done, number in enumerate(missing, len(own) - len(missing)):
+            try:
+                table = _encode_chunk(encoding, chunks[number], counter)
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(
+                    f"{done} of {len(own)} chunks are finished; run the same command to go on"
+                ) from error
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd")
             write_atomically(paths[number], sink.getvalue().to_pybytes())
             bar.update(table.num_rows)
     if not all(path.exists() for path in paths):
-        return None if not output.exists() or work.exists() else pq.read_metadata(output).num_rows
+        return _written(encoding, output, work)
     try:
         cache = _join(encoding, [pq.read_table(path) for path in paths])
-    except FileNotFoundError:  # another process has joined them meanwhile
-        return pq.read_metadata(output).num_rows
+    except FileNotFoundError:
+        if (number := _written(encoding, output, work)) is None:
+            raise
+        return number
     write_code_cache(cache, output)
     shutil.rmtree(work, ignore_errors=True)  # which another process may be removing, too
+    return len(cache.isic_ids)
+
+
+def _written(encoding: Encoding, output: Path, work: Path) -> int | None:
+    """How many images the output holds if another process has joined the chunks, which are removed then; else None."""
+    try:
+        cache = read_code_cache(output)
+    except DataError:  # not there, or something else, which is about to be replaced
+        return None
+    found = (cache.tokenizer_hash, cache.source, cache.codes.shape[1:])
+    if found != (tokenizer_hash(encoding.model), encoding.source, encoding.shape):
+        return None
+    shutil.rmtree(work, ignore_errors=True)
     return len(cache.isic_ids)
 
 
@@ -178,12 +203,17 @@ def _open_work(work: Path, encoding: Encoding) -> None:
 
 
 @torch.inference_mode()
-def _encode_chunk(encoding: Encoding, chunk: Any) -> pa.Table:
-    """Ids, diagnoses and codes of a chunk's images, and the errors of those that cannot be read, in order."""
+def _encode_chunk(encoding: Encoding, chunk: Any, counter: SkipCounter) -> pa.Table:
+    """Ids, diagnoses and codes of a chunk's images, and the errors of those that cannot be read, in order.
+
+    Raises:
+        DataError: too many of the images that `counter` has counted are corrupt.
+    """
     model = encoding.model.eval()
     skipped: list[str] = []
     rows: list[dict[str, Any]] = []
     for batch in decoded_batches(encoding.open(chunk), encoding.processor, encoding.batch_size):
+        counter.count(batch)
         skipped += batch["skipped"]
         if not batch["isic_ids"]:
             continue

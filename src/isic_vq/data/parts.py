@@ -1,7 +1,9 @@
 """Parts of a source: training or validation, and the images under some licences."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -9,56 +11,138 @@ from isic_vq.data.licenses import license_id
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.base import describe_rows
-from isic_vq.data.splits import split_by_group
+from isic_vq.data.splits import GROUP_COLUMNS, split_rows
+
+_KEY_COLUMNS = (*GROUP_COLUMNS, "license")  # rows that are alike in these are in the same part
+
+Key = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class SelectedSource(Source):
+    """Some of the records of a source.
+
+    Attributes:
+        source: the whole.
+        info: what may be published about the selected records.
+        keys: their values in `GROUP_COLUMNS` and `license`.
+    """
+
+    source: Source
+    info: SourceInfo
+    keys: frozenset[Key]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The source's, and what was selected."""
+        return self.info.name
+
+    @property
+    def snapshot(self) -> str | None:  # type: ignore[override]
+        """The source's."""
+        return self.info.snapshot
+
+    @property
+    def manifest_sha256(self) -> str | None:  # type: ignore[override]
+        """The source's."""
+        return self.info.manifest_sha256
+
+    @property
+    def has_random_access(self) -> bool:
+        """Whether the source has it."""
+        return self.source.has_random_access
+
+    def parts(self) -> list[Any]:
+        """The source's, some of which may hold no selected record."""
+        return self.source.parts()
+
+    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+        """The selected records of a part."""
+        return (record for record in self.source.read(part) if _key(record) in self.keys)
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """The rows of the selected records."""
+        return (row for row in self.source.metadata() if _key(row) in self.keys)
+
+    def fingerprint(self) -> str:
+        """The source's; `ids_sha256` of its description tells parts apart."""
+        return self.info.fingerprint
+
+    def dataset(self) -> Dataset:
+        """The selected records."""
+        records = self.source.dataset()
+        rows = records.select_columns(list(_KEY_COLUMNS)).to_list()
+        return records.select([index for index, row in enumerate(rows) if _key(row) in self.keys])
+
+    def describe(self) -> SourceInfo:
+        """What may be published about the selected records."""
+        return self.info
+
+
+def find_part(uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()) -> Source:
+    """Find a source, or the training or validation part that `split_rows` (seed 0) makes of it.
+
+    Parts are taken of all images, before licences are looked at, so that those under one licence lie in the part in
+    which they lie without that.
+
+    Args:
+        uri: as for `find_source`.
+        part: "all", "train" or "validation".
+        share: expected share of the groups in validation.
+        licenses: images under one of these alone, however they are spelled; none takes all.
+
+    Raises:
+        ValueError: the part, the share or a licence is not one.
+        DataError: as `find_source` and `split_rows`, or no image has such a licence.
+    """
+    if part not in ("all", "train", "validation"):
+        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
+    source = find_source(uri)
+    if part == "all" and not licenses:
+        return source
+    rows, name = source.metadata(), source.name
+    if part != "all":
+        rows = list(rows)
+        train, validation = split_rows(rows, share, seed=0)
+        rows = [rows[index] for index in (train if part == "train" else validation)]
+        name = f"{name} ({part} part, share {share:g})"
+    if licenses:
+        rows = _with_licenses(rows, name, licenses)
+        name = f"{name} (licence {', '.join(licenses)})"
+    rows = list(rows)
+    return SelectedSource(source, describe_rows(source, rows, name), frozenset(map(_key, rows)))
 
 
 def open_part(
     uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()
 ) -> tuple[Dataset | Source, SourceInfo]:
-    """Open a source, or the training or validation part that `split_by_group` (seed 0) makes of it.
-
-    A source that can only be streamed is returned itself; no part of it can be taken.
-
-    Args:
-        uri: as for `open_source`.
-        part: "all", "train" or "validation".
-        share: expected share of the groups in validation.
-        licenses: images under one of these alone, however they are spelled; none takes all.
+    """Open what `find_part` finds.
 
     Returns:
-        The records, and what may be published about them.
+        The records, or the source itself if it can only be streamed, and what may be published about them.
 
     Raises:
-        ValueError: the part, the share or a licence is not one.
-        DataError: as `open_source` and `split_by_group`, or no image has such a licence.
+        ValueError, DataError: as `find_part`.
     """
-    if part not in ("all", "train", "validation"):
-        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
-    source = find_source(uri)
-    if not source.has_random_access:
-        if part != "all" or licenses:
-            raise DataError(
-                f"{source.name} can only be read as a stream, so no part of it can be taken here: take it in the source's "
-                "own filters, or write the images to files first, with isic-vq data prepare"
-            )
-        return source, source.describe()
-    records, name = source.dataset(), source.name
-    if licenses:
-        records, name = _with_licenses(records, name, licenses), f"{name} (licence {', '.join(licenses)})"
-    if part != "all":
-        train, validation = split_by_group(records, share, seed=0)
-        records = train if part == "train" else validation
-        name = f"{name} ({part} part, share {share:g})"
-    rows = records.remove_columns("image").to_list()
-    return records, describe_rows(name, source.fingerprint(), rows, source.snapshot)
+    source = find_part(uri, part, share, licenses)
+    return source.dataset() if source.has_random_access else source, source.describe()
 
 
-def _with_licenses(records: Dataset, name: str, licenses: Collection[str]) -> Dataset:
-    """The records under one of some licences; one without a licence is under none."""
+def _key(row: Mapping[str, Any]) -> Key:
+    return tuple(row[column] for column in _KEY_COLUMNS)
+
+
+def _with_licenses(
+    rows: Iterable[dict[str, Any]], name: str, licenses: Collection[str]
+) -> list[dict[str, Any]]:
+    """The rows under one of some licences; one without a licence is under none."""
     wanted = {license_id(text) for text in licenses} - {"unknown"}
-    present = Counter(text or "unknown" for text in records["license"])
-    passing = {text for text in present if text != "unknown" and license_id(text) in wanted}
+    present, passing = Counter[str](), []
+    for row in rows:
+        present[row["license"] or "unknown"] += 1
+        if license_id(row["license"]) in wanted:
+            passing.append(row)
     if not passing:
         there = ", ".join(f"{text} ({number} images)" for text, number in sorted(present.items()))
         raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {there}.")
-    return records.select([i for i, text in enumerate(records["license"]) if text in passing])
+    return passing

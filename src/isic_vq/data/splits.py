@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
-
 from isic_vq.data.schema import DataError
 
 SPLITS = ("train", "validation", "test", "excluded")
@@ -146,16 +144,16 @@ def few_images(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[st
     ]
 
 
-def split_by_group(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a data set into training and validation, disjoint by group; both keep the order of the rows.
+def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split records into training and validation, disjoint by group; both keep the order of the rows.
 
     Args:
-        dataset: has the columns of `FEATURES`.
+        rows: have the columns `GROUP_COLUMNS`.
         share: expected share of the groups in validation, between 0 and 1.
         seed: another seed gives another split.
 
     Returns:
-        Training set, validation set.
+        Numbers of the rows for training, and of those for validation.
 
     Raises:
         ValueError: the share is not between 0 and 1.
@@ -164,14 +162,14 @@ def split_by_group(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, 
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, expected a number between 0 and 1 such as 0.1.")
     sides: tuple[list[int], list[int]] = ([], [])
-    for index, group in enumerate(components(dataset.select_columns(list(GROUP_COLUMNS)).to_list())):
+    for index, group in enumerate(components(rows)):
         sides[in_validation(group, share, seed)].append(index)
     if not all(sides):
         raise DataError(
-            f"A share of {share} splits {len(dataset)} images into {len(sides[0])} for training and "
+            f"A share of {share} splits {len(rows)} images into {len(sides[0])} for training and "
             f"{len(sides[1])} for validation. Use more images, another share or another seed."
         )
-    return dataset.select(sides[0]), dataset.select(sides[1])
+    return sides
 
 
 def _keys(row: Mapping[str, Any]) -> list[Key]:

@@ -63,11 +63,7 @@ class StreamedImages:
     """
 
     def __init__(
-        self,
-        source: Source,
-        image_processor: IsicVQImageProcessor,
-        num_images: int,
-        window: int = WINDOW,
+        self, source: Source, image_processor: IsicVQImageProcessor, num_images: int, window: int = WINDOW
     ):
         self.source, self.image_processor, self.num_images = source, image_processor, num_images
         self.window, self.parts = window, source.parts()

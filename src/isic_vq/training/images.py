@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
 from isic_vq.data.order import epoch_order
-from isic_vq.data.parts import open_part
+from isic_vq.data.parts import find_part, open_part
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.prepared import PreparedSource
@@ -136,7 +136,7 @@ def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str,
     """Training records, or their source if they are streamed, validation records, and what may be published of both."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
-    source = find_source(recipe.train)
+    source = find_part(recipe.train, licenses=recipe.licenses)
     if recipe.stream or not source.has_random_access:
         if not recipe.validation:
             raise DataError(
@@ -146,11 +146,12 @@ def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str,
         validation, validation_info = open_validation(recipe.validation)
         return source, validation, {"train": source.describe(), "validation": validation_info}
     if recipe.validation:
-        train, train_info = open_part(recipe.train)
+        train, train_info = source.dataset(), source.describe()
         validation, validation_info = open_validation(recipe.validation)
     else:
-        train, train_info = open_part(recipe.train, "train", recipe.validation_share)
-        validation, validation_info = open_part(recipe.train, "validation", recipe.validation_share)
+        share, licenses = recipe.validation_share, recipe.licenses
+        train, train_info = open_part(recipe.train, "train", share, licenses)
+        validation, validation_info = open_part(recipe.train, "validation", share, licenses)
     return train, validation, {"train": train_info, "validation": validation_info}
 
 

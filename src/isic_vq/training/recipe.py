@@ -106,6 +106,8 @@ class DataRecipe:
         stream: read the training images as they come, rather than by random access; a source that can only be read
             so is. Wants `validation`, and keeps nothing in memory or on disk.
         validation_share: that share, in (0, 1).
+        licenses: train on images under these licences alone, such as [CC-0]; [] takes all. It holds for what is split
+            off for validation, too, but not for images that `validation` names: these are only measured.
         max_corrupt_share: share of unreadable images past which the run fails.
         cache: keep decoded images in memory (48 KiB each at 128 pixels).
     """
@@ -114,6 +116,7 @@ class DataRecipe:
     validation: str | None = None
     stream: bool = False
     validation_share: float = 0.1
+    licenses: list[str] = dataclasses.field(default_factory=list)
     max_corrupt_share: float | int = 0.01
     cache: bool = True
 

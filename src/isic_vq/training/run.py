@@ -79,7 +79,10 @@ def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: P
         began = json.loads((folder / "run.json").read_text())
         identifier = began["identifier"]
         for name, info in data.items():
-            if began["data"].get(name, {}).get("fingerprint") != info["fingerprint"]:
+            before = began["data"].get(name, {})
+            # Runs of older versions did not record the ids.
+            same_images = before.get("ids_sha256") in (None, info["ids_sha256"])
+            if before.get("fingerprint") != info["fingerprint"] or not same_images:
                 raise TrainingError(
                     f"the {name} data differ from those the run began with: choose another output_dir"
                 )

@@ -7,8 +7,8 @@
 Filters are `license`, `image_type`, `diagnosis` (one of this package's classes), `collection` (ids) and `query` (the
 archive's own language); values are separated by commas. Without `collection` and `query` the metadata come from the
 bucket's snapshot, whose time is recorded, else from the API v2, page by page, as far as the limit asks. Images that the
-archive marks as synthetic are never read. Each process asks once, when it first needs to know; several that read one
-source together should take the snapshot, which the API's answers may outrun.
+archive marks as synthetic are never read. Each process asks once, when it first needs to know: where several read one
+source together, take the snapshot, because the API's answers to them may differ.
 Source: https://api.isic-archive.com/api/docs/swagger/ and the bucket `isic-archive` of AWS Open Data.
 Thumbnails are JPEG of quality 75: they bound the detail that a model can learn.
 """
@@ -61,10 +61,17 @@ REPEATED_COLUMNS = (
 )
 SCHEMA = pyarrow.schema(
     {
-        **dict.fromkeys(ID_COLUMNS, pyarrow.string()),
         "age_approx": pyarrow.float64(),
-        **dict.fromkeys(REPEATED_COLUMNS, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+        **dict.fromkeys((*ID_COLUMNS, *REPEATED_COLUMNS), pyarrow.string()),
     }
+)
+KEPT_SCHEMA = pyarrow.schema(
+    [
+        field.with_type(pyarrow.dictionary(pyarrow.int32(), field.type))
+        if field.name in REPEATED_COLUMNS
+        else field
+        for field in SCHEMA
+    ]
 )
 _ISIC_ID = re.compile(r"ISIC_\d{7}")
 
@@ -191,7 +198,7 @@ class ArchiveSource(Source):
     def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
         """Yield the records of a range of images; one that cannot be had has no image, and a warning names it."""
         start, stop = part
-        rows = self._found()[0].slice(start, stop - start).to_pylist()
+        rows = self._found()[0].slice(start, stop - start).cast(SCHEMA).to_pylist()
         base, path = RemoteSettings.from_environment().bucket_url, IMAGE_PATHS[self.filters.images]
         requests = (Request(f"{base}/{path.format(row['isic_id'])}") for row in rows)
         for row, content in zip(rows, client().fetch(requests), strict=True):
@@ -202,7 +209,7 @@ class ArchiveSource(Source):
     def metadata(self) -> Iterator[dict[str, Any]]:
         """The rows of all images."""
         for batch in self._found()[0].to_batches(ROWS_AT_ONCE):
-            yield from map(_normal, batch.to_pylist())
+            yield from map(_normal, batch.cast(SCHEMA).to_pylist())
 
     def fingerprint(self) -> str:
         """Of the snapshot's time, the kind of images and their ids."""
@@ -218,7 +225,7 @@ class ArchiveSource(Source):
 def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Table, str | None]:
     """The archive's metadata of the images that pass, and the time of their snapshot.
 
-    A table of `SCHEMA`, because a process holds it while it reads: of the whole archive, about 0.1 KB per image.
+    A table of `KEPT_SCHEMA`, because a process holds it while it reads: of the whole archive, about 0.1 KB per image.
 
     Raises:
         DataError: nothing passes, or the metadata are not what they are known to be.
@@ -246,7 +253,7 @@ def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Ta
             counts["synthetic"] += is_synthetic
             counts["kept"] += passes[-1]
             ids.add(name)
-        kept.append(batch.filter(pyarrow.array(passes, pyarrow.bool_())))
+        kept.append(batch.filter(pyarrow.array(passes, pyarrow.bool_())).cast(KEPT_SCHEMA))
         if filters.limit is not None and counts["kept"] >= filters.limit:
             break
     if counts["twice"]:
@@ -257,7 +264,7 @@ def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Ta
         "isic-archive: %d of %d images pass; %d, marked as synthetic, never do",
         *(counts["kept"], len(ids), counts["synthetic"]),
     )
-    table = pyarrow.Table.from_batches(kept, SCHEMA).slice(0, filters.limit)
+    table = pyarrow.Table.from_batches(kept, KEPT_SCHEMA).slice(0, filters.limit)
     return table.unify_dictionaries().combine_chunks(), snapshot
 
 

@@ -30,6 +30,7 @@ class SourceInfo:
         diagnoses: number of images per canonical diagnosis.
         snapshot: when the source's content was fixed, as the source says it; None where it does not.
         ids_sha256: `hash_ids` of its images; None in records of older versions.
+        manifest_sha256: of the manifest of a prepared folder; None for other sources.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SourceInfo:
     diagnoses: dict[str, int]
     snapshot: str | None = None
     ids_sha256: str | None = None
+    manifest_sha256: str | None = None
 
 
 class Source(ABC):
@@ -48,10 +50,12 @@ class Source(ABC):
     Attributes:
         name: its URI, safe to publish.
         snapshot: when its content was fixed, as it says itself, or None.
+        manifest_sha256: as `SourceInfo` has it.
     """
 
     name: str
     snapshot: str | None = None
+    manifest_sha256: str | None = None
 
     @abstractmethod
     def parts(self) -> list[Any]:
@@ -122,7 +126,7 @@ class Source(ABC):
         Raises:
             DataError: as `metadata`.
         """
-        return describe_rows(self.name, self.fingerprint(), self.metadata(), self.snapshot)
+        return describe_rows(self, self.metadata())
 
 
 def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -131,10 +135,14 @@ def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]
         yield from source.read(part)
 
 
-def describe_rows(
-    name: str, fingerprint: str, rows: Iterable[dict[str, Any]], snapshot: str | None = None
-) -> SourceInfo:
-    """What may be published about rows with the columns of `FEATURES`, which are gone through once."""
+def describe_rows(source: Source, rows: Iterable[dict[str, Any]], name: str | None = None) -> SourceInfo:
+    """What may be published about rows of a source.
+
+    Args:
+        source: the source.
+        rows: with the columns of `FEATURES`; they are gone through once.
+        name: what they are called, if they are not all of the source.
+    """
     ids: list[str | None] = []
     licenses, attributions, diagnoses = Counter[str](), set(), Counter[str]()
     for row in rows:
@@ -143,14 +151,15 @@ def describe_rows(
         diagnoses[row["diagnosis"]] += 1
         attributions.add(row["attribution"])
     return SourceInfo(
-        name=name,
-        fingerprint=fingerprint,
+        name=name or source.name,
+        fingerprint=source.fingerprint(),
         num_images=len(ids),
         licenses=dict(sorted(licenses.items())),
         attributions=sorted(filter(None, attributions)),
         diagnoses=dict(sorted(diagnoses.items())),
-        snapshot=snapshot,
+        snapshot=source.snapshot,
         ids_sha256=hash_ids(ids),
+        manifest_sha256=source.manifest_sha256,
     )
 
 

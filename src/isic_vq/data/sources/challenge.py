@@ -2,11 +2,13 @@
 
     challenge:2019           the training images of 2019
     challenge:2018:test      another part; 2018 is Task 3, the training images of which are HAM10000
+    challenge:2018-task1     the images that were to be segmented in 2018; nothing says what they show
 
 Source: the challenges' download pages (https://challenge.isic-archive.com/data/), which also state the licences
 that are recorded here; the archive's licence of a single image may differ.
 Differs: labels become the classes of this package. In 2016 "malignant" is melanoma, and "benign" is whatever is not:
-unknown. In 2017 what is neither melanoma nor seborrheic keratosis is a nevus.
+unknown. In 2017 what is neither melanoma nor seborrheic keratosis is a nevus; in 2018 and 2019 a row without a 1 is
+unknown. A row with two is an error: the table is not the challenge's.
 The zip archive is opened once and never as a whole in memory; see `range_zip`.
 """
 
@@ -21,14 +23,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from isic_vq.data.http import RemoteSettings, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.folder import IMAGE_SUFFIXES
 from isic_vq.data.sources.range_zip import Member, RangeZip, is_remote, public_name
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 4 << 20
 PART_MEMBERS = 64
 NAME_COLUMNS = ("image", "image_id", "image_name")
-NOT_IMAGES = ("_superpixels", "_segmentation")
+# In 2019 some images are called ISIC_0000002_downsampled. Masks, ISIC_0000002_segmentation.png, are no such name.
+_IMAGE = re.compile(r"(ISIC_\d{7})(_downsampled)?\.jpe?g", re.IGNORECASE)
 BCN_HAM_MSK = (
     "BCN_20000 (c) Department of Dermatology, Hospital Clinic de Barcelona; HAM10000 (c) ViDIR Group, Medical University "
     "of Vienna, doi 10.1038/sdata.2018.161; MSK (c) Anonymous, arXiv 1710.05006 and 1902.03368"
@@ -85,6 +87,10 @@ def _release_2018(part: str, *more: str) -> Release:
     return Release(f"{stem}_Input.zip", (f"{stem}_GroundTruth.zip", *more), "CC-BY-NC", HAM)
 
 
+def _release_2018_task1(part: str) -> Release:
+    return Release(f"2018/ISIC2018_Task1-2_{part}_Input.zip", (), "CC-0", ISIC_CC0)
+
+
 def _release_2019(part: str) -> Release:
     stem = f"2019/ISIC_2019_{part}"
     return Release(
@@ -101,6 +107,9 @@ RELEASES = {
     ("2018", "train"): _release_2018("Training", "2018/ISIC2018_Task3_Training_LesionGroupings.csv"),
     ("2018", "validation"): _release_2018("Validation"),
     ("2018", "test"): _release_2018("Test"),
+    ("2018-task1", "train"): _release_2018_task1("Training"),
+    ("2018-task1", "validation"): _release_2018_task1("Validation"),
+    ("2018-task1", "test"): _release_2018_task1("Test"),
     ("2019", "train"): _release_2019("Training"),
     ("2019", "test"): _release_2019("Test"),
     ("2020", "train"): Release(
@@ -125,7 +134,7 @@ class ChallengeSource(Source):
     """The images of one part of a challenge.
 
     Attributes:
-        year: "2016" to "2020".
+        year: "2016" to "2020", or "2018-task1".
         part: "train", "validation" or "test".
     """
 
@@ -157,63 +166,101 @@ class ChallengeSource(Source):
 
     def parts(self) -> list[tuple[int, int]]:
         """Ranges of images that lie next to each other in the zip archive, by number."""
-        members, parts, start = self._images(), [], 0
-        for stop in range(1, len(members) + 1):
-            is_full = (
-                stop - start == PART_MEMBERS or members[stop - 1].end - members[start].start >= PART_BYTES
-            )
-            if is_full or stop == len(members):
+        images, parts, start = self._contents().images, [], 0
+        for stop in range(1, len(images) + 1):
+            is_full = stop - start == PART_MEMBERS or images[stop - 1].end - images[start].start >= PART_BYTES
+            if is_full or stop == len(images):
                 parts.append((start, stop))
                 start = stop
         return parts
 
     def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
         """Yield the records of a range of images; one that cannot be read has no image, and a warning names it."""
-        for member, content in self._zip().read(self._images()[slice(*part)]):
-            row = self._row(member)
+        contents = self._contents()
+        for member, content in contents.archive.read(contents.images[slice(*part)]):
+            row = self._row(member, contents)
             if isinstance(content, DataError):
                 logger.warning("%s: %s has no image: %s", self.name, row["isic_id"], content)
             yield {"image": content if isinstance(content, bytes) else None, **row}
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """The rows of all images; of the zip archive only the directory is read."""
-        return map(self._row, self._images())
+        contents = self._contents()
+        return (self._row(member, contents) for member in contents.images)
 
     def fingerprint(self) -> str:
         """Of names, sizes and checksums in the archive's directory, and of the rows."""
-        rows = [json.dumps([*self._row(m).values(), m.size, m.crc]) for m in self._images()]
+        images = self._contents().images
+        rows = [
+            json.dumps([*row.values(), member.size, member.crc])
+            for member, row in zip(images, self.metadata(), strict=True)
+        ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
-    def _zip(self) -> RangeZip:
-        return _open_zip(_locate(self.release, self.release.images))
+    def _contents(self) -> "_Contents":
+        return _open(self.name, self.release, RemoteSettings.from_environment())
 
-    def _images(self) -> list[Member]:
-        """The members that are images, in the order of their bytes."""
-        return [member for member in self._zip().members if _is_image(member.name)]
-
-    def _row(self, member: Member) -> dict[str, Any]:
+    def _row(self, member: Member, contents: "_Contents") -> dict[str, Any]:
         """The row of an image, as the tables have it."""
-        name = PurePosixPath(member.name).stem.removesuffix("_downsampled")
-        release = self.release
-        table = _read_tables(release, tuple(_locate(release, path) for path in release.tables))
-        about = {**table.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
+        name, release = contents.ids[member.name], self.release
+        about = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
         about |= {"license": release.license, "attribution": release.attribution}
         return normalise(about, self.name)
 
 
-def _is_image(name: str) -> bool:
-    """Whether a member is a photograph; challenges keep masks and superpixels beside them."""
+class _Contents(NamedTuple):
+    """What was found in a release.
+
+    Attributes:
+        archive: of the images.
+        images: its members that are photographs, in the order of their bytes.
+        ids: of the images, by their names in the archive.
+        rows: of the tables, by the image's id.
+    """
+
+    archive: RangeZip
+    images: tuple[Member, ...]
+    ids: Mapping[str, str]
+    rows: Mapping[str, dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=4)
+def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
+    """Look through the files of a release, once in a process."""
+    archive = RangeZip.open(_locate(release, release.images, settings))
+    rows = _read_tables([_locate(release, path, settings) for path in release.tables])
+    named = {member.name: found for member in archive.members if (found := _image_id(member.name))}
+    images, ids = tuple(m for m in archive.members if m.name in named), set(named.values())
+    if not ids:
+        raise DataError(
+            f"{name}: no file in {public_name(archive.location)} is called like ISIC_0000000.jpg. Expected the "
+            "challenge's images."
+        )
+    if len(ids) != len(images):
+        raise DataError(
+            f"{name}: {len(images) - len(ids)} images of {public_name(archive.location)} have the id of another one. "
+            "Keep one of each."
+        )
+    if release.tables:
+        logger.info(
+            "%s: %d images; %d of them are in no table, %d rows have no image",
+            *(name, len(ids), len(ids - rows.keys()), len(rows.keys() - ids)),
+        )
+    return _Contents(archive, images, named, rows)
+
+
+def _image_id(name: str) -> str | None:
+    """The id of an image by its name in an archive; None for what is no photograph.
+
+    Challenges keep masks and superpixels beside them, and macOS its own files.
+    """
     path = PurePosixPath(name)
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.stem.endswith(NOT_IMAGES)
-        and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    )
+    match = _IMAGE.fullmatch(path.name)
+    return match[1] if match and not any(part.startswith((".", "__MACOSX")) for part in path.parts) else None
 
 
-def _locate(release: Release, path: str) -> str:
-    """Address, or path, of a file of a release by the settings of the environment."""
-    settings = RemoteSettings.from_environment()
+def _locate(release: Release, path: str, settings: RemoteSettings) -> str:
+    """Address, or path, of a file of a release."""
     base = settings.challenge_url
     if base.startswith("file://"):
         return str(Path(url2pathname(urlsplit(base).path)) / path)
@@ -224,24 +271,19 @@ def _locate(release: Release, path: str) -> str:
     return f"{base}/{path}"
 
 
-@functools.lru_cache(maxsize=4)
-def _open_zip(location: str) -> RangeZip:
-    """An archive that stays open: its directory is read once in a process."""
-    return RangeZip.open(location)
-
-
-@functools.lru_cache(maxsize=4)
-def _read_tables(release: Release, locations: tuple[str, ...]) -> Mapping[str, dict[str, Any]]:
-    """The rows of a release's tables by image, under names that `normalise` knows."""
+def _read_tables(locations: list[str]) -> dict[str, dict[str, Any]]:
+    """The rows of a release's tables by the image's id, under names that `normalise` knows."""
     rows: dict[str, dict[str, Any]] = {}
     for location in locations:
         for row in _read_csv(location):
-            name = next(row[column] for column in NAME_COLUMNS if column in row)
+            name = next(row[column] for column in NAME_COLUMNS if column in row).strip()
             about = {key: value for key, value in row.items() if value and key not in NAME_COLUMNS}
             if "diagnosis" not in about and "benign_malignant" in about:  # 2016
                 malignant = about["benign_malignant"] in ("malignant", "1.0", "1")
                 about["diagnosis"] = "melanoma" if malignant else "unknown"
-            rows.setdefault(name.strip(), {}).update(about)
+            if "patient" in about:  # the test images of 2020
+                about["patient_id"] = about.pop("patient")
+            rows.setdefault(name.removesuffix("_downsampled"), {}).update(about)
     return rows
 
 

@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.manifest import Manifest, read_images
+from isic_vq.data.sources.folder import file_digest
+from isic_vq.data.sources.manifest import MANIFEST, Manifest, read_images
 from isic_vq.data.sources.parquet import ParquetSource
 from isic_vq.data.sources.uri import expand_path, public_path
 from isic_vq.data.sources.webdataset import WebDatasetSource
@@ -65,6 +66,11 @@ class PreparedSource(Source):
         """When its sources were fixed, of those that say so."""
         times = dict.fromkeys(s["snapshot"] for s in Manifest.read(self.folder).sources if s["snapshot"])
         return ", ".join(times) or None
+
+    @property
+    def manifest_sha256(self) -> str:  # type: ignore[override]
+        """Of the folder's manifest."""
+        return file_digest(self.folder / MANIFEST)
 
     @property
     def shard_sizes(self) -> list[int]:
