@@ -156,6 +156,50 @@ def test_a_recorded_recipe_is_shown(repository):
     assert cells["weight average"] == "not recorded"
 
 
+def change_provenance(folder, **stages):
+    path = folder / "provenance.json"
+    content = json.loads(path.read_text())
+    content["training_data_by_stage"] |= stages
+    path.write_text(json.dumps(content))
+
+
+def test_each_parts_images_are_described(repository):
+    change_provenance(
+        repository,
+        vqvae={
+            "name": "prepared:ham:train",
+            "fingerprint": "12" * 32,
+            "num_images": 1234,
+            "licenses": {"CC-BY": 1200, "CC-BY-NC": 34},
+            "attributions": ["Hospital A"],
+            "diagnoses": {"nevus": 1234},
+            "snapshot": "2026-08-21",
+            "ids_sha256": "34" * 32,
+            "manifest_sha256": "56" * 32,
+        },
+    )
+    text = render_card(repository, "tiny")
+    assert "| trained on | tokenizer | prior |" in text
+    assert "| images | 1,234 | 8 |" in text
+    assert "| by licence | CC-BY: 1,200; CC-BY-NC: 34 | CC0-1.0: 8 |" in text
+    assert "| snapshot of the source | 2026-08-21 | not recorded |" in text
+    assert f"| sha256 of the content | `{'12' * 8}` | `" in text
+    assert f"| sha256 of the ids | `{'34' * 8}` | `" in text
+    assert f"| sha256 of the manifest | `{'56' * 8}` |  |" in text
+    assert "- Hospital A\n" in text
+    assert "license: cc-by-nc-4.0" in text
+    assert "Weights: cc-by-nc-4.0, the most restrictive of the training images' licences." in text
+
+
+def test_images_that_were_not_recorded_are_said_to_be_so_and_no_licence_is_claimed(repository):
+    change_provenance(repository, vqvae=None)
+    text = render_card(repository, "tiny")
+    assert "| images | not recorded | 8 |" in text
+    assert "license: unknown" in text
+    assert "Weights: unknown, because the licences of some training images are not recorded." in text
+    assert "cc0-1.0" not in text
+
+
 def test_without_an_audit_the_card_says_so(repository):
     assert "Not audited" in render_card(repository, "tiny")
 

@@ -240,6 +240,9 @@ def test_info_describes_the_model(run, tiny_run):
     assert "16 px -> 4x4 codes of 8" in stdout
     assert "prior: isic_pixelcnn" in stdout
     assert "0 melanoma, 1 nevus" in stdout
+    assert "weights licence: not recorded" in stdout, "it is none of the config's of a run"
+    for stage in ("vqvae", "prior"):
+        assert f"{stage} trained on 16 images of folder:train, by licence: CC0-1.0 16\n" in stdout
 
 
 def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):

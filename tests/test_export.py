@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from isic_vq.data.code_cache import tokenizer_hash
+from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import ABSOLUTE_PATH
 from isic_vq.export import export_repository, record_training, write_provenance
 from isic_vq.figures.png import write_png
@@ -87,6 +88,67 @@ def test_provenance_carries_counts_licences_and_content_hash(repository):
 
 def test_the_config_carries_the_licence_of_the_training_images(repository):
     assert json.loads((repository / "config.json").read_text())["license"] == "cc0-1.0"
+
+
+def written(path, licenses):
+    """A copy of training data as a file that says they are under other licences; None: they are not recorded."""
+    content = json.loads(path.read_text())
+    for stage, name in licenses.items():
+        content[stage] = name and {**content[stage], "licenses": {name: 8}}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        ({"vqvae": "CC-BY-NC"}, "cc-by-nc-4.0"),  # the prior's are CC-0
+        ({"vqvae": "CC-BY-4.0"}, "cc-by-4.0"),
+        ({"vqvae": None}, "unknown"),
+    ],
+)
+def test_weights_are_under_the_licences_of_the_tokenizers_images_too(
+    model_folder, tmp_path, licenses, expected
+):
+    model = shutil.copytree(model_folder / "model", tmp_path / "model")
+    written(model / "training_data.json", licenses)
+    export_repository(str(model), tmp_path / "out", model_folder / "codes.parquet", bf16=False)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["license"] == expected
+    stages = json.loads((tmp_path / "out" / "provenance.json").read_text())["training_data_by_stage"]
+    assert list(stages["prior"]["licenses"]) == ["CC0-1.0"]
+    assert list((stages["vqvae"] or {}).get("licenses", [])) == [*filter(None, licenses.values())]
+
+
+def test_codes_that_the_prior_was_not_trained_on_are_refused(model_folder, tmp_path):
+    """Else codes of images under a free licence would wash the weights clean."""
+    model = shutil.copytree(model_folder / "model", tmp_path / "model")
+    written(model / "training_data.json", {"prior": "CC-BY-NC"})
+    with pytest.raises(
+        DataError, match=r"the codes are those of synthetic:8:0 .* name the codes that it was"
+    ):
+        export_repository(str(model), tmp_path / "out", model_folder / "codes.parquet", bf16=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_data_of_a_tokenizer_that_older_versions_trained_come_from_its_run(tiny_run, runs):
+    for stage in ("vqvae", "prior"):
+        (runs / stage / "model" / "training_data.json").unlink()
+    content = export_run(tiny_run, runs / "out")
+    began = json.loads((runs / "vqvae" / "run.json").read_text())
+    assert content["training_data_by_stage"]["vqvae"] == began["data"]["train"]
+
+
+def test_recording_later_lets_the_config_name_the_licence(tiny_run, runs):
+    for stage in ("vqvae", "prior"):
+        (runs / stage / "model" / "training_data.json").unlink()
+    (runs / "vqvae").rename(runs / "away")
+    export_run(tiny_run, runs / "out")
+    before = json.loads((runs / "out" / "config.json").read_text())
+    assert before["license"] == "unknown"
+    (runs / "away").rename(runs / "vqvae")
+    record_training(runs / "out", "prior/model")
+    text = (runs / "out" / "config.json").read_text()
+    assert json.loads(text) == {**before, "license": "cc0-1.0"}
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
 
 
 def test_provenance_counts_the_parameters_of_both_parts(repository):

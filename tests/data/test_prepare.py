@@ -373,6 +373,7 @@ def test_a_prepared_split_is_a_source(shard_format, sources, tmp_path):
     about = manifest.splits["train"]
     assert (info.num_images, info.ids_sha256) == (about["num_images"], about["ids_sha256"])
     assert info.licenses == about["licenses"]
+    assert info.manifest_sha256 == hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
     assert info.name == "prepared:out:train"
     assert len(rows_of(source.stream())) == about["num_images"]
     assert verify(out) == []

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from datasets import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
-from isic_vq.data.loading import collate, iter_batches, own_records
+from isic_vq.data.loading import collate, decoded_item, iter_batches, own_records
 from isic_vq.data.sources import find_source
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.images import ImageTask, open_images
@@ -89,24 +91,35 @@ def watch_training(folder, data, loop):
             trainer.train()
 
 
-def watch_evaluation(folder, uri, stream):
+def decoded_ids(rows):
+    """Decode rows in a loading process; returns their ids."""
+    processor = IsicVQImageProcessor(size=SIZE)
+    items = [decoded_item(row, processor) for row in rows]
+    return [row["isic_id"] for row, item in zip(rows, items, strict=True) if "error" not in item]
+
+
+def watch_evaluation(folder, uri, stream, num_workers):
     """Read this process's share of a source once."""
     processes = Processes(LoopRecipe(precision="fp32"), folder)
     source = find_source(uri)
     records = own_records(source if stream else source.dataset(), processes.rank, processes.world)
-    batches = iter_batches(records, IsicVQImageProcessor(size=SIZE), 64)
-    ids = list(itertools.chain.from_iterable(batch["isic_ids"] for batch in batches))
+    if num_workers:
+        undecoded = records.cast_column("image", Image(decode=False))
+        batches = DataLoader(undecoded, 64, num_workers=num_workers, collate_fn=decoded_ids)
+    else:
+        batches = (batch["isic_ids"] for batch in iter_batches(records, IsicVQImageProcessor(size=SIZE), 64))
+    ids = list(itertools.chain.from_iterable(batches))
     (folder / f"read-{processes.rank}.json").write_text(json.dumps(ids))
 
 
 def main(jobs):
-    """Run jobs: {"folder", "data", "loop"} to train, {"folder", "uri", "stream"} to evaluate."""
+    """Run jobs: {"folder", "data", "loop"} to train, {"folder", "uri", "stream", "num_workers"} to evaluate."""
     torch.set_num_threads(1)
     for job in jobs:
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
         if "uri" in job:
-            watch_evaluation(folder, job["uri"], job["stream"])
+            watch_evaluation(folder, job["uri"], job["stream"], job["num_workers"])
         else:
             watch_training(folder, job["data"], job["loop"])
 

@@ -348,9 +348,15 @@ def assert_processes_are_fed(tmp_path, uris, validation, batch_size, world, work
     ]
     jobs = [job(folder, kind, uri, validation, batch_size, number) for folder, kind, uri, number in runs]
     reads = [
-        {"folder": str(tmp_path / f"read-{number}-{stream}"), "uri": uri, "stream": stream}
+        {
+            "folder": str(tmp_path / f"read-{number}-{stream}-{num_workers}"),
+            "uri": uri,
+            "stream": stream,
+            "num_workers": num_workers,
+        }
         for number, uri in enumerate(uris)
         for stream in (False, True)
+        for num_workers in workers
     ]
     watched([*jobs, *reads], world, tmp_path / "log")
     for folder, kind, uri, num_workers in runs:
