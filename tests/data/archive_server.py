@@ -130,7 +130,7 @@ class ArchiveServer(FaultServer):
             "ISIC_VQ_BUCKET_URL": f"{self.url}/bucket",
             "ISIC_VQ_CHALLENGE_URL": f"{self.url}/challenge",
             "ISIC_VQ_BACKOFF": "0.001",
-            "ISIC_VQ_READ_TIMEOUT": "0.5",
+            "ISIC_VQ_READ_TIMEOUT": "20",  # a busy machine is slow, too, and must not look like a fault
         }
 
     def _search(self, request):

@@ -99,8 +99,10 @@ def test_what_the_tables_say_beside_the_diagnosis(server):
 
 
 @pytest.mark.parametrize("kind", ["429", "503", "cut", "reset", "slow", "stall"])
-def test_every_image_comes_once_whatever_fails(kind, server):
+def test_every_image_comes_once_whatever_fails(kind, server, monkeypatch):
     server.stall_seconds = 1.0
+    if kind == "stall":
+        monkeypatch.setenv("ISIC_VQ_READ_TIMEOUT", "0.5")
     contents = images(NUMBER)
     names = serve(server, "2018", contents)
     for path in server.files:

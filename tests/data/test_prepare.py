@@ -121,6 +121,13 @@ def test_the_manifest_says_what_the_files_are(prepared):
         assert about["attributions"] == sorted({row["attribution"] for row in own})
         ids = "\n".join(sorted(row["isic_id"] for row in own))
         assert about["ids_sha256"] == hashlib.sha256(ids.encode()).hexdigest()
+    strata = {(s["column"], s["value"], s["split"]): s for s in manifest["strata"]}
+    nevi = [row["split"] for row in rows if row["diagnosis"] == "nevus"]
+    for split in ("train", "validation", "test"):
+        stratum, size = strata["diagnosis", "nevus", split], manifest["splits"][split]["num_images"]
+        assert stratum["num_images"] == nevi.count(split)
+        assert stratum["share"] == pytest.approx(nevi.count(split) / size)
+        assert stratum["deviation"] == pytest.approx(nevi.count(split) / size - len(nevi) / len(rows))
     for shard in manifest["shards"]:
         content = (prepared / shard["file"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())

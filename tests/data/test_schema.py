@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isic_vq.data.schema import COLUMN_ALIASES, FEATURES, DataError, normalise
+from isic_vq.models import diagnosis
 
 HAM10000_ROW = {
     "image": {"bytes": b"...", "path": "ISIC_0031176.jpg"},
@@ -91,12 +92,47 @@ def test_class_ids_are_read_through_their_names():
     ]
 
 
+def test_numbers_of_fed_isic2019_are_the_classes_in_their_order():
+    names = {"label": ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"]}
+    found = [normalise({"label": number}, "row 0", names)["diagnosis"] for number in range(8)]
+    assert tuple(found) == diagnosis.DIAGNOSES[:8]
+
+
+def test_levels_of_the_archive_s_tables_are_read():
+    row = {
+        "isic_id": "ISIC_1",
+        "diagnosis_1": "Benign",
+        "diagnosis_2": "Benign melanocytic proliferations",
+        "diagnosis_3": "Nevus",
+        "diagnosis_4": math.nan,
+        "diagnosis_5": "",
+        "anatom_site_1": "Lower extremity",
+        "anatom_site_2": "Foot",
+        "anatom_site_3": None,
+        "anatom_site_special": "",
+    }
+    normal = normalise(row, "row 0")
+    assert (normal["diagnosis"], normal["site"]) == ("nevus", "lower extremity")
+    special = normalise({**row, "anatom_site_special": "acral palms or soles"}, "row 0")
+    assert special["site"] == "palms/soles"
+    named = normalise({**row, "diagnosis": "melanoma", "site": "back"}, "row 0")
+    assert (named["diagnosis"], named["site"]) == ("melanoma", "posterior torso"), "names count before levels"
+    assert normalise({**row, "diagnosis_3": "Lentigo simplex"}, "row 0")["diagnosis"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("written", "age"), [("85+", 85.0), (" 85+ ", 85.0), (0.0, 0.0), ("45.0", 45.0), (130, 130.0)]
+)
+def test_age_is_a_number_of_years(written, age):
+    assert normalise({"age": written}, "row 0")["age"] == age
+
+
 def test_unknown_diagnosis_names_row_and_image():
     with pytest.raises(DataError, match=r"row 12 \(ISIC_9\): 'wart' is not a known diagnosis"):
         normalise({"isic_id": "ISIC_9", "dx": "wart"}, "row 12")
 
 
-@pytest.mark.parametrize("age", ["old", -1, 200, "1e999"])
+@pytest.mark.parametrize("age", ["old", -1, 200, "1e999", "84+"])
 def test_impossible_age_is_refused(age):
     with pytest.raises(DataError, match=r"row 3: age .* is not a number of years"):
         normalise({"age": age}, "row 3")

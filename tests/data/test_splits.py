@@ -8,8 +8,8 @@ from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.data.splits import (
-    SPLITS,
     Assignment,
+    Stratum,
     assign_splits,
     components,
     few_images,
@@ -158,8 +158,13 @@ def test_adding_images_never_moves_old_ones_and_what_disagrees_is_excluded(rows,
             assert {a.split} == of_old
         else:
             assert a.split != "excluded"
-    again = assign_splits([], SHARES, seed, frozen_rows=everything, frozen=[*before, *after])
-    assert again == []
+    expected = {r["isic_id"]: a for r, a in zip(new, after, strict=True)}
+    frozen = [(r, a) for r, a in zip(old, before, strict=True)]
+    random.shuffle(frozen)
+    random.shuffle(new)
+    frozen_rows, assignments = [r for r, _ in frozen], [a for _, a in frozen]
+    again = assign_splits(new, SHARES, seed, frozen_rows=frozen_rows, frozen=assignments)
+    assert {r["isic_id"]: a for r, a in zip(new, again, strict=True)} == expected, "reasons, too"
 
 
 @given(snapshots(), st.floats(0, 0.45), st.floats(0, 0.45), NUMBERS)
@@ -184,6 +189,25 @@ def test_a_bridge_between_old_groups_is_excluded_with_both_named():
     assert found[0] == Assignment("excluded", "joins lesion IL_1 in train and patient IP_2 in validation")
     assert found[1] == found[0], "in this snapshot it belongs to the same group"
     assert found[2] == Assignment("train")
+
+
+def test_a_reason_names_what_the_image_itself_joins():
+    old = [row("IL_1", None, "a"), row("IL_5", "IP_2", "b")]
+    frozen = [Assignment("train"), Assignment("validation")]
+    through_its_patient, through_its_group = assign_splits(
+        [row("IL_1", "IP_2", "c"), row("IL_1", None, "d")], {}, frozen_rows=old, frozen=frozen
+    )
+    assert through_its_patient.reason == "joins lesion IL_1 in train and patient IP_2 in validation"
+    assert through_its_group.reason == "joins lesion IL_1 in train and lesion IL_5 in validation"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_reason_names_the_smallest_of_a_group_in_any_order(order):
+    old = [row("IL_7", "IP_1", "a"), row("IL_5", "IP_1", "b"), row("IL_9", None, "c")]
+    frozen = [Assignment("test"), Assignment("test"), Assignment("train")]
+    bridge = [row("IL_9", "IP_2", "d"), row("IL_8", "IP_2", "e"), row("IL_8", "IP_1", "f")]
+    found = assign_splits(bridge, {}, frozen_rows=[old[n] for n in order], frozen=[frozen[n] for n in order])
+    assert found[1].reason == "joins lesion IL_5 in test and lesion IL_9 in train"
 
 
 def test_an_excluded_image_binds_nobody():
@@ -225,6 +249,13 @@ def test_an_image_that_comes_twice_counts_once():
     assert found[2].reason == "has the isic_id of an image that is there already"
 
 
+def test_the_split_of_a_repeated_image_does_not_bind_its_group():
+    rows = [row("l", None, "a"), row("m", None, "a"), row("m", None, "b")]
+    found = assign_splits(rows, {}, wanted=["train", "test", None])
+    assert found[1].split == "excluded"
+    assert found[2] == Assignment("train")
+
+
 @pytest.mark.parametrize(
     ("shares", "wanted", "message"),
     [
@@ -241,19 +272,38 @@ def test_shares_and_splits_that_are_none(shares, wanted, message):
 
 def test_the_report_counts_by_hand():
     more = {"source": "s", "sex": None, "license": "CC-0"}
-    rows = [
-        row("a", diagnosis="nevus", **more),
-        row("b", diagnosis="nevus", **more),
-        row("c", diagnosis="melanoma", **more),
+    names = ["nevus", "nevus", "melanoma", "melanoma", "nevus"]
+    rows = [row(str(number), diagnosis=name, **more) for number, name in enumerate(names)]
+    assignments = list(map(Assignment, ["train", "test", "test", "test", "excluded"]))
+    report = stratified_report(rows, assignments)
+    assert [s for s in report if s.column == "diagnosis"] == [
+        Stratum("diagnosis", "melanoma", "train", 0, 0.0, 0.0 - 2 / 5),
+        Stratum("diagnosis", "melanoma", "test", 2, 2 / 3, 2 / 3 - 2 / 5),
+        Stratum("diagnosis", "melanoma", "excluded", 0, 0.0, 0.0 - 2 / 5),
+        Stratum("diagnosis", "nevus", "train", 1, 1.0, 1.0 - 3 / 5),
+        Stratum("diagnosis", "nevus", "test", 1, 1 / 3, 1 / 3 - 3 / 5),
+        Stratum("diagnosis", "nevus", "excluded", 1, 1.0, 1.0 - 3 / 5),
+    ], "validation is empty and has no line"
+    assert [(s.value, s.num_images, s.deviation) for s in report if s.column == "sex"] == [
+        ("unknown", 1, 0.0),
+        ("unknown", 3, 0.0),
+        ("unknown", 1, 0.0),
     ]
-    report = stratified_report(rows, [Assignment("train"), Assignment("test"), Assignment("test")])
-    none = dict.fromkeys(SPLITS, 0)
-    assert report["diagnosis"] == {"melanoma": {**none, "test": 1}, "nevus": {**none, "train": 1, "test": 1}}
-    assert report["sex"] == {"unknown": {**none, "train": 1, "test": 2}}
     assert few_images(report) == [
-        f"{name}: 1 images in test, fewer than 10; report it only with others"
-        for name in ("melanoma", "nevus")
+        "melanoma: 2 images in test, fewer than 10; figures of this class alone mean little there",
+        "nevus: 1 images in test, fewer than 10; figures of this class alone mean little there",
     ]
+
+
+@pytest.mark.parametrize(("number", "warned"), [(0, True), (9, True), (10, False)])
+def test_a_class_with_few_images_or_none_in_validation_is_named(number, warned):
+    more = {"diagnosis": "melanoma", "source": None, "sex": None, "license": None}
+    rows = [row(str(n), **more) for n in range(number)] + [row("n", **{**more, "diagnosis": "nevus"})] * 20
+    rows.append(row("t", **more))
+    splits = [Assignment("validation")] * (number + 20) + [Assignment("train")]
+    assert [line.split(":")[0] for line in few_images(stratified_report(rows, splits))] == [
+        "melanoma"
+    ] * warned
 
 
 # --- licences ------------------------------------------------------------------------------------------------------

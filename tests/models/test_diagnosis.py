@@ -65,6 +65,7 @@ def test_case_and_separators_do_not_matter(name, separator, upper):
 
 def test_no_spelling_means_two_diagnoses():
     spellings = [diagnosis._key(s) for names in diagnosis._ALIASES.values() for s in names]
+    spellings += map(diagnosis._key, (*DIAGNOSES, *diagnosis._OTHER))
     assert len(spellings) == len(set(spellings))
 
 
@@ -124,15 +125,6 @@ def test_module_needs_the_standard_library_only():
 
 # --- as the sources write them, value by value ---------------------------------------------------------------------
 
-HAM10000 = {
-    "nv": "nevus",
-    "mel": "melanoma",
-    "bkl": "benign_keratosis",
-    "bcc": "basal_cell_carcinoma",
-    "akiec": "actinic_keratosis",
-    "vasc": "vascular_lesion",
-    "df": "dermatofibroma",
-}
 SKIN_CANCER = {  # marmal88/skin_cancer
     "melanocytic_Nevi": "nevus",
     "melanoma": "melanoma",
@@ -153,13 +145,58 @@ CHALLENGE_2020 = {
     "atypical melanocytic proliferation": "unknown",
     "unknown": "unknown",
 }
+ARCHIVE_OF_OLD = {  # `diagnosis` of the archive's older metadata, all of its words; UDA-1 has nevus and melanoma
+    "actinic keratosis": "actinic_keratosis",
+    "acrochordon": "unknown",
+    "adnexal tumor": "unknown",
+    "AIMP": "unknown",
+    "angiofibroma or fibrous papule": "unknown",
+    "angiokeratoma": "vascular_lesion",
+    "angioma": "vascular_lesion",
+    "atypical melanocytic proliferation": "unknown",
+    "atypical spitz tumor": "unknown",
+    "basal cell carcinoma": "basal_cell_carcinoma",
+    "cafe-au-lait macule": "unknown",
+    "clear cell acanthoma": "benign_keratosis",
+    "dermatofibroma": "dermatofibroma",
+    "ephelis": "unknown",
+    "epidermal nevus": "benign_keratosis",
+    "lentigo NOS": "unknown",
+    "lentigo simplex": "unknown",
+    "lichenoid keratosis": "benign_keratosis",
+    "melanoma": "melanoma",
+    "melanoma metastasis": "melanoma",
+    "merkel cell carcinoma": "unknown",
+    "mucosal melanosis": "unknown",
+    "neurofibroma": "unknown",
+    "nevus": "nevus",
+    "nevus spilus": "nevus",
+    "other": "unknown",
+    "pigmented benign keratosis": "benign_keratosis",
+    "pyogenic granuloma": "vascular_lesion",
+    "scar": "unknown",
+    "sebaceous adenoma": "unknown",
+    "sebaceous hyperplasia": "unknown",
+    "seborrheic keratosis": "benign_keratosis",
+    "solar lentigo": "benign_keratosis",
+    "squamous cell carcinoma": "squamous_cell_carcinoma",
+    "vascular lesion": "vascular_lesion",
+    "verruca": "unknown",
+}
 
 
 @pytest.mark.parametrize(
-    ("written", "diagnosis"), [*HAM10000.items(), *SKIN_CANCER.items(), *CHALLENGE_2020.items()]
+    ("written", "diagnosis"), [*SKIN_CANCER.items(), *CHALLENGE_2020.items(), *ARCHIVE_OF_OLD.items()]
 )
 def test_words_of_the_sources(written, diagnosis):
     assert canonical_diagnosis(written) == diagnosis
+
+
+def test_another_disease_is_no_name_to_ask_a_model_for():
+    classes = dict(enumerate(DIAGNOSES))
+    assert resolve_label("unknown", classes) == 8
+    with pytest.raises(ValueError, match="'verruca' is not a class of this model"):
+        resolve_label("verruca", classes)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +234,25 @@ def test_words_of_the_sources(written, diagnosis):
             ["Malignant", "Malignant epidermal proliferations", "Squamous cell carcinoma in situ"],
             "squamous_cell_carcinoma",
         ),
-        (["Benign", "Benign melanocytic proliferations", "Blue something"], "unknown"),
+        (
+            [
+                "Malignant",
+                "Malignant epidermal proliferations",
+                "Squamous cell carcinoma in situ",
+                "Squamous cell carcinoma in situ, Bowens disease",
+            ],
+            "squamous_cell_carcinoma",
+        ),
+        (["Benign", "Benign melanocytic proliferations", "Nevus", "Nevus, Spilus"], "nevus"),
+        (["Benign", "Benign epidermal proliferations", "Epidermal nevus"], "benign_keratosis"),
+        (["Benign", "Benign soft tissue proliferations - Vascular", "Nevus anemicus"], "vascular_lesion"),
+        (["Benign", "Benign melanocytic proliferations"], "unknown"),
+        (["Indeterminate", "Indeterminate epidermal proliferations"], "unknown"),
+        (["Malignant", "Malignant epidermal proliferations"], "unknown"),
+        (
+            ["Benign", "Nevus", "Melanoma in situ"],
+            "melanoma",
+        ),  # no such path is there: each level means a class
         (["Benign", None, None, None, None], "unknown"),
         (["Indeterminate"], "unknown"),
         ([None] * 5, "unknown"),
@@ -206,6 +261,31 @@ def test_words_of_the_sources(written, diagnosis):
 )
 def test_the_archive_s_most_specific_level_that_is_a_class_counts(levels, diagnosis):
     assert archive_diagnosis(levels) == diagnosis
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "Benign:Benign adnexal epithelial proliferations - Sebaceous:Nevus sebaceus",
+        "Benign:Benign adnexal epithelial proliferations - Follicular:Nevus comedonicus",
+        "Benign:Benign soft tissue proliferations - Adipocytic:Lipomatous nevus",
+        "Benign:Benign melanocytic proliferations:Dermal melanocytosis:Nevus of Ota",
+        "Benign:Benign melanocytic proliferations:Lentigo simplex",
+        "Benign:Benign soft tissue proliferations - Fibro-histiocytic:Angiofibroma",
+        "Benign:Flat melanotic pigmentations - not melanocytic nevus:Lentigo NOS",
+        "Benign:Hemorrhagic lesions:Hemorrhage",
+        "Indeterminate:Indeterminate melanocytic proliferations:Atypical Spitz tumor",
+        "Indeterminate:Indeterminate melanocytic proliferations:Melanocytic tumor of uncertain malignant potential",
+        "Malignant:Malignant adnexal epithelial proliferations - Follicular:Baso-squamous carcinoma",
+        "Malignant:Malignant epidermal proliferations:Bowenoid papulosis",
+        "Malignant:Malignant epidermal proliferations:Keratoacanthoma",
+        "Malignant:Malignant soft tissue proliferations - Fibro-histiocytic:Dermatofibrosarcoma protuberans",
+        "Malignant:Malignant soft tissue proliferations - Vascular:Angiosarcoma cutaneous",
+        "Malignant:Collision - At least one malignant proliferation",
+    ],
+)
+def test_what_sounds_like_a_class_of_the_archive_is_not_guessed(path):
+    assert archive_diagnosis(path.split(":")) == "unknown"
 
 
 ONE_HOT = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]

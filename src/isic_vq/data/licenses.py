@@ -1,6 +1,7 @@
 """Licences of images: one id per licence however it is spelled, and what follows for weights trained on them.
 
-Records carry a licence as their source writes it; ids serve to compare. Source: the licences of the ISIC archive (https://www.isic-archive.com) and the Hub's ids for them.
+Records carry a licence as their source writes it; ids serve to compare. Source: the licences of the ISIC archive
+(https://www.isic-archive.com) and the Hub's ids for them.
 """
 
 import re

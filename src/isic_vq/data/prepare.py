@@ -48,7 +48,7 @@ from isic_vq.data.sources.manifest import (
     shard_of,
     write_shard,
 )
-from isic_vq.data.splits import SPLITS, Assignment, assign_splits
+from isic_vq.data.splits import SPLITS, Assignment, Stratum, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
@@ -180,6 +180,7 @@ def prepare(
             for row in everything
             if (row["reason"] or "").startswith(UNREADABLE)
         },
+        strata=[asdict(stratum) for stratum in _strata(everything)],
         duplicates=report,
     )
     write_atomically(output / IMAGES, images_bytes(everything))
@@ -390,6 +391,15 @@ def _check_unreadable(rows: Sequence[Mapping[str, Any]], max_share: float) -> No
             f"{len(bad)} of {len(rows)} images are unreadable, more than the allowed share of {max_share:g}, for example "
             f"{examples}. Replace or remove them, or allow a larger share."
         )
+
+
+def _strata(rows: Sequence[Mapping[str, Any]]) -> list[Stratum]:
+    """How the splits came out, warning of diagnoses with too few images to be measured alone."""
+    kept = [row for row in rows if row["split"] != "excluded"]
+    strata = stratified_report(kept, [Assignment(row["split"]) for row in kept])
+    for sentence in few_images(strata):
+        logger.warning("%s", sentence)
+    return strata
 
 
 def _assign(

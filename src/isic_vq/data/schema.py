@@ -3,8 +3,9 @@
 Source: the column names of HAM10000, of the ISIC challenges' CSV files and of the ISIC archive's metadata.
 Differs: archives write "unknown", "" or NaN for a missing value; here all of them are None, except that a
 missing diagnosis is the class `unknown`, which a model may be asked about. Diagnoses become the eight classes, sites
-those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Licence
-and attribution stay as they are written.
+those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Where the
+archive gives diagnosis or site in levels only, the levels count. Age is in years; the archive's "85+" is 85, at which
+it caps ages. Licence and attribution stay as they are written.
 It does not decode images: `normalise` hands the `image` column on as it came.
 """
 
@@ -15,8 +16,8 @@ from typing import Any
 
 from datasets import Features, Image, Value
 
-from isic_vq.data.sites import canonical_site
-from isic_vq.models.diagnosis import canonical_diagnosis, one_hot_diagnosis
+from isic_vq.data.sites import archive_site, canonical_site
+from isic_vq.models.diagnosis import archive_diagnosis, canonical_diagnosis, one_hot_diagnosis
 
 FEATURES = Features(
     {
@@ -48,6 +49,9 @@ COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
     "attribution": ("attribution",),
 }
 
+# Of the ISIC archive's tables, from the general to the specific.
+_DIAGNOSIS_LEVELS = tuple(f"diagnosis_{level}" for level in range(1, 6))
+_SITE_LEVELS = (*(f"anatom_site_{level}" for level in range(1, 6)), "anatom_site_special")
 _SEXES = {"m": "male", "man": "male", "f": "female", "w": "female", "woman": "female"}
 _MISSING = frozenset({"", "unknown", "unk", "nan", "none", "null", "n/a", "na"})
 
@@ -87,8 +91,8 @@ def normalise(
     normal["age"] = _age(values["age"], where)
     if normal["sex"] is not None:
         normal["sex"] = _SEXES.get(normal["sex"].lower(), normal["sex"].lower())
-    if normal["site"] is not None:
-        normal["site"] = canonical_site(normal["site"])
+    site = normal["site"]
+    normal["site"] = archive_site(_levels(record, _SITE_LEVELS)) if site is None else canonical_site(site)
     return {"image": record["image"], **normal} if "image" in record else normal
 
 
@@ -103,6 +107,12 @@ def _first_present(record: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
     return None
 
 
+def _levels(record: Mapping[str, Any], columns: tuple[str, ...]) -> list[str | None]:
+    """Return the text of these columns, None where it is missing."""
+    values = [_first_present(record, (column,)) for column in columns]
+    return [None if value is None else str(value) for value in values]
+
+
 def _file_stem(record: Mapping[str, Any]) -> str | None:
     """Return the name of the image file without folders and suffix, or None if the record names no file."""
     image = record.get("image")
@@ -111,10 +121,13 @@ def _file_stem(record: Mapping[str, Any]) -> str | None:
 
 
 def _diagnosis(value: object, record: Mapping[str, Any], where: str) -> str:
-    """Return the canonical diagnosis of one row, which one of several columns may name by a 1."""
+    """Return the canonical diagnosis of one row: by its name, else by levels, else by the column that holds a 1."""
     try:
         if value is not None:
             return canonical_diagnosis(str(value))
+        levels = _levels(record, _DIAGNOSIS_LEVELS)
+        if any(levels):
+            return archive_diagnosis(levels)
         return one_hot_diagnosis(record) or "unknown"
     except ValueError as error:
         raise DataError(f"{where}: {error} Correct the row, or leave its diagnosis empty.") from None
@@ -125,7 +138,7 @@ def _age(value: object, where: str) -> float | None:
     if value is None:
         return None
     try:
-        age = float(str(value))
+        age = 85.0 if str(value).strip() == "85+" else float(str(value))
     except ValueError:
         age = math.nan
     if not 0 <= age <= 130:

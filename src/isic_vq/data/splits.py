@@ -45,8 +45,7 @@ def components(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     Raises:
         DataError: a record has none of the three ids.
     """
-    names = _group_names(rows)
-    return [names[_keys(row)[0]][1] for row in rows]
+    return [name for _, name in _groups([_keys(row) for row in rows])]
 
 
 def in_validation(group: str, share: float, seed: int) -> bool:
@@ -86,61 +85,112 @@ def assign_splits(
     unknown = sorted({name for name in wanted or () if name is not None} - set(SPLITS[:3]))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a split: expected {', '.join(SPLITS[:3])}.")
-    names = _group_names([*frozen_rows, *rows])
-    sides: dict[Key, dict[str, str]] = defaultdict(dict)  # of a group: split -> who says so
-    for row, assignment in zip(frozen_rows, frozen, strict=True):
+    num_frozen, wanted = len(frozen_rows), wanted or [None] * len(rows)
+    keys = [_keys(row) for row in (*frozen_rows, *rows)]
+    groups = _groups(keys)
+    bound = _Sides()
+    for old_keys, group, assignment in zip(keys[:num_frozen], groups[:num_frozen], frozen, strict=True):
         if assignment.split != "excluded":
-            sides[names[_keys(row)[0]]].setdefault(assignment.split, _who(row))
-    decided = set(sides)
+            bound.add(group, old_keys, assignment.split)
+    decided = set(bound.of_group)
     seen = {row["isic_id"]: "an image that is there already" for row in frozen_rows if row["isic_id"]}
-    duplicated = []
-    for row in rows:
-        duplicated.append(seen.get(row["isic_id"]))
+    new = []
+    for row, row_keys, group, split in zip(rows, keys[num_frozen:], groups[num_frozen:], wanted, strict=True):
+        again = seen.get(row["isic_id"])
         if row["isic_id"]:
             seen.setdefault(row["isic_id"], "an earlier image")
-    wanted = wanted or [None] * len(rows)
-    for row, split, again in zip(rows, wanted, duplicated, strict=True):
-        group = names[_keys(row)[0]]
         if split is not None and again is None and group not in decided:
-            sides[group].setdefault(split, _who(row))
+            bound.add(group, row_keys, split)
+        new.append((row_keys, group, split, again))
     found = []
-    for row, split, again in zip(rows, wanted, duplicated, strict=True):
-        group = names[_keys(row)[0]]
-        told = " and ".join(f"{who} in {side}" for side, who in sorted(sides[group].items()))
-        side = next(iter(sides[group]), None) or _split_of(group[1], shares, seed)
+    for row_keys, group, split, again in new:
+        sides = bound.of_group.get(group, {})
+        side = next(iter(sides), None) or _split_of(group[1], shares, seed)
         if again is not None:
             found.append(Assignment("excluded", f"has the isic_id of {again}"))
-        elif len(sides[group]) > 1:
-            found.append(Assignment("excluded", f"joins {told}"))
+        elif len(sides) > 1:
+            found.append(Assignment("excluded", f"joins {bound.describe(group, row_keys)}"))
         elif split not in (None, side):
-            found.append(Assignment("excluded", f"comes for {split} and joins {told}"))
+            reason = f"comes for {split} and joins {bound.describe(group, row_keys)}"
+            found.append(Assignment("excluded", reason))
         else:
             found.append(Assignment(side))
     return found
 
 
-def stratified_report(
-    rows: Sequence[Mapping[str, Any]], assignments: Sequence[Assignment]
-) -> dict[str, dict[str, dict[str, int]]]:
-    """How often each value of diagnosis, source, sex and licence occurs in each split: column -> value -> split."""
-    report: dict[str, dict[str, dict[str, int]]] = {}
+class _Sides:
+    """Which splits groups are bound to, and by which of their lesions and patients.
+
+    Attributes:
+        of_group: group -> split -> the smallest key that binds it there.
+        held: every key and split that were added.
+    """
+
+    def __init__(self) -> None:
+        self.of_group: dict[Key, dict[str, Key]] = {}
+        self.held: set[tuple[Key, str]] = set()
+
+    def add(self, group: Key, keys: Sequence[Key], split: str) -> None:
+        """Bind a group by a record with these keys."""
+        sides = self.of_group.setdefault(group, {})
+        sides[split] = min(sides.get(split, keys[0]), keys[0])
+        self.held.update((key, split) for key in keys)
+
+    def describe(self, group: Key, keys: Sequence[Key]) -> str:
+        """Who is where, as a record with these keys sees it: its own lesion or patient before others of its group."""
+        told = []
+        for split, smallest in sorted(self.of_group[group].items()):
+            column, name = next((key for key in keys if (key, split) in self.held), smallest)
+            told.append(f"{column.removesuffix('_id').replace('isic', 'image')} {name} in {split}")
+        return " and ".join(told)
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """How often one value of a column occurs in one split.
+
+    Attributes:
+        column: "diagnosis", "source", "sex" or "license".
+        value: "unknown" where a record has none.
+        split: one of `SPLITS`.
+        num_images: records with the value in the split.
+        share: their share of the split, in [0, 1].
+        deviation: `share` minus the value's share of all records, in [-1, 1].
+    """
+
+    column: str
+    value: str
+    split: str
+    num_images: int
+    share: float
+    deviation: float
+
+
+def stratified_report(rows: Sequence[Mapping[str, Any]], assignments: Sequence[Assignment]) -> list[Stratum]:
+    """How the values of diagnosis, source, sex and licence came out in the splits that hold records."""
+    sizes = Counter(assignment.split for assignment in assignments)
+    report = []
     for column in ("diagnosis", "source", "sex", "license"):
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for row, assignment in zip(rows, assignments, strict=True):
             counts[row[column] or "unknown"][assignment.split] += 1
-        report[column] = {
-            value: {split: counts[value][split] for split in SPLITS} for value in sorted(counts)
-        }
+        for value, count in sorted(counts.items()):
+            overall = count.total() / len(rows)
+            for split in filter(sizes.get, SPLITS):
+                share = count[split] / sizes[split]
+                report.append(Stratum(column, value, split, count[split], share, share - overall))
     return report
 
 
-def few_images(report: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    """A sentence for each diagnosis with some, but fewer than `FEW`, images in validation or test."""
+def few_images(report: Sequence[Stratum]) -> list[str]:
+    """A warning for each diagnosis with fewer than `FEW` images, or none, in a validation or test split that has images."""
     return [
-        f"{diagnosis}: {counts[split]} images in {split}, fewer than {FEW}; report it only with others"
-        for diagnosis, counts in report["diagnosis"].items()
-        for split in ("validation", "test")
-        if 0 < counts[split] < FEW
+        f"{stratum.value}: {stratum.num_images} images in {stratum.split}, fewer than {FEW}; figures of this class "
+        "alone mean little there"
+        for stratum in report
+        if stratum.column == "diagnosis"
+        and stratum.split in ("validation", "test")
+        and stratum.num_images < FEW
     ]
 
 
@@ -184,8 +234,8 @@ def _keys(row: Mapping[str, Any]) -> list[Key]:
     return keys
 
 
-def _group_names(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Key]:
-    """The smallest key of its group for each key, by union-find with path halving."""
+def _groups(keys: Sequence[Sequence[Key]]) -> list[Key]:
+    """The smallest key of the group of each record, given the records' keys: union-find with path halving."""
     parent: dict[Key, Key] = {}
 
     def root(key: Key) -> Key:
@@ -194,14 +244,13 @@ def _group_names(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Key]:
             key = parent[key]
         return key
 
-    for row in rows:
-        keys = _keys(row)
-        for key in keys:
+    for row_keys in keys:
+        for key in row_keys:
             parent.setdefault(key, key)
-        if len(keys) == 2:
-            low, high = sorted((root(keys[0]), root(keys[1])))
+        if len(row_keys) == 2:
+            low, high = sorted((root(row_keys[0]), root(row_keys[1])))
             parent[high] = low  # the smallest is the root; "lesion_id" comes before "patient_id"
-    return {key: root(key) for key in parent}
+    return [root(row_keys[0]) for row_keys in keys]
 
 
 def _position(group: str, seed: int) -> float:
@@ -224,9 +273,3 @@ def _check_shares(shares: Mapping[str, float]) -> None:
         raise ValueError(f"a share of {unknown[0]!r}: expected shares of validation and test.")
     if not all(0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares are {dict(shares)}: expected numbers from 0 on whose sum is below 1.")
-
-
-def _who(row: Mapping[str, Any]) -> str:
-    """What a reason calls a record: its lesion, else its patient, else itself."""
-    column, name = _keys(row)[0]
-    return f"{column.removesuffix('_id').replace('isic', 'image')} {name}"

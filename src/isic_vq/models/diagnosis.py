@@ -1,11 +1,24 @@
 """Names of diagnoses: the eight classes of ISIC 2019, `unknown`, and every spelling that means one of them.
 
 Source: the order is that of ISIC 2019 (MEL, NV, BCC, AK, BKL, DF, VASC, SCC); the abbreviations of HAM10000
-(Tschandl et al., 2018, doi 10.1038/sdata.2018.161) and the ISIC archive's own terms are aliases.
+(Tschandl et al., 2018, doi 10.1038/sdata.2018.161) and the ISIC archive's own terms are aliases, as its vocabulary
+(https://github.com/ImageMarkup/isic-metadata) has them.
+
+    melanoma                 in situ, invasive and metastatic
+    nevus                    every melanocytic nevus: common, blue, Spitz, congenital, spilus, atypical
+    basal_cell_carcinoma     every growth pattern
+    actinic_keratosis        HAM10000's akiec, Bowen's disease among it
+    benign_keratosis         seborrheic, lichen planus-like and pigmented benign keratosis, solar lentigo, and what else
+                             the archive files under "Benign epidermal proliferations"
+    dermatofibroma
+    vascular_lesion          angioma, angiokeratoma, pyogenic granuloma and the archive's other benign vascular ones
+    squamous_cell_carcinoma  invasive, and what the archive itself calls in situ
+    unknown                  nothing known, or known to be none of the eight
+
 Differs: HAM10000's `akiec` joins actinic keratoses and intraepithelial carcinoma (Bowen's disease) under one
-label; this table counts it as actinic keratosis.
-It does not guess: a spelling that is not in the table is an error that lists the closest known ones. Diagnoses that
-are known to be none of the eight are `unknown`: what is asked of a model has no ninth class.
+label, which counts as actinic keratosis here; the archive files Bowen's disease under squamous cell carcinoma in
+situ, and its levels are followed. HAM10000's `vasc` holds hemorrhages, which the archive keeps apart: `unknown`.
+It does not guess: a spelling that is not in the tables is an error that lists the closest known ones.
 """
 
 import difflib
@@ -33,9 +46,19 @@ _ALIASES = {
         "melanoma in situ",
         "melanoma invasive",
         "melanoma nos",
+        "melanoma metastasis",
         "malignant melanocytic proliferations (melanoma)",
     ),
-    "nevus": ("nv", "nevi", "naevus", "naevi", "melanocytic nevus", "melanocytic nevi", "melanocytic naevus"),
+    "nevus": (
+        "nv",
+        "nevi",
+        "naevus",
+        "naevi",
+        "melanocytic nevus",
+        "melanocytic nevi",
+        "melanocytic naevus",
+        "nevus spilus",
+    ),
     "basal_cell_carcinoma": ("bcc", "basalioma"),
     "actinic_keratosis": (
         "ak",
@@ -62,6 +85,8 @@ _ALIASES = {
         "lichenoid keratosis",  # another word for the lichen planus-like one; the 2020 challenge writes it so
         "pigmented benign keratosis",
         "benign epidermal proliferations",
+        "clear cell acanthoma",
+        "epidermal nevus",  # of keratinocytes: no nevus in the sense of the class
     ),
     "dermatofibroma": ("df", "dermatofibromas"),
     "vascular_lesion": (
@@ -82,17 +107,31 @@ _ALIASES = {
         "squamous cell carcinoma in situ",
         "squamous cell carcinoma nos",
     ),
-    "unknown": (
-        "unk",
-        "none of the others",
-        "not available",
-        # Of the 2020 challenge: not one of the eight, or not known to be.
-        "lentigo nos",
-        "cafe-au-lait macule",
-        "atypical melanocytic proliferation",
-        "other",
-    ),
+    "unknown": ("unk", "none of the others", "not available"),
 }
+
+# Words for none of the eight, or for what cannot be told, in the challenges' tables and the archive's older metadata.
+# In data they are `unknown`; they are no names to ask a model for.
+_OTHER = (
+    "acrochordon",
+    "adnexal tumor",
+    "AIMP",  # atypical intraepithelial melanocytic proliferation
+    "angiofibroma or fibrous papule",
+    "atypical melanocytic proliferation",
+    "atypical spitz tumor",
+    "cafe-au-lait macule",
+    "ephelis",
+    "lentigo NOS",
+    "lentigo simplex",
+    "merkel cell carcinoma",
+    "mucosal melanosis",
+    "neurofibroma",
+    "other",
+    "scar",
+    "sebaceous adenoma",
+    "sebaceous hyperplasia",
+    "verruca",
+)
 
 # Columns of the challenges' tables with one 1 in each row; upper case in 2018 and 2019, lower case in 2017.
 _ONE_HOT = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
@@ -105,6 +144,7 @@ def _key(name: str) -> str:
 
 
 _CANONICAL_OF = {_key(spelling): name for name, aliases in _ALIASES.items() for spelling in (name, *aliases)}
+_OTHER_KEYS = frozenset(map(_key, _OTHER))
 
 
 def canonical_diagnosis(name: str) -> str:
@@ -114,7 +154,7 @@ def canonical_diagnosis(name: str) -> str:
         name: case, spaces, hyphens and underscores do not matter.
 
     Returns:
-        One of `DIAGNOSES`.
+        One of `DIAGNOSES`; "unknown" for the other diseases that ISIC's tables are known to name.
 
     Raises:
         ValueError: no diagnosis is called that; the message lists the known names and the closest spellings.
@@ -123,7 +163,7 @@ def canonical_diagnosis(name: str) -> str:
         >>> canonical_diagnosis("MEL"), canonical_diagnosis("Seborrheic keratosis")
         ('melanoma', 'benign_keratosis')
     """
-    canonical = _CANONICAL_OF.get(_key(name))
+    canonical = "unknown" if _key(name) in _OTHER_KEYS else _CANONICAL_OF.get(_key(name))
     if canonical is None:
         close = difflib.get_close_matches(_key(name), _CANONICAL_OF, n=3, cutoff=0.7)
         meant = dict.fromkeys(_CANONICAL_OF[key] for key in close)

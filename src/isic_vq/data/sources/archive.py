@@ -29,7 +29,6 @@ import pyarrow.parquet
 
 from isic_vq.data.http import RemoteError, RemoteSettings, Request, client
 from isic_vq.data.schema import DataError, normalise
-from isic_vq.data.sites import is_canonical_site
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.sidecar import flatten
 from isic_vq.models.diagnosis import archive_diagnosis, canonical_diagnosis
@@ -341,7 +340,4 @@ def _diagnosis(row: dict[str, Any]) -> str:
 
 def _normal(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the archive's metadata with the columns of `FEATURES`."""
-    sites = [row[name] for name in SITE_LEVELS if row.get(name)]
-    site = next((name for name in sites if is_canonical_site(name)), sites[-1] if sites else None)
-    about = {**row, "diagnosis": _diagnosis(row), "site": site, "source": "isic-archive"}
-    return normalise(about, "isic-archive")
+    return normalise({**row, "source": "isic-archive"}, "isic-archive")

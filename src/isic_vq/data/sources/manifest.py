@@ -67,6 +67,7 @@ class Manifest:
         splits: counts by diagnosis and licence, attribution lines and `ids_sha256`, by split.
         shards: the files, in order.
         unreadable: name and reason of each image that could not be read.
+        strata: how diagnoses, sources, sexes and licences came out in the splits, as `Stratum` has it.
         duplicates: what `duplicate_report` counts, without the pairs.
     """
 
@@ -75,6 +76,7 @@ class Manifest:
     splits: dict[str, dict[str, Any]]
     shards: list[Shard]
     unreadable: dict[str, str]
+    strata: list[dict[str, Any]]
     duplicates: dict[str, Any]
 
     @classmethod
