@@ -41,7 +41,7 @@ ARGUMENTS = [
 ]
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 PHONE = {"width": 390, "height": 844}
-SECONDS = 30_000  # milliseconds: what a busy machine may need
+SECONDS = 60_000  # milliseconds: what a busy machine may need
 
 
 def free_port() -> int:

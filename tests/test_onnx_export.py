@@ -22,6 +22,7 @@ from isic_vq.data.code_cache import tokenizer_hash, write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.parts import open_part
+from isic_vq.data.provenance import write_training_data
 from isic_vq.data.sources import open_source
 from isic_vq.data.synthetic import synthetic_image
 from isic_vq.hub import load_model
@@ -250,6 +251,7 @@ def test_both_commands_write_the_same_files(run, tmp_path):
     records, source = open_part("synthetic:4:0")
     cache = encode_source(model.vqvae, IsicVQImageProcessor(size=16), records, source, num_views=1)
     write_code_cache(cache, tmp_path / "codes.parquet")
+    write_training_data(tmp_path / "model", {"vqvae": source, "prior": source})
 
     repository, alone = tmp_path / "repository", tmp_path / "alone"
     options = ("--train-codes", tmp_path / "codes.parquet", "--onnx")
@@ -264,7 +266,7 @@ def test_both_commands_write_the_same_files(run, tmp_path):
     for name in ("onnx/encoder.onnx", "onnx/decoder.onnx"):
         assert (repository / name).read_bytes() == (alone / name).read_bytes()
     properties = {entry.key: entry.value for entry in graphs(alone)[0].metadata_props}
-    assert properties["license"] == "cc0-1.0", "synthetic images are, and the config says so"
+    assert properties["license"] == "cc0-1.0", "synthetic images are, and all of its training data are"
 
 
 def test_a_tokenizer_alone_has_no_known_licence_and_the_shipped_checkpoint_has(tmp_path):
