@@ -42,6 +42,7 @@ ARGUMENTS = [
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 PHONE = {"width": 390, "height": 844}
 SECONDS = 60_000  # milliseconds: what a busy machine may need
+UPLOADS = 3  # attempts
 
 
 def free_port() -> int:
@@ -160,7 +161,15 @@ def pixels(page, image):
 
 
 def upload(page, path):
-    panel(page).locator("input[type=file]").set_input_files(path)
+    """Give the visible tab a file, until the page shows its name: a page still busy drawing itself can lose it."""
+    named = panel(page).get_by_text(path.name)
+    for _ in range(UPLOADS):
+        panel(page).locator("input[type=file]").set_input_files(path)
+        try:
+            return named.wait_for(timeout=SECONDS / UPLOADS)
+        except playwright_api.TimeoutError:
+            continue
+    raise AssertionError(f"the page never showed {path.name}")
 
 
 def test_generated_images_are_the_models_own(open_page, demo):
@@ -252,7 +261,6 @@ def test_the_nearest_training_images_are_found(open_page, demo, tiny_run):
     page.get_by_text("there is no image yet").wait_for()
     image = sorted(tiny_run.images["train"].glob("*.png"))[2]
     upload(page, image)
-    panel(page).get_by_text(image.name).wait_for()
     page.get_by_role("button", name="Search for the uploaded image").click()
     pictures(page, 8)
     captions = panel(page).locator(".thumbnail-lg .caption-label").all_inner_texts()
