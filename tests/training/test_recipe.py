@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import ResNetConfig
 
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
+from isic_vq.studies.generalization import GeneralizationRecipe
+from isic_vq.studies.granularity import GranularityRecipe
 from isic_vq.training.recipe import (
+    ClassifierRecipe,
     DecoderRecipe,
     PriorRecipe,
     RecipeError,
@@ -25,6 +29,9 @@ STAGES = {
     "vqvae": (VQVAERecipe, VQVAEConfig),
     "prior": (PriorRecipe, PixelCNNConfig),
     "decoder": (DecoderRecipe, None),
+    "classifier": (ClassifierRecipe, ResNetConfig),
+    "granularity": (GranularityRecipe, None),
+    "generalization": (GeneralizationRecipe, None),
 }
 
 

@@ -126,6 +126,27 @@ def train_decoder(
     typer.echo(f"{', '.join(changes)} dB on validation; wrote {recipe.output_dir}/model")
 
 
+@train_app.command(
+    "classifier", epilog="Example:\n\n  isic-vq train classifier -c examples/configs/derm-features.yaml"
+)
+def train_classifier(
+    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+) -> None:
+    """Train an image classifier of diagnoses: a feature space for distances between images."""
+    from isic_vq.training.classifier import train_classifier as train
+    from isic_vq.training.recipe import ClassifierRecipe, load_recipe
+
+    quiet_transformers()
+    recipe = load_recipe(ClassifierRecipe, config, overrides or [])
+    report = train(recipe, resume)
+    if report is None:
+        return  # the main process tells
+    typer.echo(
+        f"balanced accuracy {report.value('balanced_accuracy'):.3f}, accuracy {report.value('accuracy'):.3f} on "
+        f"validation; wrote {recipe.output_dir}/model"
+    )
+
+
 @app.command(epilog="Example:\n\n  isic-vq figures runs/quickstart")
 def figures(
     run_dir: Annotated[Path, typer.Argument(help="A run's folder, or a folder with runs below it.")],

@@ -69,3 +69,18 @@ class AveragedParameters:
         self.num_updates = int(state["num_updates"])
         for name, tensor in self.shadow.items():
             tensor.copy_(state[name])
+
+
+@contextmanager
+def gathered_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Replace BatchNorm's running statistics by plain averages over the batches that the block shows the model."""
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch: a cumulative average
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

@@ -20,7 +20,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.feed import Feed, RowFeed
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import DataRecipe, DecoderRecipe, LoopRecipe, VQVAERecipe
+from isic_vq.training.recipe import ClassifierRecipe, DataRecipe, DecoderRecipe, LoopRecipe, VQVAERecipe
 from isic_vq.training.stream_feed import StreamFeed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ImageTask:
         processor: IsicVQImageProcessor,
         train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
-        recipe: VQVAERecipe | DecoderRecipe,
+        recipe: VQVAERecipe | DecoderRecipe | ClassifierRecipe,
     ):
         self.processor, self.train_set, self.validation_set = processor, train_set, validation_set
         self.data, self.loop, self.augment = recipe.data, recipe.loop, recipe.augment
@@ -88,8 +88,8 @@ class ImageTask:
         """A batch's images on the device."""
         return batch["pixel_values"].to(self.processes.device, non_blocking=True)
 
-    def images(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Pixel values of a data set in order, in batches; corrupt images are left out and counted."""
+    def batches(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Batch]:
+        """A data set in order, in batches; corrupt images are left out and counted."""
         batch_size = batch_size or self.loop.batch_size // self.loop.accumulation_steps
         loader = torch.utils.data.DataLoader(
             dataset, batch_size, collate_fn=collate, generator=torch.Generator()
@@ -97,7 +97,11 @@ class ImageTask:
         for batch in loader:
             self.skipped.count(batch)
             if len(batch["indices"]):
-                yield batch["pixel_values"]
+                yield batch
+
+    def images(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Pixel values of `batches`."""
+        return (batch["pixel_values"] for batch in self.batches(dataset, batch_size))
 
     def pairs(self, tokenizer: VQVAEModel, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (validation images, their reconstructions) on the device."""

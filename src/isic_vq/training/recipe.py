@@ -232,8 +232,40 @@ class DecoderRecipe:
             raise ValueError("l1_weight and mse_weight are both 0: a decoder must stay close to its images")
 
 
-Recipe = VQVAERecipe | PriorRecipe | DecoderRecipe
-RecipeClass = TypeVar("RecipeClass", VQVAERecipe, PriorRecipe, DecoderRecipe)
+@strict
+@dataclasses.dataclass
+class ClassifierRecipe:
+    """An image classifier of diagnoses; images labelled `unknown` are left out.
+
+    Args:
+        output_dir: the run's folder.
+        data: which images; both parts are read by random access.
+        loop: how to train.
+        model: fields of transformers' `ResNetConfig`; the classes are the diagnoses of the training images.
+        image_size: side of the images in pixels.
+        augment: show each image in a random one of its eight dihedral views, its colours changed at random.
+        colour_strength: by how much at most, in [0, 1), see `random_colours`; 0 leaves colours alone.
+    """
+
+    output_dir: str = "runs/classifier"
+    stage: str = "classifier"
+    data: DataRecipe = dataclasses.field(default_factory=DataRecipe)
+    loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
+    model: dict = dataclasses.field(default_factory=dict)
+    image_size: int = 128
+    augment: bool = True
+    colour_strength: float | int = 0.1
+
+    def validate_ranges(self) -> None:
+        """Check what the types do not say; called by `strict`."""
+        if self.image_size < 16:
+            raise ValueError(f"image_size is {self.image_size}: expected at least 16 pixels")
+        if not 0 <= self.colour_strength < 1:
+            raise ValueError(f"colour_strength is {self.colour_strength}: expected a value in [0, 1)")
+
+
+Recipe = VQVAERecipe | PriorRecipe | DecoderRecipe | ClassifierRecipe
+RecipeClass = TypeVar("RecipeClass")
 
 
 class _Loader(yaml.SafeLoader):
@@ -285,14 +317,24 @@ def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides:
             node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{override!r} is not YAML after the =: put the value in quotes") from error
-    if fields.get("stage", recipe_class().stage) != recipe_class().stage:
-        raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {recipe_class().stage!r} one")
-    return _build(recipe_class, fields, "")
+    stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
+    if fields.get("stage", stage) != stage:
+        raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
+    return build_recipe(recipe_class, fields)
 
 
-def _build(cls: type, fields: dict[str, Any], prefix: str) -> Any:
-    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
+def build_recipe(cls: type[RecipeClass], fields: dict[str, Any], prefix: str = "") -> RecipeClass:
+    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
+
+    Args:
+        cls: the dataclass.
+        fields: its fields' values; those of a recipe inside it are a dictionary.
+        prefix: what error messages put before a field's name.
+
+    Raises:
+        RecipeError: an unknown key, or a value of the wrong type or range.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in fields:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -306,7 +348,7 @@ def _build(cls: type, fields: dict[str, Any], prefix: str) -> Any:
         is_recipe = isinstance(inner, type) and dataclasses.is_dataclass(inner)
         if is_recipe and not isinstance(value, dict):
             raise RecipeError(f"{prefix}{name} is {value!r}: expected keys and values")
-        values[name] = _build(inner, value, f"{prefix}{name}.") if is_recipe else value
+        values[name] = build_recipe(inner, value, f"{prefix}{name}.") if is_recipe else value
     try:
         return cls(**values)
     except Exception as error:  # strict raises its own family, not ValueError

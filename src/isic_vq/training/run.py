@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.data.provenance import TrainingData, write_training_data
 from isic_vq.evaluation.report import environment
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 
@@ -97,7 +97,7 @@ def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: P
 
 
 def save_model(
-    folder: Path, *parts: PreTrainedModel | IsicVQImageProcessor, training_data: TrainingData | None = None
+    folder: Path, *parts: PreTrainedModel | ImageProcessingMixin, training_data: TrainingData | None = None
 ) -> None:
     """Save a model, and its image processor where it has one, for others to load: whole or not at all.
 

@@ -28,6 +28,7 @@ from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
+from isic_vq.training.averaging import gathered_batch_norm
 from isic_vq.training.codebook import SharedCodebook, SharedRows
 from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
@@ -190,16 +191,9 @@ def quantizer_frozen(model: VQVAEModel) -> Iterator[None]:
 
 def refit_batch_norm(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     """Replace BatchNorm's running statistics by plain averages over `batches`."""
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch: a cumulative average
-    with quantizer_frozen(model):
+    with gathered_batch_norm(model), quantizer_frozen(model):
         for batch in batches:
             model(batch.to(model.device))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
 
 
 def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:

@@ -1,0 +1,415 @@
+"""Train a small image classifier of diagnoses: a feature space for distances, and the student of the utility study.
+
+Source: ResNet, He et al., arXiv 1512.03385, as transformers has it; logit-adjusted cross-entropy, Menon et al., "Long-Tail
+Learning via Logit Adjustment", arXiv 2007.07314, eq. 10 with tau = 1. A nevus is seventy times as common as a
+dermatofibroma: the adjustment takes how common classes are out of the logits, so that their argmax is the best guess
+where all diagnoses are equally likely, and it needs no resampling.
+
+Images labelled `unknown` are left out, and so are those of diagnoses that no training image has; the report counts
+them. As in the tokenizer's stage, the better of the best raw model and the averaged one becomes `model/`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+
+from isic_vq.data.loading import DecodedImages
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import Source, SourceInfo
+from isic_vq.evaluation.images import MIN_GROUP
+from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_interval
+from isic_vq.evaluation.likelihood import balanced_accuracy
+from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.models.diagnosis import DIAGNOSES
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.training.averaging import gathered_batch_norm
+from isic_vq.training.images import ImageTask, open_data
+from isic_vq.training.loop import Trainer
+from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import ClassifierRecipe
+from isic_vq.training.run import build_config, open_run, save_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Tensor, Tensor], float]  # of logits (N, C) and labels (N,)
+
+MEAN = STD = 0.5  # of each channel, as preprocessor_config.json has them
+REFIT_BATCHES = 64  # batches that re-estimate BatchNorm's statistics under averaged parameters
+
+
+def build_classifier(fields: dict[str, Any], classes: Sequence[str]) -> ResNetForImageClassification:
+    """A ResNet with new weights.
+
+    Args:
+        fields: of `ResNetConfig`, such as `embedding_size`, `hidden_sizes`, `depths` and `layer_type`.
+        classes: name of each class.
+
+    Raises:
+        RecipeError: a field that the config does not have, or a value that does not fit.
+    """
+    config = build_config(ResNetConfig, fields)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    return ResNetForImageClassification(config).to(memory_format=torch.channels_last)
+
+
+def normalised(pixel_values: Tensor) -> Tensor:
+    """What the network takes of images `(B, 3, H, W)` in [0, 1]."""
+    return (pixel_values - MEAN) / STD
+
+
+def class_log_shares(labels: Tensor, num_classes: int) -> Tensor:
+    """Logarithm of each class's share `(num_classes,)` of `labels` `(N,)`, which hold each class at least once."""
+    return (torch.bincount(labels, minlength=num_classes) / len(labels)).log()
+
+
+def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_shares: Tensor) -> Tensor:
+    """Logit-adjusted cross-entropy in nats per image: -log softmax(logits + log_shares)[label], mean over the batch.
+
+    Args:
+        logits: `(B, C)`.
+        labels: `(B,)` int64.
+        log_shares: `(C,)`, see `class_log_shares`.
+    """
+    return F.cross_entropy(logits.float() + log_shares, labels)
+
+
+def random_colours(num_images: int, strength: float, seed: int, epoch: int) -> Tensor:
+    """Draw how the colours of each image of a data set change in an epoch: a function of the arguments alone.
+
+    Args:
+        num_images: number of images of the data set.
+        strength: largest change, in [0, 1).
+        seed: seed of the run, not negative.
+        epoch: number of the epoch, not negative.
+
+    Returns:
+        `(num_images, 2, 3)` float32: by image, a factor for each channel, uniform in 1 +- strength, and an offset,
+        uniform in +- strength / 2, see `recoloured`.
+    """
+    state = np.random.SeedSequence(seed, spawn_key=(epoch, 1)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    changes = strength * (2 * torch.rand(num_images, 2, 3, generator=generator) - 1)
+    return changes * torch.tensor([1.0, 0.5])[:, None] + torch.tensor([1.0, 0.0])[:, None]
+
+
+def recoloured(pixel_values: Tensor, colours: Tensor) -> Tensor:
+    """Images `(B, 3, H, W)` in [0, 1], each times its factors and plus its offsets, cut off at 0 and 1.
+
+    Args:
+        pixel_values: the images.
+        colours: `(B, 2, 3)`, see `random_colours`.
+    """
+    factors, offsets = colours[..., None, None].unbind(1)
+    return (pixel_values * factors + offsets).clamp(0, 1)
+
+
+class ClassifierTask(ImageTask):
+    """The classifier stage, as the loop sees it.
+
+    Args:
+        model: the classifier, on its device after the trainer was built.
+        processor: decodes images.
+        train_set: training images, all of a class.
+        validation_set: validation images, likewise.
+        recipe: the run's recipe.
+    """
+
+    averages_directly = False
+
+    def __init__(
+        self,
+        model: ResNetForImageClassification,
+        processor: IsicVQImageProcessor,
+        train_set: DecodedImages,
+        validation_set: DecodedImages,
+        recipe: ClassifierRecipe,
+    ):
+        super().__init__(processor, train_set, validation_set, recipe)
+        self.model, self.recipe = model, recipe
+        self.log_shares = class_log_shares(torch.tensor(train_set.labels), model.config.num_labels)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The whole network."""
+        return [self.model]
+
+    def before_epoch(self, epoch: int) -> None:
+        """Draw the epoch's views and colours."""
+        super().before_epoch(epoch)
+        strength = self.recipe.colour_strength
+        self.colours = random_colours(self.train_set.num_images, strength, self.loop.seed, epoch)
+
+    def before_step(self, step: int) -> None:
+        """Nothing to prepare."""
+
+    def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Cross-entropy of a batch, and how many of it are named rightly."""
+        pixel_values = self.pixel_values(batch)
+        labels = batch["labels"].to(pixel_values.device)
+        if self.augment:
+            pixel_values = recoloured(pixel_values, self.colours[batch["indices"]].to(pixel_values.device))
+        logits = model(normalised(pixel_values)).logits
+        return {
+            "loss": balanced_cross_entropy(logits, labels, self.log_shares.to(logits.device)),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+        }
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Everything is learned by gradient."""
+        return {}
+
+    def predict(self) -> tuple[Tensor, Tensor]:
+        """Logits `(N, C)` and labels `(N,)` of the validation images, on the CPU."""
+        batches = list(self.batches(self.validation_set))
+        images = (batch["pixel_values"] for batch in batches)
+        return predict(self.model, images), torch.cat([batch["labels"] for batch in batches])
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the model on the validation images; `loss` is what is minimised."""
+        logits, labels = self.predict()
+        loss = balanced_cross_entropy(logits, labels, self.log_shares).item()
+        classes = list(self.model.config.id2label.values())
+        values = {name: measure(logits, labels) for name, measure in measures(classes, labels).items()}
+        return {"loss": loss, **values}
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """None: it makes no images."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Save the classifier and how its images are prepared."""
+        save_model(folder, self.model, preprocessor(self.recipe.image_size))
+
+    @torch.no_grad()
+    def refit_statistics(self) -> None:
+        """Re-estimate BatchNorm's statistics under the model's present parameters."""
+        chosen = self.train_set.sample(REFIT_BATCHES * self.loop.batch_size, self.loop.seed + 1)
+        self.model.train()
+        with gathered_batch_norm(self.model):
+            for images in self.images(chosen):
+                self.model(normalised(images.to(self.model.device)))
+
+
+@torch.no_grad()
+def predict(model: ResNetForImageClassification, batches: Iterable[Tensor]) -> Tensor:
+    """Logits `(N, C)` on the CPU of batches of images `(B, 3, H, W)` in [0, 1]."""
+    model.eval()
+    return torch.cat([model(normalised(images.to(model.device))).logits.float().cpu() for images in batches])
+
+
+def measures(classes: Sequence[str], labels: Tensor) -> dict[str, Measure]:
+    """How good predictions are, each a function of logits `(N, C)` and labels `(N,)` with a value in [0, 1].
+
+    Args:
+        classes: name of each class.
+        labels: of the images to be measured.
+
+    Returns:
+        `accuracy`; `balanced_accuracy`, the mean recall of the classes that occur; `melanoma_auc`, the area under the
+        ROC curve of the melanoma's probability, where there are melanomas and others.
+    """
+    found: dict[str, Measure] = {
+        "accuracy": lambda logits, labels: (logits.argmax(1) == labels).double().mean().item(),
+        "balanced_accuracy": lambda logits, labels: balanced_accuracy(
+            labels.numpy(), logits.argmax(1).numpy()
+        ),
+    }
+    melanoma = list(classes).index("melanoma") if "melanoma" in classes else None
+    if melanoma is not None and 0 < (labels == melanoma).sum() < len(labels):
+
+        def melanoma_auc(logits: Tensor, labels: Tensor) -> float:
+            probabilities, positive = logits.softmax(1)[:, melanoma], labels == melanoma
+            return auroc(probabilities[~positive], probabilities[positive])
+
+        found["melanoma_auc"] = melanoma_auc
+    return found
+
+
+def classifier_metrics(
+    logits: Tensor, labels: Tensor, classes: Sequence[str], log_shares: Tensor, split: str, dataset: str
+) -> list[Metric]:
+    """The report's lines: `measures`, the cross-entropy, and the recall of classes of at least `MIN_GROUP` images.
+
+    Args:
+        logits: `(N, C)`.
+        labels: `(N,)` int64.
+        classes: name of each class.
+        log_shares: `(C,)`, see `class_log_shares`.
+        split: of the images.
+        dataset: theirs.
+    """
+    right = logits.argmax(1) == labels
+    can_be_drawn = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
+    metrics = [share_metric("accuracy", right, split, dataset)]
+    for name, measure in measures(classes, labels).items():
+        if name != "accuracy":
+            interval = None
+            if can_be_drawn:
+                low, high = bootstrap_interval(
+                    lambda rows, measure=measure: measure(logits[rows], labels[rows]),
+                    np.arange(len(labels)),
+                    strata=labels,
+                )
+                interval = [low, high]
+            value = measure(logits, labels)
+            metrics.append(Metric(name, value, "1", len(labels), split, dataset, interval=interval))
+    losses = F.cross_entropy(logits + log_shares, labels, reduction="none").double()
+    metrics.append(mean_metric("cross_entropy", losses, "nats per image", split, dataset))
+    for index, diagnosis in enumerate(classes):
+        if (labels == index).sum() >= MIN_GROUP:
+            name = f"recall[diagnosis={diagnosis}]"
+            metrics.append(share_metric(name, right[labels == index], split, dataset))
+    return metrics
+
+
+def share_metric(name: str, hits: Tensor, split: str, dataset: str) -> Metric:
+    """The share of `hits` `(N,)` bool that are true, with Wilson's interval."""
+    count, number = int(hits.sum()), len(hits)
+    interval = list(share_interval(count, number))
+    return Metric(name, count / number, "1", number, split, dataset, interval=interval)
+
+
+def preprocessor(image_size: int) -> ConvNextImageProcessorPil:
+    """Image processor of transformers that makes of images of any size what the network takes."""
+    return ConvNextImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_pct=1.0, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+
+
+def known_classes(diagnoses: Sequence[str]) -> list[str]:
+    """The diagnoses that occur, but for `unknown`, in the order of `DIAGNOSES`.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    classes = [name for name in DIAGNOSES if name in set(diagnoses) - {"unknown"}]
+    if len(classes) < 2:
+        raise DataError(
+            f"the training images have {classes or 'no diagnosis'}: expected at least two diagnoses"
+        )
+    return classes
+
+
+def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset":
+    """The records of these classes.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows = [row for row, diagnosis in enumerate(records["diagnosis"]) if diagnosis in classes]
+    if not rows:
+        raise DataError(f"no image of {name} has one of the diagnoses {', '.join(classes)}")
+    if len(rows) < len(records):
+        logger.info(
+            "%d of %d images of %s have none of the classes' diagnoses and are left out",
+            len(records) - len(rows),
+            len(records),
+            name,
+        )
+    return records.select(rows)
+
+
+def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
+    """Run a recipe from its images to `model/` and `report.json`.
+
+    Returns:
+        The report, in the main process.
+
+    Raises:
+        DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
+    """
+    train, validation, sources = open_data(recipe.data)
+    if isinstance(train, Source):
+        raise DataError(
+            f"data.train={train.name} is streamed, and a classifier counts its classes first: write the images to "
+            "files with isic-vq data prepare"
+        )
+    classes = known_classes(train["diagnosis"])
+    parts = {"train": train, "validation": validation}
+    kept = {name: labelled(records, classes, sources[name].name) for name, records in parts.items()}
+    left_out = {name: len(parts[name]) - len(kept[name]) for name in parts}
+    processor = IsicVQImageProcessor(size=recipe.image_size)
+    label2id = {name: index for index, name in enumerate(classes)}
+    train_set, validation_set = (
+        DecodedImages(kept[name], processor, label2id, cache=recipe.data.cache) for name in parts
+    )
+    processes = Processes(recipe.loop, Path(recipe.output_dir))
+    run = open_run(recipe, sources, resume, processes)
+    torch.manual_seed(recipe.loop.seed)
+    model = build_classifier(recipe.model, classes)
+    task = ClassifierTask(model, processor, train_set, validation_set, recipe)
+    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **recipe.model})
+    if resume:
+        trainer.resume()
+    trainer.train()
+    report = None
+    if processes.is_main:
+        variant = choose_model(task, trainer, sources["train"])
+        logits, labels = task.predict()
+        dataset = sources["validation"].name
+        report = Report(
+            model={
+                "type": model.config.model_type,
+                "weights": variant,
+                "num_parameters": task.model.num_parameters(),
+            },
+            metrics=classifier_metrics(logits, labels, classes, task.log_shares, "validation", dataset),
+            tables={
+                "classes": classes,
+                "confusion": confusion(logits.argmax(1), labels, len(classes)),
+                "left_out": left_out,
+            },
+            environment=environment(),
+        )
+        report.save(run.folder / "report.json")
+    trainer.finish()
+    return report
+
+
+def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
+    """How often an image of a class (row) was called each class (column)."""
+    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes).tolist()
+
+
+def choose_model(task: ClassifierTask, trainer: Trainer, source: SourceInfo) -> str:
+    """Load the better of best raw and averaged parameters into `task.model`, save it as `model/` and name it."""
+    config, trained = task.model.config, task.model.state_dict()
+    # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
+    task.model = ResNetForImageClassification(config).to(
+        trainer.processes.device, memory_format=torch.channels_last
+    )
+    task.model.load_state_dict(trained)
+    best = ResNetForImageClassification.from_pretrained(trainer.run.folder / "best").state_dict()
+    candidates = {"raw": best}
+    if trainer.averaged is not None:
+        trainer.averaged.copy_to(task.model)
+        task.refit_statistics()
+        candidates["averaged"] = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    losses = {}
+    for name, state in candidates.items():
+        task.model.load_state_dict(state)
+        losses[name] = task.validate()["loss"]
+        logger.info("%s model: loss %.4f on validation", name, losses[name])
+    chosen = min(losses, key=lambda name: losses[name])
+    task.model.load_state_dict(candidates[chosen])
+    save_model(
+        trainer.run.folder / "model",
+        task.model,
+        preprocessor(task.recipe.image_size),
+        training_data={"classifier": source},
+    )
+    return chosen
