@@ -1,0 +1,498 @@
+"""Audit a checkpoint for memorised training images: its samples, or images of any other origin, and its likelihoods.
+
+Samples are compared with training images in channels: by codes, and by features of each model that is given. In every
+channel each sample gets its nearest training image, and `memorization` tells what these distances say. Features are those
+of what codes decode to, of samples, training images and held-out images alike: a generated image shows no more detail
+than the tokenizer keeps, and beside photographs it would differ by that alone.
+
+The last channel is the prior's own: how well its likelihood tells training images from held-out ones, as the area under
+the ROC curve of a membership attack by loss (Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection
+to Overfitting", arXiv 1709.01604). It says that a model has overfitted, not that its samples are copies.
+
+It trusts that the held-out images come from where the training images do and that none shows a lesion of theirs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from isic_vq.data.augmentation import NUM_VIEWS, dihedral
+from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
+from isic_vq.data.encoding import encode_source
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import find_source
+from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_interval
+from isic_vq.evaluation.likelihood import bits_per_code
+from isic_vq.evaluation.memorization import (
+    LEVEL,
+    Excess,
+    empirical_p_values,
+    excess_of_near_samples,
+    found_pairs,
+    held_out_neighbours,
+    tail_p_values,
+)
+from isic_vq.evaluation.neighbours import CodeIndex, Nearest, nearest_by_features
+from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.hub import load_model, resolve
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+
+BATCH_SIZE = 32
+CODES = "codes"  # the channel that is always there
+NUM_PAIRS = 16  # of the closest pairs of a channel, those listed even if none is found
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is audited.
+
+    Attributes:
+        codes: `(S, h, w)` int64 in [0, K).
+        names: S names, such as "image 3" of a seed or an image's id.
+        source: where they come from, safe to publish.
+        seed: of generated ones; None for images.
+    """
+
+    codes: Tensor
+    names: list[str]
+    source: str
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What one way of comparing images says.
+
+    Attributes:
+        name: "codes", or the feature model's.
+        samples: the nearest training image of each sample.
+        held_out: of each held-out image.
+        neighbours: `(S,)`, the nearest of each sample among training images, then held-out ones, in first views.
+    """
+
+    name: str
+    samples: Nearest
+    held_out: Nearest
+    neighbours: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample and its nearest training image.
+
+    Attributes:
+        sample: number of the sample.
+        row: of the training image in its cache.
+        view: the dihedral view of the training image that the sample is near to.
+        distance: in the channel's unit.
+        p_value: empirical.
+        tail_p_value: as `tail_p_values` has it.
+        found: Benjamini-Hochberg finds the pair.
+    """
+
+    sample: int
+    row: int
+    view: int
+    distance: float
+    p_value: float
+    tail_p_value: float
+    found: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A report on a model, and what its pairs can be drawn from.
+
+    Attributes:
+        model: the model, in eval mode.
+        train: codes of the training images.
+        samples: what was audited.
+        excess: the verdict of each channel, by name.
+        pairs: every pair of each channel, the closest first, by name.
+        report: the numbers.
+    """
+
+    model: IsicVQModel
+    train: CodeCache
+    samples: Samples
+    excess: dict[str, Excess]
+    pairs: dict[str, list[Pair]]
+    report: Report
+
+    @property
+    def verdict(self) -> bool:
+        """Whether, in any channel, more samples are near to training images than chance explains."""
+        return any(excess.verdict for excess in self.excess.values())
+
+    def shown_pairs(self, channel: str) -> list[Pair]:
+        """The pairs of a channel that were found, and the closest others up to `NUM_PAIRS`; the closest first."""
+        return [pair for rank, pair in enumerate(self.pairs[channel]) if pair.found or rank < NUM_PAIRS]
+
+
+def audit_checkpoint(
+    model: str | None,
+    train_codes: Path,
+    held_out_codes: Path,
+    features: Sequence[str] = (),
+    *,
+    num_samples: int = 500,
+    samples_from: str | None = None,
+    seed: int = 0,
+    limit: int = 1000,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> Audit:
+    """Compare samples with training images, by codes and by features, and training images' likelihoods with others'.
+
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+        train_codes: code cache of the training images, best in all eight views.
+        held_out_codes: code cache of images of the same origin that the model was not trained on; their first view.
+        features: folders or Hub ids of image models, as `FeatureModel.from_pretrained` takes them.
+        num_samples: how many images to generate, with the diagnoses of the training images.
+        samples_from: images to audit instead.
+        seed: of samples, subsets and resampling.
+        limit: at most this many training images, and held-out ones, whose likelihood is compared.
+        max_corrupt_share: of `samples_from`, share of unreadable images past which to fail.
+        progress: show bars.
+
+    Raises:
+        ModelError, DataError: as their docstrings say; held-out images that are training images.
+        ValueError: numbers out of their range, or two feature models of one name.
+    """
+    if num_samples < 1 or limit < 2:
+        raise ValueError(
+            f"{num_samples} samples and a limit of {limit}: expected at least 1 and 2, respectively"
+        )
+    names = [Path(name).resolve().name if Path(name).is_dir() else name for name in features]
+    if len({CODES, *names}) <= len(names):
+        raise ValueError(f"the feature models are called {names}: expected each name once, and none {CODES}")
+    loaded = load_model(IsicVQModel, model).eval()
+    train, held_out = read_code_cache(train_codes), read_code_cache(held_out_codes)
+    for cache, path in ((train, train_codes), (held_out, held_out_codes)):
+        check_tokenizer(cache, loaded.vqvae, path.name)
+    shared = set(train.isic_ids) & set(held_out.isic_ids)
+    if shared:
+        raise DataError(
+            f"{len(shared)} images of {held_out_codes.name} are in {train_codes.name}, such as {min(shared)}: held-out "
+            "images must be new to the model"
+        )
+    if samples_from is None:
+        samples = generate_samples(loaded, train, num_samples, seed, progress)
+    else:
+        samples = encode_samples(loaded, samples_from, max_corrupt_share, progress)
+    channels = [compare_codes(samples.codes, train, held_out, seed)]
+    for name, folder in zip(names, features, strict=True):
+        extractor = FeatureModel.from_pretrained(folder).to(loaded.device)
+        channels.append(compare_features(name, loaded, extractor, samples.codes, train, held_out, progress))
+    report = Report(
+        model={
+            "name": Path(resolve(model)).name,
+            "type": "isic_vq",
+            "prior": loaded.config.prior_config.model_type,
+        },
+        metrics=[],
+        environment=environment(str(loaded.device)),
+    )
+    audit = Audit(loaded, train, samples, *judge(channels), report)
+    for channel in channels:
+        report.metrics += channel_metrics(audit, channel, held_out, seed)
+    report.metrics += membership_metrics(loaded, train, held_out, limit, seed)
+    report.tables["verdict"] = verdict_table(audit)
+    report.tables["closest_pairs"] = {channel.name: pairs_table(audit, channel.name) for channel in channels}
+    return audit
+
+
+def class_ids(model: IsicVQModel, cache: CodeCache) -> Tensor:
+    """Class ids `(N,)` int64 of a cache's images, the unconditional id for a diagnosis that the model does not have."""
+    ids = {name: index for index, name in model.config.class_names.items()}
+    return torch.tensor([ids.get(name, model.prior.config.unconditional_id) for name in cache.diagnoses])
+
+
+def sample_labels(ids: Tensor, num_samples: int) -> Tensor:
+    """Class ids `(num_samples,)`, sorted, in the proportions that they have among ids `(N,)`, up to one sample each."""
+    return ids.sort().values[((torch.arange(num_samples) + 0.5) * len(ids) / num_samples).long()]
+
+
+def generate_samples(
+    model: IsicVQModel, train: CodeCache, num_samples: int, seed: int, progress: bool = False
+) -> Samples:
+    """Draw samples whose classes are in proportion to those of the training images, by the model's own distribution."""
+    labels = sample_labels(class_ids(model, train), num_samples)
+    rows = -(-num_samples // BLOCK_SIZE) * model.config.vqvae_config.grid_size
+    with tqdm(total=rows, unit="row", desc="sampling", disable=not progress) as bar:
+        generated: Any = model.generate(num_samples, labels, seed=seed, on_row=bar.update)  # type: ignore[arg-type]
+    names = [f"image {index}" for index in range(num_samples)]
+    return Samples(generated.codes.cpu(), names, "generated", seed)
+
+
+def encode_samples(
+    model: IsicVQModel, uri: str, max_corrupt_share: float = 0.01, progress: bool = False
+) -> Samples:
+    """Read images as samples, whatever made them.
+
+    Raises:
+        DataError: the source cannot be read, or too many of its images are corrupt.
+    """
+    source = find_source(uri)
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    cache = encode_source(
+        model.vqvae,
+        processor,
+        source.dataset() if source.has_random_access else source,
+        source.describe(),
+        num_views=1,
+        max_corrupt_share=max_corrupt_share,
+        progress=progress,
+    )
+    return Samples(first_views(cache), cache.isic_ids, cache.source.name, None)
+
+
+def first_views(cache: CodeCache) -> Tensor:
+    """Codes `(N, h, w)` int64 of a cache's images as they are."""
+    return torch.from_numpy(cache.codes[:, 0].astype(np.int64))
+
+
+def compare_codes(codes: Tensor, train: CodeCache, held_out: CodeCache, seed: int) -> Channel:
+    """Compare samples' codes `(S, h, w)` with training images' in all their views."""
+    index = CodeIndex(train.codes, train.num_codes)
+    grids = codes.numpy()
+    together = np.concatenate([train.codes[:, :1], held_out.codes[:, :1]])
+    # Hamming distances are often equal, and the first image gets the sample: its place must not be its kind's.
+    order = np.random.default_rng(seed).permutation(len(together))
+    neighbours = CodeIndex(together[order], train.num_codes).nearest(grids)
+    return Channel(CODES, index.nearest(grids), index.nearest(held_out.codes[:, 0]), order[neighbours.rows])
+
+
+def compare_features(
+    name: str,
+    model: IsicVQModel,
+    extractor: FeatureModel,
+    codes: Tensor,
+    train: CodeCache,
+    held_out: CodeCache,
+    progress: bool = False,
+) -> Channel:
+    """Compare features of what samples' codes `(S, h, w)` decode to, in all views, with training images' in one."""
+
+    def embed(codes: Tensor, views: int) -> Tensor:
+        return decoded_features(model, extractor, codes, views, f"{name}: features", progress)
+
+    of_train = embed(first_views(train), 1)[:, 0]
+    of_held_out, of_samples = embed(first_views(held_out), NUM_VIEWS), embed(codes, NUM_VIEWS)
+    return Channel(
+        name,
+        nearest_by_features(of_samples, of_train),
+        nearest_by_features(of_held_out, of_train),
+        nearest_by_features(of_samples, torch.cat([of_train, of_held_out[:, 0]])).rows,
+    )
+
+
+@torch.inference_mode()
+def decoded_features(
+    model: IsicVQModel,
+    extractor: FeatureModel,
+    codes: Tensor,
+    num_views: int,
+    desc: str = "features",
+    progress: bool = False,
+) -> Tensor:
+    """Features `(N, num_views, D)` on the CPU of what codes `(N, h, w)` decode to, in the first so many views."""
+    parts = []
+    with tqdm(total=len(codes), unit="image", desc=desc, disable=not progress) as bar:
+        for batch in codes.split(BATCH_SIZE):
+            images = model.decode(batch.to(model.device)).float()
+            views = [
+                extractor(dihedral(images, torch.full((len(images),), view))) for view in range(num_views)
+            ]
+            parts.append(torch.stack(views, dim=1).cpu())
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, list[Pair]]]:
+    """The verdict and the pairs of each channel, by name.
+
+    All channels together are wrong at `LEVEL`: each verdict has its share of it, and Benjamini-Hochberg is given every
+    pair of every channel at once.
+    """
+    excess, pairs = {}, {}
+    tails = np.stack([tail_p_values(of.samples.distances, of.held_out.distances) for of in channels])
+    found = found_pairs(tails)
+    for channel, tail, hits in zip(channels, tails, found, strict=True):
+        nearest, others = channel.samples, channel.held_out.distances
+        excess[channel.name] = excess_of_near_samples(nearest.distances, others, LEVEL / len(channels))
+        p_values = empirical_p_values(nearest.distances, others)
+        pairs[channel.name] = [
+            Pair(
+                sample=int(index),
+                row=int(nearest.rows[index]),
+                view=int(nearest.views[index]),
+                distance=float(nearest.distances[index]),
+                p_value=float(p_values[index]),
+                tail_p_value=float(tail[index]),
+                found=bool(hits[index]),
+            )
+            for index in nearest.distances.argsort(kind="stable")
+        ]
+    return excess, pairs
+
+
+def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: int) -> list[Metric]:
+    """The report's lines for a channel: distances, near samples beside chance, pairs found, and whose neighbours."""
+    samples, excess, name = audit.samples, audit.excess[channel.name], channel.name
+    total = len(samples.names)
+    near = share_interval(excess.count, total)
+    found = sum(pair.found for pair in audit.pairs[name])
+    num_train, num_held_out = len(audit.train.isic_ids), len(held_out.isic_ids)
+    others = held_out_neighbours(channel.neighbours, num_train, num_held_out, seed=seed)
+    share = share_interval(round(others.share * total), total)
+    unit = "share of codes" if name == CODES else "1 - cos"
+    sample_distances = torch.from_numpy(channel.samples.distances)
+    held_out_distances = torch.from_numpy(channel.held_out.distances)
+    key = f"nearest_distance[{name}]"
+    values: list[tuple[str, float, str, list[float] | None]] = [
+        ("near_samples", excess.count, "samples", [bound * total for bound in near]),
+        ("near_samples_by_chance", excess.expected, "samples", None),
+        ("near_samples_p_value", excess.p_value, "1", None),
+        ("pairs_found", found, "samples", None),
+        ("held_out_neighbours", others.share, "share of samples", list(share)),
+        ("held_out_neighbours_by_chance", others.expected, "share of samples", None),
+        ("held_out_neighbours_p_value", others.p_value, "1", None),
+    ]
+    if excess.threshold is not None:
+        values.insert(2, ("near_samples_threshold", excess.threshold, "samples", None))
+    return [
+        mean_metric(key, sample_distances, unit, "samples", samples.source, samples.seed),
+        mean_metric(key, held_out_distances, unit, "held-out", held_out.source.name),
+        *(
+            Metric(f"{what}[{name}]", value, of, total, "samples", samples.source, seed, interval)
+            for what, value, of, interval in values
+        ),
+    ]
+
+
+def membership_metrics(
+    model: IsicVQModel, train: CodeCache, held_out: CodeCache, limit: int, seed: int
+) -> list[Metric]:
+    """The report's lines for what the prior's likelihood gives away, of seeded subsets of both caches.
+
+    `membership_auc` is the probability that a training image costs fewer bits than a held-out one, each given its own
+    diagnosis: 0.5 gives nothing away. `likelihood_gap` is by how many bits per code.
+    """
+    bits = []
+    for cache in (train, held_out):
+        order = torch.randperm(len(cache.isic_ids), generator=torch.Generator().manual_seed(seed))
+        rows = order[:limit]
+        bits.append(bits_per_code(model.prior, first_views(cache)[rows], class_ids(model, cache)[rows]))
+    is_held_out = np.repeat([0, 1], [len(part) for part in bits])
+    joined = torch.cat(bits).numpy()
+    metrics = []
+    for name, unit, statistic in (
+        ("membership_auc", "AUROC", auroc),
+        ("likelihood_gap", "bits per code", lambda usual, unusual: (unusual.mean() - usual.mean()).item()),
+    ):
+
+        def of_rows(groups: NDArray[Any], values: NDArray[Any], statistic: Any = statistic) -> float:
+            return statistic(torch.from_numpy(values[groups == 0]), torch.from_numpy(values[groups == 1]))
+
+        interval = bootstrap_interval(of_rows, is_held_out, joined, strata=is_held_out, seed=seed)
+        value = of_rows(is_held_out, joined)
+        metrics.append(
+            Metric(
+                name,
+                value,
+                unit,
+                len(joined),
+                "train and held-out",
+                f"{train.source.name} and {held_out.source.name}",
+                seed,
+                list(interval),
+            )
+        )
+    return metrics
+
+
+def verdict_table(audit: Audit) -> dict[str, Any]:
+    """What was decided, and by what, ready for JSON."""
+    return {
+        "memorised": audit.verdict,
+        "level": LEVEL,
+        "channels": {
+            name: {**asdict(excess), "verdict": excess.verdict} for name, excess in audit.excess.items()
+        },
+    }
+
+
+def pairs_table(audit: Audit, channel: str) -> list[dict[str, Any]]:
+    """The pairs of a channel that are shown, the closest first, training images by id alone."""
+    return [
+        {
+            "sample": audit.samples.names[pair.sample],
+            "isic_id": audit.train.isic_ids[pair.row],
+            "view": pair.view,
+            "distance": pair.distance,
+            "p_value": pair.p_value,
+            "tail_p_value": pair.tail_p_value,
+            "found": pair.found,
+        }
+        for pair in audit.shown_pairs(channel)
+    ]
+
+
+@torch.inference_mode()
+def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> tuple[Tensor, Tensor]:
+    """The pairs of a channel that are shown: what the samples' codes decode to, and training images turned likewise.
+
+    Args:
+        audit: as `audit_checkpoint` returns it.
+        channel: name of the channel.
+        train_images: source of the training images; None shows what their codes decode to.
+
+    Returns:
+        Both `(P, 3, H, W)` in [0, 1], on the CPU.
+
+    Raises:
+        DataError: the source cannot be read, or lacks an image.
+    """
+    pairs, model = audit.shown_pairs(channel), audit.model
+    chosen = audit.samples.codes[[pair.sample for pair in pairs]]
+    samples = model.decode(chosen.to(model.device)).float().cpu()
+    rows = [pair.row for pair in pairs]
+    if train_images is None:
+        images = model.decode(first_views(audit.train)[rows].to(model.device)).float().cpu()
+    else:
+        images = named_images(train_images, [audit.train.isic_ids[row] for row in rows], samples.shape[-1])
+    return samples, dihedral(images, torch.tensor([pair.view for pair in pairs]))
+
+
+def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
+    """Images of a source by their ids, `(len(names), 3, size, size)` in [0, 1].
+
+    Raises:
+        DataError: the source cannot be read, or lacks an image.
+    """
+    source = find_source(uri)
+    wanted, processor = set(names), IsicVQImageProcessor(size=size)
+    records = source.records()
+    if source.has_random_access:
+        rows = [row for row, about in enumerate(source.metadata()) if about["isic_id"] in wanted]
+        records = source.dataset().select(rows)
+    found: dict[str, Tensor] = {}
+    for batch in iter_batches(records, processor, BATCH_SIZE):
+        kept = dict(zip(batch["isic_ids"], batch["pixel_values"], strict=True))
+        found |= {name: kept[name] for name in wanted & kept.keys()}
+    if missing := wanted - found.keys():
+        raise DataError(f"{source.name} lacks {len(missing)} of the images to show, such as {min(missing)}")
+    return torch.stack([found[name] for name in names])

@@ -1,0 +1,211 @@
+"""Whether samples are nearer to training images than images are that the model has never seen.
+
+The yardstick is the distance of held-out images to *their* nearest training image. Were the samples as far from the
+training images as these, samples and held-out images would be exchangeable, and all statistics here rest on that
+alone but for one, which says so. Source of the idea: Meehan et al., "A Non-Parametric Test to Detect Data-Copying in
+Generative Models", arXiv 2004.05675 (theirs compares the two sets of distances by their ranks, within cells).
+
+* `empirical_p_values`: p = (1 + held-out distances <= d) / (1 + n), for every sample and its nearest training image.
+  Source: conformal p-values, Bates et al., "Testing for Outliers with Conformal p-values", arXiv 2104.08279. They
+  are exact, but never below 1 / (n + 1): of 500 samples and n = 597, Benjamini-Hochberg at 5 % would find nothing
+  unless 17 samples were nearer than every held-out image, and with n = 117 unless 85 were.
+* `tail_p_values`: the same p, but below the nearest tenth of the held-out distances it follows their tail on. That a
+  point lies within d of its nearest neighbour has, as d shrinks, a probability that goes with a power of d (the local
+  dimension: Levina and Bickel, "Maximum Likelihood Estimation of Intrinsic Dimension", 2004), so that the logs of
+  the tail's distances are exponential. The power is not estimated and trusted: the p-value is that of the ratio of
+  exponential variables, which is exact for any power and any n. These are what Benjamini-Hochberg is given, for which
+  pairs are copies. This is the one statistic that assumes something; it is what finding a single copy costs.
+* `excess_of_near_samples`: the verdict. How many samples are nearer than the r-th nearest held-out image, r being one
+  in a hundred? Of m samples and n held-out images that are exchangeable, the number is beta-binomial(m, r, n + 1 - r),
+  whatever the distances are. A binomial or Poisson-binomial test of the same count takes the m p-values for
+  independent, while they share one set of held-out images: its verdicts are wrong far more often than it says.
+
+Samples can be nearer without being copied: a model that draws plain images only is near to everything. So read a
+verdict with `held_out_neighbours`, which asks whether samples avoid held-out images as neighbours. It compares
+training images with held-out ones, not samples with either, and does not mind how plain the samples are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import betabinom, false_discovery_control
+
+LEVEL = 0.05  # of wrong verdicts, and of wrong pairs among those found
+NEAR_SHARE = 0.01  # a sample is near if it is nearer than this share of the held-out images
+TAIL_SHARE = 0.1  # of the held-out distances, what the tail is known by
+MIN_TAIL = 5  # held-out distances, below which the tail is not known
+
+
+def empirical_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
+    """The p-value of each sample's distance, `(S,)` in [1 / (n + 1), 1].
+
+    Args:
+        distances: `(S,)`, of each sample to its nearest training image.
+        held_out: `(n,)`, of each held-out image to its nearest training image.
+
+    Raises:
+        ValueError: there are no held-out distances, or numbers that are no distances.
+    """
+    samples, ordered = _checked(distances), np.sort(_checked(held_out))
+    if len(ordered) == 0:
+        raise ValueError("there are no held-out distances: expected at least one to compare samples with")
+    return (1 + ordered.searchsorted(samples, side="right")) / (1 + len(ordered))
+
+
+def tail_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
+    """Empirical p-values, but finer for distances within the tail of the held-out ones, `(S,)` in [0, 1].
+
+    With u the (k + 1)-th smallest held-out distance, k a tenth of them, x_1 to x_k the smaller ones and
+    s = sum log(u / x_i): p(d) = (k + 1) / (n + 1) (1 + log(u / d) / s)^-k for d < u.
+
+    Where s is 0 or infinite (equal distances; a held-out image that is a training image), or k is below `MIN_TAIL`,
+    the held-out images do not tell their tail, and all p-values stay empirical.
+
+    Args:
+        distances: as for `empirical_p_values`.
+        held_out: likewise.
+
+    Raises:
+        ValueError: as `empirical_p_values`.
+    """
+    samples, ordered = _checked(distances), np.sort(_checked(held_out))
+    empirical = empirical_p_values(samples, ordered)
+    size = int(TAIL_SHARE * len(ordered))
+    if size < MIN_TAIL or ordered[0] == 0 or ordered[0] == ordered[size]:
+        return empirical
+    start = ordered[size]
+    spread = np.log(start / ordered[:size]).sum()
+    with np.errstate(divide="ignore"):  # a distance of 0 has p = 0
+        beyond = np.log(start / np.minimum(samples, start))
+    tail = (size + 1) / (len(ordered) + 1) * (1 + beyond / spread) ** -size
+    return np.where(samples < start, tail, empirical)
+
+
+def found_pairs(p_values: ArrayLike) -> NDArray[np.bool_]:
+    """Which p-values, of any shape, Benjamini-Hochberg finds at `LEVEL`, all of them taken together.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995, computed by scipy.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    return (false_discovery_control(values.ravel()) <= LEVEL).reshape(values.shape)
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How many samples are near to training images, beside how many would be by chance.
+
+    Attributes:
+        radius: a sample is near if its distance is below this.
+        count: near samples.
+        expected: by chance.
+        threshold: fewest near samples that are a verdict at `level`; None if no number of them is.
+        p_value: of at least `count` by chance.
+        level: of the test.
+    """
+
+    radius: float
+    count: int
+    expected: float
+    threshold: int | None
+    p_value: float
+    level: float
+
+    @property
+    def verdict(self) -> bool:
+        """Whether more samples are near than chance explains."""
+        return self.p_value <= self.level
+
+
+def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: float = LEVEL) -> Excess:
+    """Test whether more samples are near to training images than chance explains.
+
+    Near is nearer than the r-th nearest of the n held-out images, r = max(1, floor(`NEAR_SHARE` (n + 1))). Equal
+    distances make the test miss copies rather than see some where there are none.
+
+    Args:
+        distances: as for `empirical_p_values`.
+        held_out: likewise.
+        level: of the test: its share of the level where several channels are tested.
+
+    Raises:
+        ValueError: as `empirical_p_values`, or there are no samples.
+    """
+    samples, ordered = _checked(distances), np.sort(_checked(held_out))
+    if len(samples) == 0 or len(ordered) == 0:
+        raise ValueError(
+            f"{len(samples)} samples and {len(ordered)} held-out images: expected at least one each"
+        )
+    rank = max(1, int(NEAR_SHARE * (len(ordered) + 1)))
+    chance = betabinom(len(samples), rank, len(ordered) + 1 - rank)
+    radius = float(ordered[rank - 1])
+    count = int((samples < radius).sum())
+    # P(number >= 0), P(number >= 1), ...: scipy's own survival function adds up anew for each.
+    at_least = chance.pmf(np.arange(len(samples) + 1))[::-1].cumsum()[::-1]
+    enough = np.flatnonzero(at_least <= level)
+    return Excess(
+        radius=radius,
+        count=count,
+        expected=len(samples) * rank / (len(ordered) + 1),
+        threshold=int(enough[0]) if len(enough) else None,
+        p_value=float(at_least[count]),
+        level=level,
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutNeighbours:
+    """How many samples have a held-out image as their nearest, beside how many would have one by chance.
+
+    Attributes:
+        share: of the samples.
+        expected: n / (N + n), for N training and n held-out images.
+        p_value: of at most so many by chance.
+    """
+
+    share: float
+    expected: float
+    p_value: float
+
+
+def held_out_neighbours(
+    rows: Sequence[int] | NDArray[np.int64],
+    num_train: int,
+    num_held_out: int,
+    draws: int = 10000,
+    seed: int = 0,
+) -> HeldOutNeighbours:
+    """Test whether samples have held-out images as their nearest ones more rarely than chance explains.
+
+    A model that does not know which images it was trained on has each of the N + n images as a neighbour alike: which n
+    of them are the held-out ones is then a random draw, given the samples and all images. The p-value is that of this
+    permutation test, with the +1 of Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+
+    Args:
+        rows: `(S,)`, the nearest image of each sample, a number below N + n; training images come first.
+        num_train: N.
+        num_held_out: n.
+        draws: how often n of the images are drawn.
+        seed: of the draws.
+    """
+    total = num_train + num_held_out
+    popularity = np.bincount(rows, minlength=total)
+    found = int(popularity[num_train:].sum())
+    generator = np.random.default_rng(seed)
+    # Only images that are anybody's nearest matter: how many of the n are among them, and then which.
+    popular = popularity[popularity > 0]
+    sizes = generator.hypergeometric(len(popular), total - len(popular), num_held_out, draws)
+    drawn = np.array([generator.permutation(popular)[:size].sum() for size in sizes])
+    p_value = (1 + int((drawn <= found).sum())) / (1 + draws)
+    return HeldOutNeighbours(found / len(rows), num_held_out / total, p_value)
+
+
+def _checked(distances: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(distances, dtype=np.float64)
+    if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(
+            f"distances have shape {values.shape}, from {values.min(initial=np.inf)}: expected finite numbers of at "
+            "least 0, one per image"
+        )
+    return values
