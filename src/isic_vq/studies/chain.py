@@ -1,0 +1,121 @@
+"""A tokenizer and its prior, trained one after the other in one folder, from wherever an earlier attempt stopped.
+
+    FOLDER/vqvae/   the tokenizer's run        FOLDER/train.parquet, validation.parquet   codes
+    FOLDER/prior/   the prior's run; prior/model is the whole model
+
+A stage whose `report.json` is there is finished: it is the last file that a run writes. Every stage is the same as
+its command's, `isic-vq train vqvae`, `encode` and `train prior`.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isic_vq.data.encoding import Encoding, encode_to_file
+from isic_vq.data.parts import open_part
+from isic_vq.files import write_atomically
+from isic_vq.hub import load_model
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.prior import train_prior
+from isic_vq.training.processes import TrainingError
+from isic_vq.training.recipe import PriorRecipe, Recipe, VQVAERecipe, build_recipe, public_recipe
+from isic_vq.training.vqvae import train_vqvae
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How a tokenizer and its prior are trained.
+
+    Attributes:
+        folder: of both runs and the codes between them.
+        train: URI of the training images.
+        validation: URI of the images that select the weights.
+        seed: of both runs.
+        vqvae: fields of the tokenizer's recipe beyond these, as in a YAML file.
+        prior: fields of the prior's recipe.
+        views: dihedral views of each training image in the codes.
+    """
+
+    folder: Path
+    train: str
+    validation: str
+    seed: int
+    vqvae: Mapping[str, Any]
+    prior: Mapping[str, Any]
+    views: int = 1
+
+    @property
+    def model(self) -> Path:
+        """Folder of the whole model, once it is trained."""
+        return self.folder / "prior" / "model"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether both are trained."""
+        return (self.folder / "prior" / "report.json").is_file()
+
+    def run(self) -> None:
+        """Train what is not trained yet.
+
+        Raises:
+            TrainingError: the folder was begun with other settings.
+            DataError, RecipeError, CheckpointError, InterruptedTraining: as their docstrings say.
+        """
+        self._check_settings()
+        tokenizer, codes = self._tokenizer_recipe(), self.folder / "vqvae" / "model"
+        if not (self.folder / "vqvae" / "report.json").is_file():
+            train_vqvae(tokenizer, resume=_has_checkpoint(tokenizer.output_dir))
+        for name, uri, views in (("train", self.train, self.views), ("validation", self.validation, 1)):
+            _encode(codes, uri, self.folder / f"{name}.parquet", views)
+        prior = self._prior_recipe()
+        if not self.is_finished:
+            train_prior(prior, resume=_has_checkpoint(prior.output_dir))
+
+    def _tokenizer_recipe(self) -> VQVAERecipe:
+        data = {"train": self.train, "validation": self.validation, **self.vqvae.get("data", {})}
+        loop = {**self.vqvae.get("loop", {}), "seed": self.seed}
+        folder = str(self.folder / "vqvae")
+        return build_recipe(VQVAERecipe, {**self.vqvae, "output_dir": folder, "data": data, "loop": loop})
+
+    def _prior_recipe(self) -> PriorRecipe:
+        places = {
+            "output_dir": str(self.folder / "prior"),
+            "tokenizer": str(self.folder / "vqvae" / "model"),
+            "train_codes": str(self.folder / "train.parquet"),
+            "validation_codes": str(self.folder / "validation.parquet"),
+        }
+        loop = {**self.prior.get("loop", {}), "seed": self.seed}
+        return build_recipe(PriorRecipe, {**self.prior, **places, "loop": loop})
+
+    def _check_settings(self) -> None:
+        """Note the settings in the folder, or compare them with those that it was begun with."""
+        recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
+        settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
+        text = json.dumps({**settings, "views": self.views}, indent=2) + "\n"
+        path = self.folder / SETTINGS
+        if path.is_file() and path.read_text() != text:
+            raise TrainingError(
+                f"{self.folder.name} was begun with other settings: choose another output_dir, or remove the folder"
+            )
+        write_atomically(path, text.encode())
+
+
+def _has_checkpoint(run: str) -> bool:
+    return any(Path(run, "checkpoints").glob("step-*"))
+
+
+def _encode(tokenizer: Path, uri: str, output: Path, views: int) -> None:
+    """Write a source's codes, unless they are there."""
+    records, source = open_part(uri)
+    model = load_model(VQVAEModel, str(tokenizer))
+    processor = IsicVQImageProcessor(size=model.config.image_size)
+    number = encode_to_file(Encoding(model, processor, records, source, views), output)
+    logger.info("%s holds the codes of %s images", output.name, number)

@@ -1,0 +1,75 @@
+"""How fine should images be quantized? Too coarse loses detail, too fine costs: both sides, measured.
+
+Tokenizers of several codebook sizes on two grids, and a prior for each, trained alike with more than one seed. Source
+of the question: the report "Image Generation using VQ-VAE and Pixel CNN", which asks it and does not measure it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+
+from isic_vq.models.configuration_vqvae import PRESETS
+from isic_vq.studies.chain import Chain
+
+
+@strict
+@dataclass
+class GranularityRecipe:
+    """A granularity study.
+
+    Args:
+        output_dir: the study's folder, one below it per model.
+        train: URI of the training images.
+        validation: URI of the images that the models are compared on.
+        grids: by name, what of a tokenizer's config sets its grid, such as `hidden_sizes`.
+        num_codes: codebook sizes.
+        seeds: each setting is trained once with each.
+        vqvae: fields of the tokenizers' recipe that all share.
+        prior: fields of the priors' recipe that all share.
+    """
+
+    output_dir: str = "runs/granularity"
+    stage: str = "granularity"
+    train: str = ""
+    validation: str = ""
+    grids: dict = field(default_factory=lambda: dict(PRESETS))
+    num_codes: list[int] = field(default_factory=lambda: [64, 256, 1024])
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    vqvae: dict = field(default_factory=dict)
+    prior: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model of the study.
+
+    Attributes:
+        grid: name of its grid.
+        num_codes: its codebook's size.
+        seed: of its training.
+        chain: its training.
+    """
+
+    grid: str
+    num_codes: int
+    seed: int
+    chain: Chain
+
+
+def settings(recipe: GranularityRecipe) -> Iterator[Setting]:
+    """The models of a study; all settings with the first seed come before any with the second."""
+    for seed in recipe.seeds:
+        for grid, fields in recipe.grids.items():
+            for num_codes in recipe.num_codes:
+                model = {**recipe.vqvae.get("model", {}), **fields, "num_codes": num_codes}
+                chain = Chain(
+                    Path(recipe.output_dir, f"{grid}-{num_codes}-seed{seed}"),
+                    recipe.train,
+                    recipe.validation,
+                    seed,
+                    {**recipe.vqvae, "model": model},
+                    recipe.prior,
+                )
+                yield Setting(grid, num_codes, seed, chain)

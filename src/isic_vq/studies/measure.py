@@ -1,0 +1,117 @@
+"""Measure the models of a study image by image, once, so that they can be compared image by image."""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from isic_vq.data.sources import find_source
+from isic_vq.evaluation.images import measure_images
+from isic_vq.evaluation.intervals import mean_interval
+from isic_vq.evaluation.likelihood import bits_per_code
+from isic_vq.files import write_atomically
+from isic_vq.hub import load_model
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.studies.chain import Chain
+
+VALUES = ("psnr", "ssim", "bits_per_code")
+
+
+def measure_chain(chain: Chain, name: str, uri: str) -> dict[str, Tensor]:
+    """PSNR, SSIM and unconditional bits per code of every image of a data set, and how often each code is used.
+
+    Args:
+        chain: a finished one.
+        name: of the data set; the values are kept in the chain's folder under it.
+        uri: of the data set.
+
+    Returns:
+        `(N,)` float64 for each of `VALUES`, in the order of the data set, and `codebook_counts`, `(K,)` int64.
+
+    Raises:
+        DataError: as `measure_images`.
+    """
+    path = chain.folder / "measured" / f"{name}.safetensors"
+    if not path.is_file():
+        model = load_model(IsicVQModel, str(chain.model)).eval()
+        measured = measure_images(model, find_source(uri))
+        values = {key: measured.reconstruction.values[key] for key in ("psnr", "ssim")}
+        values["bits_per_code"] = bits_per_code(model.prior, measured.codes, None)
+        values["codebook_counts"] = torch.tensor(measured.reconstruction.codebook_counts)
+        write_atomically(path, save(values))
+    return load_file(path)
+
+
+@torch.inference_mode()
+def flops_per_image(model: IsicVQModel) -> dict[str, int]:
+    """Floating-point operations of one image's way forward: through the tokenizer, and of its codes through the prior."""
+    config = model.config.vqvae_config
+    pixel_values = torch.zeros(1, 3, config.image_size, config.image_size)
+    counted = {}
+    with FlopCounterMode(display=False) as counter:
+        codes = model.encode(pixel_values)
+        model.decode(codes)
+    counted["tokenizer"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model.prior(codes)
+    counted["prior"] = counter.get_total_flops()
+    return counted
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one model's images differ from another's, for each of the seeds.
+
+    Attributes:
+        means: of the differences, image by image, for each seed.
+        intervals: of these means.
+    """
+
+    means: list[float]
+    intervals: list[tuple[float, float]]
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where every seed's interval lies on that side of 0, else 0: nothing may be said."""
+        if all(low > 0 for low, _ in self.intervals):
+            return 1
+        return -1 if all(high < 0 for _, high in self.intervals) else 0
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.means) / len(self.means)
+
+    def text(self, digits: int = 2) -> str:
+        """The mean over seeds, and every seed's own in brackets."""
+        each = ", ".join(f"{mean:+.{digits}f}" for mean in self.means)
+        return f"{self.mean:+.{digits}f} ({each})"
+
+
+def paired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
+    """Second minus first, image by image, seed by seed.
+
+    Args:
+        first: `(N,)` values of the same images, one tensor per seed.
+        second: likewise.
+    """
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return Difference([d.mean().item() for d in differences], [mean_interval(d) for d in differences])
+
+
+def unpaired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
+    """Mean of the second's images minus that of the first's, seed by seed, with Welch's standard error.
+
+    Args:
+        first: `(N,)` values of some images, one tensor per seed.
+        second: `(M,)` values of others.
+    """
+    means, intervals = [], []
+    for a, b in zip(first, second, strict=True):
+        mean = (b.mean() - a.mean()).item()
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt().item()
+        means.append(mean)
+        intervals.append((mean - 1.96 * error, mean + 1.96 * error))
+    return Difference(means, intervals)
