@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from isic_vq.card import dataset_title, metric_table, render_card, weights_license, write_card
+from isic_vq.card import column_title, dataset_title, metric_table, render_card, weights_license, write_card
 from isic_vq.card_check import check_card, numbers
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.png import write_png
@@ -60,36 +60,77 @@ def add_prose(folder, line):
 
 
 def test_every_metric_of_the_report_is_in_the_model_index_exactly(repository, report):
-    card = ModelCard.load(repository / "README.md")
-    published = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert published == {metric.name: metric.value for metric in report.metrics}
-    assert {type(value) for value in published.values()} == {float}
-    for result in card.data.eval_results:
-        assert (result.dataset_name, result.dataset_split) == ("synthetic images", "validation")
-        assert result.metric_args == {"n": 6}
+    results = ModelCard.load(repository / "README.md").data.eval_results
+    published = {
+        (result.metric_type, result.dataset_split, result.metric_args.get("seed")): (
+            result.metric_value,
+            result.metric_args["n"],
+            result.metric_args.get("interval_95"),
+        )
+        for result in results
+    }
+    assert published == {
+        (m.name, m.split, m.seed): (m.value, m.n, m.interval) for m in report.metrics if m.group is None
+    }
+    assert len(published) == len(results)
+    assert {result.dataset_name for result in results} == {"synthetic images", "model"}
+
+
+def test_numbers_of_parts_of_the_images_stay_in_the_report(repository):
+    add_report(repository, "parts", [metric(f"psnr[{column}=x]", 3.25) for column in ("sex", "diagnosis")])
+    text = render_card(repository, "tiny")
+    assert "3.25" not in text
+    assert "psnr[sex" not in text
 
 
 def test_the_metric_table_shows_the_reports_numbers_and_no_others(report):
-    rows = [line.strip("| ").split("|") for line in metric_table([report]).splitlines()[2:]]
-    shown = {row[0].strip(): float(row[2]) for row in rows}
-    assert shown == {metric.name: pytest.approx(metric.value, rel=1e-4) for metric in report.metrics}
+    shown, columns = {}, []
+    for line in metric_table([report]).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| metric"):
+            columns = cells[2:]
+        elif line.startswith("| "):
+            for column, cell in zip(columns, cells[2:], strict=True):
+                if cell:
+                    shown[cells[0], column] = [float(number) for number in re.findall(r"-?\d[\d.e+-]*", cell)]
+    expected = {}
+    for m in report.metrics:
+        if m.group is None:
+            name = m.name if m.seed is None else f"{m.name}, seed {m.seed}"
+            expected[name, column_title(m)] = pytest.approx([m.value, *(m.interval or [])], rel=1e-3)
+    assert shown == expected
 
 
 def test_the_metric_table_has_a_column_per_data_set_and_a_row_per_seed():
     first = Report(model={}, metrics=[metric(), metric("fid", 12.5, "1", seed=3)])
-    second = Report(
-        model={}, metrics=[metric(value=28.25, n=1200, dataset="parquet:${D}/uda1/*.parquet", split="uda1")]
-    )
-    assert metric_table([first, second]).splitlines() == [
+    second = Metric("psnr", 28.25, "dB", 1200, "uda1", "parquet:${D}/uda1/*.parquet", None, [28.0, 28.5])
+    assert metric_table([first, Report(model={}, metrics=[second])]).splitlines() == [
+        "### Reconstruction",
+        "",
         "| metric | unit | skin, test (n = 5) | UDA-1 (n = 1,200) |",
         "|---|---|---:|---:|",
-        "| psnr | dB | 30 | 28.25 |",
-        "| fid, seed 3 |  | 12.5 |  |",
+        "| psnr | dB | 30 | 28.25 (28 to 28.5) |",
+        "",
+        "### Other measurements",
+        "",
+        "| metric | unit | skin, test (n = 5) |",
+        "|---|---|---:|",
+        "| fid, seed 3 |  | 12.5 |",
+    ]
+
+
+def test_floor_reconstructions_and_samples_stand_beside_each_other():
+    kinds = {"floor": 1.0, "reconstructions": 2.0, "samples": 4.0}
+    metrics = [metric(f"frechet_distance[{kind}, eye]", value, "1", seed=0) for kind, value in kinds.items()]
+    assert metric_table([Report(model={}, metrics=metrics)]).splitlines()[2:] == [
+        "| metric | unit | floor: skin, test (n = 5) | reconstructions: skin, test (n = 5) | samples: skin, test (n = 5) |",
+        "|---|---|---:|---:|---:|",
+        "| frechet_distance, eye, seed 0 |  | 1 | 2 | 4 |",
     ]
 
 
 def test_a_thing_measured_twice_is_refused():
-    with pytest.raises(ValueError, match=r"psnr of skin, test \(n = 5\) twice"):
+    with pytest.raises(ValueError, match=r"two values of psnr of skin, test \(n = 5\)"):
         metric_table([Report(model={}, metrics=[metric()]), Report(model={}, metrics=[metric(value=31.0)])])
 
 
@@ -222,7 +263,7 @@ def test_an_audit_without_a_verdict_is_refused(repository):
 def test_a_metric_of_generated_images_takes_back_the_sentence_that_there_is_none(repository):
     sentence = "No metric here compares generated images with real ones"
     assert sentence in render_card(repository, "tiny")
-    add_report(repository, "generation", [metric("kid", 0.5, "1", seed=0)])
+    add_report(repository, "generation", [metric("kernel_distance[samples, eye]", 0.5, "1", seed=0)])
     assert sentence not in render_card(repository, "tiny")
 
 
@@ -289,8 +330,8 @@ def test_a_number_that_no_report_has_is_named(repository, number):
 
 
 def test_two_numbers_of_the_table_that_changed_places_are_found(repository, report):
-    cells = [f"| {f'{report.value(name):.5g}'} |" for name in ("psnr", "perplexity")]
-    edit(repository, f"| psnr | dB {cells[0]}", f"| psnr | dB {cells[1]}")
+    psnr, perplexity = (f"{report.value(name, 'validation'):.5g}" for name in ("psnr", "perplexity"))
+    edit(repository, f"| psnr | dB | {psnr} (", f"| psnr | dB | {perplexity} (")
     assert "the table of measurements is not that of reports/: run isic-vq card write" in check_card(
         repository
     )

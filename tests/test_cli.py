@@ -207,15 +207,18 @@ def test_train_both_stages_from_their_recipes(run, tiny_run, tmp_path):
 def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path):
     data = f"folder:{tiny_run.images['validation']}"
     output = tmp_path / "report.json"
-    options = ["-m", tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "-o", output]
+    options = [tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "--out", output]
     code, stdout, _ = run("evaluate", "--data", data, *options)
     assert code == 0
     found = Report.load(output)
     for stage in ("vqvae", "prior"):
         for metric in Report.load(getattr(tiny_run, stage) / "report.json").metrics:
-            assert found.value(metric.name) == pytest.approx(metric.value, rel=1e-5), metric.name
+            assert found.value(metric.name, "validation") == pytest.approx(metric.value, rel=1e-5), (
+                metric.name
+            )
             assert metric.name in stdout
-    assert found.tables["diagnoses"] == read_code_cache(tiny_run.codes["validation"]).source.diagnoses
+    source = read_code_cache(tiny_run.codes["validation"]).source
+    assert found.tables["validation"]["data"]["diagnoses"] == source.diagnoses
 
 
 def test_figures_of_a_run_are_drawn(run, tiny_run, tmp_path):
@@ -249,7 +252,7 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     folder, data = tmp_path / "my-model", f"folder:{tiny_run.images['validation']}"
     codes = ["--train-codes", tiny_run.codes["train"]]
     assert run("export", tiny_run.prior / "model", folder, *codes)[0] == 0
-    assert run("evaluate", "--data", data, "-m", folder, *codes, "-o", folder / "reports" / "a.json")[0] == 0
+    assert run("evaluate", folder, "--data", data, *codes, "-o", folder / "reports" / "a.json")[0] == 0
     code, stdout, stderr = run("card", "write", folder)
     assert code == 0, stderr
     assert stdout.startswith(f"wrote {folder / 'README.md'}; next: ")
@@ -426,7 +429,7 @@ def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, 
     arguments = {
         "encode": [model, "--data", data, "-o", output],
         "reconstruct": [data, "-m", model, "-o", output],
-        "evaluate": ["--data", data, "-m", model, "-o", output],
+        "evaluate": [model, "--data", data, "-o", output],
     }[command]
     code, stdout, stderr = run(command, *arguments, "--max-corrupt-share", 0.1)
     assert code == 0, stderr
@@ -468,7 +471,7 @@ def test_finished_run_is_not_overwritten(fails, tiny_run):
 def test_code_cache_that_is_none_is_named(fails, tiny_run, tmp_path):
     data = f"folder:{tiny_run.images['validation']}"
     (tmp_path / "codes.parquet").write_text("this is no parquet")
-    options = ["-m", tiny_run.prior / "model", "--train-codes", tmp_path / "codes.parquet"]
+    options = [tiny_run.prior / "model", "--train-codes", tmp_path / "codes.parquet"]
     assert "codes.parquet is not a code cache" in fails("evaluate", "--data", data, *options)
 
 

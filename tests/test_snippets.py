@@ -121,7 +121,9 @@ def test_the_runner_sees_failure_absence_and_network(name, outcomes):
     assert FAILING[name][2] in outcomes[name]
 
 
-@pytest.mark.parametrize("path", CARDS, ids=title)
+@pytest.mark.parametrize(
+    "path", [card for card in CARDS if card.with_name("model_index.json").is_file()], ids=title
+)
 def test_a_card_shows_every_door(path):
     for package, doors in DOORS.items():
         code = "\n".join(block for block in blocks(path, "python") if needs_package(block) == package)

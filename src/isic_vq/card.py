@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
+from isic_vq.evaluation.report_tables import report_tables, topic_of
 from isic_vq.files import write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
 from isic_vq.models.repository import TAGS
@@ -27,8 +28,6 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 AUDIT_REPORT = "memorization.json"
 NOT_RECORDED = "not recorded"
 DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
-# Metrics of real images: their reconstructions, codes and likelihood. Any other concerns generated ones.
-METRICS_OF_REAL_IMAGES = {"psnr", "ssim", "l1", "mse", "usage", "perplexity"}
 STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
 
 
@@ -67,7 +66,8 @@ def render_card(folder: Path, name: str) -> str:
     origin = read_provenance(folder)
     config = IsicVQConfig.from_pretrained(folder)
     data = origin["training_data"]
-    metrics = [metric for report in reports.values() for metric in report.metrics]
+    # Of parts of the images the reports tell; the Hub's index is for what is compared between models.
+    metrics = [metric for report in reports.values() for metric in report.metrics if metric.group is None]
     metadata = ModelCardData(
         license=weights_license(licenses_of(origin.get(BY_STAGE, {"prior": data, "vqvae": None}))),
         library_name="transformers",
@@ -87,9 +87,7 @@ def render_card(folder: Path, name: str) -> str:
         task=TASK,
         data=data,
         data_title=dataset_title(data["name"]),
-        only_real_images=all(
-            metric.name in METRICS_OF_REAL_IMAGES or metric.name.startswith("bits_per_") for metric in metrics
-        ),
+        topics={topic_of(metric) for metric in metrics},
         table=metric_table(reports.values()),
         environments=measured_on(reports.values()),
         training=training_table(origin),
@@ -150,7 +148,7 @@ def card_tags(folder: Path, config: IsicVQConfig) -> list[str]:
 def eval_result(metric: Metric) -> EvalResult:
     """A report's line as the Hub's model-index has it."""
     title = dataset_title(metric.dataset)
-    seed = {} if metric.seed is None else {"seed": metric.seed}
+    known = {"seed": metric.seed, "interval_95": metric.interval}
     return EvalResult(
         task_type=TASK,
         task_name="Unconditional image generation",
@@ -160,7 +158,7 @@ def eval_result(metric: Metric) -> EvalResult:
         metric_type=metric.name,
         metric_name=f"{metric.name} ({metric.unit})",
         metric_value=metric.value,
-        metric_args={"n": metric.n, **seed},
+        metric_args={"n": metric.n, **{key: value for key, value in known.items() if value is not None}},
     )
 
 
@@ -177,25 +175,30 @@ def column_title(metric: Metric) -> str:
 
 
 def metric_table(reports: Iterable[Report]) -> str:
-    """Every metric of the reports as a Markdown table: a row per metric, a column per data set.
+    """The metrics of the reports as Markdown, a headed table per topic; see `report_tables`.
 
     Raises:
         ValueError: one thing was measured twice.
     """
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for metric in (metric for report in reports for metric in report.metrics):
-        name = metric.name if metric.seed is None else f"{metric.name}, seed {metric.seed}"
-        row = rows.setdefault((name, "" if metric.unit == "1" else metric.unit), {})
-        column = column_title(metric)
-        if column in row:
-            raise ValueError(f"reports/ has {name} of {column} twice: keep one of the two reports")
-        row[column] = metric.value
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| metric | unit | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
-    for (name, unit), row in rows.items():
-        cells = [f"{row[column]:.5g}" if column in row else "" for column in columns]
-        lines.append(f"| {name} | {unit} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    metrics = [metric for report in reports for metric in report.metrics]
+    lines = []
+    for table in report_tables(metrics, column_title):
+        lines += [f"### {table.title}", "", "| metric | unit | " + " | ".join(table.columns) + " |"]
+        lines.append("|---|---|" + "---:|" * len(table.columns))
+        for (name, unit, seed), row in table.rows.items():
+            cells = [metric_cell(row[column]) if column in row else "" for column in table.columns]
+            name = name if seed is None else f"{name}, seed {seed}"
+            lines.append(f"| {name} | {unit} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n")
+
+
+def metric_cell(metric: Metric) -> str:
+    """A value and its interval, rounded for reading."""
+    if metric.interval is None:
+        return f"{metric.value:.5g}"
+    low, high = metric.interval
+    return f"{metric.value:.5g} ({low:.4g} to {high:.4g})"
 
 
 def measured_on(reports: Iterable[Report]) -> str:

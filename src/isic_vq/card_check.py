@@ -19,6 +19,7 @@ from isic_vq.layout import check_picture
 
 # What the renderer alone decides; of `tags` there may be more.
 KEYS = ("license", "library_name", "pipeline_tag", "metrics")
+MEASURED_ON = ("n", "seed")  # arguments of a metric that tell it from others of its name
 PICTURE_FOLDERS = ("previews", "figures")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)")
@@ -83,13 +84,17 @@ def metadata_problems(found: dict[str, Any], expected: dict[str, Any]) -> Iterat
 
 
 def index_values(model_index: list[dict[str, Any]]) -> dict[tuple[str, ...], Any]:
-    """Values of a model-index by data set, split, metric and the metric's arguments."""
+    """Values of a model-index by data set, split, metric and what else of `MEASURED_ON` is told."""
     return {
         (
             str(result["dataset"].get("name")),
             str(result["dataset"].get("split")),
             str(metric["type"]),
-            *(f"{key}={value}" for key, value in sorted(metric.get("args", {}).items())),
+            *(
+                f"{key}={value}"
+                for key, value in sorted(metric.get("args", {}).items())
+                if key in MEASURED_ON
+            ),
         ): metric["value"]
         for model in model_index
         for result in model["results"]

@@ -27,7 +27,7 @@ def report():
         metrics=[
             psnr(),
             psnr(split="train", value=30.0),
-            psnr(name="fid", value=0.1 + 0.2, unit="1", seed=7),
+            psnr(name="fid", value=0.1 + 0.2, unit="1", seed=7, interval=[0.25, 0.5]),
         ],
         tables={"codebook_counts": [3, 0, 1, 4]},
         environment={"torch": "2.13.0+cpu", "device": "a CPU @ 2.0GHz"},
@@ -51,6 +51,7 @@ def test_the_file_is_sorted_indented_json(report, tmp_path):
     assert list(content) == ["environment", "metrics", "model", "tables"]
     assert content["metrics"][2] == {
         "dataset": "ham10000",
+        "interval": [0.25, 0.5],
         "n": 200,
         "name": "fid",
         "seed": 7,
@@ -98,6 +99,10 @@ def test_value_distinguishes_data_sets(report):
         ({"unit": ""}, "Metric.unit must be a non-empty str"),
         ({"split": None}, "Metric.split must be"),
         ({"seed": np.int64(1)}, "seed must be an int or None, got numpy.int64"),
+        ({"interval": (1.0, 2.0)}, r"interval must be \[low, high\]"),
+        ({"interval": [2.0, 1.0]}, r"interval must be \[low, high\]"),
+        ({"interval": [1.0, float("nan")]}, r"interval must be \[low, high\]"),
+        ({"interval": [1.0, np.float64(2)]}, r"interval must be \[low, high\]"),
     ],
 )
 def test_a_metric_refuses(changes, message):

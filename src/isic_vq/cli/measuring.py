@@ -1,5 +1,6 @@
 """Commands that measure: checkpoints on data, images under a checkpoint."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,26 +15,88 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    epilog="Example:\n\n  isic-vq evaluate --data folder:test_images --split test --train-codes runs/codes/train.parquet"
+    epilog="Examples:\n\n  isic-vq evaluate --data test=folder:test_images --train-codes runs/codes/train.parquet\n\n"
+    "  isic-vq evaluate runs/prior-f8/model --data validation=folder:a --data clinic=folder:b --out report.json\n\n"
+    "  isic-vq evaluate --data validation=folder:a --features model_cards/isic-derm-features --floor-data folder:train"
 )
 def evaluate(
-    data: DataOption,
-    model: ModelOption = None,
-    split: Annotated[str, typer.Option(help="What the report calls these images.")] = "validation",
-    train_codes: Annotated[
-        Path | None, typer.Option(help="Code cache of the training images, for the unigram yardstick.")
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="[NAME=]SOURCE: images, and what the report calls them; repeat it for several. NAME: validation by "
+            "default; SOURCE: as for encode.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the shipped checkpoint.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Report to write.")] = Path("report.json"),
+    train_codes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Code cache of the training images, for the unigram yardstick and their likelihood."
+        ),
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or Hub id of an image model, such as model_cards/isic-derm-features: generate as many images "
+            "as the first data set has and compare them by its features; repeat it for several."
+        ),
+    ] = None,
+    floor_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Other real images, as for --data, which --features compares, too: the training images."
+        ),
+    ] = None,
+    lpips: Annotated[
+        bool, typer.Option("--lpips", help="Measure LPIPS, too; needs the extra lpips.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--out", "--output", "-o", help="Report to write, and a page and PNGs beside it.")
+    ] = Path("report.json"),
+    gallery: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the worst reconstructions beside their originals: not to be published where those are not."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of subsets, resampling and generated images.")] = 0,
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
-    """Measure reconstruction, codebook use and, for a whole model, likelihood."""
-    from isic_vq.evaluation.evaluate import evaluate_checkpoint
+    """Measure reconstruction, codebook, likelihood, generated images and cost, with intervals; write a page, too."""
+    from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
+    from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
+    from isic_vq.figures.write import check_matplotlib
 
+    check_matplotlib()
     quiet_transformers()
-    report = evaluate_checkpoint(model, data, split, train_codes, max_corrupt_share)
-    report.save(output)
-    print_report(report)
-    typer.echo(f"wrote {output}")
+    sets = [DataSet(*_named(text)) for text in data]
+    evaluation = evaluate_checkpoint(
+        model,
+        sets,
+        train_codes,
+        features or [],
+        floor_data,
+        lpips,
+        max_corrupt_share,
+        seed,
+        progress=sys.stderr.isatty(),
+    )
+    evaluation.report.save(output)
+    print_report(evaluation.report)
+    page = write_evaluation_page(evaluation, output.with_suffix(".html"))
+    typer.echo(f"wrote {output} and {page}")
+    if gallery is not None:
+        for path in write_gallery(evaluation, gallery):
+            typer.echo(f"wrote {path}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Parse [NAME=]SOURCE."""
+    match = re.match(r"([\w-]+)=(.+)", text, re.DOTALL)
+    return (match[1], match[2]) if match else ("validation", text)
 
 
 @app.command(
@@ -148,9 +211,12 @@ def ood(
 
 
 def print_report(report: "Report") -> None:
-    """Print a report's metrics as a table."""
-    width = max(28, *(len(metric.name) for metric in report.metrics))
-    for metric in report.metrics:
+    """Print a report's metrics as a table; those of parts of a data set are in the file."""
+    shown = [metric for metric in report.metrics if "=" not in metric.name or "batch=" in metric.name]
+    width = max(28, *(len(metric.name) for metric in shown))
+    for metric in shown:
+        low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
         typer.echo(
-            f"  {metric.name:<{width}} {metric.value:>10.5g} {metric.unit:<30} {metric.split}, n = {metric.n}"
+            f"  {metric.name:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, "
+            f"n = {metric.n}"
         )

@@ -37,7 +37,7 @@ def export(
     quiet_transformers()
     export_repository(model, output, train_codes, bf16, onnx)
     typer.echo(
-        f"wrote {output}; next: isic-vq evaluate -m {output} -o {output}/reports/..., isic-vq card write {output}"
+        f"wrote {output}; next: isic-vq evaluate {output} --data ... -o {output}/reports/..., isic-vq card write {output}"
     )
 
 
@@ -102,6 +102,20 @@ def record(
     quiet_transformers()
     stages = record_training(folder, model)
     typer.echo(f"recorded {', '.join(stages) or 'no run'}; next: isic-vq card write {folder}")
+
+
+@card_app.command(
+    epilog="Example:\n\n  isic-vq card classifier runs/derm-features model_cards/isic-derm-features"
+)
+def classifier(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run of isic-vq train classifier.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; what is there is replaced.")],
+) -> None:
+    """Write a trained classifier as a Hub repository's folder, with a card of its report's numbers."""
+    from isic_vq.classifier_card import export_classifier
+
+    export_classifier(run, folder)
+    typer.echo(f"wrote {folder}")
 
 
 @app.command(epilog="Example:\n\n  isic-vq info model_cards/isic-vq-128")

@@ -1,69 +1,188 @@
-"""Evaluate a checkpoint on a data set: reconstruction, codebook use and likelihood in one report."""
+"""Evaluate a checkpoint on data sets: reconstruction, codebook use, likelihood, generated images and cost."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from isic_vq.data.code_cache import check_tokenizer, read_code_cache
-from isic_vq.data.loading import iter_batches
+from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.likelihood import likelihood_metrics
-from isic_vq.evaluation.reconstruction import evaluate_reconstruction, reconstruction_metrics
-from isic_vq.evaluation.report import Report, environment
+from isic_vq.evaluation.codebook import code_counts, codebook_metrics, counts_by_diagnosis
+from isic_vq.evaluation.cost import cost_metrics
+from isic_vq.evaluation.generation import Yardstick, evaluate_generation
+from isic_vq.evaluation.images import MeasuredImages, group_metrics, measure_images
+from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.likelihood import (
+    bits_metrics,
+    bits_per_code,
+    class_bits,
+    conditioning_metrics,
+    unigram_bits,
+)
+from isic_vq.evaluation.perceptual import PerceptualDistance
+from isic_vq.evaluation.reconstruction import UNITS
+from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.hub import load_model, resolve
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
-BATCH_SIZE = 32
+TRAIN_SAMPLE = 1000  # training images, a seeded subset, whose likelihood stands beside the others'
+GROUPED = ("psnr", "ssim")  # and bits per code: what is told of every diagnosis, source, sex and site
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images to measure.
+
+    Attributes:
+        split: what the report calls them, such as "validation".
+        uri: where they are.
+    """
+
+    split: str
+    uri: str
+
+
+@dataclass
+class Evaluation:
+    """A report on a model, and what it was made of.
+
+    Attributes:
+        model: the model, in eval mode.
+        report: the numbers.
+        measured: every data set's images, by split.
+    """
+
+    model: IsicVQModel
+    report: Report
+    measured: dict[str, MeasuredImages]
 
 
 def evaluate_checkpoint(
-    model: str | None, uri: str, split: str, train_codes: Path | None = None, max_corrupt_share: float = 0.01
-) -> Report:
-    """Measure a whole model on every image of a source, which is read once.
+    model: str | None,
+    data: Sequence[DataSet],
+    train_codes: Path | None = None,
+    features: Sequence[str] = (),
+    floor_data: str | None = None,
+    lpips: bool = False,
+    max_corrupt_share: float = 0.01,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a whole model on every image of some data sets.
 
     Args:
         model: folder or Hub id; None is the shipped checkpoint.
-        uri: the images.
-        split: what the report calls them.
-        train_codes: code cache of the training images; with it the report has the unigram yardstick.
+        data: at least one data set; no two of one split.
+        train_codes: code cache of the training images; with it the report has the unigram yardstick and the
+            likelihood of training images, up to `TRAIN_SAMPLE` of them in their first view.
+        features: folders or Hub ids of image models; with them as many images are generated as the first data set has, and
+            compared with it, see `evaluate_generation`.
+        floor_data: URI of other real images for that comparison, such as the training images.
+        lpips: measure LPIPS, too, see `PerceptualDistance`.
         max_corrupt_share: share of unreadable images past which to fail.
+        seed: of subsets, resampling and generated images.
+        progress: show a bar while images are generated and compared.
 
     Raises:
+        ValueError: there are no data sets, or two of one split; features without `floor_data` or the reverse; as
+            `evaluate_generation` and `PerceptualDistance`.
         ModelError, DataError: as their docstrings say.
     """
-    loaded = load_model(IsicVQModel, model)
-    source = find_source(uri)
-    info = source.describe()
-    processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
-    label2id = {name: index for index, name in loaded.config.class_names.items()}
-    codes: list[Tensor] = []
-    labels: list[Tensor] = []
-
-    def pixel_values() -> Iterator[Tensor]:
-        for batch in iter_batches(source.records(), processor, BATCH_SIZE, label2id, max_corrupt_share):
-            codes.append(loaded.encode(batch["pixel_values"].to(loaded.device)).cpu())
-            labels.append(batch["labels"])
-            yield batch["pixel_values"]
-
-    result = evaluate_reconstruction(loaded.vqvae, pixel_values())
-    train_counts = None
+    splits = [dataset.split for dataset in data]
+    if not splits or len(set(splits)) < len(splits):
+        raise ValueError(f"data sets are called {splits}: expected at least one, and each name once")
+    if bool(features) != (floor_data is not None):
+        raise ValueError(
+            "generated images are compared by image models and beside other real images: give both, --features and "
+            "--floor-data, or neither"
+        )
+    loaded = load_model(IsicVQModel, model).eval()
+    yardsticks = [Yardstick.from_pretrained(name) for name in features]
+    perceptual = PerceptualDistance(loaded.device) if lpips else None
+    cache = None
     if train_codes is not None:
-        train_cache = read_code_cache(train_codes)
-        check_tokenizer(train_cache, loaded.vqvae, train_codes.name)
-        train_counts = train_cache.counts()
-    return Report(
+        cache = read_code_cache(train_codes)
+        check_tokenizer(cache, loaded.vqvae, train_codes.name)
+    report = Report(
         model={
             "name": Path(resolve(model)).name,
             "type": "isic_vq",
             "prior": loaded.config.prior_config.model_type,
         },
-        metrics=[
-            *reconstruction_metrics(result, split, info.name),
-            *likelihood_metrics(loaded, train_counts, torch.cat(codes), torch.cat(labels), split, info.name),
-        ],
-        tables={"codebook_counts": result.codebook_counts, "diagnoses": info.diagnoses},
+        metrics=[] if cache is None else train_metrics(loaded, cache, seed),
         environment=environment(str(loaded.device)),
     )
+    evaluation = Evaluation(loaded, report, {})
+    for dataset in data:
+        measured = measure_images(loaded, find_source(dataset.uri), max_corrupt_share, perceptual)
+        evaluation.measured[dataset.split] = measured
+        add_data_set(evaluation, dataset.split, measured, None if cache is None else cache.counts(), seed)
+    if floor_data is not None:
+        reference, others = evaluation.measured[splits[0]].source, find_source(floor_data)
+        metrics, report.tables["generation"] = evaluate_generation(
+            loaded, yardsticks, reference, others, splits[0], seed=seed,
+            max_corrupt_share=max_corrupt_share, progress=progress,
+        )  # fmt: skip
+        report.metrics += metrics
+    dataset_name = evaluation.measured[splits[0]].info.name
+    report.metrics += cost_metrics(loaded, report.value("bits_per_code", splits[0], dataset_name), seed)
+    return evaluation
+
+
+def add_data_set(
+    evaluation: Evaluation, split: str, measured: MeasuredImages, train_counts: Tensor | None, seed: int
+) -> None:
+    """Add a data set's lines and tables to the report."""
+    model, report, name = evaluation.model, evaluation.report, measured.info.name
+    config = model.config.vqvae_config
+    by_class = class_bits(model.prior, measured.codes) if model.config.class_names else None
+    bits = {"bits_per_code_unconditional": bits_per_code(model.prior, measured.codes, None)}
+    bits["bits_per_code"] = bits["bits_per_code_unconditional"].clone()
+    if by_class is not None:  # an image without a diagnosis of the model's is scored without one
+        known = measured.labels < by_class.shape[1]
+        bits["bits_per_code"][known] = by_class[known].gather(1, measured.labels[known, None])[:, 0]
+    if train_counts is not None:
+        bits["bits_per_code_unigram"] = unigram_bits(train_counts, measured.codes).flatten(1).mean(1)
+    counts = code_counts(measured.codes, config.num_codes)
+    values = measured.reconstruction.values
+    report.metrics += [
+        *(mean_metric(key, values[key], unit, split, name) for key, unit in UNITS.items() if key in values),
+        *codebook_metrics(counts, split, name, seed),
+        *bits_metrics(model, bits, split, name),
+    ]
+    if by_class is not None:
+        report.metrics += conditioning_metrics(
+            by_class,
+            bits["bits_per_code_unconditional"],
+            measured.labels,
+            measured.codes[0].numel(),
+            split,
+            name,
+            seed,
+        )
+    grouped = {key: values[key] for key in GROUPED} | {"bits_per_code": bits["bits_per_code"]}
+    report.metrics += group_metrics(measured, grouped, split)
+    report.tables[split] = {
+        "data": dataclasses.asdict(measured.info),
+        "codebook_counts": counts.sum(0).tolist(),
+        "codebook_counts_by_diagnosis": counts_by_diagnosis(measured, counts),
+    }
+
+
+def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metric]:
+    """The report's lines for the likelihood of training images, a seeded subset."""
+    order = torch.randperm(len(cache.isic_ids), generator=torch.Generator().manual_seed(seed))
+    rows = order[:TRAIN_SAMPLE].tolist()
+    codes = torch.from_numpy(cache.codes[rows, 0].astype("int64"))
+    ids = {name: index for index, name in model.config.class_names.items()}
+    labels = torch.tensor([ids.get(cache.diagnoses[row], len(ids)) for row in rows])
+    bits = {
+        "bits_per_code": bits_per_code(model.prior, codes, labels),
+        "bits_per_code_unconditional": bits_per_code(model.prior, codes, None),
+        "bits_per_code_unigram": unigram_bits(cache.counts(), codes).flatten(1).mean(1),
+    }
+    metrics = bits_metrics(model, bits, "train", cache.source.name)
+    return [dataclasses.replace(metric, seed=seed) for metric in metrics if metric.interval]

@@ -7,10 +7,13 @@ the unigram cross-entropy (an entropy coder that knows how often each code occur
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.likelihood import BATCH_SIZE, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -69,16 +72,93 @@ def likelihood_metrics(
     model: IsicVQModel, train_counts: Tensor | None, codes: Tensor, labels: Tensor, split: str, dataset: str
 ) -> list[Metric]:
     """The report's lines for what the prior makes of unseen codes `(N, h, w)` with class ids `(N,)`."""
-    config = model.config.vqvae_config
-    conditional = bits_per_code(model.prior, codes, labels)
-    unconditional = bits_per_code(model.prior, codes, None)
-    pixels_per_code = config.downsampling**2
-    values = {
-        "bits_per_code": (conditional.mean().item(), "bits per code"),
-        "bits_per_code_unconditional": (unconditional.mean().item(), "bits per code"),
-        "bits_per_pixel": (conditional.mean().item() / pixels_per_code, "bits per pixel"),
-        "bits_per_code_flat": (math.log2(config.num_codes), "bits per code"),
+    bits = {
+        "bits_per_code": bits_per_code(model.prior, codes, labels),
+        "bits_per_code_unconditional": bits_per_code(model.prior, codes, None),
     }
     if train_counts is not None:
-        values["bits_per_code_unigram"] = (unigram_bits_per_code(train_counts, codes), "bits per code")
-    return [Metric(name, value, unit, len(codes), split, dataset) for name, (value, unit) in values.items()]
+        bits["bits_per_code_unigram"] = unigram_bits(train_counts, codes).flatten(1).mean(1)
+    return bits_metrics(model, bits, split, dataset)
+
+
+def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], split: str, dataset: str) -> list[Metric]:
+    """The report's lines for bits per code of each image, `(N,)` by name, and for what follows from `bits_per_code`."""
+    config = model.config.vqvae_config
+    num_images = len(bits["bits_per_code"])
+    per_pixel = bits["bits_per_code"] / config.downsampling**2
+    return [
+        *(mean_metric(name, values, "bits per code", split, dataset) for name, values in bits.items()),
+        mean_metric("bits_per_pixel", per_pixel, "bits per pixel", split, dataset),
+        Metric(
+            "bits_per_code_flat", math.log2(config.num_codes), "bits per code", num_images, split, dataset
+        ),
+    ]
+
+
+def class_bits(prior: PreTrainedModel, codes: Tensor) -> Tensor:
+    """Bits of each image given each class: what tells which diagnosis explains an image best.
+
+    Args:
+        prior: a prior with classes.
+        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+
+    Returns:
+        `torch.Tensor` of shape `(N, num_classes)`, float64, bits per code.
+    """
+    classes = range(len(prior.config.id2label))
+    return torch.stack([bits_per_code(prior, codes, torch.full((len(codes),), y)) for y in classes], dim=1)
+
+
+def conditioning_metrics(
+    by_class: Tensor,
+    unconditional: Tensor,
+    labels: Tensor,
+    num_positions: int,
+    split: str,
+    dataset: str,
+    seed: int = 0,
+) -> list[Metric]:
+    """What knowing the diagnosis buys, of the images whose diagnosis the model has.
+
+    * `conditioning_gain`: bits per *image* that the codes cost less given the right diagnosis than without one, paired
+      by image; below 0 the diagnosis misleads.
+    * `likelihood_balanced_accuracy`: mean over the diagnoses that occur of how often argmax_y p(codes | y) is right;
+      chance is one over the number of the model's diagnoses.
+
+    Args:
+        by_class: `(N, num_classes)` bits per code, as `class_bits` gives them.
+        unconditional: `(N,)` bits per code.
+        labels: `(N,)` class ids; others than those of the classes are left out.
+        num_positions: codes of an image.
+        split: of the images.
+        dataset: theirs.
+        seed: of the accuracy's bootstrap, within diagnoses.
+
+    Returns:
+        Both; nothing where no image has a diagnosis of the model's.
+    """
+    known = labels < by_class.shape[1]
+    if not known.any():
+        return []
+    by_class, unconditional, labels = by_class[known], unconditional[known], labels[known]
+    gain = (unconditional - by_class.gather(1, labels[:, None])[:, 0]) * num_positions
+    predicted = by_class.argmin(1)
+    interval = None  # where no diagnosis has two images nothing tells how sure the accuracy is
+    if len(labels) > len(labels.unique()):
+        interval = list(bootstrap_interval(balanced_accuracy, labels, predicted, strata=labels, seed=seed))
+    accuracy = Metric(
+        "likelihood_balanced_accuracy",
+        balanced_accuracy(labels.numpy(), predicted.numpy()),
+        "1",
+        len(labels),
+        split,
+        dataset,
+        seed,
+        interval,
+    )
+    return [mean_metric("conditioning_gain", gain, "bits per image", split, dataset), accuracy]
+
+
+def balanced_accuracy(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """Mean, over the classes that occur in `labels`, of the share of each that is predicted as itself."""
+    return float(np.mean([(predicted[labels == label] == label).mean() for label in np.unique(labels)]))

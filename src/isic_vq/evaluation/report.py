@@ -32,6 +32,14 @@ ABSOLUTE_PATH = re.compile(
     r"""(?:^|[\s"'`=(\[{,;:|])(?:/[\w.~-]|~/|~[A-Za-z_][\w.-]*/|[A-Za-z]:[\\/]|\\\\\w)|file://"""
 )
 
+GROUP_COLUMNS = (
+    "diagnosis",
+    "source",
+    "sex",
+    "site",
+)  # of records, by which parts of a data set are told apart
+_GROUP = re.compile(rf"(?:\[|, )(?P<column>{'|'.join(GROUP_COLUMNS)})=(?P<value>[^\]]*)\]$")
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -45,6 +53,7 @@ class Metric:
         split: Split of the data set, for example `"test"`.
         dataset: Data set the items come from.
         seed: Seed of whatever was random in the measurement; `None` if nothing was.
+        interval: The 95 % interval `[low, high]` of `value`, in `unit`; `None` where there is none to give.
 
     Raises:
         ValueError: A field has the wrong type, is empty or not finite.
@@ -57,6 +66,7 @@ class Metric:
     split: str
     dataset: str
     seed: int | None = None
+    interval: list[float] | None = None
 
     def __post_init__(self) -> None:
         for key in ("name", "unit", "split", "dataset"):
@@ -74,6 +84,21 @@ class Metric:
             raise ValueError(f"{label}: n must be an int of at least 1, got {self.n!r}")
         if self.seed is not None and type(self.seed) is not int:
             raise ValueError(f"{label}: seed must be an int or None, got {_kind(self.seed)}")
+        if self.interval is not None:
+            numbers = type(self.interval) is list and [type(bound) for bound in self.interval] == [float] * 2
+            if not numbers or not self.interval[0] <= self.interval[1]:
+                raise ValueError(f"{label}: interval must be [low, high] or None, got {self.interval!r}")
+
+    @property
+    def group(self) -> tuple[str, str] | None:
+        """Column and value of the part of the images that it is of, as in "psnr[sex=female]"; None of all of them."""
+        found = _GROUP.search(self.name)
+        return (found["column"], found["value"]) if found else None
+
+    @property
+    def whole_name(self) -> str:
+        """Its name for all images: "psnr" for "psnr[sex=female]", "a[b]" for "a[b, sex=female]"."""
+        return _GROUP.sub(lambda found: "" if found[0].startswith("[") else "]", self.name)
 
 
 @dataclass
@@ -255,12 +280,13 @@ def _check_text(text: str, place: str) -> None:
 
 
 def _check_keys(record: Any, owner: type, place: str) -> None:
-    """Raise ValueError unless a JSON object has exactly the fields of a dataclass."""
+    """Raise ValueError unless a JSON object has the fields of a dataclass, those with a default if it likes."""
     if type(record) is not dict:
         raise ValueError(f"{place} must be an object, got {_kind(record)}")
     fields = {item.name for item in dataclasses.fields(owner)}
-    if set(record) != fields:
-        missing, unknown = sorted(fields - set(record)), sorted(set(record) - fields)
+    optional = {item.name for item in dataclasses.fields(owner) if item.default is not dataclasses.MISSING}
+    if not fields - optional <= set(record) <= fields:
+        missing, unknown = sorted(fields - optional - set(record)), sorted(set(record) - fields)
         raise ValueError(f"{place} must have the keys {sorted(fields)}: missing {missing}, unknown {unknown}")
 
 

@@ -41,7 +41,7 @@ def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
         unit: What the vertical axis shows.
         window: Number of batches in each mean.
     """
-    figure, (axes,) = _figure(8, 4.5, panels=1)
+    figure, (axes,) = new_figure(8, 4.5, panels=1)
     alpha = 0.35 if window > 1 else 1.0
     (raw,) = axes.plot(
         columns["step"], columns["loss"], color=BLUE, alpha=alpha, linewidth=0.8, label="each batch"
@@ -51,7 +51,7 @@ def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
     if window > 1:
         label = f"mean of {window} batches"
         axes.plot(columns["step"], columns["smoothed_loss"], color=VERMILLION, linewidth=1.8, label=label)
-    _finish(axes, title, "optimizer step", unit, columns["loss"])
+    finish(axes, title, "optimizer step", unit, columns["loss"])
     return figure
 
 
@@ -65,7 +65,7 @@ def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
     """
     totals = [key for key in columns if key.endswith("/loss")]
     parts = [key for key in columns if key.endswith("_loss")]
-    figure, (axes, *others) = _figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
+    figure, (axes, *others) = new_figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
     for key in totals:
         split = key.partition("/")[0]
         _line(
@@ -76,10 +76,10 @@ def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
             style="-",
             label=SPLIT_LABELS.get(split, split),
         )
-    _finish(axes, title, "epoch", unit, *(columns[key] for key in totals))
+    finish(axes, title, "epoch", unit, *(columns[key] for key in totals))
     if others:
         _components(others[0], columns, parts)
-        _finish(others[0], "Components", "epoch", unit, *(columns[key] for key in parts), legend=False)
+        finish(others[0], "Components", "epoch", unit, *(columns[key] for key in parts), legend=False)
     return figure
 
 
@@ -88,7 +88,7 @@ def codebook_usage(use: CodebookUse) -> Figure:
     counts = np.array(use.counts)
     ranked = np.sort(counts)[::-1]
     even = counts.sum() / len(counts)
-    figure, (by_code, by_rank) = _figure(11, 4.5, panels=2)
+    figure, (by_code, by_rank) = new_figure(11, 4.5, panels=2)
     by_code.stairs(counts, np.arange(len(counts) + 1) - 0.5, fill=True, color=BLUE, linewidth=0)
     used = ranked[: use.num_used]
     (line,) = by_rank.plot(
@@ -105,8 +105,8 @@ def codebook_usage(use: CodebookUse) -> Figure:
             even, color=VERMILLION, linestyle="--", linewidth=1.2, label=f"even use ({even:.4g} each)"
         )
     by_code.set_ylim(bottom=0)
-    _finish(by_code, "By code", "code", "times used", legend=False)
-    _finish(by_rank, "By rank", "rank", "times used", used)
+    finish(by_code, "By code", "code", "times used", legend=False)
+    finish(by_rank, "By rank", "rank", "times used", used)
     percent = 100 * use.num_used / len(counts)
     title = f"Codebook use: K = {len(counts)}, perplexity {use.perplexity:.1f}, {percent:.1f} % of codes used"
     figure.suptitle(title, fontsize=13, color=INK)
@@ -122,7 +122,7 @@ def heat_map(image: np.ndarray, bits: np.ndarray, title: str, most: float) -> Fi
         title: Title of the figure.
         most: Bits at the end of the colour scale; what is above has the colour of the end.
     """
-    figure, (left, right) = _figure(6.4, 3.2, panels=2)
+    figure, (left, right) = new_figure(6.4, 3.2, panels=2)
     _bare(left).imshow(image)
     colors = _map_bits(right, bits, most)
     figure.colorbar(colors, ax=[left, right], label="bits per code", extend="max", shrink=0.9)
@@ -224,7 +224,7 @@ def use_log_scale(values: np.ndarray) -> bool:
     return bool(len(positive) and (values >= 0).all() and positive.max() > 30 * positive.min())
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
     """Return a figure of that size in inches and its panels, side by side."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
@@ -268,14 +268,14 @@ def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
         Line2D([], [], color=INK, linestyle=style, label=SPLIT_LABELS.get(split, split))
         for split, style in styles.items()
     ]
-    _legend(axes, [*names, *splits], loc="upper left", bbox_to_anchor=(1, 1))
+    legend_of(axes, [*names, *splits], loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _words(name: str) -> str:
     return name.removesuffix("_loss").replace("_", " ")
 
 
-def _finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], legend: bool = True) -> None:
+def finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], legend: bool = True) -> None:
     """Give a panel its texts, light grid and scale, the last from the values it shows."""
     shown = np.array([value for group in values for value in group if math.isfinite(value)], dtype=np.float64)
     if use_log_scale(shown):
@@ -291,10 +291,10 @@ def _finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], lege
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
     if legend:
-        _legend(axes, axes.get_legend_handles_labels()[0])
+        legend_of(axes, axes.get_legend_handles_labels()[0])
 
 
-def _legend(axes: Axes, handles: list[Any], **place: Any) -> None:
+def legend_of(axes: Axes, handles: list[Any], **place: Any) -> None:
     """Add a legend that hides the grid behind it, but draws no box."""
     axes.legend(
         handles=handles,

@@ -26,7 +26,7 @@ from isic_vq.evaluation.report import Report
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-STAGES = ("vqvae", "prior", "decoder")
+STAGES = ("vqvae", "prior", "decoder", "classifier")
 KINDS = ("batch", "epoch")
 
 

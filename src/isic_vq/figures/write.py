@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"vqvae": "VQ-VAE", "prior": "Prior", "decoder": "Decoder"}
-UNITS = {"vqvae": "loss", "prior": "bits per code", "decoder": "loss"}
-SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT, "decoder": 1.0}
+TITLES = {"vqvae": "VQ-VAE", "prior": "Prior", "decoder": "Decoder", "classifier": "Classifier"}
+UNITS = {"vqvae": "loss", "prior": "bits per code", "decoder": "loss", "classifier": "loss"}
+SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT, "decoder": 1.0, "classifier": 1.0}
 MAX_PICTURES = 64
 
 
@@ -204,6 +204,7 @@ FIGURES: dict[str, Sequence[Callable[[Run], Drawing]]] = {
     "vqvae": (draw_batch_loss, draw_epoch_loss, draw_codebook_usage, draw_reconstructions),
     "prior": (draw_batch_loss, draw_epoch_loss, draw_generated_images),
     "decoder": (draw_batch_loss, draw_epoch_loss, draw_reconstructions),
+    "classifier": (draw_batch_loss, draw_epoch_loss),
 }
 
 

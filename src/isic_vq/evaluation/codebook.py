@@ -1,0 +1,84 @@
+"""How a codebook is used: over a data set, by diagnosis, and what each code draws by itself."""
+
+import torch
+from torch import Tensor
+
+from isic_vq.evaluation.images import MIN_GROUP, MeasuredImages
+from isic_vq.evaluation.intervals import subsample_intervals
+from isic_vq.evaluation.report import Metric
+from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.vector_quantizer import usage_and_perplexity
+
+ATLAS_CONTEXT = 3  # codes on each side of the one that is shown, so that no border of the grid is seen
+
+
+def code_counts(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each image uses each code: `(N, K)` int64 of codes `(N, h, w)`."""
+    flat = codes.flatten(1)
+    return flat.new_zeros(len(flat), num_codes).scatter_add(1, flat, torch.ones_like(flat))
+
+
+def codebook_metrics(counts: Tensor, split: str, dataset: str, seed: int = 0) -> list[Metric]:
+    """The report's lines for how images use the codebook.
+
+    Intervals come from halves drawn without replacement: images drawn twice would use fewer codes.
+
+    Args:
+        counts: `(N, K)`, uses of each code by each image.
+        split: of the images.
+        dataset: theirs.
+        seed: of the halves.
+    """
+
+    def statistics(part: Tensor) -> dict[str, float]:
+        total = torch.as_tensor(part).sum(0)
+        usage, perplexity = usage_and_perplexity(total)
+        return {"usage": usage, "perplexity": perplexity, "dead_codes": float((total == 0).sum())}
+
+    units = {"usage": "share of codes", "perplexity": "codes", "dead_codes": "codes"}
+    intervals = subsample_intervals(statistics, counts, seed=seed) if len(counts) >= 4 else {}
+    return [
+        Metric(
+            name,
+            value,
+            units[name],
+            len(counts),
+            split,
+            dataset,
+            seed,
+            list(intervals[name]) if name in intervals else None,
+        )
+        for name, value in statistics(counts).items()
+    ]
+
+
+def counts_by_diagnosis(measured: MeasuredImages, counts: Tensor) -> dict[str, list[int]]:
+    """Uses of each code, K integers, by diagnosis of at least `MIN_GROUP` images."""
+    names = [row["diagnosis"] or "unknown" for row in measured.rows]
+    rows = {
+        name: [index for index, other in enumerate(names) if other == name] for name in sorted(set(names))
+    }
+    return {name: counts[of].sum(0).tolist() for name, of in rows.items() if len(of) >= MIN_GROUP}
+
+
+@torch.inference_mode()
+def code_atlas(tokenizer: VQVAEModel) -> Tensor:
+    """What each code draws among its like: the middle of the decoded grid that holds it alone.
+
+    Returns:
+        `(K, 3, 2 f, 2 f)` float32 in [0, 1], f the downsampling: the area of two by two codes.
+    """
+    tokenizer.eval()
+    side, cell = 2 + 2 * ATLAS_CONTEXT, tokenizer.config.downsampling
+    parts = []
+    for codes in torch.arange(tokenizer.config.num_codes, device=tokenizer.device).split(64):
+        images = tokenizer.decode(codes[:, None, None].expand(-1, side, side)).float()
+        parts.append(
+            images[
+                :,
+                :,
+                ATLAS_CONTEXT * cell : -ATLAS_CONTEXT * cell,
+                ATLAS_CONTEXT * cell : -ATLAS_CONTEXT * cell,
+            ]
+        )
+    return torch.cat(parts).cpu()

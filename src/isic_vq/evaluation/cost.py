@@ -1,0 +1,80 @@
+"""What a model costs: parameters, bytes of weights, bytes per image, and time.
+
+Times are of this machine at that moment: they belong beside the report's environment, and compare within one report.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.report import Metric
+from isic_vq.models.modeling_isic_vq import PARTS, IsicVQModel
+
+REPEATS = 5
+BATCH_SIZES = (1, 16)
+SPLIT, DATASET = "model", "model"  # no images of anybody
+
+
+def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> list[Metric]:
+    """The report's lines for what the model costs.
+
+    * `parameters[PART]` and `weight_bytes[PART]`, in memory;
+    * `bytes_per_image_flat`, codes stored as they are, and `bytes_per_image_prior`, what an ideal entropy coder driven
+      by the prior reaches, of the images that `bits_per_code` was measured on;
+    * `seconds_per_image[generate, batch=B]`, and for `encode` and `decode`, the mean of `REPEATS` runs after one that
+      warms up.
+
+    Args:
+        model: in eval mode.
+        bits_per_code: mean over images.
+        seed: of what is generated.
+    """
+    config = model.config.vqvae_config
+    positions = config.grid_size**2
+    metrics = []
+    for part in PARTS:
+        of = getattr(model, part)
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in of.state_dict().values())
+        metrics += [
+            Metric(f"parameters[{part}]", of.num_parameters(), "parameters", 1, SPLIT, DATASET),
+            Metric(f"weight_bytes[{part}]", stored, "bytes", 1, SPLIT, DATASET),
+        ]
+    for name, bits in (("flat", math.log2(config.num_codes)), ("prior", bits_per_code)):
+        value = positions * bits / 8
+        metrics.append(Metric(f"bytes_per_image_{name}", value, "bytes per image", 1, SPLIT, DATASET))
+    for batch in BATCH_SIZES:
+        images = torch.rand(batch, 3, config.image_size, config.image_size, device=model.device)
+        codes = model.encode(images)
+        actions: dict[str, Callable[[], object]] = {
+            "generate": partial(model.generate, batch, seed=seed),
+            "encode": partial(model.encode, images),
+            "decode": partial(model.decode, codes),
+        }
+        metrics += [
+            mean_metric(
+                f"seconds_per_image[{name}, batch={batch}]",
+                seconds(action, model.device) / batch,
+                "s per image",
+                SPLIT,
+                DATASET,
+                seed if name == "generate" else None,
+            )
+            for name, action in actions.items()
+        ]
+    return metrics
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> torch.Tensor:
+    """How long `action` takes, `(REPEATS,)` float64 in seconds, after one run that is not counted."""
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return torch.tensor(times[1:], dtype=torch.float64)

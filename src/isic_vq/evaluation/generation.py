@@ -1,0 +1,321 @@
+"""How close generated images come to real ones, between what real images and the tokenizer reach at the same n.
+
+Every distance stands in three lines, all to one reference set and all of as many images with as many of each diagnosis:
+
+* floor: other real images, which share none with the reference. No generator can be asked to come closer.
+* reconstructions: these other images through the tokenizer: the best that a perfect prior would reach.
+* samples: generated images, image i for the diagnosis of the reference's image i.
+
+All images are rounded to 8 bits first, as files hold them. What an interval covers is the distance's expectation at
+this n, see `isic_vq.evaluation.intervals`. A feature model that has seen the other images but not the reference
+sees a difference between the two that is its own: take one that was trained on neither, or read the floor with that.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from isic_vq.data.loading import Batch, iter_batches
+from isic_vq.data.sources import Source
+from isic_vq.evaluation.agreement import DiagnosisClassifier, agreement_metrics, names_diagnoses
+from isic_vq.evaluation.distances import (
+    NUM_NEIGHBOURS,
+    frechet_distance,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
+from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.intervals import subsample_intervals
+from isic_vq.evaluation.report import Metric
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+from isic_vq.models.sampling import Sampling
+
+BATCH_SIZE = 32
+MIN_IMAGES = 2 * (NUM_NEIGHBOURS + 1)  # halves have neighbours, too
+RANGES = {  # an interval is symmetric, and ends where there are no values
+    "frechet_distance": (0.0, np.inf),
+    "kernel_distance": (-np.inf, np.inf),
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+    "density": (0.0, np.inf),
+    "coverage": (0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What images are compared by.
+
+    Attributes:
+        name: of the folder or on the Hub; part of every metric's name.
+        features: gives each image's place.
+        classifier: the same weights with their head, if its classes are diagnoses.
+    """
+
+    name: str
+    features: FeatureModel
+    classifier: DiagnosisClassifier | None = None
+
+    @classmethod
+    def from_pretrained(cls, model: str) -> "Yardstick":
+        """Open a folder or Hub id.
+
+        Raises:
+            OSError, ValueError: as `FeatureModel.from_pretrained`.
+        """
+        classifier = DiagnosisClassifier.from_pretrained(model) if names_diagnoses(model) else None
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        return cls(name, FeatureModel.from_pretrained(model), classifier)
+
+    def to(self, device: torch.device) -> "Yardstick":
+        """The same yardstick, its weights moved."""
+        classifier = None if self.classifier is None else self.classifier.to(device)
+        return Yardstick(self.name, self.features.to(device), classifier)
+
+
+@dataclass
+class EmbeddedImages:
+    """A set of images of which only what yardsticks say is kept.
+
+    Attributes:
+        yardsticks: what looks at them.
+        diagnoses: of each image, or what it was generated for.
+        features: `(N, D)` by yardstick, in batches.
+        named: the diagnosis that a classifier gives each image, by yardstick.
+    """
+
+    yardsticks: Sequence[Yardstick]
+    diagnoses: list[str] = field(default_factory=list)
+    features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    named: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, images: Tensor, diagnoses: Sequence[str]) -> None:
+        """Look at images `(B, 3, H, W)` in [0, 1], after rounding them to 8 bits."""
+        self.diagnoses += diagnoses
+        images = IsicVQImageProcessor().postprocess(images, output_type="pt")
+        for yardstick in self.yardsticks:
+            self.features[yardstick.name].append(yardstick.features(images).cpu())
+            if yardstick.classifier is not None:
+                self.named[yardstick.name] += yardstick.classifier.name(images)
+
+    def joined(self, yardstick: str) -> NDArray[np.float32]:
+        """Features `(N, D)` of all images."""
+        return torch.cat(self.features[yardstick]).numpy()
+
+
+def metric_name(name: str, images: str, yardstick: str) -> str:
+    """What a number of some images is called in the report: "frechet_distance[samples, derm-resnet]"."""
+    return f"{name}[{images}, {yardstick}]"
+
+
+def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, float]:
+    """All distances of features `(M, D)` to those of a reference `(N, D)`, by name."""
+    return {
+        "frechet_distance": frechet_distance(reference, images),
+        "kernel_distance": kernel_distance(reference, images),
+        **precision_recall_density_coverage(reference, images),
+    }
+
+
+def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[int]:
+    """Draw rows of a pool of images so that each diagnosis occurs as often as it is wanted.
+
+    Args:
+        pool: the diagnosis of each row.
+        wanted: diagnoses, as often as they are wanted, in any order.
+        seed: of the draw.
+
+    Returns:
+        Rows in ascending order, no row twice.
+
+    Raises:
+        ValueError: the pool has too few images of a diagnosis.
+    """
+    generator = np.random.default_rng(seed)
+    diagnoses, rows = np.asarray(pool), []
+    for diagnosis, number in sorted(Counter(wanted).items()):
+        members = np.flatnonzero(diagnoses == diagnosis)
+        if len(members) < number:
+            raise ValueError(
+                f"the other real images have {len(members)} of {diagnosis} and the reference has {number}: give "
+                "more others, or a smaller reference"
+            )
+        rows += generator.choice(members, number, replace=False).tolist()
+    return sorted(rows)
+
+
+def generated_images(
+    model: IsicVQModel, labels: Tensor, seed: int, sampling: Sampling | None = None
+) -> Iterator[Tensor]:
+    """Yield images in blocks `(B, 3, H, W)` in [0, 1], image i of class `labels[i]` and a function of (seed, i).
+
+    Args:
+        model: in eval mode.
+        labels: class ids `(N,)`; the unconditional id is one of them.
+        seed: of the images, as for `IsicVQModel.generate`.
+        sampling: how codes are drawn; None is from the model's own distribution.
+    """
+    settings = asdict(sampling or Sampling())
+    backend = model.prior.best_backend(-(-len(labels) // BLOCK_SIZE))  # of all blocks, not of each alone
+    for start in range(0, len(labels), BLOCK_SIZE):
+        block = labels[start : start + BLOCK_SIZE]
+        output: Any = model.generate(
+            len(block), block, seed=seed, first_index=start, backend=backend, **settings
+        )
+        yield output.pixel_values
+
+
+@torch.no_grad()
+def evaluate_generation(
+    model: IsicVQModel,
+    yardsticks: Sequence[Yardstick],
+    reference: Source,
+    others: Source,
+    split: str,
+    *,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> tuple[list[Metric], dict[str, Any]]:
+    """Measure floor, reconstructions and samples against a reference by each yardstick, a batch in memory at a time.
+
+    As many images are generated as the reference has, and as many others drawn, with the diagnoses of the reference.
+
+    Args:
+        model: a whole model; it is put into eval mode and left there.
+        yardsticks: at least one; no two of one name.
+        reference: real images that the model was not trained on.
+        others: real images with random access that share none with the reference: the training images, or the other
+            half of the data where there are none from the same source.
+        split: what the report calls the reference.
+        seed: of the samples, of the draw of others and of the intervals' halves.
+        sampling: how codes are drawn; None is from the model's own distribution.
+        max_corrupt_share: share of unreadable images past which to fail. An unreadable one makes its set smaller.
+        progress: show a bar.
+
+    Returns:
+        The report's lines (`frechet_distance`, `kernel_distance`, `precision`, `recall`, `density` and `coverage` as
+        `metric_name` calls them; `agreement`, where a yardstick is a classifier, of the reference, of its
+        reconstructions and of samples) and a table of what was compared.
+
+    Raises:
+        ValueError: no yardsticks, or two of one name; fewer than `MIN_IMAGES` images; others that have too few of a
+            diagnosis, or images of the reference.
+        DataError: a source cannot be read, or others can only be streamed.
+    """
+    names = [yardstick.name for yardstick in yardsticks]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"the yardsticks are called {names}: expected at least one, and each name once")
+    model.eval()
+    yardsticks = [yardstick.to(model.device) for yardstick in yardsticks]
+    sampling = sampling or Sampling()
+    sets = _embedded_sets(model, yardsticks, reference, others, seed, sampling, max_corrupt_share, progress)
+    diagnoses = sets["reference"].diagnoses
+    metrics = []
+    for yardstick in yardsticks:
+        metrics += _distance_metrics(sets, yardstick.name, split, reference.name, seed)
+        if yardstick.classifier is not None:
+            named = {
+                "reference": sets["reference"].named[yardstick.name],
+                "reconstructions": sets["reference_reconstructions"].named[yardstick.name],
+                "samples": sets["samples"].named[yardstick.name],
+            }
+            known = set(yardstick.classifier.diagnoses) & set(model.config.class_names.values())
+            metrics += agreement_metrics(named, diagnoses, known, yardstick.name, split, reference.name, seed)
+    table = {
+        "reference": reference.name,
+        "others": others.name,
+        "diagnoses": dict(sorted(Counter(diagnoses).items())),
+        "neighbours": NUM_NEIGHBOURS,
+        "sampling": asdict(sampling),
+        "yardsticks": names,
+    }
+    return metrics, table
+
+
+def _embedded_sets(
+    model: IsicVQModel,
+    yardsticks: Sequence[Yardstick],
+    reference: Source,
+    others: Source,
+    seed: int,
+    sampling: Sampling,
+    max_corrupt_share: float,
+    progress: bool,
+) -> dict[str, EmbeddedImages]:
+    """Look at the reference, its reconstructions, as many other images, theirs, and samples; see the module."""
+    pool = list(others.metadata())
+    _check_disjoint(reference, pool)
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    kinds = ("reference", "reference_reconstructions", "floor", "reconstructions", "samples")
+    sets = {kind: EmbeddedImages(yardsticks) for kind in kinds}
+
+    def add_real(batches: Iterable[Batch], real: str, reconstructed: str) -> None:
+        for batch in tqdm(batches, unit="batch", desc=f"real images ({real})", disable=not progress):
+            images = batch["pixel_values"].to(model.device)
+            sets[real].add(images, batch["diagnoses"])
+            sets[reconstructed].add(model.decode(model.encode(images)), batch["diagnoses"])
+
+    batches = iter_batches(reference.records(), processor, BATCH_SIZE, None, max_corrupt_share)
+    add_real(batches, "reference", "reference_reconstructions")
+    diagnoses = sets["reference"].diagnoses
+    if len(diagnoses) < MIN_IMAGES:
+        raise ValueError(f"the reference has {len(diagnoses)} images: expected at least {MIN_IMAGES}")
+    rows = matched_rows([row["diagnosis"] for row in pool], diagnoses, seed)
+    batches = iter_batches(others.dataset().select(rows), processor, BATCH_SIZE, None, max_corrupt_share)
+    add_real(batches, "floor", "reconstructions")
+    ids = {name: index for index, name in model.config.class_names.items()}
+    labels = torch.tensor(
+        [ids.get(name, len(ids)) for name in diagnoses]
+    )  # the unconditional id for the rest
+    with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
+        for images in generated_images(model, labels, seed, sampling):
+            start = len(sets["samples"].diagnoses)
+            sets["samples"].add(images, diagnoses[start : start + len(images)])
+            bar.update(len(images))
+    return sets
+
+
+def _check_disjoint(reference: Source, pool: Sequence[dict[str, Any]]) -> None:
+    shared = {row["isic_id"] for row in reference.metadata()} & {row["isic_id"] for row in pool} - {None}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the other real images are in the reference, such as {min(shared)}: the floor would be "
+            "of images against themselves; give others that share none with it"
+        )
+
+
+def _distance_metrics(
+    sets: dict[str, EmbeddedImages], yardstick: str, split: str, dataset: str, seed: int
+) -> list[Metric]:
+    """The lines of the three sets by one yardstick, each distance's three beside each other."""
+    reference = sets["reference"].joined(yardstick)
+    by_name: dict[str, list[Metric]] = defaultdict(list)
+    for kind in ("floor", "reconstructions", "samples"):
+        images = sets[kind].joined(yardstick)
+        strata = sets["reference"].diagnoses, sets[kind].diagnoses
+        intervals = subsample_intervals(set_distances, reference, images, strata=strata, seed=seed)
+        for name, value in set_distances(reference, images).items():
+            by_name[name].append(
+                Metric(
+                    metric_name(name, kind, yardstick),
+                    value,
+                    "1",
+                    len(images),
+                    split,
+                    dataset,
+                    seed,
+                    np.clip(intervals[name], *RANGES[name]).tolist(),
+                )
+            )
+    return [metric for lines in by_name.values() for metric in lines]

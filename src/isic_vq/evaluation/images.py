@@ -1,0 +1,147 @@
+"""What is measured of every image of a data set, and the means of it: over all, and over parts of the data set."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import Source, SourceInfo
+from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.perceptual import PerceptualDistance
+from isic_vq.evaluation.reconstruction import (
+    MS_SSIM_MIN_SIZE,
+    UNITS,
+    Reconstruction,
+    evaluate_reconstruction,
+    ms_ssim,
+)
+from isic_vq.evaluation.report import GROUP_COLUMNS, Metric
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+BATCH_SIZE = 32
+MIN_GROUP = 10  # images, below which a part's mean says little and may tell of single persons
+
+
+@dataclass(frozen=True)
+class MeasuredImages:
+    """The images of a data set and what came of them.
+
+    Attributes:
+        source: the data set.
+        info: what may be published about it.
+        indices: numbers of the images that could be read, among all records of the source.
+        rows: of each image that could be read: `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on.
+        labels: `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have.
+        codes: `(N, h, w)` int64 in [0, K).
+        reconstruction: how the images came back, in their order.
+    """
+
+    source: Source
+    info: SourceInfo
+    indices: list[int]
+    rows: list[dict[str, str | None]]
+    labels: Tensor
+    codes: Tensor
+    reconstruction: Reconstruction
+
+
+def measure_images(
+    model: IsicVQModel,
+    source: Source,
+    max_corrupt_share: float = 0.01,
+    perceptual: PerceptualDistance | None = None,
+) -> MeasuredImages:
+    """Encode and reconstruct every image of a source, which is read once.
+
+    MS-SSIM is measured of images that are large enough for it, LPIPS if `perceptual` is given.
+
+    Raises:
+        DataError: the source cannot be read, or too many of its images are corrupt.
+        ValueError: it has no images.
+    """
+    size = model.config.vqvae_config.image_size
+    processor = IsicVQImageProcessor(size=size)
+    label2id = {name: index for index, name in model.config.class_names.items()}
+    codes, labels, indices = [], [], []
+    more: dict[str, list[Tensor]] = defaultdict(list)
+
+    def pixel_values() -> Iterator[Tensor]:
+        for batch in iter_batches(source.records(), processor, BATCH_SIZE, label2id, max_corrupt_share):
+            images = batch["pixel_values"].to(model.device)
+            codes.append(model.encode(images).cpu())
+            labels.append(batch["labels"])
+            indices.append(batch["indices"])
+            decoded = model.decode(codes[-1].to(model.device))
+            if size >= MS_SSIM_MIN_SIZE:
+                more["ms_ssim"].append(ms_ssim(images, decoded).cpu())
+            if perceptual is not None:
+                more["lpips"].append(perceptual(images, decoded))
+            yield images
+
+    reconstruction = evaluate_reconstruction(model.vqvae, pixel_values())
+    for name, values in more.items():
+        reconstruction.values[name] = torch.cat(values).double()
+    rows, read = list(source.metadata()), torch.cat(indices).tolist()
+    return MeasuredImages(
+        source=source,
+        info=source.describe(),
+        indices=read,
+        rows=[rows[index] for index in read],
+        labels=torch.cat(labels),
+        codes=torch.cat(codes),
+        reconstruction=reconstruction,
+    )
+
+
+def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], split: str) -> list[Metric]:
+    """Means of values `(N,)` over the images of each diagnosis, source, sex and site, as "psnr[sex=female]".
+
+    What is missing is the group "unknown". Groups of fewer than `MIN_GROUP` images are left out, and so is a column
+    that has one group only.
+
+    Args:
+        measured: the images.
+        values: by name: those that `UNITS` has, and bits per code.
+        split: of the images.
+    """
+    metrics = []
+    for column in GROUP_COLUMNS:
+        members = defaultdict(list)
+        for index, row in enumerate(measured.rows):
+            members[row[column] or "unknown"].append(index)
+        if len(members) == 1:
+            continue
+        for group, indices in sorted(members.items()):
+            if len(indices) >= MIN_GROUP:
+                metrics += [
+                    mean_metric(
+                        f"{name}[{column}={group}]",
+                        of[indices],
+                        UNITS.get(name, "bits per code"),
+                        split,
+                        measured.info.name,
+                    )
+                    for name, of in values.items()
+                ]
+    return metrics
+
+
+def worst_reconstructions(model: IsicVQModel, measured: MeasuredImages, number: int) -> tuple[Tensor, Tensor]:
+    """The images with the lowest PSNR, the worst first, read once more, and their reconstructions.
+
+    Returns:
+        Both `(number, 3, H, W)` in [0, 1], or fewer if there are fewer.
+
+    Raises:
+        DataError: the data set can only be streamed.
+    """
+    worst = measured.reconstruction.values["psnr"].argsort()[:number]
+    records = measured.source.dataset().select([measured.indices[row] for row in worst.tolist()])
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    images = torch.cat([batch["pixel_values"] for batch in iter_batches(records, processor, BATCH_SIZE)])
+    with torch.inference_mode():
+        return images, model.decode(measured.codes[worst].to(model.device)).float().cpu()

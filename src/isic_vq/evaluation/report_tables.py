@@ -1,0 +1,81 @@
+"""A report's numbers in tables for people, a table per topic; pages and model cards draw them."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from isic_vq.evaluation.report import Metric
+
+GENERATED = "Generated images"
+TOPICS = {  # titles, and how the names of their metrics begin
+    "Reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "mse", "lpips"),
+    "Codebook": ("usage", "perplexity", "dead_codes"),
+    "Likelihood": ("bits_per_", "conditioning_", "likelihood_balanced_accuracy"),
+    GENERATED: ("frechet_", "kernel_", "precision[", "recall[", "density[", "coverage[", "agreement["),
+    "Memorisation": (
+        "nearest_",
+        "near_samples",
+        "pairs_found",
+        "held_out_",
+        "membership_",
+        "likelihood_gap",
+    ),
+    "Worth to a classifier": ("balanced_accuracy", "melanoma_auc"),
+    "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
+}
+OTHER = "Other measurements"
+
+
+@dataclass
+class Table:
+    """The numbers of one topic.
+
+    Attributes:
+        title: the topic.
+        columns: what numbers were measured on.
+        rows: by name, unit and seed, the metric of each column that has one.
+    """
+
+    title: str
+    columns: list[str] = field(default_factory=list)
+    rows: dict[tuple[str, str, int | None], dict[str, Metric]] = field(default_factory=dict)
+
+
+def topic_of(metric: Metric) -> str:
+    """The title of the table that shows a metric."""
+    return next((topic for topic, names in TOPICS.items() if metric.name.startswith(names)), OTHER)
+
+
+def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str]) -> list[Table]:
+    """Arrange metrics of whole data sets by topic; those of parts of the images (`Metric.group`) are left out.
+
+    Images of different kinds that one yardstick measures, such as floor, reconstructions and samples, stand beside each
+    other: `frechet_distance[samples, NAME]` is in the row `frechet_distance, NAME` and a column of the samples.
+
+    Args:
+        metrics: any.
+        measured_on: what a metric was measured on, for the head of its column.
+
+    Returns:
+        Tables in the order of `TOPICS`, without empty ones.
+
+    Raises:
+        ValueError: one thing was measured twice.
+    """
+    tables = {title: Table(title) for title in (*TOPICS, OTHER)}
+    for metric in metrics:
+        if metric.group is not None:
+            continue
+        name, column = metric.name, measured_on(metric)
+        table = tables[topic_of(metric)]
+        if table.title == GENERATED and (parts := re.fullmatch(r"(\w+)\[(\w+), (.+)\]", name)):
+            name, column = f"{parts[1]}, {parts[3]}", f"{parts[2]}: {column}"
+        row = table.rows.setdefault((name, "" if metric.unit == "1" else metric.unit, metric.seed), {})
+        if column in row:
+            raise ValueError(
+                f"there are two values of {metric.name} of {column}: keep one of the two reports"
+            )
+        row[column] = metric
+        if column not in table.columns:
+            table.columns.append(column)
+    return [table for table in tables.values() if table.rows]

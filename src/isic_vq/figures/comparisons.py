@@ -1,0 +1,137 @@
+"""Draw comparisons: values with intervals side by side, curves over a setting, codes by group. Needs matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator
+
+from .plots import BLUE, DPI, INK, PALETTE, finish, new_figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value to show.
+
+    Args:
+        label: what it is the value of.
+        value: the value.
+        interval: its low and high; None draws no whiskers.
+        n: of how many items; None is not told.
+    """
+
+    label: str
+    value: float
+    interval: Sequence[float] | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over a setting.
+
+    Args:
+        label: of the legend.
+        x: the setting.
+        y: values at it; of several seeds, their mean.
+        each: values of every seed, a sequence per seed, drawn as dots.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    each: Sequence[Sequence[float]] = field(default=())
+
+
+def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: float | None = None) -> Figure:
+    """Draw values as dots with whiskers, one under the other, group by group.
+
+    Args:
+        groups: points by the group's title.
+        title: of the figure.
+        unit: what the horizontal axis shows.
+        line: a vertical line, such as the mean over all.
+    """
+    number = sum(len(points) + 1 for points in groups.values())
+    figure = Figure(figsize=(8, 1.2 + 0.27 * number), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    ticks, labels, row = [], [], 0
+    for group, points in groups.items():
+        axes.text(
+            0, row, f"{group}  ", transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK,
+            fontweight="bold", fontsize=10,
+        )  # fmt: skip
+        row += 1
+        for point in points:
+            if point.interval is not None:
+                axes.plot(point.interval, [row, row], color=BLUE, linewidth=1.6, solid_capstyle="butt")
+            axes.plot(point.value, row, "o", color=BLUE, markersize=5)
+            ticks.append(row)
+            labels.append(point.label if point.n is None else f"{point.label} (n = {point.n:,})")
+            row += 1
+    if line is not None:
+        axes.axvline(line, color=INK, linewidth=1, linestyle=":")
+    finish(axes, title, unit, "", legend=False)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(row - 0.4, -0.8)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x: str, x_values: Sequence[float]) -> Figure:
+    """Draw panels of curves over one setting on a logarithmic axis.
+
+    Args:
+        panels: title, unit and curves of each.
+        x: what the horizontal axes show.
+        x_values: the setting's values, which are the ticks.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    for axes, (title, unit, drawn) in zip(all_axes, panels, strict=False):
+        for index, curve in enumerate(drawn):
+            color = PALETTE[index % len(PALETTE)]
+            for seed in curve.each:
+                axes.plot(curve.x, seed, "o", color=color, markersize=4, alpha=0.45)
+            axes.plot(curve.x, curve.y, color=color, linewidth=1.8, label=curve.label)
+        finish(axes, title, x, unit)
+        axes.set_xscale("log")
+        axes.set_xticks(list(x_values), [f"{value:g}" for value in x_values])
+        axes.minorticks_off()
+    return figure
+
+
+def code_use_by_group(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
+    """Show how much more or less often each group uses each code than all groups do, as log2 of the ratio.
+
+    Codes are in the order of their use over all groups, the most used one first; a code counts once more than it is
+    used, so that unused ones do not count as infinitely rare.
+
+    Args:
+        counts: K uses by group.
+        title: of the figure.
+    """
+    table = np.array(list(counts.values()), dtype=np.float64) + 1
+    shares = table / table.sum(axis=1, keepdims=True)
+    mean = shares.mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    figure, (axes,) = new_figure(10, 1.6 + 0.3 * len(table), panels=1)
+    shown = axes.imshow(
+        np.log2(shares / mean)[:, order],
+        aspect="auto",
+        cmap="RdBu_r",
+        vmin=-3,
+        vmax=3,
+        interpolation="nearest",
+    )
+    finish(axes, title, "codes, the most used first", "", legend=False)
+    axes.set_yticks(range(len(table)), [name.replace("_", " ") for name in counts])
+    axes.grid(visible=False)
+    figure.colorbar(shown, ax=axes, label="log2 of share / mean share")
+    return figure

@@ -1,0 +1,115 @@
+"""A report as a page for people: its numbers as tables, its groups and codes as plots, and pictures that come with it.
+
+The page links PNG files in a folder beside it and nothing else: it opens without a network, and may be published
+where its pictures may. Text is escaped, for names of sources are anybody's.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isic_vq.evaluation.report import Metric, Report
+from isic_vq.evaluation.report_tables import report_tables, topic_of
+from isic_vq.figures.png import write_png
+from isic_vq.files import write_atomically
+
+TEMPLATE = Path(__file__).with_name("report_page.html")
+
+
+@dataclass(frozen=True)
+class PagePicture:
+    """A picture that a page shows.
+
+    Attributes:
+        name: of its file, without suffix.
+        caption: what it shows.
+        image: RGB of shape (height, width, 3), uint8.
+    """
+
+    name: str
+    caption: str
+    image: np.ndarray
+
+
+def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture] = ()) -> list[Path]:
+    """Write a report's page and its pictures, each atomically; needs matplotlib and Jinja2.
+
+    Args:
+        report: as `isic-vq evaluate` makes it.
+        path: the page; pictures go to a folder beside it, of its name and "-figures".
+        pictures: shown at the end; what is in them is the caller's responsibility.
+
+    Returns:
+        What was written, the page first.
+    """
+    from jinja2 import Environment
+
+    folder = path.with_name(f"{path.stem}-figures")
+    tables = report_tables(report.metrics, measured_on)
+    shown: dict[str, list[dict[str, Any]]] = {table.title: [] for table in tables}
+    written = []
+    for topic, name, caption, content in _plots(report):
+        written.append(folder / f"{name}.png")
+        write_atomically(written[-1], content)
+        shown[topic].append({"file": f"{folder.name}/{name}.png", "caption": caption})
+    for picture in pictures:
+        written.append(folder / f"{picture.name}.png")
+        write_png(picture.image, written[-1], {"Comment": picture.caption})
+        entry = {"file": f"{folder.name}/{picture.name}.png", "caption": picture.caption, "pixels": True}
+        shown.setdefault("Pictures", []).append(entry)
+    machine = report.environment
+    about = ", ".join(
+        f"{label} {machine[key]}".strip()
+        for key, label in (
+            ("isic_vq", "isic-vq"),
+            ("torch", "torch"),
+            ("device", ""),
+            ("git_commit", "commit"),
+        )
+        if machine.get(key)
+    )
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
+    page = template.render(title=report.model.get("name", "report"), about=about, tables=tables, shown=shown)
+    write_atomically(path, page.encode())
+    return [path, *written]
+
+
+def measured_on(metric: Metric) -> str:
+    """What a metric was measured on, as the head of a table's column."""
+    return f"{metric.split} (n = {metric.n:,})"
+
+
+def file_name(name: str) -> str:
+    """A metric's name as a file's: letters, digits and dashes."""
+    return re.sub(r"[^\w-]+", "-", name).strip("-")
+
+
+def _plots(report: Report) -> list[tuple[str, str, str, bytes]]:
+    """Section, file name, caption and PNG of every plot."""
+    from isic_vq.figures.comparisons import Point, code_use_by_group, dots
+    from isic_vq.figures.plots import png_bytes
+
+    found = []
+    grouped: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    for metric in report.metrics:
+        if (group := metric.group) is not None:
+            name = metric.whole_name
+            points = grouped.setdefault((name, metric.split), {}).setdefault(group[0].capitalize(), [])
+            points.append(Point(group[1].replace("_", " "), metric.value, metric.interval, metric.n))
+    for (name, split), groups in grouped.items():
+        whole = next(m for m in report.metrics if m.name == name and m.split == split)
+        title = f"{name} of parts of {split}"
+        figure = dots(groups, title, name if whole.unit == "1" else whole.unit, whole.value)
+        caption = f"{title}, with 95 % intervals; the dotted line is the mean over all images."
+        found.append((topic_of(whole), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
+    for split, table in report.tables.items():
+        counts = table.get("codebook_counts_by_diagnosis") if isinstance(table, dict) else None
+        if counts and len(counts) > 1:
+            title = f"codes by diagnosis, {split}"
+            caption = f"{title}: red where a diagnosis uses a code more than the diagnoses do on average."
+            found.append(("Codebook", f"codes-{split}", caption, png_bytes(code_use_by_group(counts, title))))
+    return found
