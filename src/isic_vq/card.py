@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import report_tables, topic_of
+from isic_vq.evaluation.report_tables import number_text, report_tables, topic_of
 from isic_vq.files import write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
 from isic_vq.models.repository import TAGS
@@ -175,30 +175,36 @@ def column_title(metric: Metric) -> str:
 
 
 def metric_table(reports: Iterable[Report]) -> str:
-    """The metrics of the reports as Markdown, a headed table per topic; see `report_tables`.
+    """The metrics of the reports as Markdown, a headed table per topic.
 
     Raises:
         ValueError: one thing was measured twice.
     """
-    metrics = [metric for report in reports for metric in report.metrics]
-    lines = []
-    for table in report_tables(metrics, column_title):
-        lines += [f"### {table.title}", "", "| metric | unit | " + " | ".join(table.columns) + " |"]
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in topic_tables(reports).items())
+
+
+def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
+    """The metrics of the reports as Markdown tables by topic; see `report_tables`.
+
+    Raises:
+        ValueError: one thing was measured twice.
+    """
+    tables = {}
+    for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
+        lines = ["| metric | unit | " + " | ".join(table.columns) + " |"]
         lines.append("|---|---|" + "---:|" * len(table.columns))
-        for (name, unit, seed), row in table.rows.items():
+        for (name, unit), row in table.rows.items():
             cells = [metric_cell(row[column]) if column in row else "" for column in table.columns]
-            name = name if seed is None else f"{name}, seed {seed}"
             lines.append(f"| {name} | {unit} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines).rstrip("\n")
+        tables[table.title] = "\n".join(lines)
+    return tables
 
 
 def metric_cell(metric: Metric) -> str:
-    """A value and its interval, rounded for reading."""
-    if metric.interval is None:
-        return f"{metric.value:.5g}"
-    low, high = metric.interval
-    return f"{metric.value:.5g} ({low:.4g} to {high:.4g})"
+    """A value, its interval and seed, rounded for reading."""
+    about = [] if metric.interval is None else ["{:.4g} to {:.4g}".format(*metric.interval)]
+    about += [] if metric.seed is None else [f"seed {metric.seed}"]
+    return number_text(metric.value) + (f" ({', '.join(about)})" if about else "")
 
 
 def measured_on(reports: Iterable[Report]) -> str:

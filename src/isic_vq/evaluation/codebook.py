@@ -35,21 +35,19 @@ def codebook_metrics(counts: Tensor, split: str, dataset: str, seed: int = 0) ->
         usage, perplexity = usage_and_perplexity(total)
         return {"usage": usage, "perplexity": perplexity, "dead_codes": float((total == 0).sum())}
 
-    units = {"usage": "share of codes", "perplexity": "codes", "dead_codes": "codes"}
-    intervals = subsample_intervals(statistics, counts, seed=seed) if len(counts) >= 4 else {}
-    return [
-        Metric(
-            name,
-            value,
-            units[name],
-            len(counts),
-            split,
-            dataset,
-            seed,
-            list(intervals[name]) if name in intervals else None,
-        )
-        for name, value in statistics(counts).items()
-    ]
+    number, num_codes = counts.shape
+    kinds = {  # unit, and between which values an interval ends
+        "usage": ("share of codes", 0.0, 1.0),
+        "perplexity": ("codes", 1.0, float(num_codes)),
+        "dead_codes": ("codes", 0.0, float(num_codes)),
+    }
+    intervals = subsample_intervals(statistics, counts, seed=seed) if number >= 4 else {}
+    metrics = []
+    for name, value in statistics(counts).items():
+        unit, least, most = kinds[name]
+        interval = [min(max(bound, least), most) for bound in intervals[name]] if intervals else None
+        metrics.append(Metric(name, value, unit, number, split, dataset, seed, interval))
+    return metrics
 
 
 def counts_by_diagnosis(measured: MeasuredImages, counts: Tensor) -> dict[str, list[int]]:

@@ -33,17 +33,22 @@ class Table:
     Attributes:
         title: the topic.
         columns: what numbers were measured on.
-        rows: by name, unit and seed, the metric of each column that has one.
+        rows: by name and unit, the metric of each column that has one.
     """
 
     title: str
     columns: list[str] = field(default_factory=list)
-    rows: dict[tuple[str, str, int | None], dict[str, Metric]] = field(default_factory=dict)
+    rows: dict[tuple[str, str], dict[str, Metric]] = field(default_factory=dict)
 
 
 def topic_of(metric: Metric) -> str:
     """The title of the table that shows a metric."""
     return next((topic for topic, names in TOPICS.items() if metric.name.startswith(names)), OTHER)
+
+
+def number_text(value: float) -> str:
+    """A number rounded for reading: five digits, or all of an integer."""
+    return f"{value:,}" if type(value) is int else f"{value:.5g}"
 
 
 def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str]) -> list[Table]:
@@ -70,7 +75,7 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
         table = tables[topic_of(metric)]
         if table.title == GENERATED and (parts := re.fullmatch(r"(\w+)\[(\w+), (.+)\]", name)):
             name, column = f"{parts[1]}, {parts[3]}", f"{parts[2]}: {column}"
-        row = table.rows.setdefault((name, "" if metric.unit == "1" else metric.unit, metric.seed), {})
+        row = table.rows.setdefault((name, "" if metric.unit == "1" else metric.unit), {})
         if column in row:
             raise ValueError(
                 f"there are two values of {metric.name} of {column}: keep one of the two reports"

@@ -21,8 +21,9 @@ GALLERY_SIZE = 16
 
 def atlas_picture(evaluation: "Evaluation") -> PagePicture:
     """What each code draws, in the order of their use over all data sets, the most used one first."""
-    counts = sum(np.array(table["codebook_counts"]) for table in evaluation.report.tables.values())
-    order = np.argsort(-np.asarray(counts), kind="stable")
+    tables = [evaluation.report.tables[split] for split in evaluation.measured]
+    counts = np.sum([table["codebook_counts"] for table in tables], axis=0)
+    order = np.argsort(-counts, kind="stable")
     processor = IsicVQImageProcessor(size=evaluation.model.config.vqvae_config.image_size)
     tiles = processor.postprocess(code_atlas(evaluation.model.vqvae), output_type="np")
     caption = "what each code draws among its like, the most used first (decoder output)"

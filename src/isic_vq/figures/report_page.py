@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import report_tables, topic_of
+from isic_vq.evaluation.report_tables import number_text, report_tables, topic_of
 from isic_vq.figures.png import write_png
 from isic_vq.files import write_atomically
 
@@ -35,6 +35,23 @@ class PagePicture:
     image: np.ndarray
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a report's numbers.
+
+    Attributes:
+        topic: title of the table that it belongs to.
+        name: of its file, without suffix.
+        caption: what it shows.
+        content: the PNG file.
+    """
+
+    topic: str
+    name: str
+    caption: str
+    content: bytes
+
+
 def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture] = ()) -> list[Path]:
     """Write a report's page and its pictures, each atomically; needs matplotlib and Jinja2.
 
@@ -52,10 +69,10 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture
     tables = report_tables(report.metrics, measured_on)
     shown: dict[str, list[dict[str, Any]]] = {table.title: [] for table in tables}
     written = []
-    for topic, name, caption, content in _plots(report):
-        written.append(folder / f"{name}.png")
-        write_atomically(written[-1], content)
-        shown[topic].append({"file": f"{folder.name}/{name}.png", "caption": caption})
+    for plot in report_plots(report):
+        written.append(folder / f"{plot.name}.png")
+        write_atomically(written[-1], plot.content)
+        shown[plot.topic].append({"file": f"{folder.name}/{plot.name}.png", "caption": plot.caption})
     for picture in pictures:
         written.append(folder / f"{picture.name}.png")
         write_png(picture.image, written[-1], {"Comment": picture.caption})
@@ -73,7 +90,9 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture
         if machine.get(key)
     )
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
-    page = template.render(title=report.model.get("name", "report"), about=about, tables=tables, shown=shown)
+    page = template.render(
+        title=report.model.get("name", "report"), about=about, tables=tables, shown=shown, number=number_text
+    )
     write_atomically(path, page.encode())
     return [path, *written]
 
@@ -88,8 +107,8 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "-", name).strip("-")
 
 
-def _plots(report: Report) -> list[tuple[str, str, str, bytes]]:
-    """Section, file name, caption and PNG of every plot."""
+def report_plots(report: Report) -> list[Plot]:
+    """Draw the numbers of parts of the images, and codes by diagnosis."""
     from isic_vq.figures.comparisons import Point, code_use_by_group, dots
     from isic_vq.figures.plots import png_bytes
 
@@ -105,11 +124,12 @@ def _plots(report: Report) -> list[tuple[str, str, str, bytes]]:
         title = f"{name} of parts of {split}"
         figure = dots(groups, title, name if whole.unit == "1" else whole.unit, whole.value)
         caption = f"{title}, with 95 % intervals; the dotted line is the mean over all images."
-        found.append((topic_of(whole), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
+        found.append(Plot(topic_of(whole), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
     for split, table in report.tables.items():
         counts = table.get("codebook_counts_by_diagnosis") if isinstance(table, dict) else None
         if counts and len(counts) > 1:
             title = f"codes by diagnosis, {split}"
             caption = f"{title}: red where a diagnosis uses a code more than the diagnoses do on average."
-            found.append(("Codebook", f"codes-{split}", caption, png_bytes(code_use_by_group(counts, title))))
+            figure = code_use_by_group(counts, title)
+            found.append(Plot("Codebook", f"codes-{split}", caption, png_bytes(figure)))
     return found
