@@ -106,9 +106,9 @@ def test_gains_are_differences_from_real(study):
 def test_rare_classes_are_hidden_and_count_in_the_mean(study):
     _, found = study
     for arm in ARMS:
-        assert found[f"recall[{arm}, diagnosis=melanoma]"].n == 14
-        assert found[f"recall[{arm}, diagnosis=nevus]"].n == 16
-        assert f"recall[{arm}, diagnosis=vascular_lesion]" not in found
+        assert found[f"sensitivity[{arm}, diagnosis=melanoma]"].n == 14
+        assert found[f"sensitivity[{arm}, diagnosis=nevus]"].n == 16
+        assert f"sensitivity[{arm}, diagnosis=vascular_lesion]" not in found
     assert found["balanced_accuracy[real]"].n == 35
 
 
@@ -259,5 +259,5 @@ def test_the_command_writes_a_report(run, sets, generator, tmp_path):
     report = Report.load(tmp_path / "utility.json")
     assert report.model["limit"] == 20
     assert report.model["classifier"]["steps"] == 2
-    assert {metric.n for metric in report.metrics if "recall" not in metric.name} == {20}
+    assert {metric.n for metric in report.metrics if "sensitivity" not in metric.name} == {20}
     assert "balanced_accuracy_gain[synthetic]" in out

@@ -20,7 +20,7 @@ TOPICS = {  # titles, and how the names of their metrics begin
         "membership_",
         "likelihood_gap",
     ),
-    "Worth to a classifier": ("balanced_accuracy", "melanoma_auc"),
+    "Worth to a classifier": ("balanced_accuracy", "melanoma_auc", "sensitivity"),
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }
 OTHER = "Other measurements"

@@ -113,18 +113,22 @@ def report_plots(report: Report) -> list[Plot]:
     from isic_vq.figures.plots import png_bytes
 
     found = []
-    grouped: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    grouped: dict[tuple[str, str], list[Metric]] = {}
     for metric in report.metrics:
-        if (group := metric.group) is not None:
-            name = metric.whole_name
-            points = grouped.setdefault((name, metric.split), {}).setdefault(group[0].capitalize(), [])
-            points.append(Point(group[1].replace("_", " "), metric.value, metric.interval, metric.n))
-    for (name, split), groups in grouped.items():
-        whole = next(m for m in report.metrics if m.name == name and m.split == split)
-        title = f"{name} of parts of {split}"
-        figure = dots(groups, title, name if whole.unit == "1" else whole.unit, whole.value)
-        caption = f"{title}, with 95 % intervals; the dotted line is the mean over all images."
-        found.append(Plot(topic_of(whole), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
+        if metric.group is not None:
+            grouped.setdefault((metric.whole_name, metric.split), []).append(metric)
+    for (name, split), metrics in grouped.items():
+        points: dict[str, list[Point]] = {}
+        for metric in metrics:
+            column, value = metric.group or ("", "")
+            point = Point(value.replace("_", " "), metric.value, metric.interval, metric.n)
+            points.setdefault(column.capitalize(), []).append(point)
+        whole = next((m.value for m in report.metrics if (m.name, m.split) == (name, split)), None)
+        title, unit = f"{name} of parts of {split}", metrics[0].unit
+        caption = f"{title}, with 95 % intervals"
+        caption += "." if whole is None else "; the dotted line is the mean over all images."
+        figure = dots(points, title, name if unit == "1" else unit, whole)
+        found.append(Plot(topic_of(metrics[0]), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
     for split, table in report.tables.items():
         counts = table.get("codebook_counts_by_diagnosis") if isinstance(table, dict) else None
         if counts and len(counts) > 1:

@@ -136,7 +136,7 @@ def evaluate_utility(
     Returns:
         For each arm "balanced_accuracy[ARM]" and, where there are melanomas and others, "melanoma_auc[ARM]", means over
         the seeds; how much more they are than with real images, "balanced_accuracy_gain[ARM]" and so on, paired by
-        seed and test image; and "recall[ARM, diagnosis=NAME]" of the diagnoses of at least `MIN_GROUP` test images.
+        seed and test image; and "sensitivity[ARM, diagnosis=NAME]" of the diagnoses of at least `MIN_GROUP` test images.
         Intervals: `two_level_interval`.
 
     Raises:
@@ -250,8 +250,8 @@ def utility_metrics(
         members = torch.nonzero(labels == index).flatten()
         if len(members) >= MIN_GROUP:
             for arm in logits:
-                recall = _of_images(known["accuracy"], logits[arm], labels)
-                add(f"recall[{arm}, diagnosis={diagnosis}]", recall, members)
+                sensitivity = _of_images(known["accuracy"], logits[arm], labels)
+                add(f"sensitivity[{arm}, diagnosis={diagnosis}]", sensitivity, members)
     return metrics
 
 
