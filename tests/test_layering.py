@@ -25,6 +25,7 @@ RANKS = {
     "figures.evaluation": 4,  # shows what an evaluation measured; the other figures are given numbers
     "card": 3,
     "onnx_export": 3,
+    "codec": 3,
     "generation": 3,
     "training": 4,
     "export": 4,
@@ -39,6 +40,7 @@ RANKS = {
 # Third-party packages that one part alone may import, and all that `models` may: a Hub repository runs without us.
 OWNERS = {
     "accelerate": {"training"},
+    "constriction": {"codec"},
     "datasets": {"data"},
     "diffusers": {"models"},
     "gradio": {"demo"},

@@ -4,12 +4,24 @@ Commands parse arguments, call the library and print what they wrote. Everything
 them, so that `isic-vq --help` does not pay for torch. Errors are one line; `--debug` shows the traceback.
 """
 
-from isic_vq.cli import audit, data, demo, images, measuring, publishing, studies, training, transfer
+from isic_vq.cli import (
+    audit,
+    compression,
+    data,
+    demo,
+    images,
+    measuring,
+    publishing,
+    studies,
+    training,
+    transfer,
+)
 from isic_vq.cli.app import app, main
 
 __all__ = [
     "app",
     "audit",
+    "compression",
     "data",
     "demo",
     "images",

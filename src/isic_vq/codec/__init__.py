@@ -1,0 +1,1 @@
+"""Images as files of a few hundred bytes each: the tokenizer's codes, entropy-coded under the prior."""

@@ -1,0 +1,267 @@
+"""The .ivq file: a header, blocks of images that stand for themselves, and the header once more.
+
+    MAGIC | length, CRC-32 | header | block 0 | block 1 | ... | header | length, CRC-32 | END
+
+The header is deflated JSON: how codes were coded, and of every block its number of images, coder, bytes and CRC-32.
+Its copy at the end serves if the first one is damaged. A block is the length of its names, the names as deflated
+JSON, and the coded codes; nothing in it refers to another block. Numbers are little-endian. A block that is not at
+its place, because bytes are missing or were put in before it, is looked for at its distance from the end.
+
+Checksums are against accidents; whoever can write a file can make its checksums right, so names are checked apart.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+MAGIC, END = b"\x89IVQ\r\n\x1a\n", b"\n\x1a\r\nQVI\x89"
+FORMAT = 1
+CODERS = ("static", "prior")
+MAX_IMAGES = 4096  # in a block
+MAX_THREADS = 1024
+MAX_HEADER = 2**26  # bytes that a header may inflate to
+MAX_NAME = 4096  # bytes of JSON that an image's name may inflate to
+_FRAME, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
+
+
+class CodecError(ValueError):
+    """A file that cannot be made or read; the message names the block, and says what is lost."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that the prior's probabilities depend on to the last bit, but for the machine, which `canary` stands for.
+
+    Attributes:
+        prior: hash of the weights.
+        lanes: images computed at once.
+        threads: torch's threads.
+        dtype: of the weights.
+        backend: of the incremental computation.
+        torch: version.
+        precision: probabilities are integers over two to this power.
+        canary: hash of the integers of a known block.
+    """
+
+    prior: str
+    lanes: int
+    threads: int
+    dtype: str
+    backend: str
+    torch: str
+    precision: int
+    canary: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the codes of a file were made and coded.
+
+    Attributes:
+        tokenizer: hash of the encoder and codebook.
+        num_codes: K.
+        grid_size: side of a code grid.
+        label: class id that all images were coded under.
+        table: hash of the static table.
+        layout: None if no block is coded by the prior.
+    """
+
+    tokenizer: str
+    num_codes: int
+    grid_size: int
+    label: int
+    table: str
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some images.
+
+    Attributes:
+        names: of the images.
+        coder: "prior" or "static".
+        payload: their codes, coded.
+        codes_crc: CRC-32 of the codes themselves, which tells of a machine that computes other probabilities.
+    """
+
+    names: list[str]
+    coder: str
+    payload: bytes
+    codes_crc: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block as the header lists it: its place in the file follows from those before it."""
+
+    num_images: int
+    coder: str
+    num_bytes: int
+    crc: int
+    codes_crc: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A block that cannot be read, and why."""
+
+    reason: str
+
+
+def write_container(settings: Settings, blocks: Sequence[Block]) -> bytes:
+    """The file's content."""
+    bodies = [_body(block) for block in blocks]
+    index = [
+        [len(block.names), CODERS.index(block.coder), len(body), zlib.crc32(body), block.codes_crc]
+        for block, body in zip(blocks, bodies, strict=True)
+    ]
+    content = {"format": FORMAT, **asdict(settings), "blocks": index}
+    header = _deflated(json.dumps(content, separators=(",", ":")))
+    frame = _FRAME.pack(len(header), zlib.crc32(header))
+    return b"".join([MAGIC, frame, header, *bodies, header, frame, END])
+
+
+def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | Damage]]:
+    """Read what of a file is intact.
+
+    Returns:
+        How it was coded, what it should hold, and each block or why it cannot be read.
+
+    Raises:
+        CodecError: the content is no such file, or both copies of its header are damaged.
+    """
+    header = _first_header(content) or _last_header(content)
+    if header is None:
+        known = content.startswith(MAGIC) or content.endswith(END)
+        raise CodecError(
+            "the header and its copy at the end of the file are both damaged: no block can be read"
+            if known
+            else "this is not an .ivq file: expected one that isic-vq compress wrote"
+        )
+    settings, entries = _parse(header)
+    start = len(MAGIC) + _FRAME.size + len(header)
+    total = start + sum(entry.num_bytes for entry in entries) + len(header) + _FRAME.size + len(END)
+    blocks: list[Block | Damage] = []
+    for entry in entries:
+        blocks.append(_find_block(content, entry, start, len(content) - total))
+        start += entry.num_bytes
+    return settings, entries, blocks
+
+
+def block_name(entries: Sequence[Entry], number: int) -> str:
+    """What messages call a block, such as "block 2 of 10 (images 65 to 128)"."""
+    first = 1 + sum(entry.num_images for entry in entries[:number])
+    last = first + entries[number].num_images - 1
+    return f"block {number + 1} of {len(entries)} (images {first} to {last})"
+
+
+def _body(block: Block) -> bytes:
+    names = _deflated(json.dumps(block.names, separators=(",", ":")))
+    return _LENGTH.pack(len(names)) + names + block.payload
+
+
+def _deflated(text: str) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return compressor.compress(text.encode()) + compressor.flush()
+
+
+def _inflated(content: bytes, most: int) -> Any:
+    """Deflated JSON, of at most so many bytes.
+
+    Raises:
+        ValueError: it is none.
+        zlib.error: likewise.
+    """
+    inflater = zlib.decompressobj(-15)
+    text = inflater.decompress(content, most)
+    if not inflater.eof or inflater.unused_data:
+        raise ValueError("it does not end where it should")
+    return json.loads(text)
+
+
+def _first_header(content: bytes) -> bytes | None:
+    start = len(MAGIC) + _FRAME.size
+    if not content.startswith(MAGIC) or len(content) < start:
+        return None
+    length, crc = _FRAME.unpack_from(content, len(MAGIC))
+    return _checked(content[start : start + length], length, crc)
+
+
+def _last_header(content: bytes) -> bytes | None:
+    stop = len(content) - len(END) - _FRAME.size
+    if not content.endswith(END) or stop < 0:
+        return None
+    length, crc = _FRAME.unpack_from(content, stop)
+    return _checked(content[max(0, stop - length) : stop], length, crc)
+
+
+def _checked(header: bytes, length: int, crc: int) -> bytes | None:
+    return header if len(header) == length and zlib.crc32(header) == crc else None
+
+
+def _parse(header: bytes) -> tuple[Settings, list[Entry]]:
+    try:
+        record = _inflated(header, MAX_HEADER)
+        if record.pop("format") != FORMAT:
+            raise CodecError("the file has a newer format: read it with a newer isic-vq")
+        rows = record.pop("blocks")
+        layout = record.pop("layout")
+        settings = Settings(layout=None if layout is None else Layout(**layout), **record)
+        entries = [Entry(number, CODERS[coder], *rest) for number, coder, *rest in rows]
+        for part in (settings, settings.layout, *entries):
+            if part is not None:
+                _check_types(part)
+        _check_numbers(settings.layout, entries)
+    except CodecError:
+        raise
+    except (zlib.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CodecError(f"the header is none that isic-vq writes: {error}") from error
+    return settings, entries
+
+
+def _check_types(part: Any) -> None:
+    for field in fields(part):
+        if isinstance(field.type, type) and type(getattr(part, field.name)) is not field.type:
+            raise ValueError(f"{field.name} is {getattr(part, field.name)!r}")
+
+
+def _check_numbers(layout: Layout | None, entries: Sequence[Entry]) -> None:
+    by_prior = [entry for entry in entries if entry.coder == "prior"]
+    if not all(
+        1 <= e.num_images <= MAX_IMAGES and min(e.num_bytes, e.crc, e.codes_crc) >= 0 for e in entries
+    ):
+        raise ValueError("a block's numbers are out of range")
+    if layout is None:
+        if by_prior:
+            raise ValueError("blocks are coded by the prior, and it does not say how")
+    elif not (1 <= layout.lanes <= MAX_IMAGES and 1 <= layout.threads <= MAX_THREADS):
+        raise ValueError(f"{layout.lanes} lanes and {layout.threads} threads are out of range")
+    elif any(entry.num_images > layout.lanes for entry in by_prior):
+        raise ValueError("a block has more images than lanes")
+
+
+def _find_block(content: bytes, entry: Entry, start: int, shift: int) -> Block | Damage:
+    """The block at its place, or moved by as many bytes as the file is too long."""
+    for place in dict.fromkeys((start, start + shift)):
+        body = content[max(0, place) : max(0, place + entry.num_bytes)]
+        if len(body) == entry.num_bytes and zlib.crc32(body) == entry.crc:
+            return _parse_block(body, entry)
+    missing = start + entry.num_bytes - len(content)
+    if missing > 0:
+        return Damage(f"the file ends {missing} bytes too early")
+    return Damage("its checksum is wrong, so its bytes were altered")
+
+
+def _parse_block(body: bytes, entry: Entry) -> Block | Damage:
+    try:
+        (length,) = _LENGTH.unpack_from(body)
+        names = _inflated(body[_LENGTH.size : _LENGTH.size + length], MAX_NAME * entry.num_images)
+        if type(names) is not list or len(names) != entry.num_images or {type(n) for n in names} != {str}:
+            raise ValueError("its names are not one per image")
+    except (zlib.error, struct.error, ValueError) as error:
+        return Damage(f"it is none that isic-vq writes: {error}")
+    return Block(names, entry.coder, body[_LENGTH.size + length :], entry.codes_crc)

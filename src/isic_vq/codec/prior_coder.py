@@ -1,0 +1,159 @@
+"""Coding under the prior: encoder and decoder run the very same computation, code by code.
+
+Rounding makes a probability depend on everything: how many images are computed at once, in which order sums are
+taken, on how many threads. A decoder that is off by one bit in one probability reads garbage from there on. So there
+is one function that walks a block in raster order with the sampler's cached features; what the encoder already knows
+and the decoder reads is the only difference between them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from isic_vq.codec.container import CodecError, Layout
+from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
+from isic_vq.codec.tables import PRECISION, Weights, integer_weights
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.pixelcnn_cache import open_cache
+from isic_vq.models.pixelcnn_sampler import open_rows
+from isic_vq.models.sampling import Sampling
+
+BACKEND = "eager"
+
+# Gives the codes `(n,)`, n up to the number of lanes, of a position from their weights `(lanes, K)`.
+NextCodes = Callable[[int, Weights], NDArray[np.int64]]
+
+
+class PriorCoder:
+    """Codes blocks of up to `lanes` images under the prior, given one class.
+
+    Args:
+        prior: on the CPU.
+        label: class id, or the unconditional one.
+        lanes: images computed at once, whether there are as many or not.
+        threads: that torch computes with.
+
+    Raises:
+        ValueError: the prior is on another device, or a number is out of range.
+    """
+
+    def __init__(self, prior: PixelCNNModel, label: int, lanes: int, threads: int):
+        if prior.device.type != "cpu":
+            raise ValueError(
+                f"the prior is on {prior.device}: expected it on the CPU, move it with prior.cpu()"
+            )
+        if lanes < 1 or threads < 1:
+            raise ValueError(f"lanes is {lanes} and threads is {threads}: expected at least 1")
+        self.prior, self.lanes, self.threads = prior, lanes, threads
+        self.labels = prior.checked_labels(torch.full((lanes,), label), lanes)
+
+    def encode(self, codes: Tensor) -> bytes:
+        """Payload of codes `(n, h, w)`, int64 in [0, K), n at most the number of lanes."""
+        known, encoder = codes.flatten(1).numpy(), CodeEncoder()
+
+        def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
+            encoder.push(known[:, position], weights[: len(known)])
+            return known[:, position]
+
+        self._walk(next_codes)
+        return encoder.payload()
+
+    def decode(self, payload: bytes, num_images: int) -> Tensor:
+        """Codes `(num_images, h, w)` of a payload.
+
+        Raises:
+            CodecError: the payload was not coded under these probabilities, where that can be told at all.
+        """
+        decoder, grid = CodeDecoder(payload), self.prior.config.grid_size
+        codes = np.empty((num_images, grid * grid), dtype=np.int64)
+
+        def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
+            codes[:, position] = decoder.pull(weights[:num_images])
+            return codes[:, position]
+
+        self._walk(next_codes)
+        return torch.from_numpy(codes).view(num_images, grid, grid)
+
+    def canary(self) -> str:
+        """Hash of the integer probabilities of a block that everybody knows, sixteen hex digits."""
+        digest, lanes = hashlib.sha256(), np.arange(self.lanes)
+
+        def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
+            digest.update(weights.astype("<u4").tobytes())
+            return (17 * position + 31 * lanes + position * position // 7) % self.prior.config.num_codes
+
+        self._walk(next_codes)
+        return digest.hexdigest()[:16]
+
+    def layout(self) -> Layout:
+        """What a decoder has to do alike."""
+        return Layout(
+            prior=weights_hash(self.prior),
+            lanes=self.lanes,
+            threads=self.threads,
+            dtype=str(self.prior.dtype),
+            backend=BACKEND,
+            torch=str(torch.__version__),
+            precision=PRECISION,
+            canary=self.canary(),
+        )
+
+    def _walk(self, next_codes: NextCodes) -> None:
+        """Visit all positions in raster order; lanes without an image hold code 0."""
+        grid, codes = self.prior.config.grid_size, torch.zeros(self.lanes, dtype=torch.int64)
+        with torch.inference_mode(), torch_threads(self.threads):
+            cache = open_cache(self.prior, self.labels)
+            with open_rows(BACKEND, cache, Sampling()) as rows:
+                for row in range(grid):
+                    rows.start_row(row)
+                    for column in range(grid):
+                        found = next_codes(row * grid + column, integer_weights(rows.logits(column).float()))
+                        codes[: len(found)] = torch.from_numpy(found)
+                        cache.put(column, codes)
+
+
+def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
+    """The coder that a file was written with.
+
+    Raises:
+        CodecError: this prior or this machine computes other probabilities than the file was coded under.
+    """
+    expected = {"dtype": str(prior.dtype), "backend": BACKEND, "precision": PRECISION}
+    for name, value in expected.items():
+        if getattr(layout, name) != value:
+            raise CodecError(f"the file was coded with {name} {getattr(layout, name)}: here it is {value}")
+    if layout.prior != weights_hash(prior):
+        raise CodecError("the file was coded with another prior: name the model that it was compressed with")
+    coder = PriorCoder(prior, label, layout.lanes, layout.threads)
+    if coder.canary() != layout.canary:
+        raise CodecError(
+            f"this machine (torch {torch.__version__}) does not compute the prior's probabilities to the last bit as "
+            f"the one that wrote the file (torch {layout.torch}), and would read garbage: decompress it there, or "
+            "compress the images again with --portable"
+        )
+    return coder
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Sixteen hex digits of the sha256 over all tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch compute on so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
