@@ -92,7 +92,9 @@ def test_the_metric_table_shows_the_reports_numbers_and_no_others(report):
         elif line.startswith("| "):
             for column, cell in zip(columns, cells[2:], strict=True):
                 if cell:
-                    shown[cells[0], column] = [float(number) for number in re.findall(r"-?\d[\d.e+-]*", cell.replace(",", ""))]
+                    shown[cells[0], column] = [
+                        float(number) for number in re.findall(r"-?\d[\d.e+-]*", cell.replace(",", ""))
+                    ]
     expected = {}
     for m in report.metrics:
         if m.group is None:

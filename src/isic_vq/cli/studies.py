@@ -1,20 +1,18 @@
 """Commands that run studies: many models trained alike, to see what one choice does."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import ModelOption, app, quiet_transformers
+from isic_vq.cli.app import ConfigOption, ModelOption, Overrides, app, quiet_transformers
 from isic_vq.cli.measuring import print_report
+
+if TYPE_CHECKING:
+    from isic_vq.studies.page import StudyPage
 
 study_app = typer.Typer(help="Train many models alike, to see what one choice does.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
-
-
-@study_app.callback()
-def _studies() -> None:
-    """A group, however few commands it has."""
 
 
 @study_app.command(
@@ -58,3 +56,75 @@ def utility(
     report.save(output)
     print_report(report)
     typer.echo(f"wrote {output}")
+
+
+SmokeOption = Annotated[
+    bool, typer.Option("--smoke", help="Few steps on few images, to see that it runs; marked so everywhere.")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--out", "--output", "-o", help="Folder of the results; default: results in output_dir."),
+]
+
+
+@study_app.command(
+    epilog="Example:\n\n  isic-vq study granularity -c examples/configs/granularity.yaml --smoke"
+)
+def granularity(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    smoke: SmokeOption = False,
+    output: OutputOption = None,
+) -> None:
+    """How fine should images be quantized? Codebook sizes and grids, by quality and cost; a killed run goes on."""
+    from isic_vq.studies.granularity import GranularityRecipe, settings
+    from isic_vq.studies.granularity_results import granularity_page
+
+    recipe = _recipe(GranularityRecipe, config, overrides, smoke)
+    _train(list(settings(recipe)))
+    _write(granularity_page(recipe, smoke), recipe, output)
+
+
+@study_app.command(
+    epilog="Example:\n\n  isic-vq study generalization -c examples/configs/generalization.yaml --smoke"
+)
+def generalization(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    smoke: SmokeOption = False,
+    output: OutputOption = None,
+) -> None:
+    """What happens on images of another source, and does augmentation help? A killed run goes on."""
+    from isic_vq.studies.generalization import GeneralizationRecipe, settings, write_domains
+    from isic_vq.studies.generalization_results import generalization_page
+
+    recipe = _recipe(GeneralizationRecipe, config, overrides, smoke)
+    write_domains(recipe)
+    _train(list(settings(recipe)))
+    _write(generalization_page(recipe, smoke), recipe, output)
+
+
+def _recipe(recipe_class: type[Any], config: Path | None, overrides: list[str] | None, smoke: bool) -> Any:
+    from isic_vq.figures.write import check_matplotlib
+    from isic_vq.studies.smoke import smoke_recipe
+    from isic_vq.training.recipe import load_recipe
+
+    check_matplotlib()
+    quiet_transformers()
+    recipe = load_recipe(recipe_class, config, overrides or [])
+    return smoke_recipe(recipe) if smoke else recipe
+
+
+def _train(settings: list[Any]) -> None:
+    """Train the models that are not trained yet, one after the other."""
+    for number, setting in enumerate(settings, 1):
+        if not setting.chain.is_finished:
+            typer.echo(f"model {number} of {len(settings)}: {setting.chain.folder.name}")
+            setting.chain.run()
+
+
+def _write(page: "StudyPage", recipe: Any, output: Path | None) -> None:
+    for path in page.write(output or Path(recipe.output_dir, "results")):
+        typer.echo(f"wrote {path}")
+    for finding in page.findings:
+        typer.echo(f"- {finding}")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
@@ -35,10 +35,10 @@ NUM_BINS = 30
 
 def auroc(usual: Tensor, unusual: Tensor) -> float:
     """Area under the ROC curve, in [0, 1], of scores `(N,)` and `(M,)` that should be higher for the unusual."""
-    scores = torch.cat([usual, unusual])
-    # Ranks have the same area; torchmetrics would squash scores beyond [0, 1] by a sigmoid, and round them together.
-    ranks = scores.unique(return_inverse=True)[1] / len(scores)
-    return binary_auroc(ranks, (torch.arange(len(scores)) >= len(usual)).long()).item()
+    ranks = rankdata(torch.cat([usual, unusual]).numpy())[len(usual) :]
+    # The area is Mann and Whitney's U: how many pairs of one of each are in the right order, ties counting half.
+    pairs = ranks.sum() - len(unusual) * (len(unusual) + 1) / 2
+    return float(pairs / (len(usual) * len(unusual)))
 
 
 def photograph_tiles() -> list[np.ndarray]:

@@ -81,7 +81,7 @@ def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: flo
 
 
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x: str, x_values: Sequence[float]) -> Figure:
-    """Draw panels of curves over one setting on a logarithmic axis.
+    """Draw panels of curves over one setting on a logarithmic axis, with one legend: all panels have the same curves.
 
     Args:
         panels: title, unit and curves of each.
@@ -100,10 +100,12 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x: str, x_values:
             for seed in curve.each:
                 axes.plot(curve.x, seed, "o", color=color, markersize=4, alpha=0.45)
             axes.plot(curve.x, curve.y, color=color, linewidth=1.8, label=curve.label)
-        finish(axes, title, x, unit)
+        finish(axes, title, x, unit, legend=False)
         axes.set_xscale("log")
         axes.set_xticks(list(x_values), [f"{value:g}" for value in x_values])
         axes.minorticks_off()
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 

@@ -1,0 +1,274 @@
+"""What the models of a generalization study reach on images of their own and of other sources, and what may be said of it."""
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import find_source
+from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
+from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.report import Metric
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.studies.generalization import GeneralizationRecipe, Setting, domain_file, settings
+from isic_vq.studies.measure import measure_chain, paired_difference, unpaired_difference
+from isic_vq.studies.page import StudyPage, markdown_table, over_seeds
+
+NAMES = {
+    "psnr": ("PSNR", "dB", 2),
+    "ssim": ("SSIM", "1", 3),
+    "bits_per_code": ("bits per code", "bits per code", 2),
+}
+WEBP_QUALITY = 10  # of 100
+QUESTION = (
+    "A tokenizer and a prior are trained on the images of some clinics alone, on equally many of each, and on all images, with and without "
+    "dihedral views (the eight turns and reflections), with each seed. They are measured on held-out images of every clinic and on another "
+    "data set. Where two models are compared on the same images the difference is taken image by image. Whether likelihood notices the other "
+    "source is told by AUROC (0.5 is not at all) of bits per code, other images against the model's own held-out ones. WebP, which was trained "
+    "on nothing, tells how hard the images are."
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model of the study.
+
+    Attributes:
+        setting: which.
+        values: by data set, `(N,)` float64 of every image for each of `NAMES`.
+    """
+
+    setting: Setting
+    values: dict[str, dict[str, Tensor]]
+
+    @property
+    def label(self) -> str:
+        """What the report calls the setting."""
+        return f"{self.setting.domain}, {'augmented' if self.setting.augment else 'plain'}"
+
+    @cached_property
+    def shift(self) -> dict[str, Metric]:
+        """By every other data set, how well bits per code tell its images from the model's own."""
+        own = self.values[self.setting.domain]["bits_per_code"]
+        return {
+            name: shift_metric(self.label, own, values["bits_per_code"], name, self.setting.seed)
+            for name, values in self.values.items()
+            if name != self.setting.domain
+        }
+
+
+Groups = dict[tuple[str, bool], list[Measured]]
+
+
+def image_sets(recipe: GeneralizationRecipe) -> dict[str, str]:
+    """URI of every set of images that models are measured on, by name: the domains' held-out ones, and the others."""
+    held_out = {name: f"parquet:{domain_file(recipe, name, 'validation')}" for name in recipe.domains}
+    return {**held_out, **recipe.tests}
+
+
+def generalization_page(recipe: GeneralizationRecipe, smoke: bool = False) -> StudyPage:
+    """Measure all models of a study, which are trained, and say what was found."""
+    sets = image_sets(recipe)
+    measured = []
+    for setting in settings(recipe):
+        kept = {name: measure_chain(setting.chain, name, uri) for name, uri in sets.items()}
+        values = {name: {key: of[key].double() for key in NAMES} for name, of in kept.items()}
+        measured.append(Measured(setting, values))
+    groups: Groups = {}
+    for one in measured:
+        groups.setdefault((one.setting.domain, one.setting.augment), []).append(one)
+    webp = {name: webp_psnr(uri) for name, uri in sets.items()}
+    page = StudyPage("generalization", "What happens on images of another source?", QUESTION, smoke=smoke)
+    for name, quality in webp.items():
+        page.metrics.append(mean_metric(f"psnr[WebP, quality {WEBP_QUALITY}]", quality, "dB", name, name))
+    for one in measured:
+        page.metrics += model_metrics(one)
+    page.tables = [
+        (f"{what}, {unit}" if unit not in ("1", what) else what, table(groups, webp, key))
+        for key, (what, unit, _) in NAMES.items()
+    ]
+    page.tables.append(("Likelihood as a detector of other sources, AUROC", shift_table(groups)))
+    page.figures = figures(groups)
+    page.findings = findings(groups, webp, recipe)
+    return page
+
+
+def webp_psnr(uri: str) -> Tensor:
+    """PSNR in dB of every image of a source after WebP of quality `WEBP_QUALITY`, `(N,)` float64."""
+    from PIL import Image
+
+    processor, found = IsicVQImageProcessor(), []
+    for batch in iter_batches(find_source(uri).records(), processor, 32):
+        for pixels in processor.postprocess(batch["pixel_values"], output_type="np"):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
+            decoded = np.asarray(Image.open(buffer), dtype=np.float64)
+            found.append(-10 * np.log10(np.square((decoded - pixels) / 255).mean()))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def model_metrics(measured: Measured) -> list[Metric]:
+    """The report's lines for one model; the seed is that of its training."""
+    seed, metrics = measured.setting.seed, []
+    for name, values in measured.values.items():
+        metrics += [
+            mean_metric(f"{key}[{measured.label}]", values[key], unit, name, name, seed)
+            for key, (_, unit, _) in NAMES.items()
+        ]
+    return [*metrics, *measured.shift.values()]
+
+
+def shift_metric(label: str, own: Tensor, other: Tensor, name: str, seed: int) -> Metric:
+    """How well bits per code `(N,)` of own images are told from those `(M,)` of others."""
+    is_other = torch.arange(len(own) + len(other)) >= len(own)
+    low, high = bootstrap_interval(
+        lambda is_other, bits: auroc(torch.from_numpy(bits[~is_other]), torch.from_numpy(bits[is_other])),
+        is_other, torch.cat([own, other]), strata=is_other, seed=seed,
+    )  # fmt: skip
+    return Metric(
+        f"shift_auroc[{label}]", auroc(own, other), "1", len(is_other), name, name, seed, [low, high]
+    )
+
+
+def table(groups: Groups, webp: dict[str, Tensor], key: str) -> str:
+    """A row per setting, a column per data set: means over seeds, each seed in brackets."""
+    digits = NAMES[key][2]
+    rows = [
+        [
+            models[0].label,
+            *(over_seeds([one.values[name][key].mean().item() for one in models], digits) for name in webp),
+        ]
+        for models in groups.values()
+    ]
+    if key == "psnr":
+        rows.append(
+            [
+                f"WebP, quality {WEBP_QUALITY}",
+                *(f"{values.mean().item():.{digits}f}" for values in webp.values()),
+            ]
+        )
+    head = [f"{name} (n = {len(values):,})" for name, values in webp.items()]
+    return markdown_table(["trained on", *head], rows)
+
+
+def shift_table(groups: Groups) -> str:
+    """A row per setting, a column per data set."""
+    names = list(next(iter(groups.values()))[0].values)
+    rows = []
+    for (domain, _), models in groups.items():
+        cells = [
+            "" if name == domain else over_seeds([one.shift[name].value for one in models], 3)
+            for name in names
+        ]
+        rows.append([models[0].label, *cells])
+    return markdown_table(["trained on", *names], rows)
+
+
+def figures(groups: Groups) -> list[tuple[str, str, bytes]]:
+    """PSNR and bits per code of every model on every data set."""
+    from isic_vq.figures.comparisons import Point, dots
+    from isic_vq.figures.plots import png_bytes
+
+    drawn = []
+    for key in ("psnr", "bits_per_code"):
+        what, unit, _ = NAMES[key]
+        points: dict[str, list[Point]] = {}
+        for models in groups.values():
+            for one in models:
+                for name, values in one.values.items():
+                    metric = mean_metric(key, values[key], unit, name, name)
+                    label = f"{one.label}, seed {one.setting.seed}"
+                    points.setdefault(f"on {name}", []).append(Point(label, metric.value, metric.interval))
+        figure = dots(points, f"{what} by training and test images", unit)
+        drawn.append(
+            (
+                key.replace("_", "-"),
+                f"{what} of every model on every data set, with 95 % intervals.",
+                png_bytes(figure),
+            )
+        )
+    return drawn
+
+
+def findings(groups: Groups, webp: dict[str, Tensor], recipe: GeneralizationRecipe) -> list[str]:
+    """Sentences on sources and augmentation, each only as strong as all seeds allow."""
+    said = []
+    sized = [name for name in recipe.domains if recipe.domains[name].get("num_images") is not None]
+    for images in sized:
+        for other in sized:
+            if other != images:
+                said.append(transfer(groups, images, other))
+    for domain in recipe.domains:
+        for name in recipe.tests:
+            said.append(gap(groups[domain, False], webp, domain, name))
+    for (domain, augment), models in groups.items():
+        if augment:
+            said.append(augmentation(domain, groups[domain, False], models))
+    for models in groups.values():
+        said.append(shift(models))
+    return said
+
+
+def transfer(groups: Groups, images: str, other: str) -> str:
+    """What it costs, on the images of one source, to have trained on another one instead."""
+    home, away = groups[images, False], groups[other, False]
+    quality, bits = (
+        paired_difference(
+            [one.values[images][key] for one in home], [one.values[images][key] for one in away]
+        )
+        for key in ("psnr", "bits_per_code")
+    )
+    return (
+        f"On {images} images, a tokenizer trained on {other} instead of {images}: {quality.change('PSNR', 'dB')}; its own prior on its own codes: "
+        f"{bits.change('bits per code')}."
+    )
+
+
+def gap(models: list[Measured], webp: dict[str, Tensor], domain: str, name: str) -> str:
+    """How much lower the quality is on another data set, beside a codec that was not trained."""
+    quality = unpaired_difference(
+        [one.values[domain]["psnr"] for one in models], [one.values[name]["psnr"] for one in models]
+    )
+    untrained = unpaired_difference([webp[domain]], [webp[name]])
+    return (
+        f"From held-out {domain} images to {name}, of the model trained on {domain}: {quality.change('PSNR', 'dB')}. WebP, "
+        f"which tells how much of that is in the images, changes by {untrained.mean:+.2f} dB."
+    )
+
+
+def augmentation(domain: str, plain: list[Measured], augmented: list[Measured]) -> str:
+    """What training in all dihedral views changes on every data set."""
+    parts = []
+    for name in plain[0].values:
+        of = paired_difference(
+            [one.values[name]["psnr"] for one in plain], [one.values[name]["psnr"] for one in augmented]
+        )
+        bits = paired_difference(
+            [one.values[name]["bits_per_code"] for one in plain],
+            [one.values[name]["bits_per_code"] for one in augmented],
+        )
+        parts.append(f"on {name} {of.change('PSNR', 'dB')} and {bits.change('bits per code')}")
+    return f"Augmentation, trained on {domain}: {'; '.join(parts)}."
+
+
+def shift(models: list[Measured]) -> str:
+    """Which other data sets likelihood tells from the model's own, by the intervals of all seeds."""
+    parts = []
+    for name in models[0].values:
+        if name == models[0].setting.domain:
+            continue
+        metrics = [one.shift[name] for one in models]
+        values = ", ".join(f"{metric.value:.2f}" for metric in metrics)
+        bounds = [metric.interval or [0.0, 1.0] for metric in metrics]
+        if all(low > 0.5 for low, _ in bounds):
+            verdict = "dearer than its own"
+        elif all(high < 0.5 for _, high in bounds):
+            verdict = "cheaper than its own"
+        else:
+            verdict = "not told from its own by all seeds"
+        parts.append(f"{name} images are {verdict} (AUROC {values})")
+    return f"Likelihood of the model trained on {models[0].label}: {'; '.join(parts)}."

@@ -1,0 +1,62 @@
+"""A study made so small that it runs in minutes: to see that it runs, not what it finds."""
+
+import dataclasses
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isic_vq.data.sources import open_source
+from isic_vq.files import write_atomically
+from isic_vq.studies.generalization import GeneralizationRecipe
+from isic_vq.studies.granularity import GranularityRecipe
+
+StudyRecipe = TypeVar("StudyRecipe", GranularityRecipe, GeneralizationRecipe)
+
+IMAGES = 32  # of each source
+LOOP = {"max_steps": 6, "batch_size": 8, "warmup_steps": 2, "save_every": 3}
+CODEBOOK_WARMUP_STEPS = 2
+
+
+def smoke_recipe(recipe: StudyRecipe) -> StudyRecipe:
+    """The same study with few steps on few images, in a folder of its own, where the images are written.
+
+    Raises:
+        DataError: images cannot be read.
+    """
+    folder = Path(f"{recipe.output_dir}-smoke")
+    changes: dict[str, Any] = {
+        "output_dir": str(folder),
+        "train": few(recipe.train, folder / "smoke" / "train.parquet"),
+        "validation": few(recipe.validation, folder / "smoke" / "validation.parquet"),
+        "vqvae": shortened({**recipe.vqvae, "codebook_warmup_steps": CODEBOOK_WARMUP_STEPS}),
+        "prior": shortened(recipe.prior),
+    }
+    if isinstance(recipe, GeneralizationRecipe):
+        changes["domains"] = {
+            name: {**fields, "num_images": min(IMAGES, fields.get("num_images") or IMAGES)}
+            for name, fields in recipe.domains.items()
+        }
+        changes["tests"] = {
+            name: few(uri, folder / "smoke" / f"{name}.parquet") for name, uri in recipe.tests.items()
+        }
+    return dataclasses.replace(recipe, **changes)
+
+
+def shortened(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's recipe with few steps."""
+    return {**stage, "loop": {**stage.get("loop", {}), **LOOP}}
+
+
+def few(uri: str, path: Path) -> str:
+    """Write the first `IMAGES` of each source as parquet, unless they are there; the file's URI."""
+    if not path.is_file():
+        records, seen, rows = open_source(uri), Counter[str | None](), []
+        for row, source in enumerate(records["source"]):
+            seen[source] += 1
+            if seen[source] <= IMAGES:
+                rows.append(row)
+        content = io.BytesIO()
+        records.select(rows).to_parquet(content)
+        write_atomically(path, content.getvalue())
+    return f"parquet:{path}"
