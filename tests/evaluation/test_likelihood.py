@@ -5,9 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
-from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics, unigram_bits_per_code
+from isic_vq.evaluation.likelihood import (
+    bits_per_code,
+    class_bits,
+    conditioning_metrics,
+    likelihood_metrics,
+    unigram_bits_per_code,
+)
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
@@ -141,3 +148,60 @@ def test_report_lines_hold_bits_and_their_yardsticks(model, codes):
 def test_without_training_counts_there_is_no_unigram_line(model, codes):
     metrics = likelihood_metrics(model, None, codes, LABELS, "test", "folder:mine")
     assert "bits_per_code_unigram" not in {metric.name for metric in metrics}
+
+
+def test_bits_of_each_class_are_those_of_its_label(model, codes):
+    found = class_bits(model.prior, codes)
+    assert found.shape == (5, 2)
+    for label in (0, 1):
+        expected = bits_by_hand(model.prior, codes, torch.full((5,), label))
+        np.testing.assert_allclose(found[:, label].numpy(), expected, rtol=1e-5)
+
+
+def made(labels, gain, predicted):
+    """Bits of three classes and of none: `gain` bits per code cheaper given the right one, least given `predicted`."""
+    unconditional = torch.linspace(3, 4, len(labels), dtype=torch.float64)
+    by_class = unconditional[:, None].repeat(1, 3) + 1
+    for row, (label, guess) in enumerate(zip(labels.tolist(), predicted.tolist(), strict=True)):
+        if label < 3:
+            by_class[row, label] = unconditional[row] - gain[row]
+        by_class[row, guess] = min(by_class[row].min() - 0.25 * (guess != label), by_class[row, guess])
+    return by_class, unconditional
+
+
+def test_conditioning_is_paired_by_image_in_bits_of_the_whole_image():
+    labels, predicted = torch.tensor([0, 1, 2, 0, 3, 1]), torch.tensor([0, 1, 2, 0, 0, 1])
+    gain = torch.tensor([0.1, -0.2, 0.3, 0.4, 9.0, 0.0], dtype=torch.float64)
+    by_class, unconditional = made(labels, gain, predicted)
+    by_class[1, 1] = unconditional[1] + 0.2  # the diagnosis misleads; still the likeliest
+    found = {m.name: m for m in conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")}
+    kept = np.array([0.1, -0.2, 0.3, 0.4, 0.0]) * 16
+    assert found["conditioning_gain"].value == pytest.approx(kept.mean()), (
+        "the image of another diagnosis is left out"
+    )
+    assert (found["conditioning_gain"].n, found["conditioning_gain"].unit) == (5, "bits per image")
+    half = 2.776445105 * kept.std(ddof=1) / math.sqrt(5)
+    assert found["conditioning_gain"].interval == pytest.approx([kept.mean() - half, kept.mean() + half])
+
+
+def test_the_accuracy_of_the_likeliest_diagnosis_is_scikit_learns():
+    generator = np.random.default_rng(0)
+    labels = torch.from_numpy(generator.integers(0, 3, 60))
+    predicted = torch.from_numpy(np.where(generator.random(60) < 0.6, labels, generator.integers(0, 3, 60)))
+    by_class, unconditional = made(labels, torch.zeros(60, dtype=torch.float64), predicted)
+    assert torch.equal(by_class.argmin(1), predicted)
+    metric = conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")[1]
+    assert metric.value == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert 0 < metric.interval[0] < metric.value < metric.interval[1] < 1
+
+
+def test_an_accuracy_of_one_image_per_diagnosis_has_no_interval():
+    labels = torch.tensor([0, 1])
+    by_class, unconditional = made(labels, torch.zeros(2, dtype=torch.float64), labels)
+    gain, accuracy = conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")
+    assert accuracy.interval is None
+    assert gain.interval is not None
+
+
+def test_images_of_other_diagnoses_alone_say_nothing():
+    assert conditioning_metrics(torch.ones(2, 3), torch.ones(2), torch.tensor([3, 3]), 16, "test", "x") == []

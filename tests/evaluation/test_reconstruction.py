@@ -5,9 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from isic_vq.evaluation.reconstruction import evaluate_reconstruction, psnr, reconstruction_metrics
+from isic_vq.evaluation.reconstruction import (
+    MS_SSIM_MIN_SIZE,
+    MS_SSIM_WEIGHTS,
+    evaluate_reconstruction,
+    ms_ssim,
+    psnr,
+    reconstruction_metrics,
+)
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
@@ -121,3 +129,44 @@ def test_report_lines_carry_unit_count_split_and_data_set(model, pixel_values):
     for name, metric in metrics.items():
         assert metric.value == getattr(result, name)
         assert (metric.n, metric.split, metric.dataset, metric.seed) == (7, "test", "folder:mine", None)
+
+
+def contrast_structure_and_ssim(a, b):
+    """SSIM and its contrast-structure term as maps, float64 of one channel, by Wang et al. 2003 with scipy's filter."""
+
+    def blurred(x):
+        return gaussian_filter(x, 1.5, radius=5, mode="mirror")
+
+    mean_a, mean_b = blurred(a), blurred(b)
+    var_a, var_b, cov = (
+        blurred(a * a) - mean_a**2,
+        blurred(b * b) - mean_b**2,
+        blurred(a * b) - mean_a * mean_b,
+    )
+    structure = (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)
+    return structure, structure * (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+
+
+def test_ms_ssim_is_the_product_over_four_scales():
+    """Contrast-structure at three scales, SSIM at the coarsest; 2x2 means between them; borders left out."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 128, 128, generator=generator).cumsum(-1) / 128
+    others = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    weights = np.array(MS_SSIM_WEIGHTS) / sum(MS_SSIM_WEIGHTS)
+    for image, other, found in zip(
+        images.double().numpy(), others.double().numpy(), ms_ssim(images, others), strict=True
+    ):
+        expected = 1.0
+        for scale, weight in enumerate(weights):
+            maps = [contrast_structure_and_ssim(a, b) for a, b in zip(image, other, strict=True)]
+            term = np.mean([pair[scale == 3][5:-5, 5:-5] for pair in maps])
+            expected *= term**weight
+            image, other = (x.reshape(3, len(x[0]) // 2, 2, -1, 2).mean((2, 4)) for x in (image, other))
+        assert found.item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_ms_ssim_of_equal_images_is_one_at_the_least_size_that_is_allowed():
+    images = torch.rand(2, 3, MS_SSIM_MIN_SIZE, MS_SSIM_MIN_SIZE)
+    assert ms_ssim(images, images).tolist() == pytest.approx([1.0, 1.0])
+    with pytest.raises(ValueError, match="larger than"):
+        ms_ssim(images[..., 1:, 1:], images[..., 1:, 1:])

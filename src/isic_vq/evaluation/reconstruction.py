@@ -32,7 +32,7 @@ UNITS = {
     "mse": "squared pixel value in [0, 1]",
 }
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363)
-MS_SSIM_MIN_SIZE = 81  # pixels, for an 11-pixel window at the coarsest of four scales
+MS_SSIM_MIN_SIZE = 99  # pixels: what torchmetrics demands of four scales with an 11-pixel window
 
 
 @dataclass(frozen=True)

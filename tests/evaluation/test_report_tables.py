@@ -1,0 +1,76 @@
+"""Metrics in tables: each once, under its topic, parts of the images left out."""
+
+import pytest
+
+from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report_tables import GENERATED, OTHER, number_text, report_tables, topic_of
+
+
+def metric(name, value=1.0, split="test", unit="1", seed=None):
+    return Metric(name, value, unit, 5, split, "x", seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "whole"),
+    [
+        ("psnr", None, "psnr"),
+        ("psnr[sex=female]", ("sex", "female"), "psnr"),
+        ("psnr[site=head/neck]", ("site", "head/neck"), "psnr"),
+        ("agreement[samples, eye, diagnosis=nevus]", ("diagnosis", "nevus"), "agreement[samples, eye]"),
+        ("seconds_per_image[generate, batch=1]", None, "seconds_per_image[generate, batch=1]"),
+        ("frechet_distance[samples, eye]", None, "frechet_distance[samples, eye]"),
+        ("psnr[source=a, b]", ("source", "a, b"), "psnr"),
+    ],
+)
+def test_a_name_tells_the_part_of_the_images(name, group, whole):
+    assert metric(name).group == group
+    assert metric(name).whole_name == whole
+
+
+def test_every_metric_of_whole_sets_is_in_one_table_and_one_cell():
+    metrics = [
+        metric("psnr"),
+        metric("psnr", split="other"),
+        metric("psnr[sex=female]"),
+        metric("odd"),
+        metric("usage"),
+    ]
+    tables = report_tables(metrics, lambda m: m.split)
+    assert [table.title for table in tables] == ["Reconstruction", "Codebook", OTHER]
+    assert tables[0].columns == ["test", "other"]
+    assert list(tables[0].rows) == [("psnr", "")]
+    shown = [cell for table in tables for row in table.rows.values() for cell in row.values()]
+    assert sorted(map(id, shown)) == sorted(id(m) for m in metrics if m.group is None)
+
+
+def test_kinds_of_images_are_columns():
+    metrics = [metric(f"recall[{kind}, eye, too]") for kind in ("floor", "reconstructions", "samples")]
+    (table,) = report_tables(metrics, lambda m: m.split)
+    assert table.title == GENERATED
+    assert list(table.rows) == [("recall, eye, too", "")]
+    assert table.columns == ["floor: test", "reconstructions: test", "samples: test"]
+
+
+def test_the_same_number_twice_is_refused():
+    with pytest.raises(ValueError, match="two values of psnr of test"):
+        report_tables([metric("psnr"), metric("psnr", 2.0)], lambda m: m.split)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1537939, "1,537,939"), (0.00055528, "0.00055528"), (33.73504, "33.735"), (1.0, "1"), (0, "0")],
+)
+def test_numbers_are_rounded_and_integers_are_not(value, text):
+    assert number_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "topic"),
+    [
+        ("likelihood_gap[x]", "Memorisation"),
+        ("likelihood_balanced_accuracy", "Likelihood"),
+        ("sensitivity[real]", "Worth to a classifier"),
+    ],
+)
+def test_topics_are_told_apart_by_the_beginning_of_a_name(name, topic):
+    assert topic_of(metric(name)) == topic
