@@ -18,6 +18,7 @@ from isic_vq.figures.png import write_png
 from isic_vq.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
+PICTURES = "Pictures"
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,15 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture
     for plot in report_plots(report):
         written.append(folder / f"{plot.name}.png")
         write_atomically(written[-1], plot.content)
-        shown[plot.topic].append({"file": f"{folder.name}/{plot.name}.png", "caption": plot.caption})
+        title = plot.topic if plot.topic in shown else PICTURES  # a topic may have parts and no whole
+        shown.setdefault(title, []).append(
+            {"file": f"{folder.name}/{plot.name}.png", "caption": plot.caption}
+        )
     for picture in pictures:
         written.append(folder / f"{picture.name}.png")
         write_png(picture.image, written[-1], {"Comment": picture.caption})
         entry = {"file": f"{folder.name}/{picture.name}.png", "caption": picture.caption, "pixels": True}
-        shown.setdefault("Pictures", []).append(entry)
+        shown.setdefault(PICTURES, []).append(entry)
     machine = report.environment
     about = ", ".join(
         f"{label} {machine[key]}".strip()
@@ -91,7 +95,12 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture
     )
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
     page = template.render(
-        title=report.model.get("name", "report"), about=about, tables=tables, shown=shown, number=number_text
+        title=report.model.get("name", "report"),
+        about=about,
+        tables=tables,
+        shown=shown,
+        number=number_text,
+        pictures=PICTURES,
     )
     write_atomically(path, page.encode())
     return [path, *written]
