@@ -209,7 +209,8 @@ def audit_checkpoint(
     for channel in channels:
         report.metrics += channel_metrics(audit, channel, held_out, seed)
     report.metrics += membership_metrics(loaded, train, held_out, limit, seed)
-    report.tables["verdict"] = verdict_table(audit)
+    report.tables["verdict"] = verdict_sentence(audit, report)
+    report.tables["excess"] = excess_table(audit)
     report.tables["closest_pairs"] = {channel.name: pairs_table(audit, channel.name) for channel in channels}
     return audit
 
@@ -424,15 +425,23 @@ def membership_metrics(
     return metrics
 
 
-def verdict_table(audit: Audit) -> dict[str, Any]:
-    """What was decided, and by what, ready for JSON."""
-    return {
-        "memorised": audit.verdict,
-        "level": LEVEL,
-        "channels": {
-            name: {**asdict(excess), "verdict": excess.verdict} for name, excess in audit.excess.items()
-        },
-    }
+def excess_table(audit: Audit) -> dict[str, Any]:
+    """By what the verdict was reached, channel by channel, ready for JSON."""
+    return {name: {**asdict(excess), "verdict": excess.verdict} for name, excess in audit.excess.items()}
+
+
+def verdict_sentence(audit: Audit, report: Report) -> str:
+    """What was decided, in words for a model card."""
+    number, excesses = len(audit.samples.names), audit.excess
+    near = ", ".join(f"{excess.count} by {name}" for name, excess in excesses.items())
+    chance = max(excess.expected for excess in excesses.values())
+    found = len({pair.sample for pairs in audit.pairs.values() for pair in pairs if pair.found})
+    return (
+        f"{'Training images are repeated' if audit.verdict else 'No repeated training images were detected'}: of {number} images, "
+        f"{near} are nearer to a training image than all but the nearest hundredth of held-out images, where chance gives "
+        f"{chance:.1f} ({'more' if audit.verdict else 'no more'} than chance explains, at a level of {LEVEL:.0%}); {found} were named "
+        f"as copies; likelihood tells training from held-out images with AUROC {report.value('membership_auc'):.3f}."
+    )
 
 
 def pairs_table(audit: Audit, channel: str) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
         count=count,
         expected=len(samples) * rank / (len(ordered) + 1),
         threshold=int(enough[0]) if len(enough) else None,
-        p_value=float(at_least[count]),
+        p_value=min(1.0, float(at_least[count])),  # sums of many terms round
         level=level,
     )
 
