@@ -1,8 +1,9 @@
-"""Write what the documentation says of results from the reports: docs/results.md, its plots, and the README's section.
+"""Write what the documentation says of results from the reports.
 
     python docs/build.py
 
-Reads the reports beside the shipped checkpoint; computes nothing.
+That is docs/results.md with its plots, and what stands between marks in README.md and docs/codec.md. Reads the reports beside the
+shipped checkpoint and of the codec's benchmark; computes nothing.
 """
 
 from pathlib import Path
@@ -11,8 +12,10 @@ from isic_vq.card import audit_verdict, measured_on, metric_cell, read_reports, 
 from isic_vq.evaluation.report import Report
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
+from isic_vq.studies.page import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
+CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
 CHECKPOINT = ROOT / "model_cards" / "isic-vq-128"
 MARKS = "<!-- results -->", "<!-- /results -->"
 SETS = {"validation": "HAM10000, held-out files", "uda1": "UDA-1, another source"}
@@ -26,12 +29,6 @@ LINES = {
 }
 COMPARED = {"floor": "other real images", "reconstructions": "reconstructions", "samples": "samples"}
 ARMS = {"real": "real images", "synthetic": "generated images", "real+synthetic": "both"}
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def cells(report: Report, names: list[str], splits: list[str]) -> list[str]:
@@ -81,6 +78,61 @@ def readme_section(reports: dict[str, Report]) -> str:
     )
 
 
+def codec_section(report: Report) -> str:
+    """The codec's bytes, what others need, and what coding takes."""
+    (split,) = {metric.split for metric in report.metrics if metric.name == "psnr"}
+    coders = {"prior": "by the prior", "unigram": "portable", "flat": "not coded"}
+    columns = ("bytes_per_image", "code_bytes_per_image", "overhead_bytes_per_image")
+    number = {metric.name: metric.n for metric in report.metrics}["psnr"]
+    psnr, ssim = cells(report, ["psnr", "ssim"], [split])
+    verdicts = {row["measured"]: row["verdict"] for row in report.tables["verdicts"]}
+    rows = []
+    for name in ("WebP", "AVIF", "JPEG"):
+        for counted in ("whole files", "without headers"):
+            needed, measured = f"bytes of {name} at equal PSNR, {counted}", f"psnr[prior] minus {name}'s at "
+            (found,) = (key for key in verdicts if key.startswith(measured) and key.endswith(counted))
+            rows.append([f"{name}, {counted}", *cells(report, [needed, found], [split]), verdicts[found]])
+    values = {metric.name: metric_cell(metric) for metric in report.metrics}
+    speed = [
+        [
+            f"{what}, {batch} at a time",
+            *(values[f"images_per_second[{what}, {coder}, batch={batch}]"] for coder in ("prior", "static")),
+        ]
+        for what in ("encode", "decode")
+        for batch in (1, 64)
+    ]
+    decoder = [
+        [part, values[f"decoder_parameters[{part}]"], values[f"decoder_bytes[{part}]"]]
+        for part in ("tokenizer's decoder and codebook", "prior")
+    ]
+    return "\n\n".join(
+        [
+            f"{number:,} held-out HAM10000 images at 128 pixels, the shipped checkpoint: PSNR {psnr} dB, SSIM {ssim}.",
+            markdown_table(
+                ["bytes per image", "in the file", "of it codes", "names, checksums, headers"],
+                [
+                    [title, *cells(report, [f"{name}[{coder}]" for name in columns], [split])]
+                    for coder, title in coders.items()
+                ],
+            ),
+            "Against these, coded by the prior (95 % intervals of the mean over images in brackets):",
+            markdown_table(
+                [
+                    "",
+                    "bytes it needs for equal PSNR",
+                    "our PSNR minus its at equal or nearest bytes, dB",
+                    "this codec",
+                ],
+                rows,
+            ),
+            f"Measured with: {measured_on([report])}. Images per second:",
+            markdown_table(["", "by the prior", "portable"], speed),
+            "What a decoder needs:",
+            markdown_table(["", "parameters", "bytes"], decoder),
+        ]
+    )
+
+
 def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     """Every metric of whole data sets, and plots of parts of them, topic by topic."""
     parts = [
@@ -99,6 +151,13 @@ def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def fill(path: Path, section: str) -> None:
+    """Put a text between the marks of a file."""
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    write_atomically(path, f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}".encode())
+
+
 def main() -> None:
     """Write the files."""
     reports = read_reports(CHECKPOINT)
@@ -106,11 +165,8 @@ def main() -> None:
     for plot in plots:
         write_atomically(ROOT / "docs" / "figures" / f"{plot.name}.png", plot.content)
     write_atomically(ROOT / "docs" / "results.md", results_page(reports, plots).encode())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    section = f"{MARKS[0]}\n{readme_section(reports)}\n{MARKS[1]}"
-    write_atomically(ROOT / "README.md", f"{before}{section}{after}".encode())
+    fill(ROOT / "README.md", readme_section(reports))
+    fill(ROOT / "docs" / "codec.md", codec_section(Report.load(CODEC_REPORT)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What is measured once is kept, and differences are those of paired images, seed by seed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,7 +9,13 @@ import torch
 
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies.measure import Difference, flops_per_image, paired_difference, unpaired_difference
+from isic_vq.studies.measure import (
+    Difference,
+    flops_per_image,
+    measure_chain,
+    paired_difference,
+    unpaired_difference,
+)
 
 
 def normal(*shape, seed=0):
@@ -55,6 +63,16 @@ def test_a_change_tells_mean_and_seeds():
     assert Difference([0.5, -1.0], [(0.4, 0.6), (-1.1, -0.9)]).change("x") == (
         "the seeds do not agree on x (-0.25 (+0.50, -1.00))"
     )
+
+
+def test_values_are_kept_and_another_data_set_of_the_name_is_measured(tiny_run, monkeypatch):
+    chain = SimpleNamespace(folder=tiny_run.prior.parent / "measured-chain", model=tiny_run.prior / "model")
+    found = {uri: measure_chain(chain, "x", uri) for uri in ("synthetic:5:1", "synthetic:6:2")}
+    assert {uri: len(of["psnr"]) for uri, of in found.items()} == {"synthetic:5:1": 5, "synthetic:6:2": 6}
+    assert found["synthetic:5:1"]["codebook_counts"].sum() == 5 * 16
+    monkeypatch.setattr("isic_vq.studies.measure.load_model", None)
+    again = measure_chain(chain, "x", "synthetic:5:1")
+    assert all(torch.equal(again[name], of) for name, of in found["synthetic:5:1"].items())
 
 
 def test_operations_are_those_of_the_convolutions():

@@ -1,0 +1,78 @@
+"""What the documentation says of results is what the reports say, and its links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from isic_vq.card import read_reports
+from isic_vq.evaluation.report import Report
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+STUDIES = sorted(path.name for path in (ROOT / "docs" / "studies").iterdir())
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def between_marks(build, path):
+    return path.read_text().split(build.MARKS[0])[1].split(build.MARKS[1])[0].strip()
+
+
+def test_the_readme_shows_the_reports_numbers(build):
+    assert between_marks(build, ROOT / "README.md") == build.readme_section(read_reports(build.CHECKPOINT))
+
+
+def test_the_codec_page_shows_its_reports_numbers(build):
+    report = Report.load(build.CODEC_REPORT)
+    assert between_marks(build, ROOT / "docs" / "codec.md") == build.codec_section(report)
+
+
+def test_the_results_are_the_reports(build):
+    reports = read_reports(build.CHECKPOINT)
+    plots = [plot for report in reports.values() for plot in build.report_plots(report)]
+    assert (ROOT / "docs" / "results.md").read_text() == build.results_page(reports, plots)
+    assert {f"{plot.name}.png" for plot in plots} == {
+        path.name for path in (ROOT / "docs" / "figures").iterdir()
+    }
+
+
+def test_both_studies_are_there():
+    assert STUDIES == ["generalization", "granularity"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_studys_page_says_what_its_report_found(name):
+    folder = ROOT / "docs" / "studies" / name
+    report, page = Report.load(folder / "report.json"), (folder / "README.md").read_text()
+    assert report.model == {"study": name, "smoke": False}
+    assert report.tables["findings"]
+    assert all(f"- {finding}\n" in page for finding in report.tables["findings"])
+    assert {metric.seed for metric in report.metrics} >= {0, 1}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_measured_reports_are_of_committed_code():
+    """Reports of changed files could not be measured again."""
+    paths = [
+        *(ROOT / "model_cards" / "isic-vq-128" / "reports").glob("*.json"),
+        *(ROOT / "docs").rglob("report.json"),
+    ]
+    assert len(paths) >= 5
+    for path in [*paths, ROOT / "benchmarks" / "reports" / "codec.json"]:
+        environment = Report.load(path).environment
+        assert environment["git_dirty"] is False, path
+        assert re.fullmatch("[0-9a-f]{40}", environment["git_commit"]), path
