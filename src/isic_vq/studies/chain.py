@@ -69,28 +69,23 @@ class Chain:
             TrainingError: the folder was begun with other settings.
             DataError, RecipeError, CheckpointError, InterruptedTraining: as their docstrings say.
         """
-        recipes: dict[str, Recipe] = {"vqvae": self.tokenizer_recipe(), "prior": self.prior_recipe()}
-        settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
-        note_settings(self.folder / SETTINGS, {**settings, "views": self.views})
-        if self.is_finished:
-            return
-        tokenizer, codes = self.tokenizer_recipe(), self.folder / "vqvae" / "model"
+        self._check_settings()
+        tokenizer, codes = self._tokenizer_recipe(), self.folder / "vqvae" / "model"
         if not (self.folder / "vqvae" / "report.json").is_file():
             train_vqvae(tokenizer, resume=_has_checkpoint(tokenizer.output_dir))
         for name, uri, views in (("train", self.train, self.views), ("validation", self.validation, 1)):
             _encode(codes, uri, self.folder / f"{name}.parquet", views)
-        prior = self.prior_recipe()
-        train_prior(prior, resume=_has_checkpoint(prior.output_dir))
+        prior = self._prior_recipe()
+        if not self.is_finished:
+            train_prior(prior, resume=_has_checkpoint(prior.output_dir))
 
-    def tokenizer_recipe(self) -> VQVAERecipe:
-        """How the tokenizer is trained."""
+    def _tokenizer_recipe(self) -> VQVAERecipe:
         data = {"train": self.train, "validation": self.validation, **self.vqvae.get("data", {})}
         loop = {**self.vqvae.get("loop", {}), "seed": self.seed}
         folder = str(self.folder / "vqvae")
         return build_recipe(VQVAERecipe, {**self.vqvae, "output_dir": folder, "data": data, "loop": loop})
 
-    def prior_recipe(self) -> PriorRecipe:
-        """How the prior is trained."""
+    def _prior_recipe(self) -> PriorRecipe:
         places = {
             "output_dir": str(self.folder / "prior"),
             "tokenizer": str(self.folder / "vqvae" / "model"),
@@ -100,27 +95,17 @@ class Chain:
         loop = {**self.prior.get("loop", {}), "seed": self.seed}
         return build_recipe(PriorRecipe, {**self.prior, **places, "loop": loop})
 
-
-def note_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Note in a folder what it is begun with, or check that it was begun with the same.
-
-    Args:
-        path: of the note, a JSON file.
-        settings: what JSON can hold.
-
-    Raises:
-        TrainingError: the folder was begun with other settings.
-    """
-    text = json.dumps(settings, indent=2) + "\n"
-    if not path.is_file():
+    def _check_settings(self) -> None:
+        """Note the settings in the folder, or compare them with those that it was begun with."""
+        recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
+        settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
+        text = json.dumps({**settings, "views": self.views}, indent=2) + "\n"
+        path = self.folder / SETTINGS
+        if path.is_file() and path.read_text() != text:
+            raise TrainingError(
+                f"{self.folder.name} was begun with other settings: choose another output_dir, or remove the folder"
+            )
         write_atomically(path, text.encode())
-    elif path.read_text() != text:
-        begun = json.loads(path.read_text())
-        differing = [key for key in settings if settings[key] != begun.get(key)]
-        raise TrainingError(
-            f"{path.parent.name} was begun with other settings of {', '.join(differing)}: choose another output_dir, or "
-            "remove the folder"
-        )
 
 
 def _has_checkpoint(run: str) -> bool:

@@ -19,8 +19,10 @@ from isic_vq.data.augmentation import NUM_VIEWS
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.files import write_atomically
-from isic_vq.studies.chain import SETTINGS, Chain, note_settings
+from isic_vq.studies.chain import Chain
 from isic_vq.training.recipe import build_recipe
+
+PARTS = ("train", "validation")
 
 
 @strict
@@ -116,39 +118,27 @@ def write_domains(recipe: GeneralizationRecipe) -> None:
     """Write the images of every domain and part to a file each, unless it is there.
 
     Raises:
-        DataError: a domain has no image, or fewer than it asks for; nothing is written.
-        TrainingError: the files that are there were written of other images or domains.
+        DataError: a domain has no image, or fewer than it asks for.
     """
-    uris = {"train": recipe.train, "validation": recipe.validation}
-    missing = {
-        path: (part, rows_of(name, build_recipe(Domain, fields), part, uri))
-        for part, uri in uris.items()
-        for name, fields in recipe.domains.items()
-        if not (path := domain_file(recipe, name, part)).is_file()
-    }
-    note_settings(Path(recipe.output_dir, "images", SETTINGS), {**uris, "domains": recipe.domains})
-    for path, (part, rows) in missing.items():
-        content = io.BytesIO()
-        open_source(uris[part]).select(rows).to_parquet(content)
-        write_atomically(path, content.getvalue())
-
-
-def rows_of(name: str, domain: Domain, part: str, uri: str) -> list[int]:
-    """Numbers of the records of a source that a domain takes, in their order.
-
-    Raises:
-        DataError: it has no image, or fewer than it asks for.
-    """
-    rows = [
-        row
-        for row, source in enumerate(open_source(uri)["source"])
-        if any(fnmatch.fnmatch(source or "", pattern) for pattern in domain.sources)
-    ]
-    wanted = domain.num_images if part == "train" and domain.num_images is not None else len(rows)
-    if not 0 < wanted <= len(rows):
-        raise DataError(
-            f"domain {name} has {len(rows)} images of {part} and wants {wanted or 'at least one'}: "
-            "change its sources or its num_images"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:wanted]
-    return sorted(rows[index] for index in order.tolist())
+    for part, uri in zip(PARTS, (recipe.train, recipe.validation), strict=True):
+        for name, fields in recipe.domains.items():
+            path, domain = domain_file(recipe, name, part), build_recipe(Domain, fields)
+            if path.is_file():
+                continue
+            records = open_source(uri)
+            rows = [
+                row
+                for row, source in enumerate(records["source"])
+                if any(fnmatch.fnmatch(source or "", pattern) for pattern in domain.sources)
+            ]
+            wanted = domain.num_images if part == "train" and domain.num_images is not None else len(rows)
+            if not 0 < wanted <= len(rows):
+                raise DataError(
+                    f"domain {name} has {len(rows)} images of {part} and wants {wanted or 'at least one'}: "
+                    "change its sources or its num_images"
+                )
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:wanted]
+            chosen = sorted(rows[index] for index in order.tolist())
+            content = io.BytesIO()
+            records.select(chosen).to_parquet(content)
+            write_atomically(path, content.getvalue())

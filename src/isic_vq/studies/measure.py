@@ -1,28 +1,24 @@
-"""Measure the models of a study: image by image, once, so that they can be compared, and what they cost."""
+"""Measure the models of a study image by image, once, so that they can be compared image by image."""
 
-import math
-import time
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-import scipy.stats
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import measure_images
+from isic_vq.evaluation.intervals import mean_interval
 from isic_vq.evaluation.likelihood import bits_per_code
-from isic_vq.evaluation.report import Metric
-from isic_vq.figures.runs import METRICS_FILE, read_metrics
 from isic_vq.files import write_atomically
 from isic_vq.hub import load_model
-from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.chain import Chain
 
 VALUES = ("psnr", "ssim", "bits_per_code")
-REPEATS = 6  # of a timed block: of fewer, not even the least and the most enclose the median 95 times of 100
 
 
 def measure_chain(chain: Chain, name: str, uri: str) -> dict[str, Tensor]:
@@ -30,8 +26,8 @@ def measure_chain(chain: Chain, name: str, uri: str) -> dict[str, Tensor]:
 
     Args:
         chain: a finished one.
-        name: of the data set; the values are kept in the chain's folder under it, until its images change.
-        uri: of the data set.
+        name: of the data set.
+        uri: of the data set; the values are kept in the chain's folder under both.
 
     Returns:
         `(N,)` float64 for each of `VALUES`, in the order of the data set, and `codebook_counts`, `(K,)` int64.
@@ -39,23 +35,20 @@ def measure_chain(chain: Chain, name: str, uri: str) -> dict[str, Tensor]:
     Raises:
         DataError: as `measure_images`.
     """
-    source = find_source(uri)
-    fingerprint = source.fingerprint()
-    path = chain.folder / "measured" / f"{name}.safetensors"
-    if not path.is_file() or _measured_of(path) != fingerprint:
+    path = measured_file(chain, name, uri)
+    if not path.is_file():
         model = load_model(IsicVQModel, str(chain.model)).eval()
-        measured = measure_images(model, source)
-        values = {key: measured.reconstruction.values[key].double() for key in ("psnr", "ssim")}
-        values["bits_per_code"] = bits_per_code(model.prior, measured.codes, None).double()
+        measured = measure_images(model, find_source(uri))
+        values = {key: measured.reconstruction.values[key] for key in ("psnr", "ssim")}
+        values["bits_per_code"] = bits_per_code(model.prior, measured.codes, None)
         values["codebook_counts"] = torch.tensor(measured.reconstruction.codebook_counts)
-        write_atomically(path, save(values, metadata={"images": fingerprint}))
+        write_atomically(path, save(values))
     return load_file(path)
 
 
-def _measured_of(path: Path) -> str | None:
-    """Fingerprint of the images that kept values are of."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("images")
+def measured_file(chain: Chain, name: str, uri: str) -> Path:
+    """Where a data set's values are kept; another URI is another data set, whatever it is called."""
+    return chain.folder / "measured" / f"{name}-{sha256(uri.encode()).hexdigest()[:8]}.safetensors"
 
 
 def flops_per_image(model: IsicVQModel) -> dict[str, int]:
@@ -81,64 +74,65 @@ def flops_per_image(model: IsicVQModel) -> dict[str, int]:
     return counted
 
 
-def training_flops(chain: Chain, flops: dict[str, int]) -> int:
-    """Floating-point operations of all steps of both trainings.
+@dataclass(frozen=True)
+class Difference:
+    """How one model's images differ from another's, for each of the seeds.
+
+    Attributes:
+        means: of the differences, image by image, for each seed.
+        intervals: of these means.
+    """
+
+    means: list[float]
+    intervals: list[tuple[float, float]]
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where every seed's interval lies on that side of 0, else 0: nothing may be said."""
+        if all(low > 0 for low, _ in self.intervals):
+            return 1
+        return -1 if all(high < 0 for _, high in self.intervals) else 0
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return sum(self.means) / len(self.means)
+
+    def change(self, what: str, unit: str = "", digits: int = 2) -> str:
+        """In words, where the seeds agree on its sign: "PSNR rises by 0.43 (0.41, 0.45) dB"."""
+        if self.sign == 0:
+            return f"the seeds do not agree on {what} ({self.text(digits)})"
+        amount = self.text(digits).replace("+", "").replace("-", "")
+        return f"{what} {'rises' if self.sign > 0 else 'falls'} by {amount} {unit}".rstrip()
+
+    def text(self, digits: int = 2) -> str:
+        """The mean over seeds, and every seed's own in brackets."""
+        each = ", ".join(f"{mean:+.{digits}f}" for mean in self.means)
+        return f"{self.mean:+.{digits}f} ({each})"
+
+
+def paired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
+    """Second minus first, image by image, seed by seed.
 
     Args:
-        chain: the trainings.
-        flops: of one image, as `flops_per_image`.
+        first: `(N,)` values of the same images, one tensor per seed.
+        second: likewise.
     """
-    loops = {"tokenizer": chain.tokenizer_recipe().loop, "prior": chain.prior_recipe().loop}
-    # A step back costs twice a step forward: the gradients of inputs and of weights.
-    return sum(3 * flops[part] * loop.max_steps * loop.batch_size for part, loop in loops.items())
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return Difference([d.mean().item() for d in differences], [mean_interval(d) for d in differences])
 
 
-def step_seconds(chain: Chain) -> dict[str, Tensor]:
-    """Seconds of every training step that the run's log has, reading data included: by run, `(steps,)` float64."""
-    seconds = {}
-    for part in ("vqvae", "prior"):
-        steps = read_metrics(chain.folder / part / METRICS_FILE)["batch"]
-        times = [step["data_seconds"] + step["compute_seconds"] for step in steps]
-        seconds[part] = torch.tensor(times, dtype=torch.float64)
-    return seconds
-
-
-def sampling_seconds(model: IsicVQModel) -> Tensor:
-    """Seconds per image of drawing and decoding a block of `BLOCK_SIZE` images.
-
-    Returns:
-        `(REPEATS,)` float64, after one block that is not counted.
-    """
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        model.generate(BLOCK_SIZE, seed=0)
-        times.append((time.perf_counter() - began) / BLOCK_SIZE)
-    return torch.tensor(times[1:], dtype=torch.float64)
-
-
-def median_metric(
-    name: str, values: Tensor, unit: str, split: str, dataset: str, seed: int | None = None
-) -> Metric:
-    """A median with the interval that its order statistics give, whatever the distribution: times have long tails.
+def unpaired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
+    """Mean of the second's images minus that of the first's, seed by seed, with Welch's standard error.
 
     Args:
-        name: as for `Metric`.
-        values: `(N,)`, in `unit`; of fewer than six there is no such interval.
-        unit: as for `Metric`.
-        split: as for `Metric`.
-        dataset: as for `Metric`.
-        seed: as for `Metric`.
+        first: `(N,)` values of some images, one tensor per seed.
+        second: `(M,)` values of others.
     """
-    bounds = scipy.stats.quantile_test(values.numpy(), p=0.5).confidence_interval(0.95)
-    interval = [float(bounds.low), float(bounds.high)]
-    return Metric(
-        name,
-        values.quantile(0.5).item(),
-        unit,
-        len(values),
-        split,
-        dataset,
-        seed,
-        None if math.isnan(sum(interval)) else interval,
-    )
+    means, intervals = [], []
+    for a, b in zip(first, second, strict=True):
+        mean = (b.mean() - a.mean()).item()
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt().item()
+        means.append(mean)
+        intervals.append((mean - 1.96 * error, mean + 1.96 * error))
+    return Difference(means, intervals)
