@@ -90,7 +90,7 @@ def made(psnr, bits):
             }
             for name in ("north", "south", "all", "clinic")
         }
-        groups.setdefault(key, []).append(Measured(setting, values))
+        groups.setdefault(key, []).append(Measured(setting, values, frozenset(values) - {setting.domain}))
     return groups
 
 
@@ -100,7 +100,7 @@ def say(psnr, bits):
         name: torch.full((60,), 30.0 - (name == "clinic"), dtype=torch.float64)
         for name in ("north", "south", "all", "clinic")
     }
-    return findings(made(psnr, bits), webp, recipe)
+    return findings(made(psnr, bits), webp, recipe, {})
 
 
 def test_what_it_costs_to_train_elsewhere_is_told_on_the_same_images():
@@ -116,7 +116,10 @@ def test_the_gap_to_another_data_set_stands_beside_that_of_an_untrained_codec():
     said = say(lambda d, a, n, s: 30.0 - 3 * (n == "clinic"), lambda d, a, n, s: 4.0)
     (line,) = [line for line in said if line.startswith("From held-out all images to clinic")]
     assert "PSNR falls by 3.00 (3.00, 3.00) dB" in line
-    assert "WebP, which tells how much of that is in the images, changes by -1.0" in line
+    assert (
+        "WebP's PSNR, which tells how much of that is in the images, changes by -1.00 dB (-1.00 to -1.00)"
+        in line
+    )
     assert any("not told from its own by all seeds" in line for line in said)
 
 
@@ -143,7 +146,9 @@ def test_webp_is_measured_image_by_image(two_sources):
 
 
 def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
+    # Every other set is a part of all images: likelihood has nothing to tell them by.
     few = {
+        "all": {"num_images": 8},
         "north": {"sources": ["north_*"], "num_images": 8},
         "south": {"sources": ["south"], "num_images": 8},
     }
@@ -159,10 +164,15 @@ def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
     report, page = Report.load(folder / "report.json"), (folder / "README.md").read_text()
     assert report.model == {"study": "generalization", "smoke": False}
     assert report.tables["findings"]
+    assert any(
+        name.startswith("psnr[on north, north, plain -> south, plain")
+        for name in report.tables["differences"]
+    )
     assert all(f"- {finding}" in page and finding in out for finding in report.tables["findings"])
     names = {(m.name, m.dataset) for m in report.metrics}
     assert ("shift_auroc[north, plain]", "south") in names
-    assert ("shift_auroc[north, plain]", "north") not in names
+    assert {data for name, data in names if name == "shift_auroc[all, plain]"} == {"clinic"}
+    assert {data for name, data in names if name == "shift_auroc[north, plain]"} == {"south", "clinic"}
     assert ("psnr[south, augmented]", "clinic") in names
     for picture in ("psnr.png", "bits-per-code.png"):
         assert f"]({picture})" in page

@@ -32,7 +32,13 @@ def measured(psnr, coded_bytes):
             "coded_bytes": coded_bytes(*key) + noise * setting.num_codes,
         }
         models.append(
-            Measured(setting, values, {"sampling_flops": 100.0 * (4 if setting.grid == "f4" else 1)})
+            Measured(
+                setting,
+                values,
+                {"sampling_flops": 100.0 * (4 if setting.grid == "f4" else 1)},
+                torch.ones(50, setting.num_codes),
+                torch.ones(3),
+            )
         )
     return models
 
@@ -115,6 +121,17 @@ def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sour
     for finding in report.tables["findings"]:
         assert finding in page
         assert finding in out
+    of = report.tables["differences"]["psnr[f4, 4 codes -> f4, 8 codes]"]
+    assert of["means"][0] == pytest.approx(bits["psnr[f4, 8 codes]"] - bits["psnr[f4, 4 codes]"])
+    assert all(low < mean < high for mean, (low, high) in zip(of["means"], of["intervals"], strict=True))
+
+
+def test_a_try_is_refused_before_anything_is_trained(run, two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("isic_vq.cli.studies._train", lambda settings: pytest.fail("trained"))
+    overrides = [f"output_dir={tmp_path / 'study'}", *(f"{part}={uri}" for part, uri in two_sources.items())]
+    code, _, err = run("study", "granularity", *overrides, "--smoke", "-o", tmp_path / "docs" / "x")
+    assert code == 1
+    assert "a smoke run is no result" in err
 
 
 def test_a_try_is_refused_among_the_documentation(tmp_path):
@@ -133,4 +150,4 @@ def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
 def test_a_setting_names_its_model():
     setting = next(iter(settings(RECIPE)))
     assert isinstance(setting, Setting)
-    assert Measured(setting, {}, {}).label == "f8, 4 codes"
+    assert Measured(setting, {}, {}, torch.ones(1, 4), torch.ones(3)).label == "f8, 4 codes"

@@ -80,9 +80,9 @@ def granularity(
     from isic_vq.studies.granularity import GranularityRecipe, settings
     from isic_vq.studies.granularity_results import granularity_page
 
-    recipe = _recipe(GranularityRecipe, config, overrides, smoke)
+    recipe, output = _recipe(GranularityRecipe, config, overrides, smoke, output)
     _train(list(settings(recipe)))
-    _write(granularity_page(recipe, smoke), recipe, output)
+    _write(granularity_page(recipe, smoke), output)
 
 
 @study_app.command(
@@ -98,21 +98,33 @@ def generalization(
     from isic_vq.studies.generalization import GeneralizationRecipe, settings, write_domains
     from isic_vq.studies.generalization_results import generalization_page
 
-    recipe = _recipe(GeneralizationRecipe, config, overrides, smoke)
+    recipe, output = _recipe(GeneralizationRecipe, config, overrides, smoke, output)
     write_domains(recipe)
     _train(list(settings(recipe)))
-    _write(generalization_page(recipe, smoke), recipe, output)
+    _write(generalization_page(recipe, smoke), output)
 
 
-def _recipe(recipe_class: type[Any], config: Path | None, overrides: list[str] | None, smoke: bool) -> Any:
+def _recipe(
+    recipe_class: type[Any],
+    config: Path | None,
+    overrides: list[str] | None,
+    smoke: bool,
+    output: Path | None,
+) -> tuple[Any, Path]:
+    """The study's recipe and where its results go, which is checked before anything is trained."""
     from isic_vq.figures.write import check_matplotlib
+    from isic_vq.studies.page import check_folder
     from isic_vq.studies.smoke import smoke_recipe
     from isic_vq.training.recipe import load_recipe
 
     check_matplotlib()
     quiet_transformers()
     recipe = load_recipe(recipe_class, config, overrides or [])
-    return smoke_recipe(recipe) if smoke else recipe
+    if smoke:
+        recipe = smoke_recipe(recipe)
+    output = output or Path(recipe.output_dir, "results")
+    check_folder(output, smoke)
+    return recipe, output
 
 
 def _train(settings: list[Any]) -> None:
@@ -123,8 +135,8 @@ def _train(settings: list[Any]) -> None:
             setting.chain.run()
 
 
-def _write(page: "StudyPage", recipe: Any, output: Path | None) -> None:
-    for path in page.write(output or Path(recipe.output_dir, "results")):
+def _write(page: "StudyPage", output: Path) -> None:
+    for path in page.write(output):
         typer.echo(f"wrote {path}")
     for finding in page.findings:
         typer.echo(f"- {finding}")

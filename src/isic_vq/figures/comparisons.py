@@ -80,13 +80,19 @@ def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: flo
     return figure
 
 
-def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x: str, x_values: Sequence[float]) -> Figure:
+def curves(
+    panels: Sequence[tuple[str, str, Sequence[Curve]]],
+    x: str,
+    x_values: Sequence[float],
+    mark: str | None = None,
+) -> Figure:
     """Draw panels of curves over one setting on a logarithmic axis, with one legend: all panels have the same curves.
 
     Args:
         panels: title, unit and curves of each.
         x: what the horizontal axes show.
         x_values: the setting's values, which are the ticks.
+        mark: a line above all panels.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -104,6 +110,8 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x: str, x_values:
         axes.set_xscale("log")
         axes.set_xticks(list(x_values), [f"{value:g}" for value in x_values])
         axes.minorticks_off()
+    if mark is not None:
+        figure.suptitle(mark, color=INK)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

@@ -1,6 +1,7 @@
 """What the models of a generalization study reach on images of their own and of other sources, and what may be said of it."""
 
 import io
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +16,8 @@ from isic_vq.evaluation.out_of_distribution import auroc
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.studies.generalization import GeneralizationRecipe, Setting, domain_file, settings
-from isic_vq.studies.measure import measure_chain, paired_difference, unpaired_difference
-from isic_vq.studies.page import StudyPage, markdown_table, over_seeds
+from isic_vq.studies.measure import Difference, measure_chain, paired_difference, unpaired_difference
+from isic_vq.studies.page import SMOKE, StudyPage, markdown_table, over_seeds, recipe_table
 
 NAMES = {
     "psnr": ("PSNR", "dB", 2),
@@ -40,10 +41,12 @@ class Measured:
     Attributes:
         setting: which.
         values: by data set, `(N,)` float64 of every image for each of `NAMES`.
+        disjoint: names of the data sets that share no image with the model's own held-out ones.
     """
 
     setting: Setting
     values: dict[str, dict[str, Tensor]]
+    disjoint: frozenset[str]
 
     @property
     def label(self) -> str:
@@ -52,12 +55,12 @@ class Measured:
 
     @cached_property
     def shift(self) -> dict[str, Metric]:
-        """By every other data set, how well bits per code tell its images from the model's own."""
+        """By every disjoint data set, how well bits per code tell its images from the model's own."""
         own = self.values[self.setting.domain]["bits_per_code"]
         return {
             name: shift_metric(self.label, own, values["bits_per_code"], name, self.setting.seed)
             for name, values in self.values.items()
-            if name != self.setting.domain
+            if name in self.disjoint
         }
 
 
@@ -73,11 +76,13 @@ def image_sets(recipe: GeneralizationRecipe) -> dict[str, str]:
 def generalization_page(recipe: GeneralizationRecipe, smoke: bool = False) -> StudyPage:
     """Measure all models of a study, which are trained, and say what was found."""
     sets = image_sets(recipe)
+    ids = {name: {row["isic_id"] for row in find_source(uri).metadata()} for name, uri in sets.items()}
     measured = []
     for setting in settings(recipe):
         kept = {name: measure_chain(setting.chain, name, uri) for name, uri in sets.items()}
         values = {name: {key: of[key].double() for key in NAMES} for name, of in kept.items()}
-        measured.append(Measured(setting, values))
+        disjoint = frozenset(name for name in sets if not ids[name] & ids[setting.domain])
+        measured.append(Measured(setting, values, disjoint))
     groups: Groups = {}
     for one in measured:
         groups.setdefault((one.setting.domain, one.setting.augment), []).append(one)
@@ -92,8 +97,9 @@ def generalization_page(recipe: GeneralizationRecipe, smoke: bool = False) -> St
         for key, (what, unit, _) in NAMES.items()
     ]
     page.tables.append(("Likelihood as a detector of other sources, AUROC", shift_table(groups)))
-    page.figures = figures(groups)
-    page.findings = findings(groups, webp, recipe)
+    page.tables.append(("How they were trained", recipe_table(recipe.vqvae, recipe.prior)))
+    page.figures = figures(groups, SMOKE if smoke else None)
+    page.findings = findings(groups, webp, recipe, page.differences)
     return page
 
 
@@ -159,16 +165,16 @@ def shift_table(groups: Groups) -> str:
     """A row per setting, a column per data set."""
     names = list(next(iter(groups.values()))[0].values)
     rows = []
-    for (domain, _), models in groups.items():
+    for models in groups.values():
         cells = [
-            "" if name == domain else over_seeds([one.shift[name].value for one in models], 3)
+            over_seeds([one.shift[name].value for one in models], 3) if name in models[0].disjoint else ""
             for name in names
         ]
         rows.append([models[0].label, *cells])
     return markdown_table(["trained on", *names], rows)
 
 
-def figures(groups: Groups) -> list[tuple[str, str, bytes]]:
+def figures(groups: Groups, mark: str | None) -> list[tuple[str, str, bytes]]:
     """PSNR and bits per code of every model on every data set."""
     from isic_vq.figures.comparisons import Point, dots
     from isic_vq.figures.plots import png_bytes
@@ -176,6 +182,7 @@ def figures(groups: Groups) -> list[tuple[str, str, bytes]]:
     drawn = []
     for key in ("psnr", "bits_per_code"):
         what, unit, _ = NAMES[key]
+        title = f"{what} by training and test images" + (f" ({mark})" if mark else "")
         points: dict[str, list[Point]] = {}
         for models in groups.values():
             for one in models:
@@ -183,7 +190,7 @@ def figures(groups: Groups) -> list[tuple[str, str, bytes]]:
                     metric = mean_metric(key, values[key], unit, name, name)
                     label = f"{one.label}, seed {one.setting.seed}"
                     points.setdefault(f"on {name}", []).append(Point(label, metric.value, metric.interval))
-        figure = dots(points, f"{what} by training and test images", unit)
+        figure = dots(points, title, unit)
         drawn.append(
             (
                 key.replace("_", "-"),
@@ -194,79 +201,94 @@ def figures(groups: Groups) -> list[tuple[str, str, bytes]]:
     return drawn
 
 
-def findings(groups: Groups, webp: dict[str, Tensor], recipe: GeneralizationRecipe) -> list[str]:
-    """Sentences on sources and augmentation, each only as strong as all seeds allow."""
+def findings(
+    groups: Groups, webp: dict[str, Tensor], recipe: GeneralizationRecipe, noted: dict[str, Difference]
+) -> list[str]:
+    """Sentences on sources and augmentation, each only as strong as all seeds allow.
+
+    Args:
+        groups: the models of each setting, one per seed.
+        webp: PSNR of every image of each data set after WebP.
+        recipe: of the study.
+        noted: filled with the differences that the sentences tell, by name.
+    """
     said = []
     sized = [name for name in recipe.domains if recipe.domains[name].get("num_images") is not None]
-    for images in sized:
-        for other in sized:
-            if other != images:
-                said.append(transfer(groups, images, other))
+    for images, other in itertools.permutations(sized, 2):
+        said.append(transfer(groups, images, other, noted))
     for domain in recipe.domains:
         for name in recipe.tests:
-            said.append(gap(groups[domain, False], webp, domain, name))
+            said.append(gap(groups[domain, False], webp, name, noted))
     for (domain, augment), models in groups.items():
         if augment:
-            said.append(augmentation(domain, groups[domain, False], models))
-    for models in groups.values():
-        said.append(shift(models))
-    return said
+            said.append(augmentation(groups[domain, False], models, noted))
+    return [*said, *(shift(models) for models in groups.values())]
 
 
-def transfer(groups: Groups, images: str, other: str) -> str:
+def values_of(models: list[Measured], name: str, key: str) -> list[Tensor]:
+    """What every seed's model has for a data set's images."""
+    return [one.values[name][key] for one in models]
+
+
+def transfer(groups: Groups, images: str, other: str, noted: dict[str, Difference]) -> str:
     """What it costs, on the images of one source, to have trained on another one instead."""
     home, away = groups[images, False], groups[other, False]
-    quality, bits = (
-        paired_difference(
-            [one.values[images][key] for one in home], [one.values[images][key] for one in away]
-        )
+    of = {
+        key: paired_difference(values_of(home, images, key), values_of(away, images, key))
         for key in ("psnr", "bits_per_code")
-    )
+    }
+    noted.update({f"{key}[on {images}, {home[0].label} -> {away[0].label}]": one for key, one in of.items()})
     return (
-        f"On {images} images, a tokenizer trained on {other} instead of {images}: {quality.change('PSNR', 'dB')}; its own prior on its own codes: "
-        f"{bits.change('bits per code')}."
+        f"On {images} images, a tokenizer trained on {other} instead of {images}: {of['psnr'].change('PSNR', 'dB')}; its own prior on "
+        f"its own codes: {of['bits_per_code'].change('bits per code')}."
     )
 
 
-def gap(models: list[Measured], webp: dict[str, Tensor], domain: str, name: str) -> str:
-    """How much lower the quality is on another data set, beside a codec that was not trained."""
-    quality = unpaired_difference(
-        [one.values[domain]["psnr"] for one in models], [one.values[name]["psnr"] for one in models]
-    )
+def gap(models: list[Measured], webp: dict[str, Tensor], name: str, noted: dict[str, Difference]) -> str:
+    """How much worse another data set does, beside a codec that was not trained."""
+    domain = models[0].setting.domain
+    of = {
+        key: unpaired_difference(values_of(models, domain, key), values_of(models, name, key))
+        for key in ("psnr", "bits_per_code")
+    }
+    noted.update({f"{key}[{models[0].label}, {domain} -> {name}]": one for key, one in of.items()})
     untrained = unpaired_difference([webp[domain]], [webp[name]])
+    noted[f"psnr[WebP, {domain} -> {name}]"] = untrained
+    ((low, high),) = untrained.intervals
     return (
-        f"From held-out {domain} images to {name}, of the model trained on {domain}: {quality.change('PSNR', 'dB')}. WebP, "
-        f"which tells how much of that is in the images, changes by {untrained.mean:+.2f} dB."
+        f"From held-out {domain} images to {name}, of the model trained on {domain}: {of['psnr'].change('PSNR', 'dB')}; "
+        f"{of['bits_per_code'].change('bits per code')}. WebP's PSNR, which tells how much of that is in the images, changes by "
+        f"{untrained.mean:+.2f} dB ({low:+.2f} to {high:+.2f})."
     )
 
 
-def augmentation(domain: str, plain: list[Measured], augmented: list[Measured]) -> str:
+def augmentation(plain: list[Measured], augmented: list[Measured], noted: dict[str, Difference]) -> str:
     """What training in all dihedral views changes on every data set."""
     parts = []
     for name in plain[0].values:
-        of = paired_difference(
-            [one.values[name]["psnr"] for one in plain], [one.values[name]["psnr"] for one in augmented]
+        of = {
+            key: paired_difference(values_of(plain, name, key), values_of(augmented, name, key))
+            for key in ("psnr", "bits_per_code")
+        }
+        noted.update(
+            {f"{key}[on {name}, {plain[0].label} -> {augmented[0].label}]": one for key, one in of.items()}
         )
-        bits = paired_difference(
-            [one.values[name]["bits_per_code"] for one in plain],
-            [one.values[name]["bits_per_code"] for one in augmented],
+        parts.append(
+            f"on {name} {of['psnr'].change('PSNR', 'dB')} and {of['bits_per_code'].change('bits per code')}"
         )
-        parts.append(f"on {name} {of.change('PSNR', 'dB')} and {bits.change('bits per code')}")
-    return f"Augmentation, trained on {domain}: {'; '.join(parts)}."
+    return f"Augmentation, trained on {plain[0].setting.domain}: {'; '.join(parts)}."
 
 
 def shift(models: list[Measured]) -> str:
-    """Which other data sets likelihood tells from the model's own, by the intervals of all seeds."""
+    """Which disjoint data sets likelihood tells from the model's own, by the intervals of two seeds or more."""
     parts = []
-    for name in models[0].values:
-        if name == models[0].setting.domain:
-            continue
+    for name in models[0].shift:
         metrics = [one.shift[name] for one in models]
         values = ", ".join(f"{metric.value:.2f}" for metric in metrics)
         bounds = [metric.interval or [0.0, 1.0] for metric in metrics]
-        if all(low > 0.5 for low, _ in bounds):
+        if len(bounds) > 1 and all(low > 0.5 for low, _ in bounds):
             verdict = "dearer than its own"
-        elif all(high < 0.5 for _, high in bounds):
+        elif len(bounds) > 1 and all(high < 0.5 for _, high in bounds):
             verdict = "cheaper than its own"
         else:
             verdict = "not told from its own by all seeds"

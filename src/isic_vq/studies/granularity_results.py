@@ -1,9 +1,10 @@
 """What the models of a granularity study reach and cost, and what may be said of it."""
 
+import dataclasses
 import itertools
 import math
-import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.data.sources import find_source
+from isic_vq.evaluation.codebook import code_counts, codebook_metrics
+from isic_vq.evaluation.cost import seconds
 from isic_vq.evaluation.intervals import mean_metric
 from isic_vq.evaluation.likelihood import unigram_bits
 from isic_vq.evaluation.report import Metric
@@ -19,10 +22,9 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity
 from isic_vq.studies.granularity import GranularityRecipe, Setting, settings
 from isic_vq.studies.measure import Difference, flops_per_image, measure_chain, paired_difference
-from isic_vq.studies.page import StudyPage, markdown_table, over_seeds
+from isic_vq.studies.page import SMOKE, StudyPage, markdown_table, over_seeds, recipe_table
 
 DATA = "validation"
-REPEATS = 3  # of a timed block of images, after one that is not counted
 PER_IMAGE = {"psnr": "dB", "ssim": "1", "bits_per_code": "bits per code", "coded_bytes": "bytes per image"}
 QUESTION = (
     "Images are quantized more finely by more codes or by a finer grid of them. Too coarse loses detail, too fine costs: more bytes per "
@@ -39,12 +41,16 @@ class Measured:
     Attributes:
         setting: which.
         values: `(N,)` float64 of every image, by name as in `PER_IMAGE`, and `unigram_bytes`.
-        numbers: `usage`, `perplexity`, `flat_bytes` and costs, by name.
+        numbers: `perplexity`, `flat_bytes` and operations, by name.
+        code_counts: `(N, K)`, uses of each code by each image.
+        seconds: per image of drawing and decoding a block of `BLOCK_SIZE` images, of several runs.
     """
 
     setting: Setting
     values: dict[str, Tensor]
     numbers: dict[str, float]
+    code_counts: Tensor
+    seconds: Tensor
 
     @property
     def label(self) -> str:
@@ -68,7 +74,7 @@ def measure_setting(setting: Setting, uri: str) -> Measured:
     train, held_out = (read_code_cache(chain.folder / f"{name}.parquet") for name in ("train", "validation"))
     codes = torch.from_numpy(held_out.codes[:, 0].astype("int64"))
     values["unigram_bytes"] = unigram_bits(train.counts(), codes).flatten(1).sum(1) / 8
-    usage, perplexity = usage_and_perplexity(kept["codebook_counts"])
+    _, perplexity = usage_and_perplexity(kept["codebook_counts"])
     flops = flops_per_image(model)
     loops = {"tokenizer": chain.vqvae["loop"], "prior": chain.prior["loop"]}
     # A step back costs twice a step forward: the gradients of inputs and of weights.
@@ -77,24 +83,14 @@ def measure_setting(setting: Setting, uri: str) -> Measured:
         setting,
         values,
         {
-            "usage": usage,
             "perplexity": perplexity,
             "flat_bytes": positions * math.log2(setting.num_codes) / 8,
             "training_flops": float(training),
             "sampling_flops": float(flops["prior"] + flops["decoder"]),
-            "sampling_seconds": sampling_seconds(model),
         },
+        code_counts(codes, setting.num_codes),
+        seconds(partial(model.generate, BLOCK_SIZE, seed=0), model.device) / BLOCK_SIZE,
     )
-
-
-def sampling_seconds(model: IsicVQModel) -> float:
-    """Seconds per image of drawing and decoding a block of `BLOCK_SIZE` images: the least of `REPEATS`."""
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        model.generate(BLOCK_SIZE, seed=0)
-        times.append(time.perf_counter() - began)
-    return min(times[1:]) / BLOCK_SIZE
 
 
 def granularity_page(recipe: GranularityRecipe, smoke: bool = False) -> StudyPage:
@@ -106,20 +102,18 @@ def granularity_page(recipe: GranularityRecipe, smoke: bool = False) -> StudyPag
         page.metrics += setting_metrics(one, name)
     page.tables = [
         ("Models", models_table(measured, recipe)),
-        ("How they were trained", recipe_table(recipe)),
+        ("How they were trained", recipe_table(recipe.vqvae, recipe.prior)),
     ]
-    page.figures = figures(measured, recipe)
+    page.figures = figures(measured, recipe, SMOKE if smoke else None)
     page.findings = findings(measured, recipe)
+    page.differences = differences(by_setting(measured))
     return page
 
 
 UNITS = {
-    "usage": "share of codes",
-    "perplexity": "codes",
     "flat_bytes": "bytes per image",
     "training_flops": "floating-point operations",
     "sampling_flops": "floating-point operations per image",
-    "sampling_seconds": "s per image",
 }
 
 
@@ -127,16 +121,18 @@ def setting_metrics(measured: Measured, dataset: str) -> list[Metric]:
     """The report's lines for one model; the seed is that of its training."""
     seed, label = measured.setting.seed, measured.label
     means = {**PER_IMAGE, "unigram_bytes": "bytes per image"}
-    number = len(measured.values["psnr"])
+    used = codebook_metrics(measured.code_counts, DATA, dataset)
     return [
         *(
             mean_metric(f"{name}[{label}]", measured.values[name], unit, DATA, dataset, seed)
             for name, unit in means.items()
         ),
+        *(dataclasses.replace(metric, name=f"{metric.name}[{label}]", seed=seed) for metric in used),
         *(
-            Metric(f"{name}[{label}]", measured.numbers[name], unit, number, DATA, dataset, seed)
+            Metric(f"{name}[{label}]", measured.numbers[name], unit, 1, "model", "model", seed)
             for name, unit in UNITS.items()
         ),
+        mean_metric(f"sampling_seconds[{label}]", measured.seconds, "s per image", "model", "model", seed),
     ]
 
 
@@ -166,7 +162,7 @@ def models_table(measured: list[Measured], recipe: GranularityRecipe) -> str:
                 f"{numbers['flat_bytes'][0]:.0f}",
                 f"{numbers['training_flops'][0] / 1e12:.1f}",
                 f"{numbers['sampling_flops'][0] / 1e9:.2f}",
-                over_seeds(numbers["sampling_seconds"], 3),
+                over_seeds([one.seconds.mean().item() for one in models], 3),
             ]
         )
     head = [
@@ -182,17 +178,9 @@ def models_table(measured: list[Measured], recipe: GranularityRecipe) -> str:
     return markdown_table([*head, "TFLOP to train", "GFLOP per sample", "s per sample"], rows)
 
 
-def recipe_table(recipe: GranularityRecipe) -> str:
-    """What all models share."""
-    loops = {"tokenizer": recipe.vqvae["loop"], "prior": recipe.prior["loop"]}
-    rows = [
-        [part, *(str(loop[key]) for key in ("max_steps", "batch_size", "learning_rate"))]
-        for part, loop in loops.items()
-    ]
-    return markdown_table(["", "steps", "images per step", "learning rate"], rows)
-
-
-def figures(measured: list[Measured], recipe: GranularityRecipe) -> list[tuple[str, str, bytes]]:
+def figures(
+    measured: list[Measured], recipe: GranularityRecipe, mark: str | None
+) -> list[tuple[str, str, bytes]]:
     """Curves over the codebook size, and of quality over bytes."""
     from isic_vq.figures.comparisons import Curve, curves
     from isic_vq.figures.plots import png_bytes
@@ -200,10 +188,10 @@ def figures(measured: list[Measured], recipe: GranularityRecipe) -> list[tuple[s
     groups = by_setting(measured)
 
     def seeds_of(name: str, grid: str, num_codes: int) -> list[float]:
-        return [
-            one.values[name].mean().item() if name in one.values else one.numbers[name]
-            for one in groups[grid, num_codes]
-        ]
+        models = groups[grid, num_codes]
+        if name == "sampling_seconds":
+            return [one.seconds.mean().item() for one in models]
+        return [one.values[name].mean().item() if name in one.values else one.numbers[name] for one in models]
 
     def panel(title: str, unit: str, name: str, over: str | None = None) -> tuple[str, str, list[Curve]]:
         drawn = []
@@ -228,11 +216,15 @@ def figures(measured: list[Measured], recipe: GranularityRecipe) -> list[tuple[s
         ],
         "codebook size K",
         recipe.num_codes,
+        mark,
     )
     largest = max(max(values) for values in (seeds_of("coded_bytes", *key) for key in groups))
     ticks = [2**power for power in range(5, 14) if 2**power < 1.3 * largest]
     rate = curves(
-        [panel("rate and distortion", "PSNR in dB", "psnr", "coded_bytes")], "coded bytes per image", ticks
+        [panel("rate and distortion", "PSNR in dB", "psnr", "coded_bytes")],
+        "coded bytes per image",
+        ticks,
+        mark,
     )
     return [
         (
@@ -279,6 +271,15 @@ def compared(about: str, first: list[Measured], second: list[Measured]) -> str:
 def difference(first: list[Measured], second: list[Measured], name: str) -> Difference:
     """Second minus first, image by image, seed by seed."""
     return paired_difference([one.values[name] for one in first], [one.values[name] for one in second])
+
+
+def differences(groups: dict[tuple[str, int], list[Measured]]) -> dict[str, Difference]:
+    """Every two settings' difference in quality and bytes, by name such as "psnr[f8, 64 codes -> f4, 64 codes]"."""
+    return {
+        f"{name}[{first[0].label} -> {second[0].label}]": difference(first, second, name)
+        for first, second in itertools.combinations(groups.values(), 2)
+        for name in ("psnr", "coded_bytes")
+    }
 
 
 def dominated(groups: dict[tuple[str, int], list[Measured]]) -> list[str]:

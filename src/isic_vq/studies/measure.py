@@ -88,7 +88,9 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where every seed's interval lies on that side of 0, else 0: nothing may be said."""
+        """1 or -1 where every one of two seeds or more has its interval on that side of 0, else 0: nothing may be said."""
+        if len(self.intervals) < 2:
+            return 0
         if all(low > 0 for low, _ in self.intervals):
             return 1
         return -1 if all(high < 0 for _, high in self.intervals) else 0
@@ -101,7 +103,8 @@ class Difference:
     def change(self, what: str, unit: str = "", digits: int = 2) -> str:
         """In words, where the seeds agree on its sign: "PSNR rises by 0.43 (0.41, 0.45) dB"."""
         if self.sign == 0:
-            return f"the seeds do not agree on {what} ({self.text(digits)})"
+            said = "the seeds do not agree" if len(self.means) > 1 else "one seed decides nothing"
+            return f"{said} on {what} ({self.text(digits)})"
         amount = self.text(digits).replace("+", "").replace("-", "")
         return f"{what} {'rises' if self.sign > 0 else 'falls'} by {amount} {unit}".rstrip()
 

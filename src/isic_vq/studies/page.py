@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.files import write_atomically
+from isic_vq.studies.measure import Difference
 
 SMOKE = "SMOKE RUN: not a result"
 LIMITS = (
     "Small models, trained for a few hundred steps on a CPU: what is said of settings compares them with each other, and need not "
     "hold for models trained to the end.",
     "Intervals are over images, which are treated as independent; HAM10000 has no patient ids. Seeds are few: a finding is stated "
-    "only where the interval of every seed by itself lies on one side of zero.",
+    "only where the interval of every seed by itself lies on one side of zero. Nothing is corrected for the number of comparisons.",
 )
 
 
@@ -28,6 +30,7 @@ class StudyPage:
         tables: heading and Markdown table, in order.
         figures: file name without suffix, caption and PNG.
         findings: sentences.
+        differences: what the sentences are drawn from, by name; with their intervals they are in the report alone.
         smoke: whether it was only tried out.
     """
 
@@ -38,6 +41,7 @@ class StudyPage:
     tables: list[tuple[str, str]] = field(default_factory=list)
     figures: list[tuple[str, str, bytes]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    differences: dict[str, Difference] = field(default_factory=dict)
     smoke: bool = False
 
     def write(self, folder: Path) -> list[Path]:
@@ -46,14 +50,17 @@ class StudyPage:
         Raises:
             ValueError: a smoke run among the documentation.
         """
-        if self.smoke and "docs" in folder.resolve().parts:
-            raise ValueError(
-                f"{folder} is documentation: a smoke run is no result, write it elsewhere with --out"
-            )
+        check_folder(folder, self.smoke)
         report = Report(
             {"study": self.name, "smoke": self.smoke},
             self.metrics,
-            {"findings": self.findings},
+            {
+                "findings": self.findings,
+                "differences": {
+                    name: {"means": of.means, "intervals": [list(interval) for interval in of.intervals]}
+                    for name, of in self.differences.items()
+                },
+            },
             environment(),
         )
         report.save(folder / "report.json")
@@ -82,6 +89,24 @@ class StudyPage:
             parts += [f"![{caption}]({name}.png)", f"*{caption}*"]
         parts += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
         return "\n\n".join(parts) + "\n"
+
+
+def check_folder(folder: Path, smoke: bool) -> None:
+    """Raise ValueError for a smoke run whose results would lie among the documentation."""
+    if smoke and "docs" in folder.resolve().parts:
+        raise ValueError(
+            f"{folder} is documentation: a smoke run is no result, write it elsewhere with --out"
+        )
+
+
+def recipe_table(vqvae: dict[str, Any], prior: dict[str, Any]) -> str:
+    """How long all tokenizers and all priors were trained."""
+    keys = ("max_steps", "batch_size", "learning_rate")
+    rows = [
+        [part, *(str(stage["loop"][key]) for key in keys)]
+        for part, stage in (("tokenizer", vqvae), ("prior", prior))
+    ]
+    return markdown_table(["", "steps", "images per step", "learning rate"], rows)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
