@@ -161,14 +161,15 @@ def pixels(page, image):
 
 
 def upload(page, path):
-    """Give the visible tab a file, until the page shows its name: a page still busy drawing itself can lose it."""
-    named = panel(page).get_by_text(path.name)
+    """Give the visible tab a file; a page that does not show its name, which a busy machine brings about, is opened anew."""
+    tab = page.get_by_role("tab", selected=True).inner_text()
     for _ in range(UPLOADS):
         panel(page).locator("input[type=file]").set_input_files(path)
         try:
-            return named.wait_for(timeout=SECONDS / UPLOADS)
+            return panel(page).get_by_text(path.name).wait_for(timeout=SECONDS / 2)
         except playwright_api.TimeoutError:
-            continue
+            page.reload()
+            page.get_by_role("tab", name=tab).click()
     raise AssertionError(f"the page never showed {path.name}")
 
 

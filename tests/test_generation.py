@@ -498,7 +498,12 @@ def launched(arguments, log, **environment):
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], stdout=file, stderr=file, env=variables
+            [sys.executable, *map(str, arguments)],
+            stdout=file,
+            stderr=file,
+            env=variables,
+            # A shell starts what runs in the background deaf to Ctrl-C, and all that this starts in turn.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process
