@@ -2,9 +2,11 @@
 
     python benchmarks/ablations.py vqvae    # 400 steps each
     python benchmarks/ablations.py prior    # 600 steps each, on the codes of runs/codes-f8
+    python benchmarks/ablations.py scales   # 400 steps each
+    python benchmarks/ablations.py var      # 500 steps each, on the codes of runs/codes-f8-scales
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
-where it stood. Results go to benchmarks/reports/ablations-{vqvae,prior}.json. One seed each: differences under
+where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each: differences under
 about 0.3 dB, or 0.02 bits, mean nothing.
 """
 
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 HAM = "parquet:${ISIC_VQ_DATA}/ham10000"
 STAGES: dict[str, dict[str, Any]] = {
     "vqvae": {
+        "train": "vqvae",
         "config": "examples/configs/vqvae-f8.yaml",
         "shared": [
             "loop.max_steps=400",
@@ -55,6 +58,8 @@ STAGES: dict[str, dict[str, Any]] = {
         },
     },
     "prior": {
+        "train": "prior",
+        "codes": "codes-f8",
         "config": "examples/configs/prior-f8.yaml",
         "shared": [
             "loop.max_steps=600",
@@ -68,7 +73,48 @@ STAGES: dict[str, dict[str, Any]] = {
             "base (dropout 0.1, 8 views)": [],
             "no dropout": ["model.dropout=0"],
             "dropout 0.3": ["model.dropout=0.3"],
-            "1 view": ["train_codes=runs/ablations/one-view.parquet"],
+            "1 view": ["train_codes=runs/ablations/codes-f8-one-view.parquet"],
+        },
+    },
+    "scales": {
+        "train": "vqvae",
+        "config": "examples/configs/vqvae-f8-scales.yaml",
+        "shared": [
+            "loop.max_steps=400",
+            "loop.average_decay=0",
+            "loop.eval_every=100",
+            "loop.save_every=200",
+        ],
+        "runs": {
+            "base (the paper's eight scales)": [],
+            "a single grid": ["model.scales=null"],
+            "five scales (1, 2, 4, 8, 16)": ["model.scales=[1,2,4,8,16]"],
+            "two scales (4, 16)": ["model.scales=[4,16]", "model.num_phi=2"],
+            "8 code channels": ["model.code_dim=8"],
+            "32 code channels": ["model.code_dim=32"],
+            "one phi": ["model.num_phi=1"],
+        },
+    },
+    "var": {
+        "train": "prior",
+        "codes": "codes-f8-scales",
+        "config": "examples/configs/prior-f8-var.yaml",
+        "shared": [
+            "loop.max_steps=500",
+            "loop.average_decay=0",
+            "loop.eval_every=4",
+            "model.hidden_size=128",
+            "model.num_heads=4",
+            "model.num_layers=4",
+            "num_samples=1",
+        ],
+        "runs": {
+            "base (4 layers of 128, dropout 0.1, 8 views)": [],
+            "2 layers": ["model.num_layers=2"],
+            "8 layers": ["model.num_layers=8"],
+            "no dropout": ["model.dropout=0"],
+            "dropout 0.3": ["model.dropout=0.3"],
+            "1 view": ["train_codes=runs/ablations/codes-f8-scales-one-view.parquet"],
         },
     },
 }
@@ -79,7 +125,7 @@ def run(stage: str, name: str, overrides: list[str]) -> Path:
     folder = ROOT / "runs/ablations" / stage / "".join(c if c.isalnum() else "-" for c in name)
     if not (folder / "report.json").exists():
         settings = STAGES[stage]
-        command = [sys.executable, "-m", "isic_vq", "train", stage, "-c", settings["config"]]
+        command = [sys.executable, "-m", "isic_vq", "train", settings["train"], "-c", settings["config"]]
         command += [*settings["shared"], *overrides, f"output_dir={folder.relative_to(ROOT)}"]
         if list(folder.glob("checkpoints/step-*")):
             command.append("--resume")
@@ -134,18 +180,14 @@ def main() -> None:
     )
     parser.add_argument("stage", choices=sorted(STAGES))
     stage = parser.parse_args().stage
-    if stage == "prior" and not (ROOT / "runs/ablations/one-view.parquet").exists():
-        command = [sys.executable, "-m", "isic_vq", "encode", "runs/vqvae-f8/model"]
-        command += [
-            "--data",
-            f"{HAM}/train-*.parquet",
-            "-o",
-            "runs/ablations/one-view.parquet",
-            "--views",
-            "1",
-        ]
-        subprocess.run(command, cwd=ROOT, check=True)
-    batches = (images("train", 1024), images("validation", 597)) if stage == "vqvae" else None
+    is_prior = STAGES[stage]["train"] == "prior"
+    if is_prior:
+        codes = STAGES[stage]["codes"]
+        one_view = f"runs/ablations/{codes}-one-view.parquet"
+        command = [sys.executable, "-m", "isic_vq", "encode", f"runs/{codes.replace('codes', 'vqvae')}/model"]
+        command += ["--data", f"{HAM}/train-*.parquet", "-o", one_view, "--views", "1"]
+        subprocess.run(command, cwd=ROOT, check=True)  # leaves codes that are there already as they are
+    batches = None if is_prior else (images("train", 1024), images("validation", 597))
     path = ROOT / f"benchmarks/reports/ablations-{stage}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     for name, overrides in STAGES[stage]["runs"].items():

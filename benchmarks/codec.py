@@ -359,7 +359,7 @@ def main() -> None:
     scores = quality_of(images, decoded)
     frequencies = torch.from_numpy(static_weights(counts or [0] * model.config.vqvae_config.num_codes)) + 1
     ideal = {
-        "prior": score_codes(model.prior, codes).flatten(1).sum(1) / 8,
+        "prior": score_codes(model, codes).flatten(1).sum(1) / 8,
         "unigram": (PRECISION - frequencies.log2()[codes]).flatten(1).sum(1) / 8,
     }
     ours = {name: shared_out(files[name], costs, scores) for name, costs in ideal.items()}

@@ -5,7 +5,7 @@
 
 A small tokenizer (group norm, moving-average codebook with k-means start and resets, augmentation) goes through the
 package's trainer in one process and in two, on a CPU, in float64 and float32, whole and with each batch cut into two
-accumulated parts, on sound images and with every seventh image corrupt. Every run is compared with the one of one
+accumulated parts, on sound images and with every seventh image corrupt, with a single grid and with residual scales. Every run is compared with the one of one
 process and whole batches. In float64 nothing but mistakes could part them; in float32 a rounding may assign a latent
 to another code ("flipped"), after which two runs are two runs. Results go to benchmarks/reports/parity.json.
 """
@@ -49,6 +49,7 @@ MODEL: dict[str, Any] = {
     "code_dim": 8,
     "dead_code_threshold": 2.0,  # a step brings four latents per code: some codes die
 }
+SCALES = [1, 2, 4]
 WARMUP_STEPS = 5
 FAR = 10**6  # steps or epochs that no run reaches
 TIMEOUT = 1800  # seconds for all runs of a group of processes
@@ -61,18 +62,28 @@ class Job:
     precision: str
     accumulation_steps: int
     corrupt: bool
+    scales: bool
 
     @property
     def name(self) -> str:
         """Names its folder."""
-        return "-".join(
-            [self.precision, str(self.accumulation_steps), "corrupt" if self.corrupt else "sound"]
-        )
+        images, codes = "corrupt" if self.corrupt else "sound", "scales" if self.scales else "grid"
+        return f"{self.precision}-{self.accumulation_steps}-{images}-{codes}"
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Its tokenizer's config."""
+        return {**MODEL, "scales": SCALES, "num_phi": 2} if self.scales else MODEL
 
 
 JOBS = [
-    *(Job("fp64", accumulation_steps, corrupt) for corrupt in (False, True) for accumulation_steps in (1, 2)),
-    *(Job("fp32", accumulation_steps, False) for accumulation_steps in (1, 2)),
+    *(
+        Job("fp64", parts, corrupt, scales)
+        for scales in (False, True)
+        for corrupt in (False, True)
+        for parts in (1, 2)
+    ),
+    *(Job("fp32", parts, False, scales) for scales in (False, True) for parts in (1, 2)),
 ]
 
 
@@ -136,7 +147,9 @@ def train(job: Job, folder: Path, steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     processes = Processes(loop, folder)
     torch.manual_seed(loop.seed)
-    model = VQVAEModel(VQVAEConfig(**MODEL)).to(torch.get_default_dtype(), memory_format=torch.channels_last)
+    model = VQVAEModel(VQVAEConfig(**job.model)).to(
+        torch.get_default_dtype(), memory_format=torch.channels_last
+    )
     processor = IsicVQImageProcessor(size=MODEL["image_size"])
     images = DamagedImages if job.corrupt else DecodedImages
     train_set = images(open_source(f"synthetic:{NUM_IMAGES}:0"), processor, cache=True)
@@ -258,12 +271,12 @@ def compare(job: Job, num_processes: int, folder: Path, reference: Path, steps: 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the report as a table."""
     print(
-        "            processes  parts  same bits  codebook  weights     loss   flipped of assigned  resets  uneven"
+        "                   processes  parts  same bits  codebook  weights     loss   flipped of assigned  resets  uneven"
     )
     for row in rows:
         same = row["codebook_same_bits_in_all_processes"] and row["weights_same_bits_in_all_processes"]
         print(
-            f"{row['precision']} {'corrupt' if row['corrupt'] else '':<7} {row['processes']:9d} "
+            f"{row['precision']} {'corrupt' if row['corrupt'] else '':<7} {'scales' if row['scales'] else '':<6} {row['processes']:9d} "
             f"{row['accumulation_steps']:6d} {'yes' if same else 'NO':>10} {row['codebook_difference']:9.1e}"
             f"{row['weights_difference']:9.1e}{row['loss_difference']:9.1e}"
             f"{row['flipped_assignments']:10d} {row['assignments']:11d} {row['resets']:7d} {row['uneven_batches']:7d}"
@@ -294,7 +307,7 @@ def main() -> None:
                 job,
                 number,
                 folders[number] / job.name,
-                folders[1] / Job(job.precision, 1, job.corrupt).name,
+                folders[1] / Job(job.precision, 1, job.corrupt, job.scales).name,
                 args.steps,
             )
             for job in JOBS
@@ -303,7 +316,13 @@ def main() -> None:
         ]
     show(rows)
     report = {
-        "settings": {"steps": args.steps, "batch_size": BATCH_SIZE, "images": NUM_IMAGES, "model": MODEL},
+        "settings": {
+            "steps": args.steps,
+            "batch_size": BATCH_SIZE,
+            "images": NUM_IMAGES,
+            "model": MODEL,
+            "scales": SCALES,
+        },
         "runs": rows,
         "environment": {**environment("cpu"), "threads": 1},
     }

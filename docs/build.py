@@ -2,21 +2,33 @@
 
     python docs/build.py
 
-That is docs/results.md with its plots, and what stands between marks in README.md and docs/codec.md. Reads the reports beside the
-shipped checkpoint and of the codec's benchmark; computes nothing.
+That is docs/results.md with its plots, what stands between marks in README.md, docs/codec.md and docs/next-scale.md, and the
+VAR's comparison.md, which its card shows. Reads the reports beside the shipped checkpoints and of benchmarks; computes nothing.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
-from isic_vq.card import audit_verdict, measured_on, metric_cell, read_reports, topic_tables
-from isic_vq.evaluation.report import Report
+from isic_vq.card import (
+    COMPARISON,
+    audit_verdict,
+    measured_on,
+    metric_cell,
+    read_provenance,
+    read_reports,
+    topic_tables,
+)
+from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
 from isic_vq.studies.page import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
+NEXT_SCALE_REPORT = ROOT / "benchmarks" / "reports" / "next_scale.json"
 CHECKPOINT = ROOT / "model_cards" / "isic-vq-128"
+VAR_CHECKPOINT = ROOT / "model_cards" / "isic-vq-128-var"
 MARKS = "<!-- results -->", "<!-- /results -->"
 SETS = {"validation": "HAM10000, held-out files", "uda1": "UDA-1, another source"}
 LINES = {
@@ -133,6 +145,142 @@ def codec_section(report: Report) -> str:
     )
 
 
+def better(metrics: tuple[Metric, Metric], most: bool) -> str:
+    """Which of two measured numbers is the better one, if their intervals let it be said."""
+    intervals = [metric.interval for metric in metrics]
+    first, second = (metric.value for metric in metrics)
+    if None not in intervals:
+        (low, high), (other_low, other_high) = intervals
+        if low <= other_high and other_low <= high:
+            return "intervals overlap"
+    return "VAR" if (first > second) == most else "PixelCNN"
+
+
+def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
+    """A VAR beside a PixelCNN: what each costs and what it is worth, row by row.
+
+    Args:
+        folders: repositories of the VAR and of the PixelCNN.
+        speed: the report of benchmarks/next_scale.py, of the same two.
+    """
+    found = [
+        {(metric.name, metric.split): metric for metric in read_reports(folder)["evaluation.json"].metrics}
+        for folder in folders
+    ]
+    origins = [read_provenance(folder) for folder in folders]
+    rows = []
+
+    def measured(title: str, name: str, split: str, most: bool) -> None:
+        metrics = tuple(metrics_of[name, split] for metrics_of in found)
+        rows.append([title, *map(metric_cell, metrics), better(metrics, most)])
+
+    def told(title: str, values: list[float], text: str = "{:,.4g}") -> None:
+        rows.append(
+            [title, *(text.format(value) for value in values), "VAR" if values[0] < values[1] else "PixelCNN"]
+        )
+
+    told(
+        "bits per image, codes stored as they are",
+        [8 * m["bytes_per_image_flat", "model"].value for m in found],
+    )
+    told("bits per image, coded by the prior", [8 * m["bytes_per_image_prior", "model"].value for m in found])
+    measured("bits per pixel, coded by the prior", "bits_per_pixel", "validation", False)
+    measured("bits per code", "bits_per_code", "validation", False)
+    for split, title in SETS.items():
+        measured(f"reconstruction, PSNR in dB, {title}", "psnr", split, True)
+        measured(f"reconstruction, SSIM, {title}", "ssim", split, True)
+    for yardstick in read_reports(folders[0])["evaluation.json"].tables["generation"]["yardsticks"]:
+        for distance, title in (
+            ("frechet_distance", "Frechet distance"),
+            ("kernel_distance", "kernel distance"),
+        ):
+            for kind, what in COMPARED.items():
+                measured(
+                    f"{title}, {yardstick}: {what}", f"{distance}[{kind}, {yardstick}]", "validation", False
+                )
+            rows[-3][-1] = "the same images"
+    names = ("VAR, images", "PixelCNN, compiled, images")
+    races = {race["batch"]: race for race in speed["races"]}
+    for batch in (1, 64):
+        seconds = [races[batch]["contestants"][name]["seconds_per_image"] for name in names]
+        told(f"seconds per image, {batch} at a time", seconds)
+    operations = speed["gflops_per_image"]
+    told(
+        "GFLOP per image, noise to pixels",
+        [operations[n] + operations["decoding"] for n in ("VAR", "PixelCNN, eager")],
+    )
+    for part in ("prior", "vqvae"):
+        told(
+            f"parameters, {part}",
+            [metrics_of[f"parameters[{part}]", "model"].value for metrics_of in found],
+            "{:,.0f}",
+        )
+    for part, title in (("vqvae", "tokenizer"), ("prior", "prior")):
+        told(
+            f"training, {title}, hours in steps",
+            [origin["training"][part]["hours"] for origin in origins],
+            "{:.2g}",
+        )
+        told(
+            f"training, {title}, optimizer steps",
+            [origin["training"][part]["steps"] for origin in origins],
+            "{:,}",
+        )
+    machine = origins[0]["training"]["prior"]["environment"]
+    return "\n\n".join(
+        [
+            f"Beside `{folders[1].name}`, which has a PixelCNN over one grid. Both were trained on the same images on "
+            f"{machine['cores']} CPU cores ({machine['device']}), and measured on the same ones. The numbers in brackets are "
+            "95 % intervals; where two of them overlap, neither model is called the better one. Reconstructions are what perfect priors "
+            "would reach: the ceiling; other real images are the floor.",
+            markdown_table(["", "VAR", "PixelCNN", "better, or less"], rows),
+        ]
+    )
+
+
+def speed_section(speed: dict[str, Any]) -> str:
+    """Seconds and operations of drawing codes, by batch size."""
+    races, operations = speed["races"], speed["gflops_per_image"]
+    codes = ["VAR", "raster transformer, cached", "PixelCNN, eager", "PixelCNN, compiled"]
+    table = markdown_table(
+        [
+            "milliseconds per image, codes alone",
+            *(f"{race['batch']} at a time" for race in races),
+            "GFLOP per image",
+        ],
+        [
+            [
+                name,
+                *(f"{1000 * race['contestants'][name]['seconds_per_image']:.3g}" for race in races),
+                f"{operations[name]:.3g}" if name in operations else "as eager",
+            ]
+            for name in codes
+        ],
+    )
+    times = markdown_table(
+        ["times as fast, median of rounds (quartiles)", *(f"{race['batch']} at a time" for race in races)],
+        [
+            [
+                name,
+                *(
+                    "{:.3g} ({:.3g} to {:.3g})".format(row["median"], *row["quartiles"])
+                    for row in (race["figures"][name] for race in races)
+                ),
+            ]
+            for name in races[0]["figures"]
+        ],
+    )
+    return f"{table}\n\n{times}"
+
+
+def next_scale_section() -> str:
+    """The comparison, and how fast codes are drawn."""
+    speed = json.loads(NEXT_SCALE_REPORT.read_text())
+    return "\n\n".join(
+        [comparison((VAR_CHECKPOINT, CHECKPOINT), speed), "How fast codes are drawn:", speed_section(speed)]
+    )
+
+
 def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     """Every metric of whole data sets, and plots of parts of them, topic by topic."""
     parts = [
@@ -167,6 +315,11 @@ def main() -> None:
     write_atomically(ROOT / "docs" / "results.md", results_page(reports, plots).encode())
     fill(ROOT / "README.md", readme_section(reports))
     fill(ROOT / "docs" / "codec.md", codec_section(Report.load(CODEC_REPORT)))
+    fill(ROOT / "docs" / "next-scale.md", next_scale_section())
+    speed = json.loads(NEXT_SCALE_REPORT.read_text())
+    write_atomically(
+        VAR_CHECKPOINT / COMPARISON, f"{comparison((VAR_CHECKPOINT, CHECKPOINT), speed)}\n".encode()
+    )
 
 
 if __name__ == "__main__":

@@ -127,6 +127,10 @@ TINY_VQVAE = {
 TINY_PRIOR = {"hidden_size": 8, "num_layers": 1, "first_kernel_size": 3, "head_size": 8}
 
 
+TINY_SCALES = {"scales": [1, 2, 4], "num_phi": 2}
+TINY_VAR = {"model_type": "isic_var", "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A tokenizer, its codes and a prior, each as its command leaves it: shared, so not to be changed.
@@ -134,6 +138,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     Paths: `images` and `codes` by part ("train", "validation"), `configs` (the recipes) by stage, and the run
     folders `vqvae` and `prior`.
     """
+    return train_chain(tmp_path_factory.mktemp("tiny"), TINY_VQVAE, TINY_PRIOR)
+
+
+@pytest.fixture(scope="session")
+def var_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """As `tiny_run`, of a tokenizer with scales and a VAR."""
+    return train_chain(tmp_path_factory.mktemp("var"), {**TINY_VQVAE, **TINY_SCALES}, TINY_VAR)
+
+
+def train_chain(folder: Path, vqvae: dict[str, Any], prior: dict[str, Any]) -> SimpleNamespace:
+    """Train a tokenizer and a prior on its codes; see `tiny_run`."""
     from isic_vq.data.code_cache import write_code_cache
     from isic_vq.data.encoding import encode_source
     from isic_vq.data.parts import open_part
@@ -144,7 +159,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     from isic_vq.training.recipe import PriorRecipe, VQVAERecipe, load_recipe
     from isic_vq.training.vqvae import train_vqvae
 
-    folder = tmp_path_factory.mktemp("tiny")
     parts = {"train": 0, "validation": 1}
     run = SimpleNamespace(
         images={part: write_images(folder / part, seed, size=32) for part, seed in parts.items()},
@@ -158,7 +172,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "output_dir": str(run.vqvae),
             "data": {part: f"folder:{images}" for part, images in run.images.items()},
             "loop": TINY_LOOP,
-            "model": TINY_VQVAE,
+            "model": vqvae,
             "codebook_warmup_steps": 2,
         },
         "prior": {
@@ -167,7 +181,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             "train_codes": str(run.codes["train"]),
             "validation_codes": str(run.codes["validation"]),
             "loop": TINY_LOOP,
-            "model": TINY_PRIOR,
+            "model": prior,
             "num_samples": 10,
         },
     }

@@ -45,7 +45,8 @@ TINY = {
     "code_dim": 3,
 }
 DEEPER = {"image_size": 32, "hidden_sizes": (4, 6, 8), "norm": "group", "codebook_update": "gradient"}
-VARIANTS = {"batch f4": {}, "group f8 in bfloat16": DEEPER}
+SCALES = {"scales": (1, 3, 4), "num_phi": 2}
+VARIANTS = {"batch f4": {}, "group f8 in bfloat16": DEEPER, "scales": SCALES}
 
 
 @torch.no_grad()
@@ -104,10 +105,10 @@ def test_the_encoder_finds_the_nearest_code_for_any_batch_size(exported, batch, 
     pixel_values = torch.rand(batch, 3, size, size) if kind == "noise" else synthetic_pixels(batch, size)
     (codes,) = encoder.run(["codes"], {"pixel_values": pixel_values.numpy()})
     with torch.no_grad():
-        latents = reference.embed(pixel_values).permute(0, 2, 3, 1).double().numpy()
+        rows = reference.quantizer.rows_to_learn(reference.embed(pixel_values)).double().numpy()
     codebook = reference.quantizer.codebook.detach().double().numpy()
-    distances = ((latents[..., None, :] - codebook) ** 2).sum(-1)
-    chosen = np.take_along_axis(distances, codes[..., None], -1)[..., 0]
+    distances = ((rows[:, None] - codebook) ** 2).sum(-1)
+    chosen = np.take_along_axis(distances, codes.reshape(-1, 1), -1)[..., 0]
     assert codes.dtype == np.int64
     assert (chosen <= distances.min(-1) * (1 + 1e-5)).all()
     assert (codes == reference.encode(pixel_values).numpy()).mean() > 0.99
@@ -117,8 +118,7 @@ def test_the_encoder_finds_the_nearest_code_for_any_batch_size(exported, batch, 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_decoder_gives_torchs_pixels_for_any_batch_size(exported, batch):
     _, reference, _, decoder = exported
-    grid = reference.config.grid_size
-    codes = torch.randint(reference.config.num_codes, (batch, grid, grid))
+    codes = torch.randint(reference.config.num_codes, (batch, *reference.config.code_shape))
     (pixel_values,) = decoder.run(["pixel_values"], {"codes": codes.numpy()})
     assert pixel_values.dtype == np.float32
     np.testing.assert_allclose(pixel_values, reference.decode(codes).numpy(), atol=1e-5)
@@ -136,9 +136,8 @@ def test_exporting_leaves_the_tokenizer_as_it_was(exported):
 @pytest.mark.parametrize("code", [-1, 7])
 def test_a_code_that_the_codebook_lacks_is_an_error_in_the_runtime(exported, code):
     _, reference, _, decoder = exported
-    grid = reference.config.grid_size
     with pytest.raises(InvalidArgument, match="out of data bounds"):
-        decoder.run(None, {"codes": np.full((1, grid, grid), code)})
+        decoder.run(None, {"codes": np.full((1, *reference.config.code_shape), code)})
 
 
 def test_the_files_say_what_they_are(exported):
@@ -156,7 +155,7 @@ def test_the_files_say_what_they_are(exported):
         assert meta.custom_metadata_map == expected
         assert meta.producer_name == "isic-vq"
         assert "RGB in [0, 1]" in meta.description
-    image, codes = (3, config.image_size, config.image_size), (config.grid_size, config.grid_size)
+    image, codes = (3, config.image_size, config.image_size), config.code_shape
     ends = [encoder.get_inputs(), encoder.get_outputs(), decoder.get_inputs(), decoder.get_outputs()]
     assert [(end.name, end.type, tuple(end.shape)) for (end,) in ends] == [
         ("pixel_values", "tensor(float)", ("batch", *image)),

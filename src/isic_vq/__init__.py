@@ -23,6 +23,8 @@ _MODULES = {
     "PixelCNNModel": "isic_vq.models.modeling_pixelcnn",
     "ScoreOutput": "isic_vq.models.likelihood",
     "UnconditionalImageGenerationPipeline": "isic_vq.models.pipeline_isic_vq",
+    "VARConfig": "isic_vq.models.configuration_var",
+    "VARModel": "isic_vq.models.modeling_var",
     "VQVAEConfig": "isic_vq.models.configuration_vqvae",
     "VQVAEModel": "isic_vq.models.modeling_vqvae",
 }

@@ -4,7 +4,7 @@ Numbers come from `reports/*.json`, `provenance.json` and the configs: what none
 The text is `card_template.md`, the metadata that of the Hub (its model-index has every metric of every report).
 
 A report named `memorization.json` is the audit for memorised training images: its table `verdict` is the sentence
-that the card shows, and its metrics stand among the others.
+that the card shows, and its metrics stand among the others. A file `comparison.md` becomes a section of the card.
 """
 
 import json
@@ -26,6 +26,7 @@ from isic_vq.models.repository import TAGS
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 AUDIT_REPORT = "memorization.json"
+COMPARISON = "comparison.md"
 NOT_RECORDED = "not recorded"
 DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
 STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
@@ -95,6 +96,7 @@ def render_card(folder: Path, name: str) -> str:
         attributions=attributions_of(origin),
         pictures={part: captions(folder / part) for part in ("previews", "figures")},
         audit=audit_verdict(reports),
+        comparison=comparison_of(folder),
     )
     return card.content
 
@@ -109,6 +111,12 @@ def read_reports(folder: Path) -> dict[str, Report]:
     if not any(report.metrics for report in reports.values()):
         raise ValueError(f"{folder.name}/reports is empty: run isic-vq evaluate with --output there first")
     return reports
+
+
+def comparison_of(folder: Path) -> str | None:
+    """What `comparison.md` of a repository folder says of the model beside others; None where there is none."""
+    path = folder / COMPARISON
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

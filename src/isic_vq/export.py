@@ -140,15 +140,24 @@ def write_provenance(folder: Path, content: dict[str, Any]) -> None:
 
 
 def write_previews(model: IsicVQModel, folder: Path) -> None:
-    """Write a grid of each class, and one of unconditional images."""
+    """Write a grid of each class, one of unconditional images and, of several scales, one of these as they come about."""
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+
+    def preview(rows: list[torch.Tensor]) -> Image.Image:
+        return image_grid(
+            processor.postprocess(torch.cat(rows), output_type="np"), columns=PREVIEWS_PER_CLASS
+        )
+
     names = {model.prior.config.unconditional_id: "unconditional", **model.config.class_names}
     for label, name in names.items():
         labels = torch.full((PREVIEWS_PER_CLASS,), label)
-        images = model.generate(PREVIEWS_PER_CLASS, labels, seed=PREVIEW_SEED)["pixel_values"]
-        grid = image_grid(processor.postprocess(images, output_type="np"), columns=PREVIEWS_PER_CLASS)
+        output: Any = model.generate(PREVIEWS_PER_CLASS, labels, seed=PREVIEW_SEED)
         comment = f"synthetic images, seed {PREVIEW_SEED}, temperature 1, no guidance, not selected"
-        write_png(grid, folder / f"{name}.png", {"Title": name, "Comment": comment})
+        write_png(preview([output.pixel_values]), folder / f"{name}.png", {"Title": name, "Comment": comment})
+        stages = model.vqvae.decode_progressively(output.codes)
+        if name == "unconditional" and len(stages) > 1:
+            comment = f"synthetic images, seed {PREVIEW_SEED}, from the first code grid alone (top) to all"
+            write_png(preview(stages), folder / "scales.png", {"Title": "scales", "Comment": comment})
 
 
 def record_training(folder: Path, model: str) -> list[str]:

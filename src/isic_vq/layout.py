@@ -23,6 +23,7 @@ REQUIRED = ("config.json", "model_index.json", INDEX_FILE, "preprocessor_config.
 LAYOUT = (
     *REQUIRED,
     "provenance.json",
+    "comparison.md",
     "LICENSE*",
     "*.py",
     *(
@@ -35,7 +36,7 @@ LAYOUT = (
     "reports/*.json",
     "onnx/*.onnx",
 )
-MADE_LATER = ("reports/", "previews/", "figures/", "onnx/")
+MADE_LATER = ("reports/", "previews/", "figures/", "onnx/", "comparison.md")
 MODEL_TYPE = "isic_vq"
 WRITER = "isic-vq"  # how the PNG text field Software of our own pictures starts
 # And how their field Comment starts if they show no source image.

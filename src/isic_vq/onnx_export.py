@@ -24,7 +24,8 @@ from isic_vq import __version__
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.files import write_atomically
 from isic_vq.hub import resolve
-from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.modeling_vqvae import Decoder, Encoder, VQVAEModel
+from isic_vq.models.vector_quantizer import VectorQuantizer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -42,12 +43,16 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
-        self.encoder, self.codebook = tokenizer.encoder, tokenizer.quantizer.codebook
+        self.encoder: Encoder = tokenizer.encoder
+        self.quantizer: VectorQuantizer = tokenizer.quantizer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        latents = self.encoder(pixel_values).permute(0, 2, 3, 1)
-        scores = self.codebook.square().sum(1) + latents @ (-2 * self.codebook.t())
-        return scores.argmin(3)  # eq. 1 of arXiv 1711.00937; the lowest index on ties, as in nearest_codes
+        return self.quantizer.encode(self.encoder(pixel_values), plain_search)
+
+
+def plain_search(latents: Tensor, codebook: Tensor) -> Tensor:
+    """`nearest_codes` in few operations: eq. 1 of arXiv 1711.00937, the lowest index on ties."""
+    return (codebook.square().sum(1) + latents @ (-2 * codebook.t())).argmin(1)
 
 
 class DecoderGraph(nn.Module):
@@ -55,12 +60,13 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
-        self.decoder, self.codebook = tokenizer.decoder, tokenizer.quantizer.codebook
+        self.decoder: Decoder = tokenizer.decoder
+        self.quantizer: VectorQuantizer = tokenizer.quantizer
 
     def forward(self, codes: Tensor) -> Tensor:
         # ONNX would count a negative index from the end.
-        codes = torch.where(codes < 0, len(self.codebook), codes)
-        return self.decoder(F.embedding(codes, self.codebook).permute(0, 3, 1, 2))
+        codes = torch.where(codes < 0, self.quantizer.num_codes, codes)
+        return self.decoder(self.quantizer.features(codes))
 
 
 def export_onnx(tokenizer: VQVAEModel, folder: Path, license_id: str | None = None) -> list[Path]:
@@ -126,7 +132,7 @@ def encoder_model(tokenizer: VQVAEModel) -> "ModelProto":
 
 def decoder_model(tokenizer: VQVAEModel) -> "ModelProto":
     """The decoder's graph of a float32 tokenizer in eval mode."""
-    codes = torch.zeros(2, tokenizer.config.grid_size, tokenizer.config.grid_size, dtype=torch.long)
+    codes = torch.zeros(2, *tokenizer.config.code_shape, dtype=torch.long)
     return to_onnx(DecoderGraph(tokenizer).eval(), codes, "codes", "pixel_values")
 
 
@@ -184,7 +190,7 @@ def describe(model: "ModelProto", tokenizer: VQVAEModel, license_id: str | None)
     model.producer_name, model.producer_version = "isic-vq", __version__
     model.doc_string = (
         f"pixel_values: float32 (batch, {config.num_channels}, {config.image_size}, {config.image_size}), RGB in "
-        f"[0, 1]. codes: int64 (batch, {config.grid_size}, {config.grid_size}), in [0, {config.num_codes})."
+        f"[0, 1]. codes: int64 (batch, {', '.join(map(str, config.code_shape))}), in [0, {config.num_codes})."
     )
     facts = {
         "isic_vq": __version__,
@@ -208,15 +214,35 @@ def check_encoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
     for pixel_values in (images[:1], images):
         found, expected = run(session, pixel_values), tokenizer.encode(pixel_values)
         with torch.no_grad():
-            latents = tokenizer.embed(pixel_values).permute(0, 2, 3, 1).double()
-        codebook = tokenizer.quantizer.codebook.double()
-        excess = (latents - codebook[found]).square().sum(3) - (latents - codebook[expected]).square().sum(3)
-        scale = latents.square().sum(3) + codebook[expected].square().sum(3)
-        same = (found == expected) | (excess <= TIE * scale)
-        if not same.all():
+            rows = tokenizer.quantizer.rows_to_learn(tokenizer.embed(pixel_values))
+        wrong = _wrong_codes(tokenizer, rows.double().view(len(found), -1, rows.shape[1]), found, expected)
+        if wrong:
             raise RuntimeError(
-                f"{ENCODER} gives {(~same).sum()} of {same.numel()} codes otherwise than torch: {WAY_OUT}"
+                f"{ENCODER} gives {wrong} of {found.numel()} codes otherwise than torch: {WAY_OUT}"
             )
+
+
+def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, found: Tensor, expected: Tensor) -> int:
+    """How many codes differ though no tie excuses it; past the first tie of an image later scales are not compared.
+
+    Args:
+        tokenizer: whose codes they are.
+        rows: what was quantized, `(B, L, D)`.
+        found: the graph's codes.
+        expected: the tokenizer's.
+    """
+    codebook, wrong = tokenizer.quantizer.codebook.double(), 0
+    comparable = torch.ones(len(found), dtype=torch.bool)
+    start = 0
+    for grid, own in zip(tokenizer.code_grids(found), tokenizer.code_grids(expected), strict=True):
+        grid, own = grid.flatten(1), own.flatten(1)
+        part = rows[:, start : start + grid.shape[1]]
+        start += grid.shape[1]
+        excess = (part - codebook[grid]).square().sum(2) - (part - codebook[own]).square().sum(2)
+        scale = part.square().sum(2) + codebook[own].square().sum(2)
+        wrong += int(((grid != own) & (excess > TIE * scale))[comparable].sum())
+        comparable &= (grid == own).all(1)
+    return wrong
 
 
 def check_decoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
@@ -227,7 +253,7 @@ def check_decoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
     """
     session = open_session(model)
     config, generator = tokenizer.config, torch.Generator().manual_seed(0)
-    grids = torch.randint(config.num_codes, (3, config.grid_size, config.grid_size), generator=generator)
+    grids = torch.randint(config.num_codes, (3, *config.code_shape), generator=generator)
     for codes in (grids[:1], grids):
         difference = (run(session, codes) - tokenizer.decode(codes)).abs().max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:

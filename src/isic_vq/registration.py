@@ -17,18 +17,20 @@ from types import ModuleType
 def _register_configs(module: ModuleType) -> None:
     from isic_vq.models.configuration_isic_vq import IsicVQConfig
     from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+    from isic_vq.models.configuration_var import VARConfig
     from isic_vq.models.configuration_vqvae import VQVAEConfig
 
-    for config in (IsicVQConfig, PixelCNNConfig, VQVAEConfig):
+    for config in (IsicVQConfig, PixelCNNConfig, VARConfig, VQVAEConfig):
         module.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models(module: ModuleType) -> None:
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+    from isic_vq.models.modeling_var import VARModel
     from isic_vq.models.modeling_vqvae import VQVAEModel
 
-    for model in (IsicVQModel, PixelCNNModel, VQVAEModel):
+    for model in (IsicVQModel, PixelCNNModel, VARModel, VQVAEModel):
         module.AutoModel.register(model.config_class, model, exist_ok=True)
 
 

@@ -137,7 +137,7 @@ def test_membership_is_the_area_of_scikit_learn_and_the_gap_the_difference_of_me
     metrics = {metric.name: metric for metric in membership_metrics(model, train, held_out, limit=16, seed=0)}
     ids = {name: index for index, name in model.config.class_names.items()}
     bits = [
-        score_codes(model.prior, first_views(cache), torch.tensor([ids[name] for name in cache.diagnoses]))
+        score_codes(model, first_views(cache), torch.tensor([ids[name] for name in cache.diagnoses]))
         .flatten(1)
         .mean(1)
         .numpy()

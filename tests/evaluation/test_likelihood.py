@@ -75,28 +75,26 @@ def bits_by_hand(prior, codes, labels):
 
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["conditional", "unconditional"])
 def test_bits_per_code_equal_a_softmax_written_out(model, codes, labels):
-    found = bits_per_code(model.prior, codes, labels)
+    found = bits_per_code(model, codes, labels)
     assert (found.shape, found.dtype) == ((5,), torch.float64)
     np.testing.assert_allclose(found.numpy(), bits_by_hand(model.prior, codes, labels), rtol=1e-5)
 
 
 def test_labels_matter_and_none_is_the_unconditional_id(model, codes):
-    none = bits_per_code(model.prior, codes, None)
-    assert torch.equal(none, bits_per_code(model.prior, codes, torch.full((5,), 2)))
-    assert not torch.allclose(none, bits_per_code(model.prior, codes, torch.zeros(5, dtype=torch.long)))
+    none = bits_per_code(model, codes, None)
+    assert torch.equal(none, bits_per_code(model, codes, torch.full((5,), 2)))
+    assert not torch.allclose(none, bits_per_code(model, codes, torch.zeros(5, dtype=torch.long)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_bits_do_not_depend_on_the_batch_size(model, codes, batch_size):
-    whole = bits_per_code(model.prior, codes, LABELS)
-    torch.testing.assert_close(
-        bits_per_code(model.prior, codes, LABELS, batch_size), whole, rtol=1e-5, atol=1e-6
-    )
+    whole = bits_per_code(model, codes, LABELS)
+    torch.testing.assert_close(bits_per_code(model, codes, LABELS, batch_size), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_prior_is_measured_without_dropout_and_left_in_its_mode(model, codes):
     model.prior.train()
-    first, second = (bits_per_code(model.prior, codes, LABELS) for _ in range(2))
+    first, second = (bits_per_code(model, codes, LABELS) for _ in range(2))
     assert torch.equal(first, second)
     assert model.prior.training
     model.prior.eval()
@@ -109,7 +107,7 @@ def test_uniform_prior_needs_log2_k_bits(model, codes, scale):
     before = {name: value.clone() for name, value in head.state_dict().items()}
     nn.init.zeros_(head.weight)
     nn.init.constant_(head.bias, scale)
-    np.testing.assert_allclose(bits_per_code(model.prior, codes, None).numpy(), 3.0, rtol=1e-6)
+    np.testing.assert_allclose(bits_per_code(model, codes, None).numpy(), 3.0, rtol=1e-6)
     head.load_state_dict(before)
 
 
@@ -151,7 +149,7 @@ def test_without_training_counts_there_is_no_unigram_line(model, codes):
 
 
 def test_bits_of_each_class_are_those_of_its_label(model, codes):
-    found = class_bits(model.prior, codes)
+    found = class_bits(model, codes)
     assert found.shape == (5, 2)
     for label in (0, 1):
         expected = bits_by_hand(model.prior, codes, torch.full((5,), label))

@@ -113,7 +113,7 @@ def test_the_report_measures_what_can_be_measured_by_hand(tiny_run, tiny_report)
     paths = sorted(tiny_run.images["validation"].glob("*.png"))
     images = IsicVQImageProcessor(size=16)([paths[i] for i in chosen], return_tensors="pt")["pixel_values"]
     clean, noisy = (
-        score_codes(model.prior, model.encode(pixels)).flatten(1).mean(1)
+        score_codes(model, model.encode(pixels)).flatten(1).mean(1)
         for pixels in (images, corrupt("noise", images, seed=4))
     )
     assert tiny_report.value("bits_per_code_clean") == pytest.approx(clean.mean().item(), rel=1e-6)

@@ -63,7 +63,7 @@ def test_unigram_bits_of_every_code_keep_its_place():
 def test_the_reference_is_the_mean_over_training_codes(tiny_run, model, cache):
     reference = read_reference(tiny_run.codes["train"], model)
     first_views = torch.from_numpy(cache.codes[:, 0].astype("int64"))
-    expected = score_codes(model.prior, first_views).mean().item()
+    expected = score_codes(model, first_views).mean().item()
     assert reference.bits_per_code == pytest.approx(expected, rel=1e-6)
     assert (reference.num_images, reference.source) == (16, "folder:train")
     assert torch.equal(reference.code_counts, cache.counts())
@@ -73,7 +73,7 @@ def test_a_reference_given_a_class_is_of_that_class_and_scored_so(tiny_run, mode
     name = model.config.class_names[1]
     rows = [index for index, diagnosis in enumerate(cache.diagnoses) if diagnosis == name]
     codes = torch.from_numpy(cache.codes[rows, 0].astype("int64"))
-    expected = score_codes(model.prior, codes, torch.full((len(rows),), 1)).mean().item()
+    expected = score_codes(model, codes, torch.full((len(rows),), 1)).mean().item()
     reference = read_reference(tiny_run.codes["train"], model, label=1)
     assert reference.num_images == len(rows) == 2
     assert reference.bits_per_code == pytest.approx(expected, rel=1e-6)
@@ -107,8 +107,8 @@ def test_images_come_out_one_by_one_with_their_names_and_bits(model):
     whole = model.score(images, 1)
     for index, image in enumerate(scored):
         assert torch.equal(image.pixel_values, images[index])
-        torch.testing.assert_close(image.bits, whole.bits[index], rtol=1e-5, atol=1e-5)
-        assert image.scores["bits_per_code"] == pytest.approx(image.bits.mean().item())
+        torch.testing.assert_close(image.bits_map, whole.bits[index], rtol=1e-5, atol=1e-5)
+        assert image.scores["bits_per_code"] == pytest.approx(image.bits_map.mean().item())
         entropy = own_entropy(whole.codes)[index].item()
-        assert image.scores["complexity_corrected"] == pytest.approx(image.bits.mean().item() - entropy)
+        assert image.scores["complexity_corrected"] == pytest.approx(image.bits_map.mean().item() - entropy)
         assert math.isfinite(image.scores["complexity_corrected"])

@@ -9,45 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tiny_models import PRIOR, SCALES, VAR, VQVAE, stirred
 
-from isic_vq import IsicVQConfig, IsicVQModel, PixelCNNConfig, PixelCNNModel, VQVAEConfig, VQVAEModel
-
-NUM_CODES = 7
-CLASSES = {0: "melanoma", 1: "nevus", 2: "dermatofibroma"}
-VQVAE = {
-    "image_size": 16,
-    "hidden_sizes": (6, 8),
-    "num_residual_blocks": 1,
-    "residual_size": 4,
-    "num_codes": NUM_CODES,
-    "code_dim": 3,
-}
-PRIOR = {
-    "num_codes": NUM_CODES,
-    "grid_size": 4,
-    "hidden_size": 6,
-    "num_layers": 2,
-    "kernel_size": 3,
-    "first_kernel_size": 3,
-    "head_size": 8,
-    "dropout": 0.0,
-    "class_dropout": 0.0,
-    "id2label": CLASSES,
-}
-
-
-@torch.no_grad()
-def stirred(model: nn.Module) -> nn.Module:
-    """Move what starts at zero or one off it, so that no term of a formula is tested at a value that hides it."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.1)
-            module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return model.eval()
+from isic_vq import (
+    IsicVQConfig,
+    IsicVQModel,
+    PixelCNNConfig,
+    PixelCNNModel,
+    VARConfig,
+    VARModel,
+    VQVAEConfig,
+    VQVAEModel,
+)
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +48,27 @@ def make_prior() -> Callable[..., PixelCNNModel]:
 
 
 @pytest.fixture(scope="session")
-def make_composite() -> Callable[[], IsicVQModel]:
-    """A tiny composite in eval mode, always the same one."""
+def make_var() -> Callable[..., VARModel]:
+    """A tiny VAR in eval mode, always the same one for the same settings."""
 
-    def make() -> IsicVQModel:
+    def make(**settings: Any) -> VARModel:
+        fields = {key: value for key, value in VAR.items() if key != "model_type"}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = IsicVQConfig(vqvae_config=dict(VQVAE), prior_config=dict(PRIOR))
+            return stirred(VARModel(VARConfig(**{**fields, **settings})))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_composite() -> Callable[..., IsicVQModel]:
+    """A tiny composite in eval mode, with a PixelCNN or, `scales=True`, with a VAR; always the same one."""
+
+    def make(scales: bool = False) -> IsicVQModel:
+        tokenizer = {**VQVAE, "scales": SCALES, "num_phi": 2} if scales else dict(VQVAE)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = IsicVQConfig(vqvae_config=tokenizer, prior_config=dict(VAR if scales else PRIOR))
             return stirred(IsicVQModel(config))
 
     return make
@@ -91,6 +78,12 @@ def make_composite() -> Callable[[], IsicVQModel]:
 def composite(make_composite: Callable[[], IsicVQModel]) -> IsicVQModel:
     """The shared composite: not to be changed."""
     return make_composite()
+
+
+@pytest.fixture(scope="session")
+def var_composite(make_composite: Callable[..., IsicVQModel]) -> IsicVQModel:
+    """The shared composite with a VAR: not to be changed."""
+    return make_composite(scales=True)
 
 
 @pytest.fixture(scope="session")

@@ -46,21 +46,54 @@ def prior_case(model: PreTrainedModel) -> Case:
     )
 
 
+def var_case(model: PreTrainedModel) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    codes, context = (
+        torch.randint(7, (2, 21), generator=generator),
+        torch.randn(2, 20, 3, generator=generator),
+    )
+    labels = torch.tensor([1, 3])
+    return Case(
+        model,
+        {"codes": codes, "labels": labels, "context": context},
+        loss=lambda model: model(codes, labels, context).loss,
+        wrong_input=torch.zeros(2, 20, dtype=torch.long),
+        error=r"codes have shape \(2, 20\): expected \(batch, 21\)",
+    )
+
+
 def composite_case(model: PreTrainedModel) -> Case:
     case = tokenizer_case(model)
-    reconstruction_loss, prior_loss = case.loss, prior_case(model.prior).loss
+    prior_of = var_case if model.config.vqvae_config.scales else prior_case
+    reconstruction_loss, prior_loss = case.loss, prior_of(model.prior).loss
     case.loss = lambda model: reconstruction_loss(model) + prior_loss(model.prior)
     return case
 
 
-@pytest.fixture(params=["vqvae-ema", "vqvae-gradient", "pixelcnn-gated", "pixelcnn-plain", "composite"])
-def case(request, make_vqvae, make_prior, make_composite) -> Case:
+KINDS = [
+    "vqvae-ema",
+    "vqvae-gradient",
+    "vqvae-scales",
+    "pixelcnn-gated",
+    "pixelcnn-plain",
+    "var",
+    "composite",
+    "composite-scales",
+]
+
+
+@pytest.fixture(params=KINDS)
+def case(request, make_vqvae, make_prior, make_var, make_composite) -> Case:
     kind, _, variant = request.param.partition("-")
+    if request.param == "vqvae-scales":
+        return tokenizer_case(make_vqvae(scales=(1, 2, 4), num_phi=2))
+    if kind == "var":
+        return var_case(make_var())
     if kind == "vqvae":
         return tokenizer_case(make_vqvae(codebook_update=variant))
     if kind == "pixelcnn":
         return prior_case(make_prior(architecture=variant))
-    return composite_case(make_composite())
+    return composite_case(make_composite(scales=variant == "scales"))
 
 
 @pytest.fixture
@@ -122,7 +155,11 @@ def test_initialisation_fills_what_is_missing_and_touches_nothing_loaded(case, f
     missing = set()
     for path in folder.rglob("*.safetensors"):
         tensors = load_file(path)
-        name = next(name for name in tensors if name.endswith(("project.weight", "code_embedding.weight")))
+        name = next(
+            name
+            for name in tensors
+            if name.endswith(("project.weight", "code_embedding.weight", "class_embedding.weight"))
+        )
         del tensors[name]
         missing.add(name)
         save_file(tensors, path, metadata={"format": "pt"})
@@ -140,7 +177,10 @@ def test_initialisation_fills_what_is_missing_and_touches_nothing_loaded(case, f
 def test_bfloat16_keeps_the_codebook_in_float32(case, folder):
     loaded = reload(case, folder, dtype=torch.bfloat16)[0]
     for name, tensor in loaded.state_dict().items():
-        if name.endswith(("quantizer.codebook", "quantizer.cluster_size", "quantizer.code_sums")):
+        if (
+            name.endswith(("quantizer.codebook", "quantizer.cluster_size", "quantizer.code_sums"))
+            or "quantizer.phi" in name
+        ):
             assert tensor.dtype == torch.float32, f"{name}: distances in bfloat16 pick the wrong codes"
         elif name.endswith(("num_updates", "num_batches_tracked")):
             assert tensor.dtype == torch.int64, name

@@ -3,11 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tiny_models import joined
 
 from isic_vq.models.editing import (
     EditOutput,
     central_region,
-    code_mask,
+    code_masks,
     effective_sample_size,
     filter_particles,
     pixel_mask,
@@ -106,13 +107,16 @@ def particles_of(prior, mask, count, seed=0):
     uniforms = torch.rand(count, SIDE * SIDE, generator=generator, dtype=torch.float64)
     comb = torch.rand(SIDE * SIDE, generator=generator, dtype=torch.float64)
     with torch.inference_mode():
-        return filter_particles(prior, KEPT.view(SIDE, SIDE), mask, torch.tensor(LABEL), uniforms, comb)
+        return filter_particles(prior.walk(torch.full((count,), LABEL)), KEPT, mask.flatten(), uniforms, comb)
 
 
 def redrawn(prior, mask, runs, num_particles, seed=0):
     """Many draws for the same grid."""
+    was_training = prior.training
+    model = joined(prior)
+    prior.train(was_training)
     return redraw_codes(
-        prior,
+        model,
         KEPT.view(SIDE, SIDE).expand(runs, -1, -1),
         mask.expand(runs, -1, -1),
         torch.full((runs,), LABEL),
@@ -180,7 +184,9 @@ def test_the_label_is_part_of_the_condition(prior):
     mask = mask_of(MASKS["scattered"])
     arguments = (KEPT.view(1, SIDE, SIDE), mask[None])
     found = [
-        redraw_codes(prior, *arguments, torch.tensor([label]), 64, image_generators(0, 1)).log_evidence.item()
+        redraw_codes(
+            joined(prior), *arguments, torch.tensor([label]), 64, image_generators(0, 1)
+        ).log_evidence.item()
         for label in (0, 1, 3)
     ]
     assert len(set(found)) == 3
@@ -255,6 +261,12 @@ def pixels(*places, size=16):
     return mask
 
 
+def only_mask(mask, num_images, size, downsampling, dilation=0):
+    """The codes to draw anew of a tokenizer with a single grid."""
+    (codes,) = code_masks(mask, num_images, size, [size // downsampling], dilation)
+    return codes
+
+
 def where(mask):
     return [tuple(place) for place in mask.nonzero().tolist()]
 
@@ -271,32 +283,32 @@ def where(mask):
     ],
 )
 def test_a_code_is_masked_if_its_patch_touches_the_mask(places, codes):
-    assert where(code_mask(pixels(*places), 1, 16, 4)[0]) == codes
+    assert where(only_mask(pixels(*places), 1, 16, 4)[0]) == codes
 
 
 def test_dilation_grows_the_mask_by_codes_in_every_direction():
     mask = pixels((3, 4))  # code (0, 1)
-    assert where(code_mask(mask, 1, 16, 4, dilation=1)[0]) == [(r, c) for r in (0, 1) for c in (0, 1, 2)]
-    assert where(code_mask(mask, 1, 16, 4, dilation=2)[0]) == [(r, c) for r in range(3) for c in range(4)]
-    assert code_mask(mask, 1, 16, 4, dilation=9).all()
+    assert where(only_mask(mask, 1, 16, 4, dilation=1)[0]) == [(r, c) for r in (0, 1) for c in (0, 1, 2)]
+    assert where(only_mask(mask, 1, 16, 4, dilation=2)[0]) == [(r, c) for r in range(3) for c in range(4)]
+    assert only_mask(mask, 1, 16, 4, dilation=9).all()
 
 
 def test_pixel_mask_is_the_patches_of_the_codes():
-    mask = pixel_mask(code_mask(pixels((5, 9)), 1, 16, 4), 4)
+    mask = pixel_mask(only_mask(pixels((5, 9)), 1, 16, 4), 16)
     assert mask.shape == (1, 1, 16, 16)
     assert where(mask[0, 0]) == [(row, column) for row in range(4, 8) for column in range(8, 12)]
 
 
 def test_three_shapes_of_a_mask_mean_the_same():
     mask = pixels((5, 9))
-    expected = code_mask(mask, 2, 16, 4)
+    expected = only_mask(mask, 2, 16, 4)
     assert expected.shape == (2, 4, 4)
-    assert torch.equal(code_mask(mask.expand(2, 16, 16), 2, 16, 4), expected)
-    assert torch.equal(code_mask(mask.expand(2, 1, 16, 16), 2, 16, 4), expected)
+    assert torch.equal(only_mask(mask.expand(2, 16, 16), 2, 16, 4), expected)
+    assert torch.equal(only_mask(mask.expand(2, 1, 16, 16), 2, 16, 4), expected)
 
 
 def test_each_image_may_have_its_own_mask():
-    masks = code_mask(torch.stack([pixels((0, 0)), pixels((15, 15))]), 2, 16, 4)
+    masks = only_mask(torch.stack([pixels((0, 0)), pixels((15, 15))]), 2, 16, 4)
     assert [where(mask) for mask in masks] == [[(0, 0)], [(3, 3)]]
 
 
@@ -330,7 +342,7 @@ def test_kept_codes_stay_as_encoded_and_masked_ones_change(composite, images):
 
 def test_composite_keeps_every_bit_outside_the_mask_and_decodes_inside(composite, images):
     output = composite.inpaint(images, CENTRE, seed=0)
-    inside = pixel_mask(output.mask, 4).expand_as(images)
+    inside = pixel_mask(output.mask, 16).expand_as(images)
     assert inside.float().mean().item() == 2 / 16
     assert torch.equal(output.pixel_values[~inside], images[~inside])
     decoded = composite.decode(output.codes)
@@ -381,7 +393,7 @@ def test_a_counterfactual_is_an_edit_of_the_central_region(composite, images):
 
 def test_on_row_is_called_once_per_row_and_image(composite, images):
     rows = []
-    composite.inpaint(images, CENTRE, seed=0, num_particles=2, on_row=lambda: rows.append(1))
+    composite.inpaint(images, CENTRE, seed=0, num_particles=2, on_step=lambda: rows.append(1))
     assert len(rows) == 12
 
 

@@ -136,7 +136,8 @@ def test_a_prior_made_for_other_codes_is_refused(make_vqvae, make_prior, setting
 
 def test_a_prior_of_unknown_type_is_refused():
     with pytest.raises(
-        ValueError, match=r"prior model_type is 'isic_gpt': expected one of \['isic_pixelcnn'\]"
+        ValueError,
+        match=r"prior model_type is 'isic_gpt': expected one of \['isic_pixelcnn', 'isic_var'\]",
     ):
         IsicVQConfig(prior_config={"model_type": "isic_gpt"})
 
@@ -256,7 +257,7 @@ def test_a_generator_per_image_makes_each_image_its_own(composite):
 
 def test_on_row_is_called_once_per_row(composite):
     rows = []
-    composite.generate(3, seed=0, on_row=lambda: rows.append(1))
+    composite.generate(3, seed=0, on_step=lambda: rows.append(1))
     assert len(rows) == 4
 
 

@@ -303,7 +303,7 @@ def test_sampling_runs_in_eval_mode_and_restores_the_mode(make_prior, training):
 
 def test_on_row_is_called_once_per_row(model):
     rows = []
-    model.sample(random_uniforms(2), on_row=lambda: rows.append(1))
+    model.sample(random_uniforms(2), on_step=lambda: rows.append(1))
     assert len(rows) == GRID
 
 

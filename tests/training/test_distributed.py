@@ -69,9 +69,10 @@ def rows(parity, precision, corrupt, **values):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scales", [False, True], ids=["grid", "scales"])
 @pytest.mark.parametrize("corrupt", [False, True], ids=["sound", "corrupt"])
-def test_in_float64_runs_are_the_same_however_a_batch_is_cut(parity, corrupt):
-    for row in rows(parity, "fp64", corrupt):
+def test_in_float64_runs_are_the_same_however_a_batch_is_cut(parity, corrupt, scales):
+    for row in rows(parity, "fp64", corrupt, scales=scales):
         assert row["flipped_assignments"] == 0 < row["assignments"]
         assert row["codebook_difference"] <= 1e-8
         assert row["weights_difference"] <= 1e-8
@@ -80,9 +81,10 @@ def test_in_float64_runs_are_the_same_however_a_batch_is_cut(parity, corrupt):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scales", [False, True], ids=["grid", "scales"])
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
-def test_all_processes_hold_the_same_bits(parity, precision):
-    for row in rows(parity, precision, corrupt=False, processes=2):
+def test_all_processes_hold_the_same_bits(parity, precision, scales):
+    for row in rows(parity, precision, corrupt=False, processes=2, scales=scales):
         assert row["codebook_same_bits_in_all_processes"]
         assert row["weights_same_bits_in_all_processes"]
         assert row["resets"] > 0

@@ -22,7 +22,7 @@ from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.prior import CodeGrids, PriorTask, train_prior
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, PriorRecipe, load_recipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError, load_recipe
 
 
 def cache_of(diagnoses, views=8, num_codes=8):
@@ -132,7 +132,7 @@ def views_shown(task, epoch, indices=range(8), step=0):
     """The view of each image that the loss is computed on in an epoch."""
     shown = []
 
-    def model(codes, labels):
+    def model(codes, labels, context):
         shown.append(codes[:, 0, 0])
         return PriorOutput(loss=codes.float().mean())
 
@@ -256,3 +256,15 @@ def test_reported_bits_are_those_of_the_best_validation(tiny_run):
     epochs = [line for line in lines if line["kind"] == "epoch"]
     best = min(min(line["validation/bits_per_code"], line["averaged/bits_per_code"]) for line in epochs)
     assert Report.load(tiny_run.prior / "report.json").value("bits_per_code") == pytest.approx(best, rel=1e-6)
+
+
+def test_unknown_type_of_prior_is_refused(make_recipe):
+    with pytest.raises(
+        RecipeError, match=r"prior model_type is 'gpt': expected one of \['isic_pixelcnn', 'isic_var'\]"
+    ):
+        train_prior(make_recipe("model={model_type: gpt}"))
+
+
+def test_keys_of_another_type_of_prior_are_refused(make_recipe):
+    with pytest.raises(RecipeError, match="unknown recipe key model.num_heads"):
+        train_prior(make_recipe("model.num_heads=2"))

@@ -12,6 +12,7 @@ from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.studies.generalization import GeneralizationRecipe
 from isic_vq.studies.granularity import GranularityRecipe
+from isic_vq.training.prior import build_prior_config
 from isic_vq.training.recipe import (
     ClassifierRecipe,
     DecoderRecipe,
@@ -27,7 +28,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "configs")
 # The recipe of each stage, and the config that its `model` section fills, if it builds a model of its own.
 STAGES = {
     "vqvae": (VQVAERecipe, VQVAEConfig),
-    "prior": (PriorRecipe, PixelCNNConfig),
+    "prior": (PriorRecipe, None),
     "decoder": (DecoderRecipe, None),
     "classifier": (ClassifierRecipe, ResNetConfig),
     "granularity": (GranularityRecipe, None),
@@ -262,7 +263,9 @@ def test_every_example_recipe_loads_and_builds_its_model_config(path):
     stage = yaml.safe_load(path.read_text())["stage"]
     recipe_class, config_class = STAGES[stage]
     recipe = load_recipe(recipe_class, path, [])
-    if config_class is not None:
+    if stage == "prior":
+        build_prior_config(VQVAEConfig(scales=[1, 2, 4, 8, 16]), recipe.model)
+    elif config_class is not None:
         build_config(config_class, recipe.model)
     assert recipe.output_dir.startswith("runs/"), "examples write where .gitignore looks away"
 

@@ -25,9 +25,9 @@ from isic_vq.training.recipe import VQVAERecipe, load_recipe
 from isic_vq.training.run import Run
 from isic_vq.training.vqvae import (
     choose_model,
-    flat_latents,
     refit_batch_norm,
     refit_codebook,
+    rows_to_learn,
     train_vqvae,
 )
 
@@ -213,7 +213,7 @@ def test_codebook_starts_at_kmeans_centroids_when_the_warmup_is_over(make_task):
     with torch.no_grad():
         task.model.quantizer.eval()
         parts = [
-            flat_latents(task.model, collate([task.train_set[j] for j in order[i : i + 4]])["pixel_values"])
+            rows_to_learn(task.model, collate([task.train_set[j] for j in order[i : i + 4]])["pixel_values"])
             for i in range(0, 16, 4)
         ]
     generator = torch.Generator().manual_seed(0)
@@ -288,7 +288,7 @@ def test_refit_codebook_moves_codes_to_the_means_of_their_latents(make_task):
     with torch.no_grad():
         quantizer.codebook[7] = 100.0  # so far away that no latent is assigned to it
         task.model.eval()
-        latents = torch.cat([flat_latents(task.model, batch) for batch in task.images(task.train_set)])
+        latents = torch.cat([rows_to_learn(task.model, batch) for batch in task.images(task.train_set)])
     latents, old = latents.double().numpy(), quantizer.codebook.double().numpy().copy()
     nearest = ((latents[:, None] - old[None]) ** 2).sum(-1).argmin(1)
     counts = np.bincount(nearest, minlength=8)

@@ -211,8 +211,8 @@ def edit(
     processor = IsicVQImageProcessor(size=config.vqvae_config.image_size)
     marked = _marked_pixels(processor, image, mask, box, lower_half)
     original = processor(image, return_tensors="pt")["pixel_values"].to(editor.device)
-    rows = num_images * config.prior_config.grid_size
-    with tqdm(total=rows, disable=not sys.stderr.isatty(), unit="row", desc="editing") as bar:
+    steps = num_images * config.prior_config.num_steps
+    with tqdm(total=steps, disable=not sys.stderr.isatty(), unit="step", desc="editing") as bar:
         edited: Any = editor.inpaint(
             original.expand(num_images, -1, -1, -1),
             marked,
@@ -220,10 +220,10 @@ def edit(
             num_particles=particles,
             seed=seed,
             dilation=dilation,
-            on_row=bar.update,
+            on_step=bar.update,
         )
     blue = torch.tensor([0.1, 0.4, 1.0], device=editor.device)[:, None, None]
-    redrawn = pixel_mask(edited.mask[:1], config.vqvae_config.downsampling)
+    redrawn = pixel_mask(editor.vqvae.code_grids(edited.mask[:1])[-1], config.vqvae_config.image_size)
     shown = torch.where(redrawn, (original + blue) / 2, original)
     before = processor.postprocess(torch.cat([original, shown]), output_type="np")
     after = processor.postprocess(edited.pixel_values, output_type="np")

@@ -151,10 +151,10 @@ def score(
     gallery = Gallery(config.num_codes, limit)
     with tqdm(total=total, unit="image", desc="scoring", disable=not sys.stderr.isatty()) as bar:
         for image in score_images(scorer, batches, class_id, marginalize, reference):
-            bits_per_pixel = image.scores["bits_per_code"] / config.downsampling**2
+            bits_per_pixel = image.scores["bits_per_code"] * config.num_positions / config.image_size**2
             rows.append({"name": image.name, "label": way, **image.scores, "bits_per_pixel": bits_per_pixel})
             pixels = processor.postprocess(image.pixel_values[None], output_type="np")[0]
-            gallery.add(image.name, pixels, image.bits.numpy())
+            gallery.add(image.name, pixels, image.bits_map.numpy(), image.scores["bits_per_code"])
             bar.update()
     if not rows:
         raise ValueError(f"{data} holds no readable image")

@@ -133,7 +133,7 @@ def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub i
     typer.echo(f"isic-vq {__version__}, model {folder.name}")
     typer.echo(
         f"tokenizer: {loaded.vqvae.num_parameters():,} parameters, {vqvae.image_size} px -> "
-        f"{vqvae.grid_size}x{vqvae.grid_size} codes of {vqvae.num_codes}"
+        f"{' + '.join(f'{side}x{side}' for side in vqvae.sides)} codes of {vqvae.num_codes}"
     )
     typer.echo(f"prior: {prior.model_type}, {loaded.prior.num_parameters():,} parameters")
     typer.echo(

@@ -84,7 +84,7 @@ def encode(
 def train_prior(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
-    """Train a PixelCNN prior on codes, and join it with its tokenizer."""
+    """Train a prior on codes, a PixelCNN or a VAR, and join it with its tokenizer."""
     from isic_vq.training.prior import train_prior as train
     from isic_vq.training.recipe import PriorRecipe, load_recipe
 

@@ -27,6 +27,7 @@ from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
 from isic_vq.codec.tables import Weights, static_weights, table_hash
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 
 LANES = 64  # images in a block
 THREADS = 1  # more gain little on matrices of this size, and another number is another rounding
@@ -97,6 +98,7 @@ def compress(
         CodecError: names that a file cannot hold, or no images.
         ValueError: codes of another shape or range, or an argument out of range.
     """
+    _check_raster(model)
     grid, num_codes = model.config.prior_config.grid_size, model.config.vqvae_config.num_codes
     if len(names) == 0:
         raise CodecError("there are no images to compress")
@@ -180,7 +182,16 @@ def _table(code_counts: Sequence[int] | None, num_codes: int) -> Weights:
     return static_weights(counts)
 
 
+def _check_raster(model: IsicVQModel) -> None:
+    if not isinstance(model.prior, PixelCNNModel):
+        raise CodecError(
+            f"the model's prior is an {model.config.prior_config.model_type}: files hold the codes of one grid in raster "
+            "order, so name a model whose prior is a PixelCNN"
+        )
+
+
 def _check_settings(settings: Settings, model: IsicVQModel, table: Weights) -> None:
+    _check_raster(model)
     config = model.config
     found = (settings.tokenizer, settings.num_codes, settings.grid_size)
     here = (tokenizer_hash(model.vqvae)[:16], config.vqvae_config.num_codes, config.prior_config.grid_size)

@@ -6,6 +6,7 @@ codes of another tokenizer are refused. Codes are uint16; one row per image hold
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class CodeCache:
     """Codes of a data set.
 
     Attributes:
-        codes: uint16 of shape (N, views, h, w), in [0, num_codes).
+        codes: uint16 of shape (N, views, h, w), or (N, views, L) of several scales, in [0, num_codes).
         isic_ids: N image ids.
         diagnoses: N canonical diagnoses.
         num_codes: K of the tokenizer.
@@ -55,10 +56,10 @@ class CodeCache:
 
 
 def tokenizer_hash(model: VQVAEModel) -> str:
-    """sha256 over the tensors that decide an image's codes: the encoder's and the codebook."""
+    """sha256 over the tensors that decide an image's codes: the encoder's, the codebook and what lies between scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("encoder.") or name == "quantizer.codebook":
+        if name.startswith(("encoder.", "quantizer.codebook", "quantizer.phi.")):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -66,10 +67,10 @@ def tokenizer_hash(model: VQVAEModel) -> str:
 
 def write_code_cache(cache: CodeCache, path: Path) -> None:
     """Write a cache as parquet, whole or not at all."""
-    num_images, views, height, width = cache.codes.shape
+    _, views, *shape = cache.codes.shape
     metadata = {
         "views": views,
-        "grid": [height, width],
+        "grid": shape,
         "num_codes": cache.num_codes,
         "tokenizer_hash": cache.tokenizer_hash,
         "source": asdict(cache.source),
@@ -79,7 +80,7 @@ def write_code_cache(cache: CodeCache, path: Path) -> None:
         {
             "isic_id": cache.isic_ids,
             "diagnosis": cache.diagnoses,
-            "codes": pa.FixedSizeListArray.from_arrays(flat, views * height * width),
+            "codes": pa.FixedSizeListArray.from_arrays(flat, views * math.prod(shape)),
         }
     ).replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     sink = pa.BufferOutputStream()
@@ -98,7 +99,6 @@ def read_code_cache(path: Path) -> CodeCache:
     try:
         table = pq.read_table(path)
         metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
-        height, width = metadata["grid"]
         column = table["codes"]
         if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.uint16():
             raise ValueError(f"its codes are {column.type}")
@@ -106,7 +106,7 @@ def read_code_cache(path: Path) -> CodeCache:
         if len(flat) == 0 or flat.max() >= metadata["num_codes"]:
             raise ValueError("it holds no codes, or codes beyond num_codes")
         return CodeCache(
-            codes=flat.reshape(table.num_rows, metadata["views"], height, width),
+            codes=flat.reshape(table.num_rows, metadata["views"], *metadata["grid"]),
             isic_ids=table["isic_id"].to_pylist(),
             diagnoses=table["diagnosis"].to_pylist(),
             num_codes=metadata["num_codes"],

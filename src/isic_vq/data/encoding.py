@@ -82,10 +82,9 @@ class Encoding:
         }
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Views, height and width of an image's codes."""
-        grid = self.model.config.grid_size
-        return self.num_views, grid, grid
+    def shape(self) -> tuple[int, ...]:
+        """Views of an image, and the shape of the codes of each."""
+        return self.num_views, *self.model.config.code_shape
 
     def chunks(self) -> list[Any]:
         """Ranges of rows, or parts of the source."""
@@ -251,5 +250,5 @@ def _join(encoding: Encoding, tables: list[pa.Table]) -> CodeCache:
     )
 
 
-def _codes(grids: list[bytes], shape: tuple[int, int, int]) -> NDArray[np.uint16]:
+def _codes(grids: list[bytes], shape: tuple[int, ...]) -> NDArray[np.uint16]:
     return np.frombuffer(b"".join(grids), np.uint16).reshape(len(grids), *shape)

@@ -21,7 +21,7 @@ from isic_vq.demo.neighbours import Neighbour, TrainingIndex
 from isic_vq.demo.pictures import CodebookUse, bits_map, code_colors, code_map, codebook_use, overlay
 from isic_vq.evaluation.reconstruction import psnr
 from isic_vq.hub import is_default
-from isic_vq.models.editing import code_mask, pixel_mask
+from isic_vq.models.editing import code_masks, pixel_mask
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
@@ -128,10 +128,10 @@ class DemoModel:
         self.model = model
         config = model.config.vqvae_config
         self.size, self.step, self.num_codes = config.image_size, config.downsampling, config.num_codes
-        self.grid_size = model.config.prior_config.grid_size
+        self.num_steps = model.config.prior_config.num_steps
         self.diagnoses = list(model.config.class_names.values())
         self.processor = IsicVQImageProcessor(size=self.size)
-        alone = model.decode(torch.arange(self.num_codes, device=model.device).view(-1, 1, 1))
+        alone = model.vqvae.decode_alone(torch.arange(self.num_codes, device=model.device))
         codebook = model.vqvae.quantizer.codebook.detach()
         self.colors = code_colors(codebook.cpu().numpy(), alone.mean(dim=(1, 2, 3)).cpu().numpy())
 
@@ -168,7 +168,7 @@ class DemoModel:
         guidance_scale: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        on_row: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> Generated:
         """Generate images; those of a seed are those of `IsicVQModel.generate` and `isic-vq generate`.
 
@@ -180,7 +180,7 @@ class DemoModel:
             guidance_scale: 1 is off.
             top_k: 0 is off.
             top_p: 1 is off.
-            on_row: as in `IsicVQModel.generate`.
+            on_step: as in `IsicVQModel.generate`.
 
         Raises:
             ValueError: an empty seed, or what `IsicVQModel.generate` refuses.
@@ -190,7 +190,7 @@ class DemoModel:
         settings: dict[str, Any] = {name: value for name, value in asked.items() if value != 1}
         settings |= {"top_k": int(top_k)} if top_k else {}
         label = None if diagnosis == ANY else diagnosis
-        output: Any = self.model.generate(int(num_images), label, seed=seed, on_row=on_row, **settings)
+        output: Any = self.model.generate(int(num_images), label, seed=seed, on_step=on_step, **settings)
         source = self.model.config.name_or_path
         options = {} if not source or is_default(source) else {"--model": source}
         options |= {"-n": num_images} | ({"--label": label} if label else {}) | {"--seed": seed}
@@ -214,10 +214,11 @@ class DemoModel:
         scores: Any = self.model.score(original)
         reconstruction = self.model.decode(scores.codes)
         codes = scores.codes[0].cpu().numpy()
+        finest = self.model.vqvae.code_grids(scores.codes)[-1][0].cpu().numpy()
         return Explained(
             reconstruction=self.processor.postprocess(reconstruction)[0],
-            code_map=Image.fromarray(code_map(codes, self.colors)),
-            surprise=Image.fromarray(bits_map(scores.bits[0].numpy(), self.num_codes)),
+            code_map=Image.fromarray(code_map(finest, self.colors)),
+            surprise=Image.fromarray(bits_map(scores.bits_map[0].numpy(), self.num_codes)),
             use=codebook_use(codes, self.num_codes),
             psnr=psnr(original, reconstruction).item(),
             bits_per_code=scores.bits_per_code.item(),
@@ -251,8 +252,8 @@ class DemoModel:
 
     def region(self, square: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
         """The image with all patches that a mask touches tinted: what will be drawn anew."""
-        touched = code_mask(torch.from_numpy(mask), 1, self.size, self.step)
-        return Image.fromarray(overlay(np.asarray(square), pixel_mask(touched, self.step)[0, 0].numpy()))
+        touched = code_masks(torch.from_numpy(mask), 1, self.size, [self.size // self.step])[-1]
+        return Image.fromarray(overlay(np.asarray(square), pixel_mask(touched, self.size)[0, 0].numpy()))
 
     def edit(
         self,
@@ -262,7 +263,7 @@ class DemoModel:
         num_variants: int,
         seed: int | None,
         num_particles: int = 64,
-        on_row: Callable[[], Any] | None = None,
+        on_step: Callable[[], Any] | None = None,
     ) -> Pictures:
         """The image, its marked region, and variants of it with the region drawn anew; see `IsicVQModel.inpaint`.
 
@@ -276,7 +277,7 @@ class DemoModel:
             None if diagnosis == ANY else diagnosis,
             seed=seed,
             num_particles=int(num_particles),
-            on_row=on_row,
+            on_step=on_step,
         )
         name = readable(diagnosis if diagnosis != ANY else "any diagnosis")
         variants = self.processor.postprocess(edited.pixel_values)
@@ -288,7 +289,7 @@ class DemoModel:
         """An image and the training images nearest to it, all as their codes decode, nearest first.
 
         Args:
-            codes: `(h, w)`, of the image.
+            codes: of the image.
             index: what to search.
             count: how many training images.
         """

@@ -34,10 +34,10 @@ def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:
     return shown
 
 
-def row_counter(progress: gr.Progress, total: int) -> Callable[[], None]:
-    """A function to call after each of `total` rows of codes; it moves the progress bar."""
-    rows = iter(range(1, total + 1))
-    return lambda: progress((next(rows), total), desc="drawing codes", unit="rows")
+def step_counter(progress: gr.Progress, total: int) -> Callable[[], None]:
+    """A function to call after each of `total` steps of drawing codes; it moves the progress bar."""
+    steps = iter(range(1, total + 1))
+    return lambda: progress((next(steps), total), desc="drawing codes", unit="steps")
 
 
 def upload_field() -> gr.File:

@@ -13,8 +13,8 @@ from isic_vq.demo.controls import (
     diagnosis_field,
     gallery,
     picture,
-    row_counter,
     seed_field,
+    step_counter,
     upload_field,
     with_messages,
 )
@@ -76,8 +76,8 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
         probability: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
-        on_row = row_counter(progress, demo.grid_size)
-        made = demo.generate(name, count, number, heat, scale, most_likely, probability, on_row)
+        on_step = step_counter(progress, demo.num_steps)
+        made = demo.generate(name, count, number, heat, scale, most_likely, probability, on_step)
         return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
 
     def select(event: gr.SelectData) -> int:
@@ -214,8 +214,8 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
             if how == "box"
             else demo.painted_mask(painted["layers"] if painted else [])
         )
-        on_row = row_counter(progress, count * demo.grid_size)
-        return demo.edit(image, mask, name, count, number, candidates, on_row)
+        on_step = step_counter(progress, count * demo.num_steps)
+        return demo.edit(image, mask, name, count, number, candidates, on_step)
 
     def show_method(how: str) -> Any:
         by_box = how == "box"

@@ -231,9 +231,9 @@ def generate_samples(
 ) -> Samples:
     """Draw samples whose classes are in proportion to those of the training images, by the model's own distribution."""
     labels = sample_labels(class_ids(model, train), num_samples)
-    rows = -(-num_samples // BLOCK_SIZE) * model.config.vqvae_config.grid_size
-    with tqdm(total=rows, unit="row", desc="sampling", disable=not progress) as bar:
-        generated: Any = model.generate(num_samples, labels, seed=seed, on_row=bar.update)  # type: ignore[arg-type]
+    steps = -(-num_samples // BLOCK_SIZE) * model.config.prior_config.num_steps
+    with tqdm(total=steps, unit="step", desc="sampling", disable=not progress) as bar:
+        generated: Any = model.generate(num_samples, labels, seed=seed, on_step=bar.update)  # type: ignore[arg-type]
     names = [f"image {index}" for index in range(num_samples)]
     return Samples(generated.codes.cpu(), names, "generated", seed)
 
@@ -261,7 +261,7 @@ def encode_samples(
 
 
 def first_views(cache: CodeCache) -> Tensor:
-    """Codes `(N, h, w)` int64 of a cache's images as they are."""
+    """Codes `(N, ...)` int64 of a cache's images as they are."""
     return torch.from_numpy(cache.codes[:, 0].astype(np.int64))
 
 
@@ -396,7 +396,7 @@ def membership_metrics(
     for cache in (train, held_out):
         order = torch.randperm(len(cache.isic_ids), generator=torch.Generator().manual_seed(seed))
         rows = order[:limit]
-        bits.append(bits_per_code(model.prior, first_views(cache)[rows], class_ids(model, cache)[rows]))
+        bits.append(bits_per_code(model, first_views(cache)[rows], class_ids(model, cache)[rows]))
     is_held_out = np.repeat([0, 1], [len(part) for part in bits])
     joined = torch.cat(bits).numpy()
     metrics = []

@@ -13,7 +13,7 @@ ATLAS_CONTEXT = 3  # codes on each side of the one that is shown, so that no bor
 
 
 def code_counts(codes: Tensor, num_codes: int) -> Tensor:
-    """How often each image uses each code: `(N, K)` int64 of codes `(N, h, w)`."""
+    """How often each image uses each code: `(N, K)` int64 of codes `(N, ...)`."""
     flat = codes.flatten(1)
     return flat.new_zeros(len(flat), num_codes).scatter_add(1, flat, torch.ones_like(flat))
 
@@ -70,7 +70,7 @@ def code_atlas(tokenizer: VQVAEModel) -> Tensor:
     side, cell = 2 + 2 * ATLAS_CONTEXT, tokenizer.config.downsampling
     parts = []
     for codes in torch.arange(tokenizer.config.num_codes, device=tokenizer.device).split(64):
-        images = tokenizer.decode(codes[:, None, None].expand(-1, side, side)).float()
+        images = tokenizer.decode_alone(codes, side).float()
         parts.append(
             images[
                 :,

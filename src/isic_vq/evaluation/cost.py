@@ -34,7 +34,7 @@ def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> lis
         seed: of what is generated.
     """
     config = model.config.vqvae_config
-    positions = config.grid_size**2
+    positions = config.num_positions
     metrics = []
     for part in PARTS:
         of = getattr(model, part)

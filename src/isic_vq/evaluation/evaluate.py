@@ -138,8 +138,8 @@ def add_data_set(
     """Add a data set's lines and tables to the report."""
     model, report, name = evaluation.model, evaluation.report, measured.info.name
     config = model.config.vqvae_config
-    by_class = class_bits(model.prior, measured.codes) if model.config.class_names else None
-    bits = {"bits_per_code_unconditional": bits_per_code(model.prior, measured.codes, None)}
+    by_class = class_bits(model, measured.codes) if model.config.class_names else None
+    bits = {"bits_per_code_unconditional": bits_per_code(model, measured.codes, None)}
     bits["bits_per_code"] = bits["bits_per_code_unconditional"].clone()
     if by_class is not None:  # an image without a diagnosis of the model's is scored without one
         known = measured.labels < by_class.shape[1]
@@ -180,8 +180,8 @@ def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metri
     ids = {name: index for index, name in model.config.class_names.items()}
     labels = torch.tensor([ids.get(cache.diagnoses[row], len(ids)) for row in rows])
     bits = {
-        "bits_per_code": bits_per_code(model.prior, codes, labels),
-        "bits_per_code_unconditional": bits_per_code(model.prior, codes, None),
+        "bits_per_code": bits_per_code(model, codes, labels),
+        "bits_per_code_unconditional": bits_per_code(model, codes, None),
         "bits_per_code_unigram": unigram_bits(cache.counts(), codes).flatten(1).mean(1),
     }
     metrics = bits_metrics(model, bits, "train", cache.source.name)

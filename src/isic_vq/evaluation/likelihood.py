@@ -11,29 +11,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
 from isic_vq.evaluation.report import Metric
-from isic_vq.models.likelihood import BATCH_SIZE, score_codes
+from isic_vq.models.likelihood import BATCH_SIZE, Scorer, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 
 def bits_per_code(
-    prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
+    model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
 ) -> Tensor:
     """Mean bits per code of each image under the prior, whatever mode it is in.
 
     Args:
-        prior: a prior.
-        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+        model: the whole model.
+        codes (`torch.LongTensor` of shape `(N, h, w)` or `(N, L)`): in [0, K).
         labels (`torch.LongTensor` of shape `(N,)`): class ids, or None for unconditional.
         batch_size: images per forward pass.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float64.
     """
-    return score_codes(prior, codes, labels, batch_size=batch_size).flatten(1).mean(1)
+    return score_codes(model, codes, labels, batch_size=batch_size).flatten(1).mean(1)
 
 
 def unigram_bits(train_counts: Tensor, codes: Tensor) -> Tensor:
@@ -58,10 +57,10 @@ def own_entropy(codes: Tensor) -> Tensor:
     """Entropy in bits per code of each image's own code frequencies: what its codes cost without their order.
 
     Args:
-        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+        codes (`torch.LongTensor` of shape `(N, ...)`): in [0, K).
 
     Returns:
-        `torch.Tensor` of shape `(N,)`, float64, in [0, log2 min(K, h w)].
+        `torch.Tensor` of shape `(N,)`, float64, in [0, log2 min(K, codes of an image)].
     """
     flat = codes.flatten(1)
     counts = flat.new_zeros(len(flat), int(codes.max()) + 1).scatter_add(1, flat, torch.ones_like(flat))
@@ -71,10 +70,10 @@ def own_entropy(codes: Tensor) -> Tensor:
 def likelihood_metrics(
     model: IsicVQModel, train_counts: Tensor | None, codes: Tensor, labels: Tensor, split: str, dataset: str
 ) -> list[Metric]:
-    """The report's lines for what the prior makes of unseen codes `(N, h, w)` with class ids `(N,)`."""
+    """The report's lines for what the prior makes of unseen codes `(N, ...)` with class ids `(N,)`."""
     bits = {
-        "bits_per_code": bits_per_code(model.prior, codes, labels),
-        "bits_per_code_unconditional": bits_per_code(model.prior, codes, None),
+        "bits_per_code": bits_per_code(model, codes, labels),
+        "bits_per_code_unconditional": bits_per_code(model, codes, None),
     }
     if train_counts is not None:
         bits["bits_per_code_unigram"] = unigram_bits(train_counts, codes).flatten(1).mean(1)
@@ -85,7 +84,7 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], split: str, datase
     """The report's lines for bits per code of each image, `(N,)` by name, and for what follows from `bits_per_code`."""
     config = model.config.vqvae_config
     num_images = len(bits["bits_per_code"])
-    per_pixel = bits["bits_per_code"] / config.downsampling**2
+    per_pixel = bits["bits_per_code"] * config.num_positions / config.image_size**2
     return [
         *(mean_metric(name, values, "bits per code", split, dataset) for name, values in bits.items()),
         mean_metric("bits_per_pixel", per_pixel, "bits per pixel", split, dataset),
@@ -95,18 +94,18 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], split: str, datase
     ]
 
 
-def class_bits(prior: PreTrainedModel, codes: Tensor) -> Tensor:
+def class_bits(model: Scorer, codes: Tensor) -> Tensor:
     """Bits of each image given each class: what tells which diagnosis explains an image best.
 
     Args:
-        prior: a prior with classes.
-        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+        model: a whole model with classes.
+        codes (`torch.LongTensor` of shape `(N, h, w)` or `(N, L)`): in [0, K).
 
     Returns:
         `torch.Tensor` of shape `(N, num_classes)`, float64, bits per code.
     """
-    classes = range(len(prior.config.id2label))
-    return torch.stack([bits_per_code(prior, codes, torch.full((len(codes),), y)) for y in classes], dim=1)
+    classes = range(len(model.config.class_names))
+    return torch.stack([bits_per_code(model, codes, torch.full((len(codes),), y)) for y in classes], dim=1)
 
 
 def conditioning_metrics(

@@ -53,13 +53,13 @@ class ScoredImage:
     Attributes:
         name: the record's or file's.
         pixel_values: `(3, H, W)`, RGB in [0, 1].
-        bits: `(h, w)` float64, of every code.
+        bits_map: `(h, w)` float64, where the bits of the codes lie; see `ScoreOutput`.
         scores: in bits per code, by name; see `image_scores`.
     """
 
     name: str
     pixel_values: Tensor
-    bits: Tensor
+    bits_map: Tensor
     scores: dict[str, float]
 
 
@@ -90,12 +90,12 @@ def read_reference(
     chosen = rows[order[:MAX_REFERENCE_IMAGES]]
     codes = torch.from_numpy(cache.codes[chosen.numpy(), 0].astype("int64"))
     labels = None if label is None else torch.full((len(codes),), label)
-    bits = score_codes(model.prior, codes, labels, marginalize)
+    bits = score_codes(model, codes, labels, marginalize)
     return Reference(cache.counts(), bits.mean().item(), len(codes), cache.source.name)
 
 
 def image_scores(bits: Tensor, codes: Tensor, reference: Reference | None) -> dict[str, Tensor]:
-    """Scores `(N,)` in bits per code, by name, of codes `(N, h, w)` with these bits `(N, h, w)`.
+    """Scores `(N,)` in bits per code, by name, of codes `(N, ...)` with bits of the same shape.
 
     They are those of `SCORES`; without a reference, those that need none.
     """
@@ -129,4 +129,4 @@ def score_images(
         scores = image_scores(output["bits"], output["codes"], reference)
         for index, name in enumerate(names):
             numbers = {score: values[index].item() for score, values in scores.items()}
-            yield ScoredImage(name, pixel_values[index], output["bits"][index], numbers)
+            yield ScoredImage(name, pixel_values[index], output["bits_map"][index], numbers)

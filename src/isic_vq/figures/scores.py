@@ -32,11 +32,7 @@ class HeatMap:
     name: str
     image: np.ndarray
     bits: np.ndarray
-
-    @property
-    def bits_per_code(self) -> float:
-        """Mean over the codes."""
-        return float(self.bits.mean())
+    bits_per_code: float
 
 
 class Gallery:
@@ -55,9 +51,9 @@ class Gallery:
         self.likely: list[HeatMap] = []
         self.unlikely: list[HeatMap] = []
 
-    def add(self, name: str, image: np.ndarray, bits: np.ndarray) -> None:
+    def add(self, name: str, image: np.ndarray, bits: np.ndarray, bits_per_code: float) -> None:
         """Take note of an image; see `HeatMap`."""
-        shown = HeatMap(name, image, bits)
+        shown = HeatMap(name, image, bits, bits_per_code)
         self.num_images += 1
         if self.num_images <= self.limit:
             self.first.append(shown)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from .configuration_isic_vq import IsicVQConfig
 from .configuration_pixelcnn import PixelCNNConfig
+from .configuration_var import VARConfig
 from .configuration_vqvae import VQVAEConfig
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import IsicVQModel
 from .modeling_pixelcnn import PixelCNNModel
+from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel
 from .pipeline_isic_vq import UnconditionalImageGenerationPipeline
 
@@ -27,6 +29,8 @@ __all__ = [
     "PixelCNNConfig",
     "PixelCNNModel",
     "UnconditionalImageGenerationPipeline",
+    "VARConfig",
+    "VARModel",
     "VQVAEConfig",
     "VQVAEModel",
 ]

@@ -33,4 +33,8 @@ class VQVAEModel(_Part):
 
 
 class PixelCNNModel(_Part):
-    """The prior."""
+    """The prior of a repository that has a PixelCNN."""
+
+
+class VARModel(_Part):
+    """The prior of a repository that has a VAR."""

@@ -6,10 +6,26 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .configuration_pixelcnn import PixelCNNConfig
+from .configuration_prior import PriorConfig
+from .configuration_var import VARConfig
 from .configuration_vqvae import VQVAEConfig
 
 TASK = "unconditional-image-generation"  # of the pipeline, as the Hub calls it
-PRIOR_CONFIGS: dict[str, type[PreTrainedConfig]] = {PixelCNNConfig.model_type: PixelCNNConfig}
+PRIOR_CONFIGS: dict[str, type[PriorConfig]] = {
+    config.model_type: config for config in (PixelCNNConfig, VARConfig)
+}
+
+
+def prior_config_class(fields: dict[str, Any]) -> type[PriorConfig]:
+    """Take `model_type` out of a prior's fields, and find its class; `isic_pixelcnn` where there is none.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    model_type = fields.pop("model_type", PixelCNNConfig.model_type)
+    if model_type not in PRIOR_CONFIGS:
+        raise ValueError(f"prior model_type is {model_type!r}: expected one of {sorted(PRIOR_CONFIGS)}")
+    return PRIOR_CONFIGS[model_type]
 
 
 @strict
@@ -42,12 +58,7 @@ class IsicVQConfig(PreTrainedConfig):
         if isinstance(self.prior_config, dict):
             # Resolved here because transformers would look the type up in its own table only.
             fields = dict(self.prior_config)
-            model_type = fields.pop("model_type", PixelCNNConfig.model_type)
-            if model_type not in PRIOR_CONFIGS:
-                raise ValueError(
-                    f"prior model_type is {model_type!r}: expected one of {sorted(PRIOR_CONFIGS)}"
-                )
-            self.prior_config = PRIOR_CONFIGS[model_type](**fields)
+            self.prior_config = prior_config_class(fields)(**fields)
         super().__post_init__(**kwargs)
 
     @property
@@ -64,8 +75,16 @@ class IsicVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"the tokenizer has {vqvae.num_codes} codes but the prior models {prior.num_codes}"
             )
-        if vqvae.grid_size != prior.grid_size:
+        if vqvae.code_shape != prior.code_shape:
             raise ValueError(
-                f"the tokenizer makes {vqvae.grid_size}x{vqvae.grid_size} codes but the prior models "
-                f"{prior.grid_size}x{prior.grid_size}"
+                f"the tokenizer makes {_by(vqvae.code_shape)} codes but the prior models {_by(prior.code_shape)}"
             )
+        for name in prior.of_tokenizer:
+            if getattr(vqvae, name) != getattr(prior, name):
+                raise ValueError(
+                    f"{name} of the tokenizer is {getattr(vqvae, name)} but the prior's is {getattr(prior, name)}"
+                )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -2,10 +2,12 @@
 
 Source: van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937; the layer
 order (convolution, batch normalisation, ReLU) follows the report "Image Generation using VQ-VAE and
-Pixel CNN". Differs: an exponential-moving-average codebook by default (appendix A.1 of the paper), and a
+Pixel CNN". Residual quantization over scales is that of Tian et al., "Visual Autoregressive Modeling", arXiv 2404.02905.
+Differs: an exponential-moving-average codebook by default (appendix A.1 of the paper), and a
 linear projection to `code_dim` between encoder and quantizer.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +17,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "f8": {"hidden_sizes": (64, 128, 128)},
     "f4": {"hidden_sizes": (64, 128)},
 }
+
+
+def check_scales(scales: Sequence[int], last: int) -> None:
+    """Refuse sides of code grids that do not grow from at least 1 to `last`.
+
+    Raises:
+        ValueError: the scales are not such.
+    """
+    sides = list(scales)
+    if not sides or sides[0] < 1 or sides != sorted(set(sides)) or sides[-1] != last:
+        raise ValueError(
+            f"scales are {sides}: expected sides that grow from at least 1 to {last}, the code grid's"
+        )
 
 
 @strict
@@ -32,6 +47,10 @@ class VQVAEConfig(PreTrainedConfig):
             the choice for tiny batches and for runs that must not depend on how the batch is cut).
         num_codes: K, the number of codebook vectors.
         code_dim: D, channels of a codebook vector.
+        scales: sides of the code grids, coarse to fine, such as (1, 2, 3, 4, 6, 8, 12, 16); the last is `grid_size`.
+            None makes a single grid.
+        num_phi: convolutions that the scales share, of which there are at most as many as scales; without
+            scales there are none.
         codebook_update: "ema" (moving averages of the assigned latents) or "gradient" (codebook loss).
         ema_decay: decay per training step of the moving averages.
         ema_epsilon: Laplace smoothing of the moving counts, in counts.
@@ -53,6 +72,8 @@ class VQVAEConfig(PreTrainedConfig):
     norm: str = "batch"
     num_codes: int = 512
     code_dim: int = 32
+    scales: list[int] | tuple[int, ...] | None = None
+    num_phi: int = 4
     codebook_update: str = "ema"
     ema_decay: float = 0.99
     ema_epsilon: float = 1e-5
@@ -78,6 +99,21 @@ class VQVAEConfig(PreTrainedConfig):
         """Side of the code grid of an `image_size` image."""
         return self.image_size // self.downsampling
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the code grids, coarse to fine."""
+        return tuple(self.scales or (self.grid_size,))
+
+    @property
+    def num_positions(self) -> int:
+        """Codes of an image."""
+        return sum(side * side for side in self.sides)
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of an image's codes: `(h, w)`, or `(L,)` with all scales one after the other."""
+        return (self.num_positions,) if self.scales else (self.grid_size, self.grid_size)
+
     def validate_architecture(self) -> None:
         """Check the relations between fields; called by `strict` at construction."""
         if not self.hidden_sizes:
@@ -97,5 +133,11 @@ class VQVAEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_codes and code_dim must be positive, got {self.num_codes} and {self.code_dim}"
             )
+        if self.scales is not None:
+            check_scales(self.scales, self.grid_size)
+            if not 1 <= self.num_phi <= len(self.scales):
+                raise ValueError(
+                    f"num_phi is {self.num_phi}: expected 1 to {len(self.scales)}, the number of scales"
+                )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: expected a value in [0, 1)")

@@ -1,6 +1,6 @@
 """Editing on the code grid: draw some codes of an image anew, given all the others.
 
-The target is the prior's own posterior, p(masked codes | kept codes, label). Codes are drawn in raster order, so
+The target is the prior's own posterior, p(masked codes | kept codes, label). Codes are drawn in the prior's order, so
 a draw cannot see the kept codes that come after it. A particle filter makes up for that: it carries many
 candidates (particles), weighs each by the likelihood of the kept codes given what precedes them in it (never by that
 of its own draws), and lets the fit ones multiply. It is exact as the number of particles grows; where no kept code
@@ -10,22 +10,23 @@ Source: the bootstrap filter of Gordon, Salmond and Smith, "Novel approach to no
 state estimation", 1993, in the notation of Naesseth, Lindsten and Schon, "Elements of Sequential Monte Carlo",
 arXiv 1903.04797; systematic resampling after Kitagawa, "Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear
 State Space Models", 1996.
-Differs: particles are resampled between rows, where the sampler's cache can be reordered, and not at every code.
+Differs: particles are resampled between steps (rows, or scales), where the prior's cache can be reordered, and not at
+every code.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .modeling_pixelcnn import PixelCNNModel
+from .modeling_vqvae import VQVAEModel
 from .modes import evaluating
-from .pixelcnn_cache import open_cache
+from .prior import PriorModel, Walk
 from .sampling import draw, image_generators, position_uniforms
 
 
@@ -35,11 +36,11 @@ class EditOutput(ModelOutput):
 
     Args:
         pixel_values: `(B, 3, H, W)`, RGB in [0, 1].
-        codes: `(B, h, w)` int64 in [0, K); outside the mask as encoded.
-        mask: `(B, h, w)` bool, the codes that were drawn anew.
+        codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`; outside the mask as encoded.
+        mask: bool of the same shape, the codes that were drawn anew.
         labels: `(B,)` int64, the class ids; the unconditional id where none was asked for.
         num_particles: `(B,)` int64, how many were used: as many as asked for, or 1 where that is exact.
-        ess: `(B, h)` float64 in [1, num_particles], the effective sample size after each row, before
+        ess: `(B, steps)` float64 in [1, num_particles], the effective sample size after each row or scale, before
             resampling: how many equally weighted particles would be worth as much. Near 1, the image was
             chosen from a handful of candidates; ask for more particles.
         log_evidence: `(B,)` float64, in nats: the estimate of log p(kept codes after the first masked one |
@@ -62,18 +63,24 @@ def central_region(size: int) -> Tensor:
     return region
 
 
-def code_mask(mask: Tensor, num_images: int, size: int, downsampling: int, dilation: int = 0) -> Tensor:
-    """The codes whose patch touches a mask of pixels.
+def code_masks(
+    mask: Tensor, num_images: int, size: int, sides: Sequence[int], dilation: int = 0
+) -> list[Tensor]:
+    """The codes to draw anew for a mask of pixels: those whose patch touches it.
+
+    A code of a coarser scale stands for a larger patch, and goes if the codes to draw anew of the finest scale cover at
+    least half of it. Were it to go for the least touch, so would every image's coarsest code, and with it what the
+    kept codes around the mask were made to complete.
 
     Args:
         mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw.
         num_images: B.
         size: H and W.
-        downsampling: side of the patch of pixels that a code stands for.
-        dilation: how many codes the mask grows by on all sides, diagonals included.
+        sides: of the code grids, coarse to fine.
+        dilation: how many codes of the finest grid the mask grows by on all sides, diagonals included.
 
     Returns:
-        `torch.BoolTensor` of shape `(B, h, w)`.
+        `torch.BoolTensor` of shape `(B, side, side)` for each grid.
 
     Raises:
         ValueError: wrong shape or type, a negative dilation, or an image without a masked pixel.
@@ -92,19 +99,21 @@ def code_mask(mask: Tensor, num_images: int, size: int, downsampling: int, dilat
     if dilation < 0:
         raise ValueError(f"dilation is {dilation}: expected 0 codes or more")
     pixels = mask.reshape(-1, 1, size, size).expand(num_images, 1, size, size).float()
-    touched = F.max_pool2d(pixels, downsampling)
-    touched = F.max_pool2d(touched, 2 * dilation + 1, stride=1, padding=dilation)[:, 0] > 0
-    empty = (~touched.flatten(1).any(1)).nonzero().flatten().tolist()
+    touched = F.max_pool2d(pixels, size // sides[-1])
+    touched = F.max_pool2d(touched, 2 * dilation + 1, stride=1, padding=dilation)
+    empty = (~touched.flatten(1).bool().any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
             f"mask is empty for image {', '.join(map(str, empty))}: nothing to redraw; mark at least one pixel"
         )
-    return touched
+    covered = [F.interpolate(touched, size=side, mode="area") for side in sides[:-1]]
+    return [*((part >= 0.5)[:, 0] for part in covered), touched[:, 0] > 0]
 
 
-def pixel_mask(mask: Tensor, downsampling: int) -> Tensor:
-    """The pixels `(B, 1, H, W)` that masked codes `(B, h, w)` stand for."""
-    return mask[:, None].repeat_interleave(downsampling, 2).repeat_interleave(downsampling, 3)
+def pixel_mask(mask: Tensor, size: int) -> Tensor:
+    """The pixels `(B, 1, size, size)` that masked codes `(B, h, w)` of the finest grid stand for."""
+    step = size // mask.shape[-1]
+    return mask[:, None].repeat_interleave(step, 2).repeat_interleave(step, 3)
 
 
 def effective_sample_size(log_weights: Tensor) -> float:
@@ -131,9 +140,9 @@ class Particles(NamedTuple):
     """What `filter_particles` ends with.
 
     Args:
-        codes: `(N, h, w)` int64, the candidates.
+        codes: `(N, L)` int64, the candidates, flat.
         log_weights: `(N,)` float64, up to a constant: what each is worth.
-        ess: the effective sample size after each of the h rows, before resampling.
+        ess: the effective sample size after each step, before resampling.
         log_evidence: as in `EditOutput`.
     """
 
@@ -143,47 +152,57 @@ class Particles(NamedTuple):
     log_evidence: float
 
 
+class Editor(Protocol):
+    """What codes are drawn with: an `IsicVQModel`."""
+
+    prior: PriorModel
+    vqvae: VQVAEModel
+
+
 def redraw_codes(
-    prior: PixelCNNModel,
+    model: Editor,
     codes: Tensor,
     mask: Tensor,
     labels: Tensor,
     num_particles: int,
     generators: Sequence[torch.Generator],
-    on_row: Callable[[], Any] | None = None,
+    on_step: Callable[[], Any] | None = None,
 ) -> EditOutput:
     """Draw the masked codes from p(masked codes | kept codes, label); `pixel_values` is left to the caller.
 
     Images are taken one by one, with the particles as the batch, so that none depends on its company.
 
     Args:
-        prior: in either mode.
-        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-        mask (`torch.BoolTensor` of shape `(B, h, w)`): True where to redraw, somewhere in every image.
+        model: the whole model, its prior in either mode.
+        codes (`torch.LongTensor` of shape `(B, h, w)` or `(B, L)`): in [0, K).
+        mask (`torch.BoolTensor` of the same shape): True where to redraw, somewhere in every image.
         labels (`torch.LongTensor` of shape `(B,)`): class ids.
         num_particles: N, candidates per image.
         generators: one per image; its seed determines the image's noise.
-        on_row: called after each finished row of each image.
+        on_step: called after each finished row, or scale, of each image.
 
     Raises:
         ValueError: `num_particles` below 1, or labels that are not the prior's.
     """
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"num_particles is {num_particles!r}: expected a whole number of at least 1")
+    prior = model.prior
     labels = prior.checked_labels(labels, len(codes))
     chosen, sets = [], []
     with evaluating(prior), torch.inference_mode():
-        for image, masked, label, generator in zip(codes, mask, labels, generators, strict=True):
-            flat = masked.flatten()
-            is_exact = flat[flat.int().argmax() :].all()  # no kept code has anything to say about a draw
+        for image, masked, label, generator in zip(
+            codes.flatten(1), mask.flatten(1), labels, generators, strict=True
+        ):
+            is_exact = masked[masked.int().argmax() :].all()  # no kept code has anything to say about a draw
             # Streams that no call of `generate` with the same seed uses. One of them resamples.
             seed, count = generator.initial_seed(), 1 if is_exact else num_particles
             comb, *noise = position_uniforms(image_generators(seed, 1 + count), image.numel())
-            particles = filter_particles(prior, image, masked, label, torch.stack(noise), comb, on_row)
+            walk = prior.walk(label.repeat(count), model.vqvae.extend)
+            particles = filter_particles(walk, image, masked, torch.stack(noise), comb, on_step)
             chosen.append(particles.codes[draw(particles.log_weights[None], comb[-1:])])
             sets.append(particles)
     return EditOutput(
-        codes=torch.cat(chosen),  # a normal tensor: autograd refuses those of inference mode
+        codes=torch.cat(chosen).view_as(codes),  # a normal tensor: autograd refuses those of inference mode
         mask=mask,
         labels=labels,
         num_particles=torch.tensor([len(particles.codes) for particles in sets]),
@@ -193,49 +212,46 @@ def redraw_codes(
 
 
 def filter_particles(
-    prior: PixelCNNModel,
+    walk: Walk,
     codes: Tensor,
     mask: Tensor,
-    label: Tensor,
     uniforms: Tensor,
     comb: Tensor,
-    on_row: Callable[[], Any] | None = None,
+    on_step: Callable[[], Any] | None = None,
 ) -> Particles:
-    """Weighted candidates for one image's masked codes; call it in inference mode, with the prior in eval mode.
+    """Weighted candidates for one image's masked codes; call it in inference mode.
 
     Args:
-        prior: in eval mode.
-        codes (`torch.LongTensor` of shape `(h, w)`): in [0, K).
-        mask (`torch.BoolTensor` of shape `(h, w)`): True where to redraw, somewhere.
-        label (`torch.LongTensor` without axes): class id.
-        uniforms (`torch.Tensor` of shape `(N, h * w)`): noise of each particle and position, in [0, 1).
-        comb (`torch.Tensor` of shape `(h * w,)`): noise of resampling after each position, in [0, 1).
-        on_row: called after each finished row.
+        walk: of N images of one class, at its beginning.
+        codes (`torch.LongTensor` of shape `(L,)`): in [0, K), flat.
+        mask (`torch.BoolTensor` of shape `(L,)`): True where to redraw, somewhere.
+        uniforms (`torch.Tensor` of shape `(N, L)`): noise of each particle and position, in [0, 1).
+        comb (`torch.Tensor` of shape `(L,)`): noise of resampling after each position, in [0, 1).
+        on_step: called after each finished step.
     """
-    count, (height, width) = len(uniforms), codes.shape
-    masked = mask.flatten().tolist()
-    first = masked.index(True)
-    particles = codes.repeat(count, 1, 1)
+    count = len(uniforms)
+    first = mask.int().argmax().item()
+    weighed = ~mask & (torch.arange(len(mask), device=mask.device) > first)
+    particles = codes.repeat(count, 1)
     log_weights = torch.zeros(count, dtype=torch.float64, device=codes.device)
     log_evidence, ess = 0.0, []
-    cache = open_cache(prior, label.repeat(count))
-    for row in range(height):
-        cache.start_row(row)
-        for column in range(width):
-            position = row * width + column
-            logits = cache.logits(column)
-            if masked[position]:
-                particles[:, row, column] = draw(logits, uniforms[:, position])
-            elif position > first:
-                log_weights += logits.double().log_softmax(-1)[:, codes[row, column]]
-            cache.put(column, particles[:, row, column])
+    for index, step in enumerate(walk.steps):
+        for group in step:
+            logits = walk.logits(group)
+            masked, kept = mask[group], weighed[group]
+            if masked.any():
+                particles[:, group][:, masked] = draw(logits[:, masked], uniforms[:, group][:, masked.cpu()])
+            if kept.any():
+                nats = -logits[:, kept].double().log_softmax(-1)
+                log_weights -= nats.gather(-1, particles[:, group][:, kept, None]).sum((1, 2))
+            walk.put(group, particles[:, group])
         ess.append(effective_sample_size(log_weights))
-        if ess[-1] < count / 2 and row + 1 < height:
-            ancestors = systematic_resampling(log_weights, comb[position].item())
+        if ess[-1] < count / 2 and index + 1 < len(walk.steps):
+            ancestors = systematic_resampling(log_weights, comb[group.stop - 1].item())
             log_evidence += log_weights.logsumexp(0).item() - math.log(count)
             particles, log_weights = particles[ancestors], torch.zeros_like(log_weights)
-            cache.reorder(ancestors)
-        if on_row is not None:
-            on_row()
+            walk.reorder(ancestors)
+        if on_step is not None:
+            on_step()
     log_evidence += log_weights.logsumexp(0).item() - math.log(count)
     return Particles(particles, log_weights, ess, log_evidence)

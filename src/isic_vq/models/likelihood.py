@@ -1,23 +1,36 @@
 """How likely a prior finds grids of codes: the bits of every position, given a class or over all classes.
 
-The chain rule in raster order, log p(x | y) = sum_t log p(x_t | x_<t, y), shares an image's bits out among its
+The chain rule in the order of the codes, log p(x | y) = sum_t log p(x_t | x_<t, y), shares an image's bits out among its
 positions: a map of where the image surprises the prior. It holds for the mixture p(x) = sum_y pi_y p(x | y), too:
 log p(x_<=t) is the log-sum-exp over classes of log pi_y + log p(x_<=t | y), and what it falls by from one position
-to the next is -log p(x_t | x_<t). Either way the bits of an image's positions sum to -log2 p(x).
+to the next is -log p(x_t | x_<t). Within a scale, whose codes are independent of each other given the coarser ones and
+the class, any order will do. Either way the bits of an image's positions sum to -log2 p(x).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .configuration_isic_vq import IsicVQConfig
 from .modes import evaluating
 
 BATCH_SIZE = 32
+
+
+class Scorer(Protocol):
+    """What is scored with: an `IsicVQModel`."""
+
+    config: IsicVQConfig
+    device: torch.device
+
+    def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `(B, K, *code shape)` of every code from earlier ones."""
 
 
 @dataclass
@@ -26,29 +39,31 @@ class ScoreOutput(ModelOutput):
 
     Args:
         bits_per_code: `(B,)` float64, mean over an image's codes.
-        bits: `(B, h, w)` float64, the bits of every position.
-        codes: `(B, h, w)` int64 in [0, K).
+        bits: float64 of the shape of `codes`, the bits of every one.
+        bits_map: `(B, h, w)` float64, where they lie: those of coarser scales are shared out over their area.
+        codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`.
     """
 
     bits_per_code: Tensor | None = None
     bits: Tensor | None = None
+    bits_map: Tensor | None = None
     codes: Tensor | None = None
 
 
 @torch.no_grad()
 def score_codes(
-    prior: PreTrainedModel,
+    model: Scorer,
     codes: Tensor,
     labels: Tensor | None = None,
     marginalize: bool = False,
     class_weights: Tensor | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """Bits of every position under a prior that factorises in raster order, whatever mode it is in.
+    """Bits of every position under a model's prior, whatever mode it is in.
 
     Args:
-        prior: its forward gives `logits (B, K, h, w)`; those at a position depend on earlier codes only.
-        codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K).
+        model: the whole model.
+        codes (`torch.LongTensor` of shape `(N, h, w)` or `(N, L)`): in [0, K).
         labels (`torch.LongTensor` of shape `(N,)`): class ids, or None for unconditional.
         marginalize: the bits of the mixture over classes instead; the positions of an image still sum to its
             -log2 p(x), and each is -log2 p(code | earlier codes).
@@ -57,7 +72,7 @@ def score_codes(
         batch_size: grids per forward pass; of a mixture, pairs of a grid and a class.
 
     Returns:
-        `torch.Tensor` of shape `(N, h, w)`, float64, on the CPU.
+        `torch.Tensor` of the shape of `codes`, float64, on the CPU.
 
     Raises:
         ValueError: arguments that exclude each other, a mixture of no classes, or weights that are none.
@@ -66,11 +81,11 @@ def score_codes(
         raise ValueError("class_weights are given without marginalize: they weigh the classes of a mixture")
     if labels is not None and marginalize:
         raise ValueError("labels and marginalize are both given: a mixture is over all classes, give one")
-    with evaluating(prior):
+    with evaluating(model):
         if not marginalize:
-            return _nats(prior, codes, labels, batch_size) / math.log(2)
-        log_weights = mixture_log_weights(class_weights, len(prior.config.id2label))
-        parts = [_mixture_nats(prior, part, log_weights, batch_size) for part in codes.split(batch_size)]
+            return _nats(model, codes, labels, batch_size) / math.log(2)
+        log_weights = mixture_log_weights(class_weights, len(model.config.class_names))
+        parts = [_mixture_nats(model, part, log_weights, batch_size) for part in codes.split(batch_size)]
     return torch.cat(parts) / math.log(2)
 
 
@@ -92,22 +107,43 @@ def mixture_log_weights(class_weights: Tensor | None, num_classes: int) -> Tenso
     return (weights.double() / total).log()
 
 
-def _nats(prior: PreTrainedModel, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
-    """-log p(code | earlier codes, label) of every position, `(N, h, w)` float64 on the CPU."""
+def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
+    """-log p(code | earlier codes, label) of every position, float64 of the shape of `codes`, on the CPU."""
     nats = []
     for first in range(0, len(codes), batch_size):
-        part = codes[first : first + batch_size].to(prior.device)
+        part = codes[first : first + batch_size].to(model.device)
         part_labels = None if labels is None else labels[first : first + batch_size]
-        logits = prior(part, part_labels).logits.float()
+        logits = model.predict(part, part_labels).float()
         nats.append(F.cross_entropy(logits, part, reduction="none").cpu().double())
     return torch.cat(nats)
 
 
-def _mixture_nats(prior: PreTrainedModel, codes: Tensor, log_weights: Tensor, batch_size: int) -> Tensor:
-    """-log p(code | earlier codes) of every position under the mixture, `(N, h, w)` float64 on the CPU."""
+def _mixture_nats(model: Scorer, codes: Tensor, log_weights: Tensor, batch_size: int) -> Tensor:
+    """-log p(code | earlier codes) of every position under the mixture, as `_nats`."""
     num_classes, num_images = len(log_weights), len(codes)
     labels = torch.arange(num_classes).repeat_interleave(num_images)
-    nats = _nats(prior, codes.repeat(num_classes, 1, 1), labels, batch_size)
+    nats = _nats(model, torch.cat([codes] * num_classes), labels, batch_size)
     running = nats.view(num_classes, num_images, -1).cumsum(-1)  # -log p(x_<=t | y)
     joint = -torch.logsumexp(log_weights[:, None, None] - running, dim=0)  # -log p(x_<=t)
     return joint.diff(dim=-1, prepend=joint.new_zeros(num_images, 1)).view_as(codes)
+
+
+def spread_over_grid(values: Tensor, sides: Sequence[int]) -> Tensor:
+    """Share numbers of codes out over the area that each stands for; an image's still have the same sum.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, h, w)` or `(B, L)`): one number per code, of one grid or of all scales.
+        sides: sides of the grids, coarse to fine.
+
+    Returns:
+        `(B, h, w)`, h = w the last side.
+    """
+    places = torch.arange(sides[-1], dtype=values.dtype, device=values.device)
+    total = values.new_zeros(len(values), sides[-1], sides[-1])
+    for grid, side in zip(values.flatten(1).split([side**2 for side in sides], dim=1), sides, strict=True):
+        width = sides[-1] / side  # of a code, in places
+        starts = torch.arange(side, dtype=values.dtype, device=values.device)[:, None] * width
+        overlap = torch.minimum(starts + width, places + 1) - torch.maximum(starts, places)
+        shares = overlap.clamp(min=0) / width  # of each code that falls on each place, (side, h)
+        total += shares.T @ grid.unflatten(1, (side, side)) @ shares
+    return total

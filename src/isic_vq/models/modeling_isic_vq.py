@@ -25,16 +25,20 @@ from transformers.utils import ModelOutput
 
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
-from .editing import EditOutput, central_region, code_mask, pixel_mask, redraw_codes
-from .likelihood import BATCH_SIZE, ScoreOutput, score_codes
+from .editing import EditOutput, central_region, code_masks, pixel_mask, redraw_codes
+from .likelihood import BATCH_SIZE, ScoreOutput, score_codes, spread_over_grid
 from .modeling_pixelcnn import PixelCNNModel
+from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
+from .prior import PriorModel
 from .repository import plain_card, write_doors
 from .sampling import image_generators, position_uniforms
 from .strict_loading import StrictLoading
 from .upload import full_name, upload_folder
 
-PRIOR_MODELS: dict[str, type[PreTrainedModel]] = {PixelCNNModel.config_class.model_type: PixelCNNModel}
+PRIOR_MODELS: dict[str, type[PriorModel]] = {
+    model.config_class.model_type: model for model in (PixelCNNModel, VARModel)
+}
 PARTS = ("vqvae", "prior")
 BLOCK_SIZE = 16  # images computed at once
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,7 +54,7 @@ class GenerationOutput(ModelOutput):
 
     Args:
         pixel_values: `(B, 3, H, W)`, RGB in [0, 1].
-        codes: `(B, h, w)` int64 in [0, K).
+        codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`.
         labels: `(B,)` int64, the class ids; the unconditional id where none was asked for.
     """
 
@@ -89,9 +93,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         return False
 
     @classmethod
-    def from_parts(
-        cls, vqvae: VQVAEModel, prior: PreTrainedModel, license: str | None = None
-    ) -> "IsicVQModel":
+    def from_parts(cls, vqvae: VQVAEModel, prior: PriorModel, license: str | None = None) -> "IsicVQModel":
         """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
 
         Args:
@@ -114,12 +116,16 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         return model.eval()
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Codes `(B, h, w)` int64 of images `(B, 3, H, W)` in [0, 1]."""
+        """Codes of images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.encode`."""
         return self.vqvae.encode(pixel_values)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)`."""
+        """Images `(B, 3, H, W)` in [0, 1] of codes; see `VQVAEModel.decode`."""
         return self.vqvae.decode(codes)
+
+    def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `(B, K, *code shape)` of every code, from earlier ones and class ids `(B,)`; None is unconditional."""
+        return self.prior(codes, labels, self.vqvae.context(codes)).logits
 
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = None
@@ -160,7 +166,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         guidance_scale: float = 1.0,
         block_size: int = BLOCK_SIZE,
         backend: str = "auto",
-        on_row: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> GenerationOutput:
         """Sample code grids from the prior and decode them.
 
@@ -183,7 +189,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             block_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
                 time for so many images.
-            on_row: called after each finished row of the code grids of a block.
+            on_step: called after each finished step of a block: a row of its code grids, or a scale.
 
         Raises:
             ValueError: an argument outside its range, an unknown label, or both seed and generator.
@@ -208,7 +214,15 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             backend = self.prior.best_backend(len(uniforms) // block_size)
         blocks = [
             self.prior.sample(
-                noise, block_ids, temperature, top_k, top_p, guidance_scale, backend=backend, on_row=on_row
+                noise,
+                block_ids,
+                temperature,
+                top_k,
+                top_p,
+                guidance_scale,
+                backend,
+                on_step,
+                self.vqvae.extend,
             )
             for noise, block_ids in zip(uniforms.split(block_size), padded_ids.split(block_size), strict=True)
         ]
@@ -226,8 +240,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         first_index: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> Tensor:
-        """Uniforms `(num_images, h*w)` of the images from `first_index` on, from a seed or else from generators."""
-        num_positions = self.config.prior_config.grid_size**2
+        """Uniforms `(num_images, L)` of the images from `first_index` on, from a seed or else from generators."""
+        num_positions = self.config.prior_config.num_positions
         if generator is None:
             return position_uniforms(image_generators(seed, num_images, first_index), num_positions)
         if isinstance(generator, torch.Generator):
@@ -251,17 +265,18 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         first_index: int = 0,
         dilation: int = 0,
         composite: bool = True,
-        on_row: Callable[[], Any] | None = None,
+        on_step: Callable[[], Any] | None = None,
     ) -> EditOutput:
         """Draw the codes under a mask anew, given all the others: a sample of p(masked codes | kept codes, label).
 
-        A particle filter in the prior's raster order, at temperature 1; see `editing`. Where no kept code follows
-        a masked one (the lower part of an image, or all of it) a single particle is exact and is what is used.
+        A particle filter in the prior's own order, at temperature 1; see `editing`. Where no kept code follows
+        a masked one (the lower part of an image for a PixelCNN, or all of it) a single particle is exact and is what is used.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
             mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw. A
-                code is drawn anew if its patch of pixels touches the mask.
+                code is drawn anew if its patch of pixels touches the mask; of coarser scales, if the patches of at least
+                half its area do.
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
             num_particles: candidates per image; more follow the kept codes more closely and take longer.
             seed: makes image i a function of (seed, first_index + i) and its inputs; without it the draw is random.
@@ -269,30 +284,33 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             dilation: how many codes the mask grows by on all sides.
             composite: take the pixels outside the masked patches from `pixel_values`, with a hard edge at the
                 patches' borders; False decodes the whole grid.
-            on_row: called after each finished row of the code grid, image by image.
+            on_step: called after each finished step, image by image: a row of the code grid, or a scale.
 
         Raises:
             ValueError: images of another size, a mask of another shape or type or without a marked pixel, an
                 unknown label, or a number outside its range.
         """
-        size, step = self.config.vqvae_config.image_size, self.config.vqvae_config.downsampling
+        size, sides = self.config.vqvae_config.image_size, self.config.vqvae_config.sides
         shape = tuple(pixel_values.shape)
         if shape[1:] != (3, size, size) or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values are {pixel_values.dtype} of shape {shape}: expected floats of shape (batch, 3, {size}, "
                 f"{size}), as the image processor makes them"
             )
-        masked = code_mask(mask, shape[0], size, step, dilation).to(pixel_values.device)
+        masks = code_masks(mask, shape[0], size, sides, dilation)
+        masked = torch.cat([part.flatten(1) for part in masks], dim=1).to(pixel_values.device)
         ids = self.label_ids(labels, shape[0])
         if seed is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
         generators = image_generators(seed, shape[0], first_index)
         # One by one here, too: the last bits of a convolution may depend on the size of the batch.
         codes = torch.cat([self.encode(image) for image in pixel_values.split(1)])
-        edit = redraw_codes(self.prior, codes, masked, ids, num_particles, generators, on_row)
+        edit = redraw_codes(self, codes, masked.view_as(codes), ids, num_particles, generators, on_step)
         edit.pixel_values = torch.cat([self.decode(image) for image in edit.codes.split(1)])
         if composite:
-            edit.pixel_values = torch.where(pixel_mask(masked, step), edit.pixel_values, pixel_values)
+            edit.pixel_values = torch.where(
+                pixel_mask(masks[-1].to(pixel_values.device), size), edit.pixel_values, pixel_values
+            )
         return edit
 
     def counterfactual(
@@ -343,8 +361,13 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         """
         codes = torch.cat([self.encode(part.to(self.device)) for part in pixel_values.split(BATCH_SIZE)])
         ids = None if labels is None else self.label_ids(labels, len(codes))
-        bits = score_codes(self.prior, codes, ids, marginalize, class_weights)
-        return ScoreOutput(bits_per_code=bits.flatten(1).mean(1), bits=bits, codes=codes)
+        bits = score_codes(self, codes, ids, marginalize, class_weights)
+        return ScoreOutput(
+            bits_per_code=bits.flatten(1).mean(1),
+            bits=bits,
+            bits_map=spread_over_grid(bits, self.config.vqvae_config.sides),
+            codes=codes,
+        )
 
     def save_pretrained(
         self,

@@ -13,34 +13,19 @@ hold in eval mode.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .code_convolution import convolve_codes
 from .configuration_pixelcnn import PixelCNNConfig
 from .modes import evaluating
+from .pixelcnn_cache import RasterWalk
 from .pixelcnn_sampler import best_backend, sample_codes
+from .prior import Extend, PriorModel, PriorOutput
 from .sampling import Sampling
-from .strict_loading import StrictLoading
-
-
-@dataclass
-class PriorOutput(ModelOutput):
-    """Output of a prior.
-
-    Args:
-        loss: scalar, cross-entropy in nats per code, mean over B, h, w.
-        logits: `(B, K, h, w)`, raw scores; those at a position depend on earlier codes only.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
 
 
 def gate(features: Tensor) -> Tensor:
@@ -138,32 +123,7 @@ class FirstGatedLayer(GatedLayer):
         return self.gated(above, left, labels)
 
 
-class PixelCNNPreTrainedModel(StrictLoading, PreTrainedModel):
-    """Weight initialisation and loading rules of the PixelCNN prior."""
-
-    config: PixelCNNConfig
-    base_model_prefix = "prior"
-    main_input_name = "codes"
-    input_modalities = ("image",)
-    _no_split_modules: list[str] = []
-    _keys_to_ignore_on_load_unexpected = [r"^vqvae\."]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            init.lecun_normal_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            # Codes start apart; class biases start at zero, so that every class starts as "no class".
-            init.normal_(module.weight) if module is self.code_embedding else init.zeros_(module.weight)
-        elif isinstance(module, PixelCNNModel):
-            init.zeros_(module.position_embedding)
-        else:
-            super()._init_weights(module)
-
-
-class PixelCNNModel(PixelCNNPreTrainedModel):
+class PixelCNNModel(PriorModel):
     """p(codes | label) = product over raster order of p(code | earlier codes, label).
 
     Example:
@@ -174,6 +134,8 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         >>> model(torch.zeros(2, 4, 4, dtype=torch.long)).logits.shape
         torch.Size([2, 16, 4, 4])
     """
+
+    config: PixelCNNConfig
 
     def __init__(self, config: PixelCNNConfig):
         super().__init__(config)
@@ -195,8 +157,26 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         )
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # Codes start apart; class biases start at zero, so that every class starts as "no class".
+            init.normal_(module.weight) if module is self.code_embedding else init.zeros_(module.weight)
+        elif isinstance(module, PixelCNNModel):
+            init.zeros_(module.position_embedding)
+        else:
+            super()._init_weights(module)
+
     def forward(
-        self, codes: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
+        self,
+        codes: Tensor,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        return_dict: bool | None = None,
     ) -> PriorOutput | tuple[Tensor, ...]:
         """Predict every code from the earlier ones and measure how well.
 
@@ -205,18 +185,14 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         Args:
             codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
             labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            context: what coarser scales tell; a single grid has none, and it is not looked at.
             return_dict: False returns a tuple.
 
         Raises:
             ValueError: codes of another grid, or labels that are not the model's.
         """
-        grid = self.config.grid_size
-        if codes.ndim != 3 or codes.shape[1:] != (grid, grid):
-            raise ValueError(f"codes have shape {tuple(codes.shape)}: expected (batch, {grid}, {grid})")
-        labels = self.checked_labels(labels, len(codes))
-        if self.training and self.config.class_dropout:
-            dropped = torch.rand(len(codes), device=labels.device) < self.config.class_dropout
-            labels = labels.masked_fill(dropped, self.config.unconditional_id)
+        self.checked_codes(codes)
+        labels = self.training_labels(labels, len(codes))
         first, *others = self.layers
         if self.config.architecture == "gated":
             vertical, hidden = first(codes, self.code_embedding.weight, labels)
@@ -234,26 +210,6 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         output = PriorOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 
-    def checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """Class ids `(B,)` on the model's device; None becomes the unconditional id.
-
-        Raises:
-            ValueError: wrong shape, or an id outside [0, number of classes].
-        """
-        last = self.config.unconditional_id
-        if labels is None:
-            return torch.full((batch_size,), last, dtype=torch.long, device=self.device)
-        if labels.shape != (batch_size,):
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}: expected ({batch_size},), one per image"
-            )
-        if labels.numel() and (labels.min() < 0 or labels.max() > last):
-            raise ValueError(
-                f"labels lie in [{labels.min().item()}, {labels.max().item()}]: expected class ids below {last}, "
-                f"or {last} for unconditional"
-            )
-        return labels.to(self.device)
-
     def best_backend(self, num_blocks: int) -> str:
         """The backend that samples so many batches of 16 images in the least time; see `sample`."""
         return best_backend(self, num_blocks)
@@ -267,7 +223,8 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         top_p: float | None = None,
         guidance_scale: float = 1.0,
         backend: str = "eager",
-        on_row: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
+        extend: Extend | None = None,
     ) -> Tensor:
         """Fill empty grids code by code in raster order; exact, with cached features.
 
@@ -279,7 +236,8 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; see `sampling.guided_logits`.
             backend: "eager", "compiled" (CPU, needs numba) or "cuda_graph".
-            on_row: called after each finished row, for progress bars.
+            on_step: called after each finished row, for progress bars.
+            extend: what tells of coarser scales; a single grid has none, and it is not called.
 
         Returns:
             `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
@@ -291,5 +249,9 @@ class PixelCNNModel(PixelCNNPreTrainedModel):
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         labels = self.checked_labels(labels, len(uniforms))
         with evaluating(self), torch.inference_mode():
-            codes = sample_codes(self, uniforms, labels, sampling, backend, on_row)
+            codes = sample_codes(self, uniforms, labels, sampling, backend, on_step)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode
+
+    def walk(self, labels: Tensor, extend: Extend | None = None) -> RasterWalk:
+        """Begin images of the class ids `(B,)`; see `PriorModel.walk`."""
+        return RasterWalk(self, labels)

@@ -19,8 +19,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_vqvae import VQVAEConfig
 from .modes import evaluating
+from .residual_quantizer import Phi, ResidualQuantizer
 from .strict_loading import StrictLoading
-from .vector_quantizer import VectorQuantizer, nearest_codes
+from .vector_quantizer import VectorQuantizer
 
 
 @dataclass
@@ -29,9 +30,9 @@ class VQVAEOutput(ModelOutput):
 
     Args:
         loss: scalar, l1_weight * l1_loss + mse_weight * mse_loss + beta * commitment_loss
-            (+ codebook_loss when the codebook learns by gradient).
+            (+ codebook_loss where something learns by it: a codebook by gradient, or the convolutions between scales).
         reconstruction: `(B, 3, H, W)`, RGB in [0, 1].
-        codes: `(B, h, w)` int64 in [0, K); None when `quantize=False`.
+        codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`; None when `quantize=False`.
         latents: `(B, D, h, w)`, the encoder's output.
         l1_loss: scalar, mean absolute error over B, 3, H, W.
         mse_loss: scalar, mean squared error over B, 3, H, W.
@@ -134,11 +135,19 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
     _no_split_modules: list[str] = []
     _keys_to_ignore_on_load_unexpected = [r"^prior\."]
     # Distances between latents and codes need float32 even when the convolutions run in bfloat16.
-    _keep_in_fp32_modules_strict = ["quantizer.codebook", "quantizer.cluster_size", "quantizer.code_sums"]
+    _keep_in_fp32_modules_strict = [
+        "quantizer.codebook",
+        "quantizer.cluster_size",
+        "quantizer.code_sums",
+        "quantizer.phi",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, Phi):
+            init.dirac_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -166,13 +175,18 @@ class VQVAEModel(VQVAEPreTrainedModel):
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(
+        codebook = (
             config.num_codes,
             config.code_dim,
             config.codebook_update,
             config.ema_decay,
             config.ema_epsilon,
             config.dead_code_threshold,
+        )
+        self.quantizer = (
+            ResidualQuantizer(config.scales, config.num_phi, *codebook)
+            if config.scales
+            else VectorQuantizer(*codebook)
         )
         self.decoder = Decoder(config)
         self.post_init()
@@ -193,20 +207,62 @@ class VQVAEModel(VQVAEPreTrainedModel):
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Codes `(B, h, w)` int64 in [0, K) of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode."""
+        """Codes of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode.
+
+        Returns:
+            `torch.LongTensor` in [0, K): `(B, h, w)` or, of several scales, `(B, L)`; see `code_grids`.
+        """
         with evaluating(self):
-            latents = self.embed(pixel_values.to(self.dtype))
-        batch, dim, height, width = latents.shape
-        codebook = self.quantizer.codebook
-        with torch.autocast(latents.device.type, enabled=False):
-            flat = latents.permute(0, 2, 3, 1).reshape(-1, dim).to(codebook.dtype)
-            return nearest_codes(flat, codebook).view(batch, height, width)
+            return self.quantizer.encode(self.embed(pixel_values.to(self.dtype)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] of codes `(B, h, w)` int64 in [0, K); never learns, in either mode."""
+        """Images `(B, 3, H, W)` in [0, 1] of codes in [0, K); never learns, in either mode.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, h, w)` or, of several scales, `(B, L)`): of these the first
+                scales alone are enough, and make a coarser image.
+
+        Raises:
+            ValueError: a code outside [0, K), or codes that are not those of whole scales.
+        """
         with evaluating(self):
             return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
+
+    def decode_progressively(self, codes: Tensor) -> list[Tensor]:
+        """Images `(B, 3, H, W)` of the first code grid, of the first two, and so on to all; without scales there is one."""
+        sizes = [grid[0].numel() for grid in self.code_grids(codes)]
+        flat = codes.flatten(1)
+        prefixes = [flat[:, : sum(sizes[: number + 1])] for number in range(len(sizes) - 1)]
+        return [self.decode(part) for part in (*prefixes, codes)]
+
+    @torch.no_grad()
+    def decode_alone(self, codes: Tensor, side: int = 1) -> Tensor:
+        """What single codes draw: `(N, 3, side * f, side * f)` of codes `(N,)`, the vector of each filling a grid."""
+        vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
+        with evaluating(self):
+            return self.decoder(vectors.to(self.dtype))
+
+    def code_grids(self, codes: Tensor) -> list[Tensor]:
+        """An image's codes as square grids `(B, side, side)`, coarse to fine; a tokenizer without scales has one."""
+        return self.quantizer.grids(codes)
+
+    @torch.no_grad()
+    def context(self, codes: Tensor) -> Tensor:
+        """What a prior may know of later scales: features of all coarser ones, brought to each scale's side.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, h, w)` or `(B, L)`): in [0, K).
+
+        Returns:
+            `(B, L - first side squared, D)`, one row for each code after the first scale; none without scales.
+        """
+        return self.quantizer.context(codes)
+
+    @torch.no_grad()
+    def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        """`context`, scale by scale; see `ResidualQuantizer.extend`."""
+        return self.quantizer.extend(features, codes, index)
 
     def forward(
         self, pixel_values: Tensor, quantize: bool = True, return_dict: bool | None = None
@@ -233,7 +289,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         l1_loss, mse_loss = difference.abs().mean(), difference.square().mean()
         loss = self.config.l1_weight * l1_loss + self.config.mse_weight * mse_loss
         loss = loss + self.config.beta * commitment_loss  # eq. 3, third term
-        if self.config.codebook_update == "gradient":
+        if self.quantizer.learns_by_loss:
             loss = loss + codebook_loss  # eq. 3, second term
         output = VQVAEOutput(
             loss=loss,

@@ -107,11 +107,11 @@ class IsicVQPipeline(DiffusionPipeline):
         if num_images is None:
             one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
-        rows = model.config.prior_config.grid_size * -(-num_images // max(settings.get("block_size", 16), 1))
+        total = model.config.prior_config.num_steps * -(-num_images // max(settings.get("block_size", 16), 1))
         steps = count()  # a bar that is not shown does not count
-        with self.progress_bar(total=rows) as bar:
+        with self.progress_bar(total=total) as bar:
 
-            def on_row() -> None:
+            def on_step() -> None:
                 step = next(steps)
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, step, {})
@@ -126,7 +126,7 @@ class IsicVQPipeline(DiffusionPipeline):
                 top_k=top_k,
                 top_p=top_p,
                 guidance_scale=guidance_scale,
-                on_row=on_row,
+                on_step=on_step,
                 **settings,
             )
         images = output.codes if output_type == "latent" else output.pixel_values

@@ -82,12 +82,12 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch
             batch_size = min(batch_size, num_images)  # nobody can ask for these images again
         shared = {"seed": seed, "block_size": batch_size, "num_blocks": -(-num_images // batch_size)}
-        rows = self.model.config.prior_config.grid_size * shared["num_blocks"]
-        with tqdm(total=rows, disable=not progress, unit="row", desc="sampling") as bar:
+        steps = self.model.config.prior_config.num_steps * shared["num_blocks"]
+        with tqdm(total=steps, disable=not progress, unit="step", desc="sampling") as bar:
             chunks = [
                 super(UnconditionalImageGenerationPipeline, self).__call__(
                     {"labels": ids[first : first + batch_size], "first_index": first, **shared},
-                    on_row=bar.update,
+                    on_step=bar.update,
                     **sampling,
                 )
                 for first in range(0, num_images, batch_size)
@@ -100,7 +100,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         return {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
 
     def _sanitize_parameters(self, **sampling: Any) -> tuple[dict, dict, dict]:
-        unknown = sorted(set(sampling) - {*SAMPLING, "on_row"})
+        unknown = sorted(set(sampling) - {*SAMPLING, "on_step"})
         if unknown:
             raise TypeError(f"unexpected argument {unknown[0]!r}: expected one of {', '.join(SAMPLING)}")
         return {}, sampling, {}

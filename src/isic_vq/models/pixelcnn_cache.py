@@ -12,6 +12,7 @@ code but by the draw.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,35 @@ if TYPE_CHECKING:
 def open_cache(model: "PixelCNNModel", labels: Tensor) -> "GatedCache | PlainCache":
     """An empty cache for images of the class ids `(B,)`: `start_row`, then `logits` and `put` per column."""
     return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, labels)
+
+
+class RasterWalk:
+    """Rows from above, and in each the codes from the left, every one a group of its own; a `prior.Walk`.
+
+    Args:
+        model: in eval mode.
+        labels: `(B,)` class ids.
+    """
+
+    def __init__(self, model: "PixelCNNModel", labels: Tensor):
+        self.cache, self.grid = open_cache(model, labels), model.config.grid_size
+        starts = torch.arange(self.grid**2).view(self.grid, self.grid).tolist()
+        self.steps: Sequence[Sequence[slice]] = [[slice(start, start + 1) for start in row] for row in starts]
+
+    def logits(self, group: slice) -> Tensor:
+        """Logits `(B, 1, K)` of the next code."""
+        row, column = divmod(group.start, self.grid)
+        if column == 0:
+            self.cache.start_row(row)
+        return self.cache.logits(column)[:, None]
+
+    def put(self, group: slice, codes: Tensor) -> None:
+        """Take in that code, `(B, 1)`."""
+        self.cache.put(group.start % self.grid, codes[:, 0])
+
+    def reorder(self, ancestors: Tensor) -> None:
+        """Image i goes on from what image `ancestors[i]` was."""
+        self.cache.reorder(ancestors)
 
 
 class Cache(ABC):

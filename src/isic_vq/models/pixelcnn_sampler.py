@@ -52,7 +52,7 @@ def sample_codes(
     labels: Tensor,
     sampling: Sampling,
     backend: str,
-    on_row: Callable[[], None] | None,
+    on_step: Callable[[], None] | None,
 ) -> Tensor:
     """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, the model is in eval mode."""
     grid, batch = model.config.grid_size, len(uniforms)
@@ -68,8 +68,8 @@ def sample_codes(
     with open_rows(backend, cache, sampling) as rows:
         for row in range(grid):
             codes.append(rows.draw(row, uniforms[row]))
-            if on_row is not None:
-                on_row()
+            if on_step is not None:
+                on_step()
     return torch.stack(codes, dim=1)
 
 

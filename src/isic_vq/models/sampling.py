@@ -54,12 +54,16 @@ class Sampling:
         """One entry per image `(B, ...)` as the batch that is computed: twice, one after the other, when guided."""
         return torch.cat([images, images]) if self.guided else images
 
-    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Codes `(B,)` from logits `(B, K)`, or `(2B, K)` when guided, and uniforms `(B,)`."""
+    def draw(self, logits: Tensor, uniforms: Tensor, guidance_share: float = 1.0) -> Tensor:
+        """Codes `(B, ...)` from logits `(B, ..., K)`, or `(2B, ..., K)` when guided, and uniforms `(B, ...)`.
+
+        Of what guidance adds to 1, only the given share is taken.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.guided:
             conditional, unconditional = logits.chunk(2)
-            logits = guided_logits(conditional, unconditional, self.guidance_scale)
+            scale = 1 + guidance_share * (self.guidance_scale - 1)
+            logits = guided_logits(conditional, unconditional, scale)
         return draw(filtered_logits(logits, self.temperature, self.top_k, self.top_p), uniforms)
 
 
@@ -85,7 +89,7 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: fl
 
 
 def filtered_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Scale logits `(B, K)` by the temperature and set excluded codes to -inf.
+    """Scale logits `(..., K)` by the temperature and set excluded codes to -inf.
 
     top-k keeps the k most likely codes (and those tied with the k-th); top-p then keeps the smallest set of
     most likely codes whose probability reaches p, never less than one code.
@@ -107,13 +111,13 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sample: the first code whose cumulative probability exceeds the uniform.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, K)`): -inf excludes a code.
-        uniforms (`torch.Tensor` of shape `(B,)`): in [0, 1), float64.
+        logits (`torch.Tensor` of shape `(..., K)`): -inf excludes a code.
+        uniforms (`torch.Tensor` of shape `(...)`): in [0, 1), float64.
 
     Returns:
-        `torch.LongTensor` of shape `(B,)`, in [0, K).
+        `torch.LongTensor` of the shape of `uniforms`, in [0, K).
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     # Rounding can leave the total a little off 1, so the uniform is scaled to it.
-    target = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    target = uniforms.to(cumulative.device)[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Rows `(N, D)` and a codebook `(K, D)` to the index of the nearest vector to each row, `(N,)`.
+Search = Callable[[Tensor, Tensor], Tensor]
+
 CHUNK = 2048  # latents scored at once: bounds the score matrix to 2048 x K, which stays in cache
 GROUP = 32  # scores of which only the least is compared with those of other groups
 
@@ -126,15 +129,25 @@ def kmeans(latents: Tensor, num_codes: int, generator: torch.Generator, iteratio
     return centroids
 
 
+def rows(grid: Tensor) -> Tensor:
+    """Features `(B, D, h, w)` with channels last, `(B, h, w, D)`."""
+    return grid.permute(0, 2, 3, 1)
+
+
+def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
+    """The quantized latents, whose gradient goes to the latents as if nothing had been quantized."""
+    return latents - (latents - quantized.detach()).detach()  # latents first: their memory format is kept
+
+
 @dataclass
 class Quantization:
     """What `VectorQuantizer` returns.
 
     Attributes:
         quantized: `(B, D, h, w)`, the codebook vectors; its gradient goes straight through to the latents.
-        codes: `(B, h, w)` int64 in [0, K).
+        codes: int64 in [0, K); `(B, h, w)`, or `(B, L)` over several scales.
         commitment_loss: scalar, mean over B, h, w and D of (z - sg(e))^2.
-        codebook_loss: scalar, mean of (sg(z) - e)^2; carries no gradient when the codebook is a moving average.
+        codebook_loss: scalar, mean of (sg(z) - e)^2; carries no gradient where nothing in e learns by it.
     """
 
     quantized: Tensor
@@ -187,28 +200,52 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))  # seeds the resets
         self.noted: list[tuple[Tensor, Tensor]] | None = None  # passes since the last update, once deferred
 
+    @property
+    def learns_by_loss(self) -> bool:
+        """Whether the codebook loss teaches something."""
+        return self.learns_by == "gradient"
+
     def forward(self, latents: Tensor) -> Quantization:
         """Quantize latents of shape `(B, D, h, w)`.
 
         Raises:
             ValueError: if the channel count is not `code_dim`.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.code_dim:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}: expected (batch, {self.code_dim}, height, width)"
-            )
+        self._check(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.to(self.codebook.dtype).permute(0, 2, 3, 1)  # (B, h, w, D)
+            z = rows(latents.to(self.codebook.dtype))  # (B, h, w, D)
             flat = z.reshape(-1, self.code_dim)  # a view where latents are channels-last
             codes = nearest_codes(flat, self.codebook)
             e = F.embedding(codes, self.codebook)
             commitment_loss = F.mse_loss(flat, e.detach())
             codebook_loss = F.mse_loss(e, flat.detach()) if e.requires_grad else commitment_loss.detach()
-            quantized = z - (z - e.detach().view(z.shape)).detach()  # z first: its memory format is kept
+            quantized = straight_through(z, e.view(z.shape))
             if self.training:
                 self._see(flat.detach(), codes)
         quantized, codes = quantized.permute(0, 3, 1, 2), codes.view(z.shape[:3])
         return Quantization(quantized, codes, commitment_loss, codebook_loss)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor, search: Search = nearest_codes) -> Tensor:
+        """Codes of latents `(B, D, h, w)`, those of `forward` without learning from them: `(B, h, w)`.
+
+        Args:
+            latents: in any precision.
+            search: what finds the nearest codes, for those who need it in other operations.
+        """
+        self._check(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            z = rows(latents.to(self.codebook.dtype))
+            return search(z.reshape(-1, self.code_dim), self.codebook).view(z.shape[:3])
+
+    def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
+        """What the codebook must represent of latents `(B, D, h, w)`: rows `(N, D)`, here the latents themselves.
+
+        Args:
+            latents: in any precision.
+            quantized: whether the codebook has begun; it makes a difference over several scales only.
+        """
+        return rows(latents.to(self.codebook.dtype)).reshape(-1, self.code_dim)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codebook vectors of shape `(B, D, h, w)` for codes of shape `(B, h, w)`.
@@ -216,12 +253,42 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: if a code lies outside [0, K).
         """
+        return self.features(self.checked(codes))
+
+    def features(self, codes: Tensor) -> Tensor:
+        """What `lookup` returns, of codes that are known to lie in [0, K)."""
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+
+    def checked(self, codes: Tensor) -> Tensor:
+        """The codes.
+
+        Raises:
+            ValueError: one of them lies outside [0, K).
+        """
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
             raise ValueError(
                 f"codes lie in [{codes.min().item()}, {codes.max().item()}]: expected [0, {self.num_codes}); "
                 "they come from another tokenizer"
             )
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+        return codes
+
+    def grids(self, codes: Tensor) -> list[Tensor]:
+        """The code grids of an image, coarse to fine: here there is one, `(B, h, w)`."""
+        return [codes]
+
+    def context(self, codes: Tensor) -> Tensor:
+        """What coarser scales tell a prior of later ones: of a single grid nothing, `(B, 0, D)`."""
+        return self.codebook.new_zeros(len(codes), 0, self.code_dim)
+
+    def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        """As of several scales, see `ResidualQuantizer`; codes `(B, h, w)` are the only one."""
+        return self.lookup(codes), None
+
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.code_dim:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: expected (batch, {self.code_dim}, height, width)"
+            )
 
     def defer(self) -> None:
         """From now on note training passes down for `take_noted`, and leave the learning to the caller."""

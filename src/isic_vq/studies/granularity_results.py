@@ -68,7 +68,7 @@ def measure_setting(setting: Setting, uri: str) -> Measured:
     chain = setting.chain
     kept = measure_chain(chain, DATA, uri)
     model = load_model(IsicVQModel, str(chain.model)).eval()
-    positions = model.config.vqvae_config.grid_size**2
+    positions = model.config.vqvae_config.num_positions
     values = {name: kept[name].double() for name in ("psnr", "ssim", "bits_per_code")}
     values["coded_bytes"] = values["bits_per_code"] * positions / 8
     train, held_out = (read_code_cache(chain.folder / f"{name}.parquet") for name in ("train", "validation"))

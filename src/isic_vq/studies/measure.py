@@ -40,7 +40,7 @@ def measure_chain(chain: Chain, name: str, uri: str) -> dict[str, Tensor]:
         model = load_model(IsicVQModel, str(chain.model)).eval()
         measured = measure_images(model, find_source(uri))
         values = {key: measured.reconstruction.values[key] for key in ("psnr", "ssim")}
-        values["bits_per_code"] = bits_per_code(model.prior, measured.codes, None)
+        values["bits_per_code"] = bits_per_code(model, measured.codes, None)
         values["codebook_counts"] = torch.tensor(measured.reconstruction.codebook_counts)
         write_atomically(path, save(values))
     return load_file(path)
@@ -69,7 +69,7 @@ def flops_per_image(model: IsicVQModel) -> dict[str, int]:
     counted["decoder"] = counter.get_total_flops()
     counted["tokenizer"] = encoder + counted["decoder"]
     with FlopCounterMode(display=False) as counter:
-        model.prior(codes.clone())  # with gradients: the counter follows modules by them
+        model.predict(codes.clone())  # with gradients: the counter follows modules by them
     counted["prior"] = counter.get_total_flops()
     return counted
 

@@ -18,15 +18,17 @@ from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
 from isic_vq.hub import load_model, resolve
-from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
+from isic_vq.models.configuration_isic_vq import prior_config_class
+from isic_vq.models.configuration_prior import PriorConfig
+from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.prior import PriorModel
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, PriorRecipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 from isic_vq.training.run import build_config, open_run, save_model
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class PriorTask:
 
     Args:
         model: the prior.
-        tokenizer: decodes the samples that trackers show.
+        tokenizer: tells the prior of coarser scales, and decodes the samples that trackers show.
         train_set: training codes, all views.
         validation_set: validation codes; the first view is measured.
         recipe: the run's recipe.
@@ -70,7 +72,7 @@ class PriorTask:
 
     def __init__(
         self,
-        model: PixelCNNModel,
+        model: PriorModel,
         tokenizer: VQVAEModel,
         train_set: CodeGrids,
         validation_set: CodeGrids,
@@ -85,10 +87,11 @@ class PriorTask:
         return [*self.model.layers, self.model.head]
 
     def begin(self, processes: Processes) -> None:
-        """Nothing to prepare."""
+        """Bring the tokenizer to where the prior is."""
+        self.whole.vqvae.to(processes.device)
 
     def collate(self, items: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
-        """Stack codes `(B, views, h, w)`, labels `(B,)` and indices `(B,)`."""
+        """Stack codes `(B, views, *code shape)`, labels `(B,)` and indices `(B,)`."""
         codes, labels, indices = zip(*items, strict=True)
         return {
             "codes": torch.stack(codes),
@@ -116,7 +119,8 @@ class PriorTask:
         codes, device = batch["codes"], self.model.device
         views = self.views[batch["indices"]] % codes.shape[1]
         chosen = codes[torch.arange(len(codes)), views].to(device, non_blocking=True)
-        return {"loss": model(chosen, batch["labels"].to(device)).loss}
+        context = self.whole.vqvae.context(chosen)
+        return {"loss": model(chosen, batch["labels"].to(device), context).loss}
 
     def after_step(self) -> dict[str, Tensor]:
         """Everything is learned by gradient."""
@@ -125,7 +129,7 @@ class PriorTask:
     def validate(self) -> dict[str, float]:
         """Conditional validation loss: `loss` in nats per code, and the same in bits."""
         bits = (
-            bits_per_code(self.model, self.validation_set.codes[:, 0], self.validation_set.labels)
+            bits_per_code(self.whole, self.validation_set.codes[:, 0], self.validation_set.labels)
             .mean()
             .item()
         )
@@ -164,12 +168,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     for name, cache in caches.items():
         check_tokenizer(cache, tokenizer, f"{name}_codes")
     class_names = caches["train"].class_names()
-    fields = {
-        "num_codes": tokenizer.config.num_codes,
-        "grid_size": caches["train"].codes.shape[-1],
-        **recipe.model,
-    }
-    config = build_config(PixelCNNConfig, fields)
+    config = build_prior_config(tokenizer.config, recipe.model)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in enumerate(class_names)}
     sources = {name: cache.source for name, cache in caches.items()}
@@ -177,7 +176,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)
     task = PriorTask(
-        PixelCNNModel(config).to(memory_format=torch.channels_last),
+        PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last),
         tokenizer,
         CodeGrids(caches["train"], class_names),
         CodeGrids(caches["validation"], class_names),
@@ -191,15 +190,31 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
         trainer.finish()
         return None
     run_dir = run.folder
-    prior = PixelCNNModel.from_pretrained(run_dir / "best")
+    prior = PRIOR_MODELS[config.model_type].from_pretrained(run_dir / "best")
     model = IsicVQModel.from_parts(tokenizer, prior).to(processes.device)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    of_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
-    training_data = {**of_tokenizer, "prior": sources["train"]}
+    seen_by_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
+    training_data = {**seen_by_tokenizer, "prior": sources["train"]}
     save_model(run_dir / "model", model, processor, training_data=training_data)
     report = write_results(model, task, caches, recipe, run_dir)
     trainer.finish()
     return report
+
+
+def build_prior_config(tokenizer: VQVAEConfig, fields: dict[str, Any]) -> PriorConfig:
+    """The config of a prior over a tokenizer's codes, of the type that the recipe's fields name.
+
+    Raises:
+        RecipeError: an unknown type, an unknown key, or a value that does not fit.
+    """
+    fields = dict(fields)
+    try:
+        config_class = prior_config_class(fields)
+    except ValueError as error:
+        raise RecipeError(f"recipe model: {error}") from error
+    return build_config(
+        config_class, {name: getattr(tokenizer, name) for name in config_class.of_tokenizer} | fields
+    )
 
 
 def cycled_classes(model: IsicVQModel, number: int) -> Tensor:

@@ -170,7 +170,8 @@ class PriorRecipe:
         train_codes: code cache of the training images.
         validation_codes: code cache of the validation images.
         loop: how to train.
-        model: fields of the prior's config; codebook size, grid and classes come from the code cache.
+        model: fields of the prior's config, and its `model_type`: "isic_pixelcnn" where there is none, or "isic_var".
+            What they share with the tokenizer's config comes from there, the classes from the code cache.
         num_samples: images generated at the end, for the figures.
     """
 

@@ -90,7 +90,7 @@ class VQVAETask(ImageTask):
             "mse_loss": output.mse_loss,
             "commitment_loss": output.commitment_loss,
         }
-        if self.model.config.codebook_update == "gradient":  # else it is the commitment loss's twin
+        if self.model.quantizer.learns_by_loss:  # else it is the commitment loss's twin
             losses["codebook_loss"] = output.codebook_loss
         if self.recipe.ssim_weight:
             # Variances are small differences of large means: bfloat16 would leave noise.
@@ -148,7 +148,7 @@ class VQVAETask(ImageTask):
         if processes.agree(len(own_images) < len(batches)):
             raise DataError("every image of a batch is corrupt: replace these, or raise loop.batch_size")
         with quantizer_frozen(self.model):
-            parts = [flat_latents(self.model, batch) for batch in own_images]
+            parts = [rows_to_learn(self.model, batch, quantized=False) for batch in own_images]
         rows = SharedRows(parts, processes)
         generator = torch.Generator().manual_seed(loop.seed)
         latents = rows.at(torch.randperm(rows.total, generator=generator)[: 64 * config.num_codes])
@@ -157,7 +157,7 @@ class VQVAETask(ImageTask):
         # Devices may round differently; all take the main process's.
         start = torch.cat([centroids, counts[:, None]], dim=1)
         start = processes.sum(start if processes.is_main else torch.zeros_like(start))
-        per_step = loop.batch_size * config.grid_size**2 / len(latents)
+        per_step = loop.batch_size * config.num_positions / len(latents)
         self.model.quantizer.start_from(start[:, :-1], start[:, -1] * per_step)
 
     @torch.no_grad()
@@ -171,10 +171,9 @@ class VQVAETask(ImageTask):
             refit_batch_norm(self.model, self.images(chosen))  # the decoder sees new vectors
 
 
-def flat_latents(model: VQVAEModel, pixel_values: Tensor) -> Tensor:
-    """Encoder outputs of a batch as rows `(B*h*w, D)`, in the codebook's precision."""
-    latents = model.embed(pixel_values.to(model.device, model.dtype))
-    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).to(model.quantizer.codebook.dtype)
+def rows_to_learn(model: VQVAEModel, pixel_values: Tensor, quantized: bool = True) -> Tensor:
+    """What the codebook must represent of a batch, as rows `(N, D)`; see `VectorQuantizer.rows_to_learn`."""
+    return model.quantizer.rows_to_learn(model.embed(pixel_values.to(model.device, model.dtype)), quantized)
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     counts, sums = torch.zeros_like(quantizer.cluster_size), torch.zeros_like(quantizer.code_sums)
     num_batches = 0
     for batch in batches:
-        latents = flat_latents(model, batch)
+        latents = rows_to_learn(model, batch)
         new = assignment_sums(latents, nearest_codes(latents, quantizer.codebook), quantizer.num_codes)
         counts, sums, num_batches = counts + new[0], sums + new[1], num_batches + 1
     means = sums / counts.clamp(min=1)[:, None]
@@ -223,7 +222,8 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
     config = build_config(VQVAEConfig, recipe.model)
     processor = IsicVQImageProcessor(size=config.image_size)
     train_set, validation_set, sources = open_images(recipe.data, processor)
-    idle = config.codebook_update == "gradient" and recipe.codebook_warmup_steps > 0
+    learns_by_loss = config.codebook_update == "gradient" or config.scales is not None
+    idle = learns_by_loss and recipe.codebook_warmup_steps > 0
     processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
     run = open_run(recipe, sources, resume, processes)
     torch.manual_seed(recipe.loop.seed)

@@ -1,0 +1,79 @@
+"""What the configurations of all priors share: the classes, and how many codes there are in which order."""
+
+import math
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class PriorConfig(PreTrainedConfig):
+    """What a prior of any kind is built from.
+
+    The classes it is conditioned on are the entries of `id2label`; the id `len(id2label)` stands for
+    "no class" (unconditional). An empty `id2label` makes an unconditional prior.
+
+    Args:
+        num_codes: K, size of the tokenizer's codebook.
+        dropout: dropout probability inside each layer.
+        class_dropout: probability that a training label is replaced by the unconditional id, which is
+            what guidance and unconditional sampling need.
+
+    Attributes:
+        of_tokenizer: fields that are the tokenizer's.
+    """
+
+    base_config_key = "prior_config"
+    of_tokenizer: ClassVar[tuple[str, ...]] = ("num_codes",)
+
+    num_codes: int = 512
+    dropout: float | int = 0.1
+    class_dropout: float | int = 0.1
+
+    def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
+        # Without this transformers fills in two placeholder classes, LABEL_0 and LABEL_1.
+        self.id2label = {int(index): name for index, name in (self.id2label or {}).items()}
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+
+    @property
+    def unconditional_id(self) -> int:
+        """The label that means "no class"."""
+        return len(self.id2label)
+
+    @property
+    def description(self) -> str:
+        """What it is and in which order it makes codes, as cards say it after "a"."""
+        raise NotImplementedError
+
+    @property
+    def reference(self) -> tuple[str, str]:
+        """Authors and title of the paper that it is built after, and its arXiv number."""
+        raise NotImplementedError
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of an image's codes, as the tokenizer's config has it."""
+        raise NotImplementedError
+
+    @property
+    def num_positions(self) -> int:
+        """Codes of an image."""
+        return math.prod(self.code_shape)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in which images are drawn, after each of which progress is told."""
+        raise NotImplementedError
+
+    def validate_classes(self) -> None:
+        """Check classes and probabilities; called by `strict` at construction."""
+        ids = sorted(int(index) for index in self.id2label or {})
+        if ids != list(range(len(ids))):
+            raise ValueError(
+                f"id2label has the ids {ids}: expected 0, 1, 2 and so on; the id after the last is unconditional"
+            )
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a probability in [0, 1)")

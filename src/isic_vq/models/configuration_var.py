@@ -1,0 +1,74 @@
+"""Configuration of the VAR prior: next-scale prediction over the code grids of a residual tokenizer.
+
+Source: Tian et al., "Visual Autoregressive Modeling", arXiv 2404.02905.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_prior import PriorConfig
+from .configuration_vqvae import check_scales
+
+
+@strict
+class VARConfig(PriorConfig):
+    """What a `VARModel` is built from.
+
+    Args:
+        scales: sides of the tokenizer's code grids, coarse to fine.
+        code_dim: D, channels of the tokenizer's features.
+        hidden_size: channels of the transformer; a multiple of `num_heads`.
+        num_layers: its depth.
+        num_heads: attention heads.
+        mlp_ratio: hidden channels of the feed-forward part, in multiples of `hidden_size`.
+        arguments: those of `PriorConfig`.
+    """
+
+    model_type = "isic_var"
+    of_tokenizer: ClassVar[tuple[str, ...]] = ("num_codes", "scales", "code_dim")
+
+    scales: list[int] | tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+    code_dim: int = 32
+    hidden_size: int = 192
+    num_layers: int = 6
+    num_heads: int = 6
+    mlp_ratio: float | int = 4
+
+    @property
+    def description(self) -> str:
+        """What it is and in which order it makes codes."""
+        return "VAR prior that generates such grids coarse to fine, all codes of a grid at once"
+
+    @property
+    def reference(self) -> tuple[str, str]:
+        """Authors, title and arXiv number of its paper."""
+        title = "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"
+        return f"K. Tian, Y. Jiang, Z. Yuan, B. Peng, L. Wang: {title}", "2404.02905"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Codes of each scale."""
+        return [side * side for side in self.scales]
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of an image's codes: `(L,)`, all scales one after the other."""
+        return (sum(self.sizes),)
+
+    @property
+    def num_steps(self) -> int:
+        """Scales."""
+        return len(self.scales)
+
+    def validate_architecture(self) -> None:
+        """Check the relations between fields; called by `strict` at construction."""
+        check_scales(self.scales, self.scales[-1] if self.scales else 1)
+        if min(self.num_codes, self.code_dim, self.hidden_size, self.num_layers, self.num_heads) < 1:
+            raise ValueError("num_codes, code_dim, hidden_size, num_layers and num_heads must be positive")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}: expected a multiple of num_heads, {self.num_heads}"
+            )
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected more than 0")

@@ -1,0 +1,331 @@
+"""VAR: an autoregressive prior over scales; all codes of a scale at once, given all coarser scales.
+
+Source: Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction", arXiv
+2404.02905, section 3 and the authors' code: adaptive layer norms driven by the class, attention over queries and keys of
+unit length with a learned temperature (as in ViT-22B, arXiv 2302.05442, and Swin v2, arXiv 2111.09883), a linear map of
+the tokenizer's features as input.
+Differs: one linear map gives all layers' modulation, to which each layer adds its own offset (the authors' option
+for their largest models), because here it would hold a third of all weights; gates start at one and labels without
+effect; the position table has a row for each place of each scale, and so needs no embedding of the scale.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_var import VARConfig
+from .modes import evaluating
+from .prior import Extend, PriorModel, PriorOutput
+from .sampling import Sampling
+
+MAX_LOG_SCALE = math.log(100)  # of attention scores, which are cosines
+
+
+class KeyValueCache:
+    """Keys and values of a layer, of all codes so far: `(B, heads, n, channels)` each."""
+
+    def __init__(self) -> None:
+        self.keys_values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of a scale; returns all of them."""
+        new = torch.stack([keys, values])
+        self.keys_values = new if self.keys_values is None else torch.cat([self.keys_values, new], dim=3)
+        return self.keys_values[0], self.keys_values[1]
+
+    def reorder(self, ancestors: Tensor) -> None:
+        """Image i goes on from image `ancestors[i]`."""
+        if self.keys_values is not None:
+            self.keys_values = self.keys_values[:, ancestors]
+
+
+class Attention(nn.Module):
+    """Attention among the codes of a scale and all coarser ones."""
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.log_scale = nn.Parameter(torch.empty(config.num_heads, 1, 1))
+        self.queries_keys_values = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+        """Features `(B, n, C)` to the same shape; a mask `(n, n)` is True where a row may look."""
+        heads = self.queries_keys_values(hidden).unflatten(2, (3, self.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)
+        scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().to(queries.dtype)
+        queries, keys = F.normalize(queries, dim=-1) * scale, F.normalize(keys, dim=-1)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        seen = F.scaled_dot_product_attention(
+            queries, keys.to(queries.dtype), values, attn_mask=mask, scale=1.0
+        )
+        return self.output(seen.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward part, each on modulated features and added with a gate."""
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        size, inner = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
+        self.attention = Attention(config)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, size)
+        )
+        self.modulation = nn.Parameter(
+            torch.empty(6, size)
+        )  # scale, shift, gate; of attention, then feed-forward
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Features `(B, n, C)` to the same shape; `condition` is `(B, 6, C)`."""
+        parts = (condition + self.modulation).unsqueeze(2).unbind(1)
+        seen = self.attention(modulated(hidden, *parts[:2]), mask, cache)
+        hidden = hidden + self.dropout(seen) * parts[2]
+        return hidden + self.dropout(self.feed_forward(modulated(hidden, *parts[3:5]))) * parts[5]
+
+
+class Head(nn.Module):
+    """From features to logits, through a layer norm that the class modulates."""
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.logits = nn.Linear(config.hidden_size, config.num_codes)
+
+    def forward(self, hidden: Tensor, classes: Tensor) -> Tensor:
+        """Logits `(B, n, K)` of features `(B, n, C)` and class embeddings `(B, C)`."""
+        return self.logits(modulated(hidden, *self.modulation(F.silu(classes))[:, None].chunk(2, dim=2)))
+
+
+def modulated(hidden: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift, over channels."""
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class VARModel(PriorModel):
+    """p(codes | label) = product over scales of p(codes of the scale | coarser scales, label).
+
+    Example:
+        >>> import torch
+        >>> from isic_vq import VARConfig, VARModel
+        >>> config = VARConfig(num_codes=16, scales=(1, 2, 4), code_dim=8, hidden_size=16, num_layers=1, num_heads=2)
+        >>> model = VARModel(config).eval()
+        >>> model(torch.zeros(2, 21, dtype=torch.long), context=torch.zeros(2, 20, 8)).logits.shape
+        torch.Size([2, 16, 21])
+    """
+
+    config: VARConfig
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # set, with the function that does it, by `gradient_checkpointing_enable`
+
+    def __init__(self, config: VARConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.class_embedding = nn.Embedding(config.unconditional_id + 1, size)
+        self.position_embedding = nn.Parameter(torch.empty(config.num_positions, size))
+        self.features = nn.Linear(config.code_dim, size)
+        self.modulation = nn.Linear(size, 6 * size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module in (self.modulation, self.head.modulation, self.head.logits):
+            init.zeros_(module.weight)  # labels without effect, all codes alike
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.trunc_normal_(module.weight, std=0.5)
+        elif isinstance(module, Attention):
+            init.constant_(module.log_scale, math.log(4))
+        elif isinstance(module, Layer):
+            start = torch.zeros_like(module.modulation)
+            # Each part adds little at first, so that depth costs no stability.
+            start[[2, 5]] = (2 * self.config.num_layers) ** -0.5
+            init.copy_(module.modulation, start)
+        elif isinstance(module, VARModel):
+            init.trunc_normal_(module.position_embedding, std=0.5)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        codes: Tensor,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> PriorOutput | tuple[Tensor, ...]:
+        """Predict every code from those of coarser scales and measure how well.
+
+        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, L)`): in [0, K), coarse to fine; they are only compared with.
+            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
+                scales, `VQVAEModel.context(codes)`.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: codes or context of another shape, or labels that are not the model's.
+        """
+        self.checked_codes(codes)
+        first, size = self.config.sizes[0], self.config.num_positions
+        expected = (len(codes), size - first, self.config.code_dim)
+        if context is None or context.shape != expected:
+            found = None if context is None else tuple(context.shape)
+            raise ValueError(
+                f"context has shape {found}: expected {expected}, what the tokenizer's context(codes) returns"
+            )
+        classes = self.class_embedding(self.training_labels(labels, len(codes)))
+        start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
+        given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
+        logits = self.layers_and_head(given + self.position_embedding, classes, self.mask())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        output = PriorOutput(loss=loss, logits=logits.transpose(1, 2))
+        return output if return_dict is not False else output.to_tuple()
+
+    def layers_and_head(
+        self, hidden: Tensor, classes: Tensor, mask: Tensor | None, caches: list[KeyValueCache] | None = None
+    ) -> Tensor:
+        """Logits `(B, n, K)` of input features `(B, n, C)`."""
+        condition = self.modulation(F.silu(classes)).unflatten(1, (6, -1))
+        for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(layer, hidden, condition, mask)
+            else:
+                hidden = layer(hidden, condition, mask, None if caches is None else caches[index])
+        return self.head(hidden, classes)
+
+    def mask(self) -> Tensor:
+        """Which codes (rows) may look at which (columns), `(L, L)` bool: those of their own scale and of coarser ones."""
+        sizes = torch.tensor(self.config.sizes, device=self.device)
+        scale_of = torch.arange(len(sizes), device=self.device).repeat_interleave(sizes)
+        return scale_of[:, None] >= scale_of
+
+    def best_backend(self, num_blocks: int) -> str:
+        """The backend that samples so many batches in the least time: there is one."""
+        return "eager"
+
+    def sample(
+        self,
+        uniforms: Tensor,
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        backend: str = "eager",
+        on_step: Callable[[], None] | None = None,
+        extend: Extend | None = None,
+    ) -> Tensor:
+        """Draw all scales, coarse to fine, with cached keys and values.
+
+        Guidance grows from none at the coarsest scale to `guidance_scale` at the finest, in equal steps, as in the
+        authors' code.
+
+        Args:
+            uniforms (`torch.Tensor` of shape `(B, L)`): noise of each image and position, in [0, 1).
+            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            temperature: below 1 sharpens, above 1 flattens the distributions.
+            top_k: keep this many most likely codes.
+            top_p: keep the most likely codes that hold this much probability.
+            guidance_scale: 1 is off; see `sampling.guided_logits`.
+            backend: "eager".
+            on_step: called after each scale, for progress bars.
+            extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, L)`, in [0, K).
+
+        Raises:
+            ValueError: a setting without a meaning, or no `extend`.
+        """
+        if backend != "eager":
+            raise ValueError(f"backend is {backend!r}: expected 'eager', the only one of a VARModel")
+        if uniforms.shape[1:] != self.config.code_shape:
+            raise ValueError(
+                f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
+            )
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
+        labels = self.checked_labels(labels, len(uniforms))
+        if sampling.guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.unconditional_id)])
+        parts = []
+        with evaluating(self), torch.inference_mode():
+            walk = self.walk(labels, extend)
+            for index, (group,) in enumerate(walk.steps):
+                share = index / max(len(walk.steps) - 1, 1)
+                parts.append(sampling.draw(walk.logits(group), uniforms[:, group], share))
+                walk.put(group, sampling.both(parts[-1]))
+                if on_step is not None:
+                    on_step()
+        return torch.cat(parts, dim=1).clone()  # a normal tensor: autograd refuses those of inference mode
+
+    def walk(self, labels: Tensor, extend: Extend | None = None) -> "ScaleWalk":
+        """Begin images of the class ids `(B,)`; see `PriorModel.walk`.
+
+        Raises:
+            ValueError: no `extend`.
+        """
+        if extend is None:
+            raise ValueError("extend is None: expected the tokenizer's, such as model.vqvae.extend")
+        return ScaleWalk(self, labels, extend)
+
+
+class ScaleWalk:
+    """The scales one after the other, each a group of its own; a `Walk`.
+
+    Args:
+        model: in eval mode.
+        labels: `(B,)` class ids.
+        extend: the tokenizer's.
+    """
+
+    def __init__(self, model: VARModel, labels: Tensor, extend: Extend):
+        self.model, self.extend = model, extend
+        self.classes = model.class_embedding(labels)
+        self.caches = [KeyValueCache() for _ in model.layers]
+        self.features: Tensor | None = None
+        self.context: Tensor | None = None  # what the next scale is given, but for the first
+        ends = torch.tensor(model.config.sizes).cumsum(0).tolist()
+        self.steps: Sequence[Sequence[slice]] = [
+            [slice(start, end)] for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        self.index = 0
+
+    def logits(self, group: slice) -> Tensor:
+        """Logits `(B, n, K)` of the next scale's codes."""
+        model = self.model
+        given = (
+            self.classes[:, None] if self.context is None else model.features(self.context.to(model.dtype))
+        )
+        hidden = given + model.position_embedding[group]
+        return model.layers_and_head(hidden, self.classes, None, self.caches)
+
+    def put(self, group: slice, codes: Tensor) -> None:
+        """Take in the codes `(B, n)` of that scale."""
+        self.features, self.context = self.extend(self.features, codes, self.index)
+        self.index += 1
+
+    def reorder(self, ancestors: Tensor) -> None:
+        """Image i goes on from what image `ancestors[i]` was."""
+        for cache in self.caches:
+            cache.reorder(ancestors)
+        self.features = self.features[ancestors]
+        self.context = None if self.context is None else self.context[ancestors]

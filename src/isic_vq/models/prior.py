@@ -1,0 +1,108 @@
+"""What all priors over codes have in common, and what the rest of the package asks of them.
+
+A prior is handed codes and, as tensors, what the tokenizer tells of coarser scales (its `context`); it never holds a
+tokenizer. `forward` gives the logits of all codes at once, `walk` those of one group of codes after the other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_prior import PriorConfig
+from .strict_loading import StrictLoading
+
+# Features so far (None at first), the codes `(B, n)` of a scale and its number, to the features with it and what the
+# next scale is given: `VQVAEModel.extend`.
+Extend = Callable[[Tensor | None, Tensor, int], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class PriorOutput(ModelOutput):
+    """Output of a prior.
+
+    Args:
+        loss: scalar, cross-entropy in nats per code, mean over all codes.
+        logits: `(B, K, *code shape)`, raw scores; those of a code depend on earlier codes only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Walk(Protocol):
+    """The order in which a prior meets the codes of some images, and what it makes of those so far.
+
+    Attributes:
+        steps: for each step (a row, a scale) the groups of it, in order. A group is a slice of the flattened codes that
+            are independent of each other given those before.
+    """
+
+    steps: Sequence[Sequence[slice]]
+
+    def logits(self, group: slice) -> Tensor:
+        """Logits `(B, n, K)` of the next group's codes."""
+
+    def put(self, group: slice, codes: Tensor) -> None:
+        """Take in the codes `(B, n)` of that group."""
+
+    def reorder(self, ancestors: Tensor) -> None:
+        """Between steps: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
+
+
+class PriorModel(StrictLoading, PreTrainedModel):
+    """What is the same in every prior: how it is loaded, and its labels."""
+
+    config: PriorConfig
+    base_model_prefix = "prior"
+    main_input_name = "codes"
+    input_modalities = ("image",)
+    _no_split_modules: list[str] = []
+    _keys_to_ignore_on_load_unexpected = [r"^vqvae\."]
+
+    def checked_codes(self, codes: Tensor) -> Tensor:
+        """The codes.
+
+        Raises:
+            ValueError: they are of another shape than the model's.
+        """
+        if codes.shape[1:] != self.config.code_shape:
+            expected = ", ".join(map(str, ("batch", *self.config.code_shape)))
+            raise ValueError(f"codes have shape {tuple(codes.shape)}: expected ({expected})")
+        return codes
+
+    def checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """Class ids `(B,)` on the model's device; None becomes the unconditional id.
+
+        Raises:
+            ValueError: wrong shape, or an id outside [0, number of classes].
+        """
+        last = self.config.unconditional_id
+        if labels is None:
+            return torch.full((batch_size,), last, dtype=torch.long, device=self.device)
+        if labels.shape != (batch_size,):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}: expected ({batch_size},), one per image"
+            )
+        if labels.numel() and (labels.min() < 0 or labels.max() > last):
+            raise ValueError(
+                f"labels lie in [{labels.min().item()}, {labels.max().item()}]: expected class ids below {last}, "
+                f"or {last} for unconditional"
+            )
+        return labels.to(self.device)
+
+    def training_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """As `checked_labels`; in train mode each becomes the unconditional id with probability `class_dropout`."""
+        labels = self.checked_labels(labels, batch_size)
+        if self.training and self.config.class_dropout:
+            dropped = torch.rand(batch_size, device=labels.device) < self.config.class_dropout
+            labels = labels.masked_fill(dropped, self.config.unconditional_id)
+        return labels
+
+    def walk(self, labels: Tensor, extend: Extend | None = None) -> Walk:
+        """Begin images of the class ids `(B,)`, with the tokenizer's `extend` where there are scales; call it and what it returns in inference mode, in eval mode."""
+        raise NotImplementedError
