@@ -4,9 +4,9 @@
     python benchmarks/next_scale.py --batches 1 --rounds 5
 
 The VAR and the PixelCNN are those of two repositories, the shipped ones by default; of the VAR all is timed that lies
-between noise and codes, the tokenizer's share included. Both are timed once more from nothing to images. The transformer has the VAR's layers, as many and as wide, and
-random weights; it draws the 16 x 16 grid in raster order, a code per pass, with keys and values cached in place. Its
-cached logits are checked against its full pass before anything is timed. Contestants take turns as measure.py has it.
+between noise and codes, the tokenizer's share included. Both are timed once more from nothing to images. The
+transformer has the VAR's layers, as many and as wide, and random weights; it draws the 16 x 16 grid in raster order, a
+code per pass, with keys and values cached in place. Its draws are checked against its full pass before anything is timed. Contestants take turns as measure.py has it.
 Operations are counted by torch. Results go to benchmarks/reports/next_scale.json.
 """
 
@@ -27,6 +27,7 @@ from isic_vq.models.sampling import draw
 VAR, RASTER = "VAR", "raster transformer, cached"
 EAGER, COMPILED = "PixelCNN, eager", "PixelCNN, compiled"
 VAR_IMAGES, PIXELCNN_IMAGES = "VAR, images", "PixelCNN, compiled, images"
+DECODING_VAR, DECODING_PIXELCNN = "decoding, VAR", "decoding, PixelCNN"
 FIGURES = {
     "codes: VAR over raster transformer": (RASTER, VAR),
     "codes: VAR over PixelCNN, eager": (EAGER, VAR),
@@ -147,9 +148,9 @@ def main() -> None:
     raster.check()
     alone = contestants(var, pixelcnn, raster, 1)
     operations = {name: gflops(alone[name]) for name in (VAR, RASTER, EAGER)}
-    operations["decoding"] = gflops(
-        Contestant(partial(pixelcnn.decode, torch.zeros(1, 16, 16, dtype=torch.long)), 1)
-    )
+    for name, model in {DECODING_VAR: var, DECODING_PIXELCNN: pixelcnn}.items():
+        codes = torch.zeros(1, *model.config.prior_config.code_shape, dtype=torch.long)
+        operations[name] = gflops(Contestant(partial(model.decode, codes), 1))
     print({name: f"{value:.3f} GFLOP per image" for name, value in operations.items()})
     races = []
     for batch in arguments.batches:

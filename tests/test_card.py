@@ -466,23 +466,31 @@ def test_card_write_writes_what_is_rendered(repository, run):
     assert (repository / "README.md").read_text() == render_card(repository, "tiny")
 
 
-# The shipped card
+# The shipped cards
+
+SHIPPED = sorted(path.parent for path in default_checkpoint().parent.glob("*/model_index.json"))
+shipped = pytest.mark.parametrize("folder", SHIPPED, ids=[path.name for path in SHIPPED])
 
 
-def test_the_shipped_card_is_what_is_rendered_now():
-    assert (default_checkpoint() / "README.md").read_text() == render_card(
-        default_checkpoint(), DEFAULT_CHECKPOINT
-    )
+def test_both_checkpoints_have_a_card():
+    assert [path.name for path in SHIPPED] == [DEFAULT_CHECKPOINT, f"{DEFAULT_CHECKPOINT}-var"]
 
 
-def test_the_shipped_card_has_no_problems():
-    assert check_card(default_checkpoint()) == []
+@shipped
+def test_a_shipped_card_is_what_is_rendered_now(folder):
+    assert (folder / "README.md").read_text() == render_card(folder, folder.name)
 
 
-def test_the_shipped_card_holds_exactly_the_shipped_reports():
-    card = ModelCard.load(default_checkpoint() / "README.md")
+@shipped
+def test_a_shipped_card_has_no_problems(folder):
+    assert check_card(folder) == []
+
+
+@shipped
+def test_a_shipped_card_holds_exactly_the_shipped_reports(folder):
+    card = ModelCard.load(folder / "README.md")
     published = {(r.metric_type, r.dataset_split): r.metric_value for r in card.data.eval_results}
-    reports = [Report.load(path) for path in sorted((default_checkpoint() / "reports").glob("*.json"))]
+    reports = [Report.load(path) for path in sorted((folder / "reports").glob("*.json"))]
     metrics = [metric for report in reports for metric in report.metrics if metric.group is None]
     assert published == {(m.name, m.split): m.value for m in metrics}
     assert len(published) == len(metrics) == len(card.data.eval_results)

@@ -1,4 +1,6 @@
-"""The shipped checkpoint: loads whole and in parts, is as good as its report says, and generates repeatably."""
+"""The shipped checkpoints: load whole and in parts, are as good as their reports say, and generate repeatably."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,23 +12,29 @@ from isic_vq.evaluation.report import Report
 from isic_vq.hub import default_checkpoint, load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
+SHIPPED = sorted(path.parent for path in default_checkpoint().parent.glob("*/model_index.json"))
+
+
+@pytest.fixture(scope="module", params=SHIPPED, ids=lambda path: path.name)
+def folder(request):
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model(IsicVQModel)
+def model(folder):
+    return load_model(IsicVQModel, str(folder))
 
 
 @pytest.fixture(scope="module")
-def report():
-    return Report.load(default_checkpoint() / "reports" / "evaluation.json")
+def report(folder):
+    return Report.load(folder / "reports" / "evaluation.json")
 
 
-def test_parts_load_alone_without_missing_or_unexpected_keys_and_equal_the_whole(model):
-    for part_class, part in ((VQVAEModel, model.vqvae), (PixelCNNModel, model.prior)):
-        loaded, info = part_class.from_pretrained(default_checkpoint(), output_loading_info=True)
+def test_parts_load_alone_without_missing_or_unexpected_keys_and_equal_the_whole(model, folder):
+    for part in (model.vqvae, model.prior):
+        loaded, info = type(part).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         state = part.state_dict()
@@ -63,10 +71,27 @@ def test_it_is_conditional_on_the_seven_ham10000_diagnoses(model):
 def test_the_report_meets_what_the_release_asks_for(report):
     assert report.value("psnr", "validation") >= 30
     assert report.value("usage", "validation") >= 0.85
-    assert (
-        report.value("bits_per_code_unigram", "validation") - report.value("bits_per_code", "validation")
-        >= 2.0
-    )
+
+
+def test_the_pixelcnn_saves_two_bits_of_every_code():
+    report = Report.load(default_checkpoint() / "reports" / "evaluation.json")
+    values = [report.value(name, "validation") for name in ("bits_per_code_unigram", "bits_per_code")]
+    assert values[0] - values[1] >= 2.0
+
+
+@pytest.mark.real_data
+def test_each_scale_brings_real_images_nearer(data_dir):
+    """The VAR's tokenizer: mean squared error of images of codes of its first k scales, k = 1, 2, ..."""
+    (folder,) = (path for path in SHIPPED if path.name.endswith("-var"))
+    tokenizer = load_model(VQVAEModel, str(folder)).eval()
+    records = open_source(f"parquet:{data_dir}/ham10000/validation-*.parquet")
+    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+    images = next(iter_batches(records, processor, batch_size=64))["pixel_values"]
+    with torch.no_grad():
+        previews = tokenizer.decode_progressively(tokenizer.encode(images))
+    errors = [(preview - images).square().mean().item() for preview in previews]
+    assert len(errors) == len(tokenizer.config.scales) == 8
+    assert all(finer < coarser for coarser, finer in pairwise(errors)), errors
 
 
 @pytest.mark.real_data

@@ -1,13 +1,14 @@
 """What the documentation says of results is what the reports say, and its links lead somewhere."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from isic_vq.card import read_reports
-from isic_vq.evaluation.report import Report
+from isic_vq.evaluation.report import Metric, Report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,6 +34,27 @@ def test_the_readme_shows_the_reports_numbers(build):
 def test_the_codec_page_shows_its_reports_numbers(build):
     report = Report.load(build.CODEC_REPORT)
     assert between_marks(build, ROOT / "docs" / "codec.md") == build.codec_section(report)
+
+
+def test_the_next_scale_page_and_the_card_show_the_same_comparison(build):
+    assert between_marks(build, ROOT / "docs" / "next-scale.md") == build.next_scale_section()
+    comparison = (build.VAR_CHECKPOINT / build.COMPARISON).read_text().strip()
+    assert build.next_scale_section().startswith(comparison)
+    assert comparison in (build.VAR_CHECKPOINT / "README.md").read_text()
+
+
+def test_the_comparison_names_a_winner_only_where_the_intervals_are_apart(build):
+    def metric(value, half):
+        return Metric("m", value, "dB", 2, "s", "d", interval=[float(value - half), float(value + half)])
+
+    assert build.better((metric(30, 1), metric(33, 1)), most=True) == "PixelCNN"
+    assert build.better((metric(30, 1), metric(33, 1)), most=False) == "VAR"
+    assert build.better((metric(30, 1), metric(31, 1)), most=True) == "intervals overlap"
+
+
+def test_a_var_is_five_times_as_fast_as_a_transformer_in_raster_order(build):
+    races = {race["batch"]: race for race in json.loads(build.NEXT_SCALE_REPORT.read_text())["races"]}
+    assert races[1]["figures"]["codes: VAR over raster transformer"]["median"] >= 5
 
 
 def test_the_results_are_the_reports(build):
@@ -68,10 +90,10 @@ def test_links_to_files_lead_somewhere(page):
 def test_measured_reports_are_of_committed_code():
     """Reports of changed files could not be measured again."""
     paths = [
-        *(ROOT / "model_cards" / "isic-vq-128" / "reports").glob("*.json"),
+        *(ROOT / "model_cards").glob("isic-vq-128*/reports/*.json"),
         *(ROOT / "docs").rglob("report.json"),
     ]
-    assert len(paths) >= 5
+    assert len(paths) >= 7
     for path in [*paths, ROOT / "benchmarks" / "reports" / "codec.json"]:
         environment = Report.load(path).environment
         assert environment["git_dirty"] is False, path

@@ -23,6 +23,7 @@ from tiny_repository import write_model, write_repository
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 RUNNER = Path(__file__).with_name("snippet_runner.py")
 # Ways to open a model that a card must show, with the package and without it.
 DOORS = {
@@ -48,7 +49,7 @@ def title(path):
     return path.relative_to(ROOT).as_posix()
 
 
-SNIPPETS = [(path, index) for path in (README, *CARDS) for index in range(len(blocks(path, "python")))]
+SNIPPETS = [(path, index) for path in (README, *DOCS, *CARDS) for index in range(len(blocks(path, "python")))]
 
 
 # Code that must fail, and with what: the runner's own test.
@@ -94,7 +95,7 @@ def outcomes(tmp_path_factory, tiny_card):
     synthetic_image(0, seed=0).save(folder / "image.jpg")
     programs = {
         (path, index): (code, needs_package(code))
-        for path in (README, *CARDS, tiny_card)
+        for path in (README, *DOCS, *CARDS, tiny_card)
         for index, code in enumerate(blocks(path, "python"))
     }
     return run_all({**programs, **{name: FAILING[name][:2] for name in FAILING}}, folder)

@@ -16,7 +16,8 @@ from isic_vq.models.repository import plain_card
 
 CODE = Path(isic_vq.models.__file__).parent
 MODULES = {path.name for path in CODE.glob("*.py")} - {"__init__.py"}
-SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "isic-vq-128"
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+SHIPPED = sorted(path.parent for path in CARDS.glob("*/model_index.json"))
 
 
 def files_of(folder):
@@ -115,19 +116,21 @@ def test_other_files_of_the_folder_stay(composite, tmp_path):
 # --- the shipped repository ----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_repository_is_laid_out_as_save_pretrained_does(tmp_path):
-    model = IsicVQModel.from_pretrained(SHIPPED)
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_repository_is_laid_out_as_save_pretrained_does(shipped, tmp_path):
+    model = IsicVQModel.from_pretrained(shipped)
     model.save_pretrained(tmp_path)
-    assert files_of(tmp_path) <= files_of(SHIPPED)
+    assert files_of(tmp_path) <= files_of(shipped)
     for name in files_of(tmp_path):
         if name.endswith(".json"):
-            assert json.loads((SHIPPED / name).read_text()) == json.loads((tmp_path / name).read_text()), name
+            assert json.loads((shipped / name).read_text()) == json.loads((tmp_path / name).read_text()), name
         if name.endswith(".py"):
-            assert (SHIPPED / name).read_bytes() == (tmp_path / name).read_bytes(), name
+            assert (shipped / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
-def test_the_shipped_repository_holds_no_code_but_the_packages():
-    assert {path.name for path in SHIPPED.rglob("*.py")} == MODULES | {"isic_vq.py"}
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_repository_holds_no_code_but_the_packages(shipped):
+    assert {path.name for path in shipped.rglob("*.py")} == MODULES | {"isic_vq.py"}
 
 
 # --- the plain card ------------------------------------------------------------------------------------------------
