@@ -163,7 +163,7 @@ def test_the_gallery_keeps_the_first_and_the_extremes():
     bits = torch.randperm(40).double()
     gallery = Gallery(num_codes=8, limit=3)
     for index, value in enumerate(bits.tolist()):
-        gallery.add(f"image {index}", np.zeros((4, 4, 3), np.uint8), np.full((2, 2), value))
+        gallery.add(f"image {index}", np.zeros((4, 4, 3), np.uint8), np.full((2, 2), value), value)
     assert [shown.name for shown in gallery.first] == ["image 0", "image 1", "image 2"]
     assert [shown.bits_per_code for shown in gallery.likely] == list(range(8))
     assert [shown.bits_per_code for shown in gallery.unlikely] == list(range(39, 31, -1))
