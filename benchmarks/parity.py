@@ -145,7 +145,7 @@ def train(job: Job, folder: Path, steps: int) -> None:
         data=DataRecipe(max_corrupt_share=0.5), loop=loop, codebook_warmup_steps=WARMUP_STEPS
     )
     folder.mkdir(parents=True, exist_ok=True)
-    processes = Processes(loop, folder)
+    processes = Processes(loop, folder, idle_parameters=job.scales)  # phi, until the codebook starts
     torch.manual_seed(loop.seed)
     model = VQVAEModel(VQVAEConfig(**job.model)).to(
         torch.get_default_dtype(), memory_format=torch.channels_last
