@@ -7,7 +7,8 @@ The VAR and the PixelCNN are those of two repositories, the shipped ones by defa
 between noise and codes, the tokenizer's share included. Both are timed once more from nothing to images. The
 transformer has the VAR's layers, as many and as wide, and random weights; it draws the 16 x 16 grid in raster order, a
 code per pass, with keys and values cached in place. Its draws are checked against its full pass before anything is timed. Contestants take turns as measure.py has it.
-Operations are counted by torch. Results go to benchmarks/reports/next_scale.json.
+Operations are those of products and convolutions, counted by torch; table look-ups and numba's kernels count nothing.
+Results go to benchmarks/reports/next_scale.json.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from measure import Contestant, compare, num_parameters, print_figures, write_report
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from isic_vq.card import read_provenance
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_var import Head, Layer, VARModel
 from isic_vq.models.sampling import draw
+from isic_vq.studies.measure import count_flops, flops_per_image
 
 VAR, RASTER = "VAR", "raster transformer, cached"
 EAGER, COMPILED = "PixelCNN, eager", "PixelCNN, compiled"
@@ -125,11 +127,14 @@ def contestants(
     }
 
 
-def gflops(step: Contestant) -> float:
-    """Floating-point operations of a step, in 1e9; table look-ups and numba's kernels count nothing."""
-    with FlopCounterMode(display=False) as counter:
-        step.step()
-    return counter.get_total_flops() / 1e9
+def training_pflop(name: str, model: IsicVQModel) -> dict[str, float]:
+    """Operations that training took by part, in 1e15: three passes forward (one back is two) of every image of every step."""
+    runs, flops = read_provenance(resolve(name))["training"], flops_per_image(model)
+    images = {part: runs[part]["steps"] * runs[part]["recipe"]["loop"]["batch_size"] for part in runs}
+    return {
+        "vqvae": 3 * flops["tokenizer"] * images["vqvae"] / 1e15,
+        "prior": 3 * flops["prior"] * images["prior"] / 1e15,
+    }
 
 
 def main() -> None:
@@ -147,10 +152,10 @@ def main() -> None:
     raster = RasterTransformer(var.prior).eval()
     raster.check()
     alone = contestants(var, pixelcnn, raster, 1)
-    operations = {name: gflops(alone[name]) for name in (VAR, RASTER, EAGER)}
+    operations = {name: count_flops(alone[name].step) / 1e9 for name in (VAR, RASTER, EAGER)}
     for name, model in {DECODING_VAR: var, DECODING_PIXELCNN: pixelcnn}.items():
         codes = torch.zeros(1, *model.config.prior_config.code_shape, dtype=torch.long)
-        operations[name] = gflops(Contestant(partial(model.decode, codes), 1))
+        operations[name] = count_flops(partial(model.decode, codes)) / 1e9
     print({name: f"{value:.3f} GFLOP per image" for name, value in operations.items()})
     races = []
     for batch in arguments.batches:
@@ -167,7 +172,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
     }
-    write_report("next_scale", settings, {"gflops_per_image": operations, "races": races})
+    training = {
+        "VAR": training_pflop(arguments.var, var),
+        "PixelCNN": training_pflop(arguments.pixelcnn, pixelcnn),
+    }
+    figures = {"gflops_per_image": operations, "training_pflop": training, "races": races}
+    write_report("next_scale", settings, figures)
 
 
 if __name__ == "__main__":

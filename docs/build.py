@@ -220,15 +220,12 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         )
     for part, title in (("vqvae", "tokenizer"), ("prior", "prior")):
         told(
-            f"training, {title}, hours in steps",
-            [origin["training"][part]["hours"] for origin in origins],
-            "{:.2g}",
+            f"training, {title}, PFLOP",
+            [speed["training_pflop"][name][part] for name in ("VAR", "PixelCNN")],
         )
-        told(
-            f"training, {title}, optimizer steps",
-            [origin["training"][part]["steps"] for origin in origins],
-            "{:,}",
-        )
+        records = [origin["training"][part] for origin in origins]
+        told(f"training, {title}, hours at the median step's pace", [r["hours"] for r in records], "{:.2g}")
+        told(f"training, {title}, optimizer steps", [r["steps"] for r in records], "{:,}")
     machine = origins[0]["training"]["prior"]["environment"]
     return "\n\n".join(
         [

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -264,7 +265,9 @@ def training_record(run: Path) -> dict[str, Any]:
         steps = Run(run).metrics["batch"]
         batch_size = record["recipe"]["loop"]["batch_size"]
         record["steps"] = steps[-1]["step"]
-        record["hours"] = sum(batch_size / step["images_per_second"] for step in steps) / 3600
+        # At the median pace: steps in which the process was stopped, or others had the machine, say nothing of the run.
+        seconds = batch_size / median(step["images_per_second"] for step in steps)
+        record["hours"] = seconds * len(steps) / 3600
     if (run / "report.json").is_file() and "weights" in (kept := Report.load(run / "report.json").model):
         record["weights"] = kept["weights"]
     return record

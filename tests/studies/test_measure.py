@@ -11,6 +11,7 @@ from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.measure import (
     Difference,
+    count_flops,
     flops_per_image,
     measure_chain,
     paired_difference,
@@ -95,3 +96,10 @@ def test_operations_are_those_of_the_convolutions():
     counted = sum(places)
     assert flops_per_image(model)["decoder"] == pytest.approx(counted, rel=0.02)
     assert np.isfinite(list(flops_per_image(model).values())).all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 7, dtype=torch.bool)], ids=["all", "mask"])
+def test_attention_is_counted_as_its_two_products(mask):
+    queries, keys = torch.ones(2, 3, 5, 4), torch.ones(2, 3, 7, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attention(queries, keys, keys, attn_mask=mask)) == 2 * 2 * (2 * 3 * 5 * 7 * 4)

@@ -1,12 +1,15 @@
 """Measure the models of a study image by image, once, so that they can be compared image by image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from isic_vq.data.sources import find_source
@@ -60,18 +63,23 @@ def flops_per_image(model: IsicVQModel) -> dict[str, int]:
     """
     config = model.config.vqvae_config
     pixel_values = torch.zeros(1, 3, config.image_size, config.image_size)
-    counted = {}
-    with FlopCounterMode(display=False) as counter:
-        codes = model.encode(pixel_values)
-    encoder = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        model.decode(codes)
-    counted["decoder"] = counter.get_total_flops()
-    counted["tokenizer"] = encoder + counted["decoder"]
-    with FlopCounterMode(display=False) as counter:
-        model.predict(codes.clone())  # with gradients: the counter follows modules by them
-    counted["prior"] = counter.get_total_flops()
-    return counted
+    codes = model.encode(pixel_values)
+    decoder = count_flops(lambda: model.decode(codes))
+    return {
+        "tokenizer": count_flops(lambda: model.encode(pixel_values)) + decoder,
+        "decoder": decoder,
+        "prior": count_flops(lambda: model.predict(codes.clone())),  # a normal tensor: gradients are recorded
+    }
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of products and convolutions that torch does in a call.
+
+    Attention is computed as the two products that it is: of its fused kernels for CPUs the counter knows nothing.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)
