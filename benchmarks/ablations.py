@@ -2,8 +2,8 @@
 
     python benchmarks/ablations.py vqvae    # 400 steps each
     python benchmarks/ablations.py prior    # 600 steps each, on the codes of runs/codes-f8
-    python benchmarks/ablations.py scales   # 400 steps each
-    python benchmarks/ablations.py var      # 500 steps each, on the codes of runs/codes-f8-scales
+    python benchmarks/ablations.py scales   # 250 steps each
+    python benchmarks/ablations.py var      # 600 steps each, on the codes of runs/codes-f8-scales
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
 where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each: differences under
@@ -80,10 +80,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "train": "vqvae",
         "config": "examples/configs/vqvae-f8-scales.yaml",
         "shared": [
-            "loop.max_steps=400",
+            "loop.max_steps=250",
             "loop.average_decay=0",
             "loop.eval_every=100",
-            "loop.save_every=200",
+            "loop.save_every=250",
         ],
         "runs": {
             "base (the paper's eight scales)": [],
@@ -100,16 +100,16 @@ STAGES: dict[str, dict[str, Any]] = {
         "codes": "codes-f8-scales",
         "config": "examples/configs/prior-f8-var.yaml",
         "shared": [
-            "loop.max_steps=500",
+            "loop.max_steps=600",
             "loop.average_decay=0",
-            "loop.eval_every=4",
-            "model.hidden_size=128",
-            "model.num_heads=4",
+            "loop.eval_every=2",
+            "model.hidden_size=64",
+            "model.num_heads=2",
             "model.num_layers=4",
             "num_samples=1",
         ],
         "runs": {
-            "base (4 layers of 128, dropout 0.1, 8 views)": [],
+            "base (4 layers of 64, dropout 0.1, 8 views)": [],
             "2 layers": ["model.num_layers=2"],
             "8 layers": ["model.num_layers=8"],
             "no dropout": ["model.dropout=0"],
