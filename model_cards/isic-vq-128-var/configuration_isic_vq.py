@@ -1,0 +1,1 @@
+../../src/isic_vq/models/configuration_isic_vq.py

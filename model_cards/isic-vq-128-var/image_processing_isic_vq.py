@@ -1,0 +1,1 @@
+../../src/isic_vq/models/image_processing_isic_vq.py

@@ -1,0 +1,1 @@
+../../src/isic_vq/models/vector_quantizer.py
