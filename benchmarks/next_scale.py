@@ -13,6 +13,7 @@ Results go to benchmarks/reports/next_scale.json.
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def contestants(
 
 def training_pflop(name: str, model: IsicVQModel) -> dict[str, float]:
     """Operations that training took by part, in 1e15: three passes forward (one back is two) of every image of every step."""
-    runs, flops = read_provenance(resolve(name))["training"], flops_per_image(model)
+    runs, flops = read_provenance(Path(resolve(name)))["training"], flops_per_image(model)
     images = {part: runs[part]["steps"] * runs[part]["recipe"]["loop"]["batch_size"] for part in runs}
     return {
         "vqvae": 3 * flops["tokenizer"] * images["vqvae"] / 1e15,
@@ -167,8 +168,11 @@ def main() -> None:
         print({name: f"{row['seconds_per_image']:.4f} s/image" for name, row in rows["contestants"].items()})
         races.append({"batch": batch, **rows})
     settings = {
-        "var": {"name": resolve(arguments.var).name, **var.config.prior_config.to_diff_dict()},
-        "pixelcnn": {"name": resolve(arguments.pixelcnn).name, **pixelcnn.config.prior_config.to_diff_dict()},
+        "var": {"name": Path(resolve(arguments.var)).name, **var.config.prior_config.to_diff_dict()},
+        "pixelcnn": {
+            "name": Path(resolve(arguments.pixelcnn)).name,
+            **pixelcnn.config.prior_config.to_diff_dict(),
+        },
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
     }
