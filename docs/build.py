@@ -185,7 +185,6 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
     )
     told("bits per image, coded by the prior", [8 * m["bytes_per_image_prior", "model"].value for m in found])
     measured("bits per pixel, coded by the prior", "bits_per_pixel", "validation", False)
-    measured("bits per code", "bits_per_code", "validation", False)
     for split, title in SETS.items():
         measured(f"reconstruction, PSNR in dB, {title}", "psnr", split, True)
         measured(f"reconstruction, SSIM, {title}", "ssim", split, True)
@@ -224,8 +223,12 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
             [speed["training_pflop"][name][part] for name in ("VAR", "PixelCNN")],
         )
         records = [origin["training"][part] for origin in origins]
-        told(f"training, {title}, hours at the median step's pace", [r["hours"] for r in records], "{:.2g}")
+        told(f"training, {title}, hours in steps", [r["hours"] for r in records], "{:.2g}")
         told(f"training, {title}, optimizer steps", [r["steps"] for r in records], "{:,}")
+    weights = [origin["training"]["vqvae"]["recipe"].get("ssim_weight", 0) for origin in origins]
+    rows.append(
+        ["weight of SSIM in the tokenizer's loss", *(f"{weight:g}" for weight in weights), "recipes differ"]
+    )
     machine = origins[0]["training"]["prior"]["environment"]
     return "\n\n".join(
         [
