@@ -29,6 +29,7 @@ RANKS = {
     "generation": 3,
     "training": 4,
     "export": 4,
+    "sheets": 4,
     "card_check": 4,
     "classifier_card": 4,
     "demo": 4,

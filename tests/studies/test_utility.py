@@ -12,15 +12,8 @@ from PIL import Image
 from isic_vq.evaluation.report import Report
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies.utility import (
-    ARMS,
-    LabelledImages,
-    Student,
-    evaluate_utility,
-    train_student,
-    two_level_interval,
-    utility_metrics,
-)
+from isic_vq.studies.student import LabelledImages, Student, train_student, two_level_interval
+from isic_vq.studies.utility import ARMS, evaluate_utility, utility_metrics
 
 COLOURS = {"melanoma": (60, 30, 30), "nevus": (150, 100, 60), "vascular_lesion": (200, 40, 80)}
 NET = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}

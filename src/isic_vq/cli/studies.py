@@ -1,49 +1,67 @@
 """Commands that run studies: many models trained alike, to see what one choice does."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import ConfigOption, ModelOption, Overrides, app, quiet_transformers
+from isic_vq.cli.app import (
+    ConfigOption,
+    CorruptShareOption,
+    DataOption,
+    ModelOption,
+    Overrides,
+    app,
+    quiet_transformers,
+)
 from isic_vq.cli.measuring import print_report
 
 if TYPE_CHECKING:
+    from isic_vq.evaluation.report import Metric
     from isic_vq.studies.page import StudyPage
 
 study_app = typer.Typer(help="Train many models alike, to see what one choice does.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
 
+ReportOption = Annotated[Path, typer.Option("--out", "--output", "-o", help="Report to write.")]
+TrainOption = Annotated[str, typer.Option(help="Real training images, as --data of encode.")]
+TestOption = Annotated[
+    str, typer.Option(help="Real images to test on, which the model was not trained on either.")
+]
+WorkOption = Annotated[
+    Path, typer.Option(help="Folder of generated images and finished classifiers; a killed run goes on.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=2, help="A quick try on at most so many images of each set.")
+]
+SplitOption = Annotated[str, typer.Option(help="What the report calls the test images.")]
+SeedsOption = Annotated[int, typer.Option(min=2, help="How often each classifier is trained.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Optimizer steps of each classifier.")]
+
+
 @study_app.command(
     epilog="Example:\n\n  isic-vq study utility --train folder:train_images --test folder:test_images -o utility.json"
 )
 def utility(
-    train: Annotated[str, typer.Option(help="Real training images, as --data of encode.")],
-    test: Annotated[
-        str, typer.Option(help="Real images to test on, which the model was not trained on either.")
-    ],
+    train: TrainOption,
+    test: TestOption,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Report to write.")] = Path(
-        "report.json"
-    ),
-    work_dir: Annotated[
-        Path, typer.Option(help="Folder of generated images and finished classifiers; a killed run goes on.")
-    ] = Path("runs/utility"),
-    seeds: Annotated[int, typer.Option(min=2, help="How often each classifier is trained.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each classifier.")] = 1500,
-    limit: Annotated[
-        int | None, typer.Option(min=2, help="A quick try on at most so many images of each set.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="What the report calls the test images.")] = "test",
+    output: ReportOption = Path("report.json"),
+    work_dir: WorkOption = Path("runs/utility"),
+    seeds: SeedsOption = 5,
+    steps: StepsOption = 1500,
+    limit: LimitOption = None,
+    split: SplitOption = "test",
 ) -> None:
     """Measure what generated images are worth to a classifier: trained on real, generated and both; tested on real."""
     from dataclasses import asdict
 
-    from isic_vq.evaluation.report import Report, environment
-    from isic_vq.hub import load_model, resolve
+    from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.studies.utility import Student, evaluate_utility
+    from isic_vq.studies.student import Student
+    from isic_vq.studies.utility import evaluate_utility
 
     quiet_transformers()
     student = Student(steps=steps)
@@ -51,8 +69,96 @@ def utility(
     metrics = evaluate_utility(
         generator, train, test, work_dir, seeds=seeds, student=student, limit=limit, split=split
     )
-    about = {"name": Path(resolve(model)).name, "classifier": asdict(student), "seeds": seeds, "limit": limit}
-    report = Report(about, metrics, environment=environment())
+    _write_report(model, metrics, output, classifier=asdict(student), seeds=seeds, limit=limit)
+
+
+@study_app.command(
+    epilog="Example:\n\n  isic-vq study realism --train folder:train_images --test folder:test_images -o realism.json"
+)
+def realism(
+    train: TrainOption,
+    test: TestOption,
+    model: ModelOption = None,
+    output: ReportOption = Path("report.json"),
+    work_dir: WorkOption = Path("runs/realism"),
+    seeds: SeedsOption = 3,
+    steps: StepsOption = 600,
+    limit: LimitOption = None,
+    split: SplitOption = "test",
+) -> None:
+    """Measure how well a small classifier tells generated images, reconstructions and real images apart."""
+    from dataclasses import asdict, replace
+
+    from isic_vq.hub import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.studies.realism import default_student, evaluate_realism
+
+    quiet_transformers()
+    generator = load_model(IsicVQModel, model)
+    student = replace(default_student(generator), steps=steps)
+    metrics = evaluate_realism(
+        generator, train, test, work_dir, seeds=seeds, student=student, limit=limit, split=split
+    )
+    _write_report(model, metrics, output, classifier=asdict(student), seeds=seeds, limit=limit)
+
+
+@study_app.command(
+    epilog="Example:\n\n  isic-vq study sampling --data folder:validation_images --features model_cards/isic-derm-features "
+    "--temperature 0.9 --temperature 1 -o sampling.json"
+)
+def sampling(
+    data: DataOption,
+    features: Annotated[
+        list[str],
+        typer.Option(help="Folder or Hub id of an image model, as for evaluate; repeat it for several."),
+    ],
+    model: ModelOption = None,
+    output: ReportOption = Path("report.json"),
+    work_dir: Annotated[
+        Path, typer.Option(help="Folder of generated images, which are not made again.")
+    ] = Path("runs/sampling"),
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Repeat it for several; default: 1.")
+    ] = None,
+    top_p: Annotated[list[float] | None, typer.Option(help="Repeat it for several; default: 1, off.")] = None,
+    guidance_scale: Annotated[
+        list[float] | None, typer.Option(help="Repeat it for several; default: 1, off.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated images and of resampling.")] = 0,
+    split: SplitOption = "validation",
+    max_corrupt_share: CorruptShareOption = 0.01,
+) -> None:
+    """Measure generated images by how their codes are drawn: every temperature with every top-p and guidance scale."""
+    from dataclasses import asdict
+
+    from isic_vq.evaluation.generation import Yardstick
+    from isic_vq.hub import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.studies.sampling import combinations, evaluate_sampling
+
+    quiet_transformers()
+    top_ps = [None if value == 1 else value for value in top_p or [1.0]]
+    settings = combinations(temperature or [1.0], top_ps, guidance_scale or [1.0])
+    metrics = evaluate_sampling(
+        load_model(IsicVQModel, model),
+        [Yardstick.from_pretrained(name) for name in features],
+        data,
+        settings,
+        work_dir,
+        split=split,
+        seed=seed,
+        max_corrupt_share=max_corrupt_share,
+        progress=sys.stderr.isatty(),
+    )
+    _write_report(model, metrics, output, settings=[asdict(setting) for setting in settings])
+
+
+def _write_report(model: str | None, metrics: list["Metric"], output: Path, **about: Any) -> None:
+    """Write the report of a study of one model, and print it."""
+    from isic_vq.evaluation.report import Report, environment
+    from isic_vq.hub import resolve
+
+    report = Report({"name": Path(resolve(model)).name, **about}, metrics, environment=environment())
     report.save(output)
     print_report(report)
     typer.echo(f"wrote {output}")

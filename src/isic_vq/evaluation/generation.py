@@ -12,7 +12,7 @@ sees a difference between the two that is its own: take one that was trained on 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,10 @@ def evaluate_generation(
     sampling = sampling or Sampling()
     sets = _embedded_sets(model, yardsticks, reference, others, seed, sampling, max_corrupt_share, progress)
     diagnoses = sets["reference"].diagnoses
+    compared = {kind: sets[kind] for kind in ("floor", "reconstructions", "samples")}
     metrics = []
     for yardstick in yardsticks:
-        metrics += _distance_metrics(sets, yardstick.name, split, reference.name, seed)
+        metrics += distance_metrics(sets["reference"], compared, yardstick.name, split, reference.name, seed)
         if yardstick.classifier is not None:
             named = {
                 "reference": sets["reference"].named[yardstick.name],
@@ -295,27 +296,31 @@ def _check_disjoint(reference: Source, pool: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _distance_metrics(
-    sets: dict[str, EmbeddedImages], yardstick: str, split: str, dataset: str, seed: int
+def distance_metrics(
+    reference: EmbeddedImages,
+    sets: Mapping[str, EmbeddedImages],
+    yardstick: str,
+    split: str,
+    dataset: str,
+    seed: int,
 ) -> list[Metric]:
-    """The lines of the three sets by one yardstick, each distance's three beside each other."""
-    reference = sets["reference"].joined(yardstick)
+    """The lines of some sets by one yardstick, each distance's lines beside each other.
+
+    Args:
+        reference: what distances are to.
+        sets: what they are of, by the name that `metric_name` gives them.
+        yardstick: one of both's.
+        split: of the reference.
+        dataset: its.
+        seed: of the intervals' halves and of what was drawn.
+    """
+    features = reference.joined(yardstick)
     by_name: dict[str, list[Metric]] = defaultdict(list)
-    for kind in ("floor", "reconstructions", "samples"):
-        images = sets[kind].joined(yardstick)
-        strata = sets["reference"].diagnoses, sets[kind].diagnoses
-        intervals = subsample_intervals(set_distances, reference, images, strata=strata, seed=seed)
-        for name, value in set_distances(reference, images).items():
-            by_name[name].append(
-                Metric(
-                    metric_name(name, kind, yardstick),
-                    value,
-                    "1",
-                    len(images),
-                    split,
-                    dataset,
-                    seed,
-                    np.clip(intervals[name], *RANGES[name]).tolist(),
-                )
-            )
+    for kind, embedded in sets.items():
+        images, strata = embedded.joined(yardstick), (reference.diagnoses, embedded.diagnoses)
+        intervals = subsample_intervals(set_distances, features, images, strata=strata, seed=seed)
+        for name, value in set_distances(features, images).items():
+            interval = np.clip(intervals[name], *RANGES[name]).tolist()
+            named = metric_name(name, kind, yardstick)
+            by_name[name].append(Metric(named, value, "1", len(images), split, dataset, seed, interval))
     return [metric for lines in by_name.values() for metric in lines]

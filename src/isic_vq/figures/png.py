@@ -1,4 +1,4 @@
-"""Write pictures as PNG files that say what made them: a picture without that may be of a patient."""
+"""Write pictures as files that say what made them: a picture without that may be of a patient."""
 
 import io
 from pathlib import Path
@@ -25,4 +25,21 @@ def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=fields, icc_profile=None, exif=b"")
+    write_atomically(path, buffer.getvalue())
+
+
+def write_jpeg(image: Image.Image, path: Path, comment: str, quality: int = 92) -> None:
+    """Write a picture with a comment, whole or not at all, without thinning out its colours.
+
+    A sheet of many images takes a fifth of its PNG, and hides what JPEG hides: faint noise, not seams or blocks of codes.
+
+    Args:
+        image: RGB.
+        path: the file.
+        comment: what the picture shows; what wrote it is added.
+        quality: of the JPEG, to 95.
+    """
+    buffer = io.BytesIO()
+    text = f"{comment}; isic-vq {__version__}"
+    image.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True, comment=text.encode())
     write_atomically(path, buffer.getvalue())

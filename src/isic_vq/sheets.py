@@ -1,0 +1,166 @@
+"""Sheets of pictures to look hard at: what a model generates, mixes, completes and changes, and what its codes draw.
+
+All are model outputs, edits too: what is completed or changed is an image that the model generated. The one
+exception is asked for: `real_sheets` puts real images beside generated ones, and may not be published where these
+may not be.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import Source
+from isic_vq.evaluation.codebook import code_atlas
+from isic_vq.figures.grid import image_grid, paired_grid
+from isic_vq.models.editing import pixel_mask
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modes import evaluating
+
+NUM_UNCONDITIONAL = 64
+NUM_PER_CLASS = 16
+COLUMNS = 8
+ROWS = 4  # of the panels: images that are mixed, completed and changed
+ATLAS_COLUMNS = 32
+GREY = 0.5
+
+
+class Sheet(NamedTuple):
+    """A picture and what to call it.
+
+    Args:
+        name: of its file, without the ending.
+        caption: what it shows, in a sentence.
+        picture: RGB.
+    """
+
+    name: str
+    caption: str
+    picture: Image.Image
+
+
+def model_sheets(model: IsicVQModel, seed: int = 0, particles: int = 64) -> Iterator[Sheet]:
+    """Yield all sheets of a model's outputs, one after the other, as each is done.
+
+    Args:
+        model: a whole model; it is put into eval mode and left there.
+        seed: of everything that is drawn. The images are those that `IsicVQModel.generate` makes of it.
+        particles: candidates per edit, see `IsicVQModel.inpaint`.
+    """
+    model.eval()
+    for label in (None, *model.config.class_names.values()):
+        name, number = (label, NUM_PER_CLASS) if label else ("unconditional", NUM_UNCONDITIONAL)
+        caption = f"{name.replace('_', ' ')}: {number} images, seed {seed}, not selected"
+        yield Sheet(name, caption, _grid(_images(model, number, label, seed)))
+    yield interpolation_sheet(model, seed)
+    yield completion_sheet(model, seed, particles)
+    if model.config.class_names:
+        yield counterfactual_sheet(model, seed, particles)
+    yield atlas_sheet(model)
+
+
+def interpolation_sheet(model: IsicVQModel, seed: int) -> Sheet:
+    """Ways from one generated image to another: the decoder on mixtures of their quantized vectors, a row each."""
+    output: Any = model.generate(2 * ROWS, seed=seed)
+    weights = torch.linspace(0, 1, COLUMNS, device=model.device)[:, None, None, None]
+    rows = []
+    with torch.inference_mode(), evaluating(model.vqvae):
+        starts, ends = model.vqvae.quantizer.lookup(output.codes).split(ROWS)
+        for start, end in zip(starts, ends, strict=True):
+            rows.append(model.vqvae.decoder(torch.lerp(start, end, weights)).float())
+    caption = f"from a generated image to another through mixtures of their quantized vectors, seed {seed}"
+    return Sheet("interpolation", caption, _grid(torch.cat(rows)))
+
+
+def completion_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
+    """Generated images, the right half taken away, and that half drawn anew several times."""
+    size = model.config.vqvae_config.image_size
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[:, size // 2 :] = True
+    variants = COLUMNS - 2
+    rows = []
+    for index, image in enumerate(_images(model, ROWS, None, seed)):
+        edit: Any = model.inpaint(
+            image.expand(variants, -1, -1, -1), mask, num_particles=particles, seed=seed,
+            first_index=index * variants, composite=False,
+        )  # fmt: skip
+        redrawn = pixel_mask(model.vqvae.code_grids(edit.mask[:1])[-1], size)
+        rows += [image[None], torch.where(redrawn, GREY, image[None]), edit.pixel_values]
+    caption = f"generated images, what is kept of them, and {variants} completions each, seed {seed}"
+    return Sheet("completion", caption, _grid(torch.cat(rows)))
+
+
+def counterfactual_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
+    """Generated images of the first class, and their middle drawn anew as each diagnosis would have it."""
+    names = list(model.config.class_names.values())
+    rows = []
+    for index, image in enumerate(_images(model, ROWS, names[0], seed)):
+        edit = model.counterfactual(
+            image.expand(len(names), -1, -1, -1), names, num_particles=particles, seed=seed,
+            first_index=index * len(names), composite=False,
+        )  # fmt: skip
+        rows += [image[None], edit.pixel_values]
+    labels = [f"generated {names[0]}", *names]
+    caption = f"generated images, and their middle drawn anew under every diagnosis, seed {seed}"
+    texts = [text.replace("_", " ") for text in labels] * ROWS
+    return Sheet("counterfactual", caption, _grid(torch.cat(rows), len(labels), texts))
+
+
+def atlas_sheet(model: IsicVQModel) -> Sheet:
+    """What each code draws, the brightest first."""
+    tiles = code_atlas(model.vqvae)
+    order = tiles.mean(dim=(1, 2, 3)).argsort(descending=True)
+    return Sheet(
+        "atlas",
+        "what each code draws among its like, the brightest first",
+        _grid(tiles[order], ATLAS_COLUMNS),
+    )
+
+
+def real_sheets(
+    model: IsicVQModel, source: Source, seed: int = 0, max_corrupt_share: float = 0.01
+) -> Iterator[Sheet]:
+    """Yield, for each diagnosis, real images above as many generated ones: not to be published where the real ones are not.
+
+    Args:
+        model: a whole model with classes; it is put into eval mode and left there.
+        source: real images; a diagnosis of which it has none is left out.
+        seed: of the draw of real images and of the generated ones.
+        max_corrupt_share: share of unreadable images past which to fail.
+
+    Raises:
+        DataError: the source can only be streamed, or too many of its images are corrupt.
+    """
+    model.eval()
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    diagnoses = np.asarray([row["diagnosis"] for row in source.metadata()])
+    generator = np.random.default_rng(seed)
+    for name in model.config.class_names.values():
+        members = generator.permutation(np.flatnonzero(diagnoses == name))[:NUM_PER_CLASS]
+        if len(members) == 0:
+            continue
+        records = source.dataset().select(sorted(members.tolist()))
+        batches = iter_batches(records, processor, NUM_PER_CLASS, None, max_corrupt_share)
+        real = torch.cat([batch["pixel_values"] for batch in batches])
+        generated = _images(model, len(real), name, seed).cpu()
+        picture, _ = paired_grid(_pixels(real), _pixels(generated), COLUMNS)
+        yield Sheet(f"real-{name}", f"real images of {name.replace('_', ' ')} above generated ones", picture)
+
+
+def _images(model: IsicVQModel, number: int, label: str | None, seed: int) -> Tensor:
+    output: Any = model.generate(number, label, seed=seed)
+    return output.pixel_values
+
+
+def _pixels(images: Tensor) -> NDArray[np.uint8]:
+    return np.asarray(IsicVQImageProcessor().postprocess(images, output_type="np"))
+
+
+def _grid(images: Tensor, columns: int = COLUMNS, labels: list[str] | None = None) -> Image.Image:
+    return image_grid(_pixels(images), columns, labels=labels)

@@ -1,0 +1,164 @@
+"""Can a small classifier tell generated images from real ones? On images it was not trained on; half is perfect.
+
+Source: the classifier two-sample test, Lopez-Paz and Oquab, "Revisiting Classifier Two-Sample Tests", arXiv 1610.06545,
+with a convolutional network on pixels; differs: it is trained with several seeds, and numbers have intervals over
+seeds and test images at once.
+
+Three pairs are told apart, which together say whose fault a difference is: real images and their reconstructions (the
+tokenizer's), reconstructions and samples (the prior's), real images and samples (both). Samples follow the real
+images one for one: image i is asked for with the diagnosis of real image i. All images are rounded to 8 bits first.
+
+In the work folder: `settings.json`, `samples-train/` and `samples-test/` (shards of generated images) and
+`PAIR-seedN.json` (the logits of the test images). What is there is not done again, so a killed run goes on where it was.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isic_vq.data.sources import find_source
+from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.report import Metric
+from isic_vq.generation import generate_shards
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.studies.student import (
+    ImageReader,
+    LabelledImages,
+    Student,
+    check_settings,
+    study_records,
+    tested_logits,
+    two_level_interval,
+)
+
+PAIRS = (("real", "reconstructions"), ("reconstructions", "samples"), ("real", "samples"))
+PARTS = ("train", "test")
+
+
+def evaluate_realism(
+    model: IsicVQModel,
+    train: str,
+    test: str,
+    work_dir: Path,
+    *,
+    seeds: int = 3,
+    student: Student | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    resamples: int = 1000,
+) -> list[Metric]:
+    """Train the classifiers that are not trained yet, and test them on images they have not seen.
+
+    Args:
+        model: what reconstructs and generates, in eval mode.
+        train: URI of the real images to train the classifiers on; those labelled `unknown` are left out.
+        test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
+            training images' are left out.
+        work_dir: the study's folder, see the module.
+        seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
+        student: how each classifier is trained; by default on the model's own image size, without changes of colour.
+        limit: train and test on a seeded subset of at most so many images each; for a quick try.
+        split: what the lines call the test images.
+        resamples: bootstrap draws.
+
+    Returns:
+        For each of `PAIRS`, "two_sample_accuracy[ONE, OTHER]" and "two_sample_auc[ONE, OTHER]", means over the seeds;
+        0.5 where the two cannot be told apart. Intervals: `two_level_interval`.
+
+    Raises:
+        ValueError: fewer than two seeds, or the folder was begun with other settings or another model.
+        DataError: the images cannot be used.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides")
+    student = student or default_student(model)
+    train_records, classes, train_about = study_records(train, None, limit)
+    test_records, _, test_about = study_records(test, classes, limit)
+    settings = {"train": train_about, "test": test_about, "student": asdict(student)}
+    check_settings(work_dir / "settings.json", settings)
+    read = ImageReader(student.image_size, classes)
+    sets: dict[str, dict[str, Tensor]] = {}
+    for seed, (part, records) in enumerate(zip(PARTS, (train_records, test_records), strict=True)):
+        folder, diagnoses = work_dir / f"samples-{part}", records["diagnosis"]
+        generate_shards(model, folder, len(diagnoses), diagnoses, seed=seed)  # only what is missing
+        samples = find_source(f"parquet:{folder / 'images-*.parquet'}").dataset()
+        real = ImageReader(model.config.vqvae_config.image_size, classes)(records).pixels
+        sets[part] = {
+            "real": read(records).pixels,
+            "reconstructions": reconstructed(model, real, student.image_size),
+            "samples": read(samples).pixels,
+        }
+    metrics = []
+    for pair in PAIRS:
+        tested = _told_apart(sets["test"], pair)
+        name, images = "-".join(pair), partial(_told_apart, sets["train"], pair)
+        logits = [
+            tested_logits(work_dir / f"{name}-seed{seed}.json", images, pair, student, seed, tested.pixels)
+            for seed in range(seeds)
+        ]
+        metrics += realism_metrics(pair, logits, tested.labels, split, test_about["name"], resamples)
+    return metrics
+
+
+def default_student(model: IsicVQModel) -> Student:
+    """Sees every pixel and the colours as they are."""
+    return Student(steps=600, image_size=model.config.vqvae_config.image_size, colour_strength=0.0)
+
+
+@torch.inference_mode()
+def reconstructed(model: IsicVQModel, pixels: Tensor, size: int) -> Tensor:
+    """Images `(N, 3, H, W)` uint8 through the tokenizer, brought to `(N, 3, size, size)` uint8 as files would be."""
+    processor, parts = IsicVQImageProcessor(size=size), []
+    for batch in pixels.split(32):
+        decoded = model.decode(model.encode(batch.to(model.device).float() / 255))
+        pictures = processor.postprocess(decoded, output_type="pil")
+        values: Any = processor(pictures, return_tensors="pt")["pixel_values"]
+        parts.append((values * 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def realism_metrics(
+    pair: tuple[str, str],
+    logits: list[Tensor],
+    labels: Tensor,
+    split: str,
+    dataset: str,
+    resamples: int = 1000,
+) -> list[Metric]:
+    """The two lines of a pair.
+
+    Args:
+        pair: names of the two sets.
+        logits: `(N, 2)` of the test images for each seed.
+        labels: `(N,)` int64: 0 for the first set, 1 for the second.
+        split: of the test images.
+        dataset: theirs.
+        resamples: bootstrap draws.
+    """
+
+    def accuracy(seed: int, rows: Tensor) -> float:
+        return (logits[seed][rows].argmax(1) == labels[rows]).double().mean().item()
+
+    def auc(seed: int, rows: Tensor) -> float:
+        scores, second = logits[seed][rows].diff(dim=1)[:, 0], labels[rows] == 1
+        return auroc(scores[~second], scores[second])
+
+    metrics = []
+    for name, statistic in (("two_sample_accuracy", accuracy), ("two_sample_auc", auc)):
+        rows = torch.arange(len(labels))
+        low, high, mean = two_level_interval(statistic, len(logits), labels, rows, resamples)
+        line = Metric(f"{name}[{', '.join(pair)}]", mean, "1", len(labels), split, dataset, 0, [low, high])
+        metrics.append(line)
+    return metrics
+
+
+def _told_apart(sets: dict[str, Tensor], pair: tuple[str, str]) -> LabelledImages:
+    """The images of two sets, labelled with the number of their set."""
+    first, second = (sets[name] for name in pair)
+    labels = torch.cat([torch.zeros(len(first)), torch.ones(len(second))]).long()
+    return LabelledImages(torch.cat([first, second]), labels)
