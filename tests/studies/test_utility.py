@@ -7,71 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from coloured_images import COLOURS, NET, STUDENT
 
 from isic_vq.evaluation.report import Report
-from isic_vq.models.configuration_isic_vq import IsicVQConfig
-from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.student import LabelledImages, Student, train_student, two_level_interval
 from isic_vq.studies.utility import ARMS, evaluate_utility, utility_metrics
 
-COLOURS = {"melanoma": (60, 30, 30), "nevus": (150, 100, 60), "vascular_lesion": (200, 40, 80)}
-NET = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
-STUDENT = Student(steps=40, batch_size=12, image_size=16, learning_rate=1e-2, colour_strength=0.05, model=NET)
-IDS = dict(enumerate(COLOURS))
-
-
-def write_coloured(folder, per_class, seed):
-    """Noisy images whose colour is their diagnosis."""
-    generator = np.random.default_rng(seed)
-    folder.mkdir()
-    lines = ["file_name,isic_id,diagnosis"]
-    for name, number in per_class.items():
-        for index in range(number):
-            pixels = np.array(COLOURS[name]) + generator.integers(-20, 21, (16, 16, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}{index}.png")
-            lines.append(f"{name}{index}.png,ISIC_{seed}_{name}{index},{name}")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return f"folder:{folder}"
-
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets")
-    train = write_coloured(folder / "train", dict.fromkeys(COLOURS, 12), seed=0)
-    test = write_coloured(folder / "test", {"melanoma": 14, "nevus": 16, "vascular_lesion": 5}, seed=1)
-    return train, test
-
-
-@pytest.fixture(scope="module")
-def generator():
-    """An untrained model: its images are noise that has nothing to do with their diagnosis."""
-    torch.manual_seed(0)
-    vqvae = {
-        "image_size": 16,
-        "hidden_sizes": (8, 8),
-        "num_codes": 8,
-        "code_dim": 4,
-        "residual_size": 4,
-        "num_residual_blocks": 1,
-    }
-    prior = {
-        "num_codes": 8,
-        "grid_size": 4,
-        "hidden_size": 8,
-        "num_layers": 1,
-        "head_size": 8,
-        "id2label": IDS,
-    }
-    return IsicVQModel(IsicVQConfig(vqvae_config=vqvae, prior_config=prior)).eval()
-
-
-@pytest.fixture(scope="module")
-def study(sets, generator, tmp_path_factory):
+def study(coloured_sets, noise_generator, tmp_path_factory):
     """A finished study: its folder and its lines by name."""
     folder = tmp_path_factory.mktemp("study")
     lines = evaluate_utility(
-        generator, *sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
     return folder, {line.name: line for line in lines}
 
@@ -119,7 +67,9 @@ def test_generated_images_have_the_class_counts_of_the_real_ones(study):
 # Resuming
 
 
-def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(study, sets, generator, tmp_path):
+def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
+    study, coloured_sets, noise_generator, tmp_path
+):
     finished, found = study
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder)
@@ -131,7 +81,7 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(study, sets, g
         (folder / name).unlink()
     shutil.rmtree(folder / "synthetic-seed1")
     lines = evaluate_utility(
-        generator, *sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
     assert {line.name: line for line in lines} == found
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, (
@@ -141,17 +91,27 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(study, sets, g
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_a_folder_begun_with_other_settings_is_refused(study, sets, generator):
+def test_a_folder_begun_with_other_settings_is_refused(study, coloured_sets, noise_generator):
     folder, _ = study
     with pytest.raises(ValueError, match="begun with other settings of student"):
-        evaluate_utility(generator, *sets, folder, seeds=2, student=Student(steps=3), resamples=10)
+        evaluate_utility(
+            noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3), resamples=10
+        )
     with pytest.raises(ValueError, match="begun with other settings of test"):
-        evaluate_utility(generator, sets[0], sets[0], folder, seeds=2, student=STUDENT, resamples=10)
+        evaluate_utility(
+            noise_generator,
+            coloured_sets[0],
+            coloured_sets[0],
+            folder,
+            seeds=2,
+            student=STUDENT,
+            resamples=10,
+        )
 
 
-def test_one_seed_is_refused(sets, generator, tmp_path):
+def test_one_seed_is_refused(coloured_sets, noise_generator, tmp_path):
     with pytest.raises(ValueError, match="expected at least 2"):
-        evaluate_utility(generator, *sets, tmp_path, seeds=1)
+        evaluate_utility(noise_generator, *coloured_sets, tmp_path, seeds=1)
 
 
 # Training
@@ -241,10 +201,19 @@ def test_images_that_every_seed_gets_right_leave_the_seeds_to_decide():
 # The command
 
 
-def test_the_command_writes_a_report(run, sets, generator, tmp_path):
-    generator.save_pretrained(tmp_path / "model")
+def test_the_command_writes_a_report(run, coloured_sets, noise_generator, tmp_path):
+    noise_generator.save_pretrained(tmp_path / "model")
     code, out, err = run(
-        *("study", "utility", "-m", tmp_path / "model", "--train", sets[0], "--test", sets[1]),
+        *(
+            "study",
+            "utility",
+            "-m",
+            tmp_path / "model",
+            "--train",
+            coloured_sets[0],
+            "--test",
+            coloured_sets[1],
+        ),
         *("-o", tmp_path / "utility.json", "--work-dir", tmp_path / "work", "--seeds", 2, "--steps", 2),
         *("--limit", 20),
     )
