@@ -68,9 +68,9 @@ def code_masks(
 ) -> list[Tensor]:
     """The codes to draw anew for a mask of pixels: those whose patch touches it.
 
-    A code of a coarser scale stands for a larger patch, and goes if the codes to draw anew of the finest scale cover at
-    least half of it. Were it to go for the least touch, so would every image's coarsest code, and with it what the
-    kept codes around the mask were made to complete.
+    A code of a coarser scale stands for a larger patch, and goes if the codes to draw anew of the finest scale cover
+    more than half of it. Were it to go for the least touch, so would every image's coarsest code, and with it what the
+    kept codes around the mask were made to complete: kept halves of images change their colour.
 
     Args:
         mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw.
@@ -107,7 +107,7 @@ def code_masks(
             f"mask is empty for image {', '.join(map(str, empty))}: nothing to redraw; mark at least one pixel"
         )
     covered = [F.interpolate(touched, size=side, mode="area") for side in sides[:-1]]
-    return [*((part >= 0.5)[:, 0] for part in covered), touched[:, 0] > 0]
+    return [*((part > 0.5)[:, 0] for part in covered), touched[:, 0] > 0]
 
 
 def pixel_mask(mask: Tensor, size: int) -> Tensor:

@@ -275,8 +275,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
             mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw. A
-                code is drawn anew if its patch of pixels touches the mask; of coarser scales, if the patches of at least
-                half its area do.
+                code is drawn anew if its patch of pixels touches the mask; of coarser scales, if the patches of more
+                than half its area do.
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
             num_particles: candidates per image; more follow the kept codes more closely and take longer.
             seed: makes image i a function of (seed, first_index + i) and its inputs; without it the draw is random.
