@@ -221,6 +221,19 @@ def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path):
     assert found.tables["validation"]["data"]["diagnoses"] == source.diagnoses
 
 
+def test_evaluate_tells_training_images_from_others(run, tiny_run, tmp_path):
+    train, validation = (f"folder:{tiny_run.images[part]}" for part in ("train", "validation"))
+    options = [tiny_run.prior / "model", "--train-data", train, "--out", tmp_path / "report.json"]
+    assert run("evaluate", "--data", validation, *options)[0] == 0
+    found = Report.load(tmp_path / "report.json")
+    assert run("evaluate", "--data", f"train={train}", *options[:1], "--out", tmp_path / "train.json")[0] == 0
+    whole = Report.load(tmp_path / "train.json")  # there are fewer training images than a subset would have
+    for name in ("psnr", "ssim"):
+        assert found.value(name, "train") == pytest.approx(whole.value(name, "train"), rel=1e-6)
+        assert found.value(name, "train") != found.value(name, "validation")
+    assert found.value("psnr_batch_statistics", "validation") != found.value("psnr", "validation")
+
+
 def test_figures_of_a_run_are_drawn(run, tiny_run, tmp_path):
     for stage in ("vqvae", "prior"):
         shutil.copytree(getattr(tiny_run, stage), tmp_path / stage)

@@ -89,6 +89,7 @@ def render_card(folder: Path, name: str) -> str:
         data=data,
         data_title=dataset_title(data["name"]),
         topics={topic_of(metric) for metric in metrics},
+        has_batch_norm_gap=any(metric.name == "psnr_batch_statistics" for metric in metrics),
         table=metric_table(reports.values()),
         environments=measured_on(reports.values()),
         training=training_table(origin),

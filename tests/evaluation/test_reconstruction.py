@@ -1,5 +1,6 @@
 """Reconstruction metrics against scikit-image and numpy; codebook use over a data set, whatever its batches."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,9 +12,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from isic_vq.evaluation.reconstruction import (
     MS_SSIM_MIN_SIZE,
     MS_SSIM_WEIGHTS,
+    batch_statistics,
     evaluate_reconstruction,
     ms_ssim,
     psnr,
+    psnr_by_batch_statistics,
     reconstruction_metrics,
 )
 from isic_vq.models.configuration_vqvae import VQVAEConfig
@@ -170,3 +173,31 @@ def test_ms_ssim_of_equal_images_is_one_at_the_least_size_that_is_allowed():
     assert ms_ssim(images, images).tolist() == pytest.approx([1.0, 1.0])
     with pytest.raises(ValueError, match="larger than"):
         ms_ssim(images[..., 1:, 1:], images[..., 1:, 1:])
+
+
+# --- as in training ----------------------------------------------------------------------------------------------------
+
+
+def test_batch_statistics_are_each_batchs_own_and_leave_the_running_ones(model, pixel_values):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    values = psnr_by_batch_statistics(model, pixel_values.split(4))
+    trained = copy.deepcopy(model).train()
+    expected = []
+    for batch in pixel_values.split(4):
+        codes = model.quantizer.encode(trained.encoder(batch))
+        expected.append(psnr(batch, trained.decoder(model.quantizer.lookup(codes))))
+    assert torch.allclose(values, torch.cat(expected).double(), atol=1e-4)
+    assert not torch.allclose(
+        values, evaluate_reconstruction(model, [pixel_values]).values["psnr"], atol=0.01
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+
+
+def test_norms_return_to_what_they_were_even_after_an_error(model):
+    states = [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+    with pytest.raises(ValueError, match="expected"), batch_statistics(model):
+        model.embed(torch.zeros(2, 3, 5, 5))
+    assert states == [
+        (module.training, getattr(module, "track_running_stats", None)) for module in model.modules()
+    ]

@@ -37,6 +37,12 @@ def evaluate(
             help="Code cache of the training images, for the unigram yardstick and their likelihood."
         ),
     ] = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Training images, as for --data: how much better they come back, and BatchNorm's gap."
+        ),
+    ] = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +83,7 @@ def evaluate(
         model,
         sets,
         train_codes,
+        train_data,
         features or [],
         floor_data,
         lpips,

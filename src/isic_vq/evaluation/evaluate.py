@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
-from isic_vq.data.sources import find_source
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import Source, find_source
 from isic_vq.evaluation.codebook import code_counts, codebook_metrics, counts_by_diagnosis
 from isic_vq.evaluation.cost import cost_metrics
 from isic_vq.evaluation.generation import Yardstick, evaluate_generation
-from isic_vq.evaluation.images import MeasuredImages, group_metrics, measure_images
+from isic_vq.evaluation.images import (
+    BATCH_SIZE,
+    MeasuredImages,
+    group_metrics,
+    measure_images,
+    sampled_images,
+)
 from isic_vq.evaluation.intervals import mean_metric
 from isic_vq.evaluation.likelihood import (
     bits_metrics,
@@ -23,9 +30,10 @@ from isic_vq.evaluation.likelihood import (
     unigram_bits,
 )
 from isic_vq.evaluation.perceptual import PerceptualDistance
-from isic_vq.evaluation.reconstruction import UNITS
+from isic_vq.evaluation.reconstruction import UNITS, evaluate_reconstruction, psnr_by_batch_statistics
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.hub import load_model, resolve
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 TRAIN_SAMPLE = 1000  # training images, a seeded subset, whose likelihood stands beside the others'
@@ -64,6 +72,7 @@ def evaluate_checkpoint(
     model: str | None,
     data: Sequence[DataSet],
     train_codes: Path | None = None,
+    train_data: str | None = None,
     features: Sequence[str] = (),
     floor_data: str | None = None,
     lpips: bool = False,
@@ -78,6 +87,8 @@ def evaluate_checkpoint(
         data: at least one data set; no two of one split.
         train_codes: code cache of the training images; with it the report has the unigram yardstick and the
             likelihood of training images, up to `TRAIN_SAMPLE` of them in their first view.
+        train_data: URI of the training images; with it the report has the reconstruction of as many of them, and that of
+            the first data set with BatchNorm as in training, where the tokenizer has BatchNorm.
         features: folders or Hub ids of image models; with them as many images are generated as the first data set has, and
             compared with it, see `evaluate_generation`.
         floor_data: URI of other real images for that comparison, such as the training images.
@@ -120,6 +131,11 @@ def evaluate_checkpoint(
         measured = measure_images(loaded, find_source(dataset.uri), max_corrupt_share, perceptual)
         evaluation.measured[dataset.split] = measured
         add_data_set(evaluation, dataset.split, measured, None if cache is None else cache.counts(), seed)
+    if train_data is not None:
+        first = evaluation.measured[splits[0]]
+        report.metrics += gap_metrics(
+            loaded, find_source(train_data), first, splits[0], seed, max_corrupt_share
+        )
     if floor_data is not None:
         reference, others = evaluation.measured[splits[0]].source, find_source(floor_data)
         metrics, report.tables["generation"] = evaluate_generation(
@@ -170,6 +186,26 @@ def add_data_set(
         "codebook_counts": counts.sum(0).tolist(),
         "codebook_counts_by_diagnosis": counts_by_diagnosis(measured, counts),
     }
+
+
+def gap_metrics(
+    model: IsicVQModel,
+    train: Source,
+    measured: MeasuredImages,
+    split: str,
+    seed: int,
+    max_corrupt_share: float,
+) -> list[Metric]:
+    """The report's lines for how training images come back, a seeded subset, and others with BatchNorm as in training."""
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    images = sampled_images(train, processor, TRAIN_SAMPLE, seed, max_corrupt_share)
+    seen = evaluate_reconstruction(model.vqvae, images).values
+    lines = [mean_metric(name, seen[name], UNITS[name], "train", train.name, seed) for name in GROUPED]
+    if model.config.vqvae_config.norm == "batch":
+        batches = iter_batches(measured.source.records(), processor, BATCH_SIZE, None, max_corrupt_share)
+        values = psnr_by_batch_statistics(model.vqvae, (batch["pixel_values"] for batch in batches))
+        lines.append(mean_metric("psnr_batch_statistics", values, "dB", split, measured.info.name))
+    return lines
 
 
 def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metric]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isic_vq.data.loading import iter_batches
+from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
+from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
+from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.intervals import mean_metric
 from isic_vq.evaluation.perceptual import PerceptualDistance
 from isic_vq.evaluation.reconstruction import (
@@ -95,6 +97,43 @@ def measure_images(
         codes=torch.cat(codes),
         reconstruction=reconstruction,
     )
+
+
+def sampled_images(
+    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
+) -> Iterator[Tensor]:
+    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed; in the source's order if it can be.
+
+    Raises:
+        DataError: the source cannot be read, has no readable image, or too many are corrupt.
+    """
+    if source.has_random_access:
+        records = source.dataset()
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+        chosen = records.select(sorted(order[:limit].tolist()))
+        batches = iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share)
+    else:
+        batches = _streamed_sample(source, processor, limit, seed, max_corrupt_share)
+    num_images = 0
+    for batch in batches:
+        num_images += len(batch["pixel_values"])
+        yield batch["pixel_values"]
+    if num_images == 0:
+        raise DataError(f"{source.name} holds no readable image")
+
+
+def _streamed_sample(
+    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
+) -> Iterator[Batch]:
+    """Batches of the first images of a stream whose parts, and the images in them, are in a seeded order."""
+    images = StreamedImages(source, processor, source.describe().num_images, window=limit)
+    items = images.sample(limit, seed)
+    counter = SkipCounter(max_corrupt_share, len(items))
+    for start in range(0, len(items), BATCH_SIZE):
+        batch = collate(items[start : start + BATCH_SIZE])
+        counter.count(batch)
+        if len(batch["indices"]):
+            yield batch
 
 
 def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], split: str) -> list[Metric]:

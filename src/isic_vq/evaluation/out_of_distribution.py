@@ -16,11 +16,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
-from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
-from isic_vq.data.schema import DataError
-from isic_vq.data.sources import Source, find_source
-from isic_vq.data.streaming import StreamedImages
+from isic_vq.data.sources import find_source
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
+from isic_vq.evaluation.images import sampled_images
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.evaluation.scores import SCORES, image_scores, read_reference
 from isic_vq.hub import load_model, resolve
@@ -105,11 +103,11 @@ def evaluate_out_of_distribution(
     else:
         other_source = find_source(non_skin)
         non_skin_name = other_source.name
-        others = list(_subset(other_source, processor, limit, seed, max_corrupt_share))
+        others = list(sampled_images(other_source, processor, limit, seed, max_corrupt_share))
     source = find_source(uri)
     num_images = source.describe().num_images
     reference = read_reference(train_codes, loaded, seed=seed)
-    copies = _spoiled_copies(_subset(source, processor, limit, seed, max_corrupt_share), seed)
+    copies = _spoiled_copies(sampled_images(source, processor, limit, seed, max_corrupt_share), seed)
     parts: dict[str, dict[str, list[Tensor]]] = {
         kind: {score: [] for score in SCORES} for kind in (USUAL, *CORRUPTIONS, NON_SKIN)
     }
@@ -196,39 +194,6 @@ def score_histograms(scores: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         counts = {kind: np.histogram(of[name].numpy(), edges)[0].tolist() for kind, of in scores.items()}
         tables[name] = {"edges": edges.tolist(), "counts": counts}
     return tables
-
-
-def _subset(
-    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
-) -> Iterator[Tensor]:
-    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed; in the source's order if it can be."""
-    if source.has_random_access:
-        records = source.dataset()
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
-        chosen = records.select(sorted(order[:limit].tolist()))
-        batches = iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share)
-    else:
-        batches = _streamed_subset(source, processor, limit, seed, max_corrupt_share)
-    num_images = 0
-    for batch in batches:
-        num_images += len(batch["pixel_values"])
-        yield batch["pixel_values"]
-    if num_images == 0:
-        raise DataError(f"{source.name} holds no readable image")
-
-
-def _streamed_subset(
-    source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
-) -> Iterator[Batch]:
-    """Batches of the first images of a stream whose parts, and the images in them, are in a seeded order."""
-    images = StreamedImages(source, processor, source.describe().num_images, window=limit)
-    items = images.sample(limit, seed)
-    counter = SkipCounter(max_corrupt_share, len(items))
-    for start in range(0, len(items), BATCH_SIZE):
-        batch = collate(items[start : start + BATCH_SIZE])
-        counter.count(batch)
-        if len(batch["indices"]):
-            yield batch
 
 
 def _spoiled_copies(batches: Iterator[Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:

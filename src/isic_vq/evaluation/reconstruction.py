@@ -7,12 +7,13 @@ first four of its five scales, their weights scaled to sum to 1: the fifth would
 are taken over all codes of the data set, not per batch, where they would depend on the batch size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
@@ -139,6 +140,38 @@ def evaluate_reconstruction(model: VQVAEModel, batches: Iterable[Tensor]) -> Rec
         perplexity=perplexity,
         codebook_counts=counts.tolist(),
     )
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalizes by each batch's own statistics for a block; the running ones are left as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracks) in zip(norms, kept, strict=True):
+            norm.training, norm.track_running_stats = training, tracks
+
+
+@torch.no_grad()
+def psnr_by_batch_statistics(model: VQVAEModel, batches: Iterable[Tensor]) -> Tensor:
+    """PSNR `(N,)` in dB of images as training sees them: with the statistics of their own batch, all else in eval mode.
+
+    Args:
+        model: with BatchNorm; it is put into eval mode and left there.
+        batches: images `(B, 3, H, W)` in [0, 1]; how many are in a batch matters.
+    """
+    model.eval()
+    values = []
+    with batch_statistics(model):
+        for batch in batches:
+            images = batch.to(model.device)
+            codes = model.quantizer.encode(model.embed(images))
+            values.append(psnr(images, model.decoder(model.quantizer.lookup(codes)).float()).cpu())
+    return torch.cat(values).double()
 
 
 def reconstruction_metrics(result: Reconstruction, split: str, dataset: str) -> list[Metric]:

@@ -21,6 +21,7 @@ TOPICS = {  # titles, and how the names of their metrics begin
         "likelihood_gap",
     ),
     "Worth to a classifier": ("balanced_accuracy", "melanoma_auc", "sensitivity"),
+    "Told apart by a classifier": ("two_sample_",),
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }
 OTHER = "Other measurements"
