@@ -150,8 +150,8 @@ def start_codebook(model: VQVAEModel, pixel_values: Tensor) -> None:
     model.quantizer.start_from(latents[order[:num_codes]], share)
 
 
-def pythae_vqvae(encoder: nn.Module, decoder: nn.Module, config: VQVAEConfig) -> nn.Module:
-    """The VQ-VAE of pythae with a moving-average codebook around given halves.
+def pythae_vqvae(encoder: nn.Module, decoder: nn.Module, config: VQVAEConfig, **settings: Any) -> nn.Module:
+    """The VQ-VAE of pythae around given halves, with the sizes of `config` and else as pythae has it by default.
 
     Its forward pass takes {"data": images} and returns an object with the `loss`. It is run by hand rather
     than by its own trainer, which adds a data loader and callbacks to the same step.
@@ -181,15 +181,13 @@ def pythae_vqvae(encoder: nn.Module, decoder: nn.Module, config: VQVAEConfig) ->
             return ModelOutput(reconstruction=self.net(quantized))
 
     side = config.image_size
-    settings = PythaeConfig(
+    sizes = PythaeConfig(
         input_dim=(config.num_channels, side, side),
         latent_dim=config.code_dim * config.grid_size**2,
         num_embeddings=config.num_codes,
-        commitment_loss_factor=config.beta,
-        use_ema=True,
-        decay=config.ema_decay,
+        **settings,
     )
-    return VQVAE(settings, Encoder(), Decoder())
+    return VQVAE(sizes, Encoder(), Decoder())
 
 
 class MaskedConv2d(nn.Conv2d):

@@ -121,7 +121,8 @@ def vqvae_contestants(args: argparse.Namespace, stack: ExitStack) -> tuple[dict[
     quantizer = MinimalQuantizer(model.quantizer.codebook, model.quantizer.cluster_size, config.ema_decay)
     bare = MinimalVQVAE(deepcopy(model.encoder), deepcopy(model.decoder), quantizer, config.beta)
     check_vqvae(model, bare, pixel_values)
-    peer = pythae_vqvae(deepcopy(model.encoder), deepcopy(model.decoder), config)
+    settings = {"use_ema": True, "decay": config.ema_decay, "commitment_loss_factor": config.beta}
+    peer = pythae_vqvae(deepcopy(model.encoder), deepcopy(model.decoder), config, **settings)
 
     whole, trainer = trainer_contestant(deepcopy(model), images, True, args, stack)
     plain, _ = trainer_contestant(deepcopy(model), images, False, args, stack)
