@@ -61,9 +61,7 @@ def export_run(tiny_run, output):
     return json.loads((output / "provenance.json").read_text())
 
 
-def test_a_prior_stored_as_bf16_is_computed_with_in_float32_and_the_tokenizer_stays_exact(
-    model_folder, tmp_path
-):
+def test_what_is_stored_as_bf16_is_computed_with_in_float32_and_codes_stay_exact(model_folder, tmp_path):
     export_repository(
         str(model_folder / "model"), tmp_path / "half", model_folder / "codes.parquet", bf16=True
     )
@@ -72,11 +70,15 @@ def test_a_prior_stored_as_bf16_is_computed_with_in_float32_and_the_tokenizer_st
     for name, parameter in original.named_parameters():
         found = loaded.get_parameter(name)
         assert found.dtype == torch.float32
-        expected = parameter.bfloat16().float() if name.startswith("prior.") else parameter
+        rounded = name.startswith(("prior.", "vqvae.decoder."))
+        expected = parameter.bfloat16().float() if rounded else parameter
         assert torch.equal(found, expected), name
     assert tokenizer_hash(loaded.vqvae) == tokenizer_hash(original.vqvae)
-    stored = load_file(tmp_path / "half" / "prior" / "model.safetensors")
-    assert stored["prior.code_embedding.weight"].dtype == torch.bfloat16
+    for part in ("prior", "vqvae"):
+        stored = load_file(tmp_path / "half" / part / "model.safetensors")
+        encoder = {tensor.dtype for name, tensor in stored.items() if name.startswith("vqvae.encoder.")}
+        assert torch.bfloat16 not in encoder
+        assert torch.bfloat16 in {tensor.dtype for tensor in stored.values()}
 
 
 def test_provenance_carries_counts_licences_and_content_hash(repository):

@@ -51,7 +51,8 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
         model: folder of a whole model.
         output: repository folder; replaced whole, if it is one of ours that nobody has added files to.
         train_codes: code cache of the images the model was trained on: their provenance.
-        bf16: round the prior's parameters to bfloat16 and store them so; they are still computed with in float32.
+        bf16: round the prior's and the decoder's parameters to bfloat16 and store them so; they are still computed with in
+            float32.
         onnx: add the tokenizer as ONNX files, as `export_onnx` writes them.
 
     Raises:
@@ -69,7 +70,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
     with replaced_directory(output) as folder:
         loaded.save_pretrained(folder)
         if bf16:
-            store_prior_as_bf16(folder, loaded)
+            store_as_bf16(folder, loaded)
             loaded = load_model(IsicVQModel, str(folder)).cpu()
         write_provenance(folder, provenance(cache, stages))
         _record(folder, model, runs)
@@ -78,17 +79,19 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
             export_onnx(loaded.vqvae, folder, loaded.config.license)
 
 
-def store_prior_as_bf16(folder: Path, model: IsicVQModel) -> None:
-    """Rewrite the prior's weight file with bfloat16 parameters; its buffers stay float32.
+def store_as_bf16(folder: Path, model: IsicVQModel) -> None:
+    """Rewrite the weight files with bfloat16 parameters in the prior and the decoder; buffers stay float32.
 
-    The tokenizer is left alone: rounding its encoder would change codes, and codes are what caches and priors rest on.
+    Encoder and codebook are left alone: rounding them would change codes, and codes are what caches and priors rest on.
     """
-    parameters = {f"prior.{name}" for name, _ in model.prior.named_parameters()}
-    path = folder / "prior" / WEIGHTS_FILE
-    tensors = {
-        name: tensor.bfloat16() if name in parameters else tensor for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
+    parameters = {name for name, _ in model.named_parameters()}
+    for part, rounded in (("prior", "prior."), ("vqvae", "vqvae.decoder.")):
+        path = folder / part / WEIGHTS_FILE
+        tensors = {
+            name: tensor.bfloat16() if name in parameters and name.startswith(rounded) else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,10 @@ def export(
     output: Annotated[Path, typer.Argument(help="Repository folder to write; replaced whole.")],
     train_codes: Annotated[Path, typer.Option(help="Code cache of the training images: their provenance.")],
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Store the prior's parameters in half the space.")
+        bool,
+        typer.Option(
+            "--bf16", help="Store the prior and the decoder in half the space; codes stay the same."
+        ),
     ] = False,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Add the tokenizer as ONNX files; isic-vq onnx writes them alone.")
