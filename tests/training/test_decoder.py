@@ -92,6 +92,14 @@ def test_terms_of_weight_zero_are_left_out(make_recipe, tmp_path):
     assert first["loss"] == pytest.approx(first["l1_loss"] + 5 * first["mse_loss"], rel=1e-5)
 
 
+def test_the_ssim_term_is_added_with_its_weight_and_raises_ssim(make_recipe, tmp_path):
+    only = ["adversarial_weight=0", "feature_weight=0", "l1_weight=0", "mse_weight=0.01", "ssim_weight=2"]
+    report = train_decoder(make_recipe(*only, "loop.max_steps=40", "loop.learning_rate=1e-2"))
+    (first, *_) = records(tmp_path / "run", "batch")
+    assert first["loss"] == pytest.approx(0.01 * first["mse_loss"] + 2 * first["ssim_loss"], rel=1e-5)
+    assert report.value("ssim") > report.value("ssim_before")
+
+
 def test_feature_matching_lowers_the_feature_distance(make_recipe, tmp_path):
     report = train_decoder(
         make_recipe(

@@ -30,6 +30,7 @@ from isic_vq.models.modeling_vqvae import Decoder, VQVAEModel
 from isic_vq.training.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss
 from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
+from isic_vq.training.losses import ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe
 from isic_vq.training.run import open_run, save_model
@@ -72,6 +73,9 @@ class DecoderWithCritics(nn.Module):
         difference = decoded.float() - images.float()
         losses = {"l1_loss": difference.abs().mean(), "mse_loss": difference.square().mean()}
         loss = recipe.l1_weight * losses["l1_loss"] + recipe.mse_weight * losses["mse_loss"]
+        if recipe.ssim_weight:
+            losses["ssim_loss"] = ssim_loss(images, decoded)
+            loss = loss + recipe.ssim_weight * losses["ssim_loss"]
         if recipe.feature_weight:
             losses["feature_loss"] = feature_distance(self.critics[0], images, decoded).mean()
             loss = loss + recipe.feature_weight * losses["feature_loss"]
@@ -143,6 +147,7 @@ class DecoderTask(ImageTask):
         recipe, (result, distances) = self.recipe, self.measure()
         feature_loss = distances["feature_distance"]
         loss = recipe.l1_weight * result.l1 + recipe.mse_weight * result.mse
+        loss += recipe.ssim_weight * (1 - result.ssim)
         return {
             "loss": loss + recipe.feature_weight * feature_loss,
             "l1_loss": result.l1,

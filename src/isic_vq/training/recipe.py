@@ -204,6 +204,7 @@ class DecoderRecipe:
         loop: how to train.
         l1_weight: weight of the mean absolute error.
         mse_weight: weight of the mean squared error.
+        ssim_weight: weight of 1 - SSIM; 0 leaves it out.
         feature_weight: weight of the distance between feature maps; 0 leaves it out.
         adversarial_weight: weight of the discriminator's opinion, on top of the adaptive weight; 0 leaves it out.
         adversarial_start: steps in which the discriminator learns alone.
@@ -218,6 +219,7 @@ class DecoderRecipe:
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     l1_weight: float | int = 1.0
     mse_weight: float | int = 5.0
+    ssim_weight: float | int = 0.0
     feature_weight: float | int = 0.1
     adversarial_weight: float | int = 0.1
     adversarial_start: int = 100
@@ -225,8 +227,8 @@ class DecoderRecipe:
 
     def validate_weights(self) -> None:
         """Check that something is left to learn; called by `strict`."""
-        weights = ("l1_weight", "mse_weight", "feature_weight", "adversarial_weight", "adversarial_start")
-        for name in weights:
+        weights = ("l1_weight", "mse_weight", "ssim_weight", "feature_weight", "adversarial_weight")
+        for name in (*weights, "adversarial_start"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
         if self.l1_weight + self.mse_weight == 0:

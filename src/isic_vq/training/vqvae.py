@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
@@ -32,6 +31,7 @@ from isic_vq.training.averaging import gathered_batch_norm
 from isic_vq.training.codebook import SharedCodebook, SharedRows
 from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
+from isic_vq.training.losses import ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.run import build_config, open_run, save_model
@@ -93,12 +93,7 @@ class VQVAETask(ImageTask):
         if self.model.quantizer.learns_by_loss:  # else it is the commitment loss's twin
             losses["codebook_loss"] = output.codebook_loss
         if self.recipe.ssim_weight:
-            # Variances are small differences of large means: bfloat16 would leave noise.
-            with torch.autocast(pixel_values.device.type, enabled=False):
-                similarity = structural_similarity_index_measure(
-                    output.reconstruction.float(), pixel_values.float(), data_range=1.0
-                )
-            losses["ssim_loss"] = 1 - similarity
+            losses["ssim_loss"] = ssim_loss(pixel_values, output.reconstruction)
             losses["loss"] = losses["loss"] + self.recipe.ssim_weight * losses["ssim_loss"]
         return losses
 
