@@ -21,7 +21,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import VQVAERecipe, load_recipe
+from isic_vq.training.recipe import RecipeError, VQVAERecipe, load_recipe
 from isic_vq.training.run import Run
 from isic_vq.training.vqvae import (
     choose_model,
@@ -124,6 +124,36 @@ def test_ssim_term_is_in_float32_under_autocast(make_task):
         losses = task.losses(spy, batch, 0)
     expected = np.mean([ssim(*pair) for pair in zip(batch["pixel_values"], seen[0], strict=True)])
     assert losses["ssim_loss"].item() == pytest.approx(1 - expected, abs=1e-3)
+
+
+def test_in_the_last_steps_batch_norm_is_as_it_will_be_used(make_task):
+    task = make_task("frozen_norm_steps=2", "loop.max_steps=6", "augment=false")
+    batch = batch_of(task, range(4))
+    task.model.train()
+    task.before_step(3)
+    task.losses(task.model, batch, 3)
+    norms = {name: value for name, value in buffers(task.model).items() if "running" in name}
+    task.before_step(4)
+    losses = task.losses(task.model, batch, 4)
+    assert all(torch.equal(value, buffers(task.model)[name]) for name, value in norms.items())
+    assert task.model.training, "all else learns on"
+    assert task.model.quantizer.training
+    output = task.model.eval()(batch["pixel_values"])
+    assert losses["loss"].item() == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_frozen_statistics_are_kept_for_averaged_parameters(make_task):
+    for steps, kept in ((0, False), (2, True)):
+        task = make_task(f"frozen_norm_steps={steps}", "loop.max_steps=6")
+        before = buffers(task.model.decoder)
+        task.refit_statistics()
+        same = [torch.equal(value, buffers(task.model.decoder)[name]) for name, value in before.items()]
+        assert all(same) == kept
+
+
+def test_more_frozen_steps_than_there_are_is_refused(make_task):
+    with pytest.raises(RecipeError, match="frozen_norm_steps is 5: expected at least 0 and no more than"):
+        make_task("frozen_norm_steps=5", "loop.max_steps=6")
 
 
 def shown_in(task, indices, step=0):

@@ -135,6 +135,8 @@ class VQVAERecipe:
         codebook_start: "kmeans" puts the codebook at k-means centroids of latents when it starts, "random" leaves
             it at its initial normal noise, as the first VQ-VAEs had it.
         ssim_weight: weight of 1 - SSIM in the loss; 0 leaves it out.
+        frozen_norm_steps: in so many last steps BatchNorm normalizes by its running statistics, which then stay: what is
+            trained is what will be used (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3).
         augment: show each image in a random one of its eight dihedral views.
     """
 
@@ -146,6 +148,7 @@ class VQVAERecipe:
     codebook_warmup_steps: int = 100
     codebook_start: str = "kmeans"
     ssim_weight: float | int = 0.0
+    frozen_norm_steps: int = 0
     augment: bool = True
 
     def validate_warmup(self) -> None:
@@ -154,6 +157,11 @@ class VQVAERecipe:
             raise ValueError(
                 f"codebook_warmup_steps is {self.codebook_warmup_steps}: expected at least 0 and less than "
                 f"loop.max_steps ({self.loop.max_steps}), or the codebook would never start"
+            )
+        if not 0 <= self.frozen_norm_steps <= self.loop.max_steps - self.codebook_warmup_steps:
+            raise ValueError(
+                f"frozen_norm_steps is {self.frozen_norm_steps}: expected at least 0 and no more than the steps after the "
+                f"codebook's warm-up ({self.loop.max_steps - self.codebook_warmup_steps})"
             )
         if self.codebook_start not in ("kmeans", "random"):
             raise ValueError(f"codebook_start is {self.codebook_start!r}: expected 'kmeans' or 'random'")

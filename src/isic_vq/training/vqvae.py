@@ -76,7 +76,9 @@ class VQVAETask(ImageTask):
         self.codebook = SharedCodebook(self.model.quantizer, processes)
 
     def before_step(self, step: int) -> None:
-        """Start the codebook at k-means centroids once the warm-up is over."""
+        """Start the codebook at k-means centroids once the warm-up is over; freeze BatchNorm near the end."""
+        if step >= self.recipe.loop.max_steps - self.recipe.frozen_norm_steps:
+            freeze_batch_norm(self.model)
         if step == self.recipe.codebook_warmup_steps and self.recipe.codebook_start == "kmeans":
             self.start_codebook()
 
@@ -157,13 +159,15 @@ class VQVAETask(ImageTask):
 
     @torch.no_grad()
     def refit_statistics(self) -> None:
-        """Re-estimate BatchNorm statistics and codebook under the model's present parameters."""
-        loop = self.recipe.loop
+        """Re-estimate BatchNorm statistics, unless they were frozen, and codebook under the model's present parameters."""
+        loop, frozen = self.recipe.loop, self.recipe.frozen_norm_steps > 0
         chosen = self.train_set.sample(REFIT_BATCHES * loop.batch_size, loop.seed + 1)
-        refit_batch_norm(self.model, self.images(chosen))
+        if not frozen:
+            refit_batch_norm(self.model, self.images(chosen))
         if self.model.config.codebook_update == "ema":
             refit_codebook(self.model, self.images(chosen))
-            refit_batch_norm(self.model, self.images(chosen))  # the decoder sees new vectors
+            if not frozen:
+                refit_batch_norm(self.model, self.images(chosen))  # the decoder sees new vectors
 
 
 def rows_to_learn(model: VQVAEModel, pixel_values: Tensor, quantized: bool = True) -> Tensor:
@@ -181,6 +185,13 @@ def quantizer_frozen(model: VQVAEModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm normalize by its running statistics and leave them as they are, until the next `train()`."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # with SyncBatchNorm
+            module.eval()
 
 
 def refit_batch_norm(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
