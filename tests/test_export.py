@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +212,19 @@ def test_a_tokenizer_run_that_is_not_found_is_not_recorded_and_named(tiny_run, r
     rewrite_recipe(runs / "prior", tokenizer="gone/model")
     assert list(export_run(tiny_run, runs / "out")["training"]) == ["prior"]
     assert "gone/model is not a model in a run's folder" in caplog.text
+
+
+def test_a_run_that_began_with_a_repository_takes_over_its_record_and_may_replace_it(tiny_run, runs):
+    before = export_run(tiny_run, Path("out"))
+    shutil.copytree("prior/model", "decoder/model")
+    Path("decoder/recipe.yaml").write_text(yaml.safe_dump({"stage": "decoder", "model": "out"}))
+    export_repository("decoder/model", Path("out"), tiny_run.codes["train"], bf16=False)
+    after = json.loads(Path("out/provenance.json").read_text())
+    assert list(after["training"]) == ["vqvae", "prior", "decoder"]
+    assert {stage: after["training"][stage] for stage in before["training"]} == before["training"]
+    assert after["training"]["decoder"] == {"recipe": {"stage": "decoder", "model": "out"}}
+    plots = {path.stem for path in Path("out/figures").iterdir()}
+    assert plots == {"vqvae_epoch_loss", "prior_epoch_loss", "codebook_usage"}
 
 
 def test_the_run_of_another_tokenizer_is_not_recorded(tiny_run, runs, caplog):

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +45,19 @@ STARTED_FROM = {"prior": "tokenizer", "decoder": "model"}  # the recipe's key fo
 PUBLISHED_FIGURES = ("_epoch_loss", "codebook_usage")  # plots; what shows source images stays with the run
 
 
+@dataclass(frozen=True)
+class Origins:
+    """How a model was made.
+
+    Attributes:
+        runs: folders of its runs by stage, the last one first.
+        repository: the repository folder that the first of them began with, whose record is taken over.
+    """
+
+    runs: dict[str, Path]
+    repository: Path | None = None
+
+
 def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, onnx: bool = False) -> None:
     """Write weights, configs, processor, previews, figures and provenance of a trained model.
 
@@ -64,8 +78,8 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
     loaded = load_model(IsicVQModel, model).cpu()
     cache = read_code_cache(train_codes)
     check_tokenizer(cache, loaded.vqvae, train_codes.name)
-    runs = find_training_runs(Path(model), cache.tokenizer_hash)
-    stages = training_data_by_stage(Path(model), runs, dataclasses.asdict(cache.source))
+    origins = find_training_runs(Path(model), cache.tokenizer_hash)
+    stages = training_data_by_stage(Path(model), origins.runs, dataclasses.asdict(cache.source))
     loaded.config.license = weights_license(licenses_of(stages))
     with replaced_directory(output) as folder:
         loaded.save_pretrained(folder)
@@ -73,7 +87,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
             store_as_bf16(folder, loaded)
             loaded = load_model(IsicVQModel, str(folder)).cpu()
         write_provenance(folder, provenance(cache, stages))
-        _record(folder, model, runs)
+        _record(folder, model, origins)
         write_previews(loaded, folder / "previews")
         if onnx:
             export_onnx(loaded.vqvae, folder, loaded.config.license)
@@ -168,14 +182,15 @@ def record_training(folder: Path, model: str) -> list[str]:
     """Add how a repository folder's model was trained: sizes, recipes and environments, and plots of its runs.
 
     The run of a model is the folder around it, as training leaves it (`RUN/model`); the run of its tokenizer is found
-    by the recipe. What is not found is not recorded, and named in a warning of this module's logger.
+    by the recipe. A run that began with a repository folder takes over what that one has recorded. What is not found is not
+    recorded, and named in a warning of this module's logger.
 
     Args:
         folder: repository folder with a `provenance.json`, whose other entries stay; `figures/` is filled.
         model: folder of the trained whole model, whose weights the repository folder holds.
 
     Returns:
-        The stages whose runs were found.
+        The stages of which there is a record.
 
     Raises:
         ValueError: the folder holds other weights, or a run is broken or names an absolute path.
@@ -186,22 +201,29 @@ def record_training(folder: Path, model: str) -> list[str]:
     return _record(folder, model, find_training_runs(Path(model), expected))
 
 
-def _record(folder: Path, model: str, runs: dict[str, Path]) -> list[str]:
-    """Do what `record_training` does, with the runs that it finds."""
+def _record(folder: Path, model: str, origins: Origins) -> list[str]:
+    """Do what `record_training` does, with the origins that it finds."""
     trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
     check_same_weights(trained, shipped, folder)
     content = json.loads((folder / PROVENANCE_FILE).read_text())
     counts = content.pop("training_code_counts")  # long, so it stays last
-    content[BY_STAGE] = training_data_by_stage(Path(model), runs, content["training_data"])
+    content[BY_STAGE] = training_data_by_stage(Path(model), origins.runs, content["training_data"])
     write_license(folder, weights_license(licenses_of(content[BY_STAGE])))
     content["num_parameters"] = {part: getattr(trained, part).num_parameters() for part in PARTS}
-    content["training"] = {}
-    for stage, run in reversed(runs.items()):  # in the order of training
+    content["training"] = {} if origins.repository is None else take_over(origins.repository, folder)
+    for stage, run in reversed(origins.runs.items()):  # in the order of training
         content["training"][stage] = training_record(run)
         write_run_figures(run, folder / "figures")
     content["training_code_counts"] = counts
     write_provenance(folder, content)
     return list(content["training"])
+
+
+def take_over(repository: Path, folder: Path) -> dict[str, Any]:
+    """The training records of another repository folder, whose plots of runs are copied to this one's."""
+    for path in sorted((repository / "figures").glob("*.png")):
+        write_atomically(folder / "figures" / path.name, path.read_bytes())
+    return dict(json.loads((repository / PROVENANCE_FILE).read_text()).get("training", {}))
 
 
 def write_license(folder: Path, license: str) -> None:
@@ -223,8 +245,8 @@ def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path)
             )
 
 
-def find_training_runs(model: Path, expected_hash: str) -> dict[str, Path]:
-    """Folders of the runs that made a model, by stage: its own, and those of the models it began with.
+def find_training_runs(model: Path, expected_hash: str) -> Origins:
+    """How a model was made: its own run, and those of the models it began with.
 
     Args:
         model: the model's folder.
@@ -233,17 +255,20 @@ def find_training_runs(model: Path, expected_hash: str) -> dict[str, Path]:
     runs: dict[str, Path] = {}
     while True:
         folder = model.parent
-        if not (model.is_dir() and (folder / "recipe.yaml").is_file()):
+        in_run = model.is_dir() and (folder / "recipe.yaml").is_file()
+        if not in_run and not (model / PROVENANCE_FILE).is_file():
             logger.warning("%s is not a model in a run's folder: its training is not recorded", model)
-            return runs
+            return Origins(runs)
         if tokenizer_hash(load_model(VQVAEModel, str(model))) != expected_hash:
             logger.warning("%s is another tokenizer than the model's: its run is not recorded", model)
-            return runs
+            return Origins(runs)
+        if not in_run:
+            return Origins(runs, model)
         stage = Run(folder).stage
         runs.setdefault(stage, folder)
         origin = read_recipe(folder).get(STARTED_FROM.get(stage, ""))
         if origin is None:
-            return runs
+            return Origins(runs)
         model = Path(origin)
 
 
