@@ -71,7 +71,7 @@ def grid_power(images: Tensor, periods: Sequence[int]) -> Tensor:
             / (part[:, ring].median(dim=1).values / math.log(2)).clamp(min=ROUNDING_POWER)
             for part in box
         ]
-        values.append(sum(ratios) / 2)
+        values.append(torch.stack(ratios).mean(dim=0))
     return torch.stack(values, dim=1)
 
 
