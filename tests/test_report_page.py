@@ -48,6 +48,18 @@ def evaluation_report():
         Metric("psnr", 31.25, "dB", 40, "test", "folder:a", None, [31.0, 31.5]),
         Metric("psnr", 29.5, "dB", 30, HOSTILE, "folder:b"),
         Metric("bits_per_code", 5.125, "bits per code", 40, "test", "folder:a", 0, [5.0, 5.25]),
+        *(
+            Metric(
+                f"octave_power[{kind}, {low}-{2 * low} px]",
+                value,
+                "squared grey levels",
+                40,
+                "test",
+                "folder:a",
+            )
+            for kind, values in (("real", (8.0, 16.0)), ("samples", (2.0, 0)))
+            for low, value in zip((2, 4), values, strict=True)
+        ),
         Metric("parameters[vqvae]", 1234567, "parameters", 1, "model", "model"),
         *(
             Metric(f"psnr[sex={sex}]", value, "dB", 20, "test", "folder:a", None, [value - 1, value + 1])
@@ -90,7 +102,7 @@ def test_pictures_lie_beside_the_page_and_nothing_comes_from_elsewhere(page):
     text = (folder / "report.html").read_text()
     pictures = Page(text).pictures()
     assert sorted(folder / name for name in pictures) == sorted(written[1:])
-    assert len(pictures) == 3, "a plot of parts, one of codes, and the picture"
+    assert len(pictures) == 4, "plots of parts, of spectra and of codes, and the picture"
     for path in written[1:]:
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 0 or path.name == "atlas.png"
@@ -159,11 +171,14 @@ def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cos
     for name in ("psnr", "ssim", "perplexity", "bits_per_code", "bits_per_code_unigram", "conditioning_gain"):
         assert {(name, "test"), (name, "other")} <= names
     assert ("bits_per_code", "train") in names
-    kinds = ("floor", "reconstructions", "samples")
+    kinds = ("floor", "reconstructions", "disturbed", "samples")
     for name in ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"):
         found = [m for kind in kinds for m in report.metrics if m.name == f"{name}[{kind}, eye]"]
-        assert [m.n for m in found] == [40, 40, 40]
+        assert [m.n for m in found] == [40] * 4
         assert all(m.interval is not None and m.seed == 0 for m in found)
+    for kind in ("real", "reconstructions", "samples"):
+        assert {(f"texture[{kind}]", "test"), (f"grid_power_median[{kind}, 4 px]", "test")} <= names
+    assert (folder / "report-figures" / "spectrum-test.png").exists()
     assert ("parameters[prior]", "model") in names
     assert report.tables["generation"]["others"] == "synthetic:400:7"
     assert f"wrote {folder / 'report.json'} and {folder / 'report.html'}" in stdout

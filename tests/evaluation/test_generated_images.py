@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -13,6 +14,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.agreement import DiagnosisClassifier, agreement_metrics, names_diagnoses
+from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.distances import (
     frechet_distance,
     kernel_distance,
@@ -28,13 +30,14 @@ from isic_vq.evaluation.generation import (
     metric_name,
 )
 from isic_vq.evaluation.report import Report
+from isic_vq.evaluation.texture import grid_power, texture
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
 
 DISTANCES = ["frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"]
-KINDS = ["floor", "reconstructions", "samples"]
+KINDS = ["floor", "reconstructions", "disturbed", "samples"]
 HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 
 
@@ -109,21 +112,25 @@ def eight_bits(pixels):
 
 @pytest.fixture(scope="module")
 def by_hand(model, tiny_run):
-    """The four sets of images, made without `evaluate_generation`."""
+    """The sets of images, made without `evaluate_generation`."""
     real, diagnoses = read(tiny_run.images["validation"])
     others, _ = read(tiny_run.images["train"])
     ids = {name: index for index, name in model.config.class_names.items()}
+    generator = torch.Generator().manual_seed(3)
+    codebook = model.vqvae.quantizer.codebook  # of eight codes: all others are near
+    noisy = disturb_codes(model.encode(others), codebook, 1.0, 1.0, 7, generator)
     with torch.no_grad():
         return {
             "reference": real,
             "floor": others,
             "reconstructions": eight_bits(model.decode(model.encode(others))),
+            "disturbed": eight_bits(model.decode(noisy)),
             "reference reconstructions": eight_bits(model.decode(model.encode(real))),
             "samples": eight_bits(model.generate(16, [ids[name] for name in diagnoses], seed=3).pixel_values),
         }, diagnoses
 
 
-def test_every_distance_has_its_three_lines_side_by_side(evaluated):
+def test_every_distance_has_its_lines_side_by_side(evaluated):
     metrics, _ = evaluated
     for name in ("skin", "headless"):
         expected = [f"{distance}[{kind}, {name}]" for distance in DISTANCES for kind in KINDS]
@@ -145,7 +152,7 @@ def test_no_interval_leaves_what_its_number_can_be(evaluated):
         name = metric.name.split("[")[0]
         if name in ("precision", "recall", "coverage", "agreement"):
             assert metric.interval[1] <= 1, metric.name
-        if name != "kernel_distance":
+        if name not in ("kernel_distance", "coherence"):
             assert metric.interval[0] >= 0, metric.name
 
 
@@ -169,7 +176,17 @@ def test_distances_are_those_of_images_made_by_hand(evaluated, by_hand, yardstic
 def test_floor_reconstructions_and_samples_are_told_apart(evaluated):
     report = Report({}, evaluated[0])
     values = {report.value(metric_name("frechet_distance", kind, "headless")) for kind in KINDS}
-    assert len(values) == 3
+    assert len(values) == len(KINDS)
+
+
+def test_the_look_of_samples_is_measured(evaluated, by_hand):
+    report, samples = Report({}, evaluated[0]), by_hand[0]["samples"]
+    assert report.value("texture[samples]") == pytest.approx(texture(samples).mean().item(), rel=1e-4)
+    grids = grid_power(samples, (4, 2))
+    assert report.value("grid_power_median[samples, 2 px]") == pytest.approx(np.median(grids[:, 1]), rel=1e-3)
+    assert report.value("grid_power_worst_tenth[samples, 4 px]") == pytest.approx(
+        grids[:, 0].sort().values[-2:].mean().item(), rel=1e-3
+    )
 
 
 def test_agreement_is_counted_by_hand(evaluated, by_hand, folders):
@@ -208,8 +225,8 @@ def test_another_seed_makes_other_samples_of_the_same_real_images(evaluated, mod
     """All others are needed, so that the seed has none to draw."""
     first, (second, _) = evaluated[0], evaluate_generation(model, yardsticks, *sources, "validation", seed=4)
     values = [{m.name: m.value for m in metrics} for metrics in (first, second)]
-    changed = {name.split("[")[1].split(",")[0] for name in values[0] if values[0][name] != values[1][name]}
-    assert changed == {"samples"}
+    changed = {re.split(r"[\[,\]]", name)[1] for name in values[0] if values[0][name] != values[1][name]}
+    assert changed == {"disturbed", "samples"}
 
 
 def test_labels_decide_images(model):

@@ -9,6 +9,14 @@ from PIL import Image
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
 from isic_vq.evaluation.reconstruction import image_metrics
+from isic_vq.evaluation.texture import (
+    coherence,
+    grid_power,
+    octave_power,
+    octaves,
+    texture,
+    third_colours,
+)
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -85,6 +93,28 @@ def test_every_measure_has_a_value_per_image(measured):
     values = measured.reconstruction.values
     assert values.keys() == {"psnr", "ssim", "ms_ssim", "l1", "mse"}
     assert {len(of) for of in values.values()} == {NUMBER - 1}
+
+
+def test_the_look_of_images_and_of_what_came_back_is_measured_in_8_bits(model, folder, measured):
+    processor = IsicVQImageProcessor(size=SIZE)
+    files = [str(folder / f"{index:03}.png") for index in READ]
+    images = torch.cat([processor(name, return_tensors="pt")["pixel_values"] for name in files])
+    decoded = (model.decode(model.encode(images)) * 255).round() / 255
+    for kind, pixels in (("real", images), ("reconstructions", decoded)):
+        lines = {line.name: line for line in measured.appearance[kind].metrics(kind, "test", "here", 0)}
+        assert all(line.n == len(READ) and line.interval is not None for line in lines.values())
+        wanted = {f"texture[{kind}]": texture(pixels).mean()}
+        for column, period in enumerate((8, 4, 2)):
+            values = grid_power(pixels, (8, 4, 2))[:, column].sort().values
+            wanted[f"grid_power_mean[{kind}, {period} px]"] = values.mean()
+            wanted[f"grid_power_median[{kind}, {period} px]"] = values.quantile(0.5)
+            wanted[f"grid_power_worst_tenth[{kind}, {period} px]"] = values[-3:].mean()
+        for (low, high), value in zip(octaves(SIZE), octave_power(pixels).mean(0), strict=True):
+            wanted[f"octave_power[{kind}, {low}-{high} px]"] = value
+        for channel, value in zip(("red", "green", "blue"), coherence(third_colours(pixels)), strict=True):
+            wanted[f"coherence[{kind}, {channel}]"] = value
+        got = {name: line.value for name, line in lines.items()}
+        assert got == pytest.approx({name: value.item() for name, value in wanted.items()}, rel=1e-3)
 
 
 def test_the_perceptual_distance_is_asked_for_originals_and_reconstructions(model, folder):

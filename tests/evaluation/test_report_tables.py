@@ -3,7 +3,14 @@
 import pytest
 
 from isic_vq.evaluation.report import Metric
-from isic_vq.evaluation.report_tables import GENERATED, OTHER, number_text, report_tables, topic_of
+from isic_vq.evaluation.report_tables import (
+    APPEARANCE,
+    GENERATED,
+    OTHER,
+    number_text,
+    report_tables,
+    topic_of,
+)
 
 
 def metric(name, value=1.0, split="test", unit="1", seed=None):
@@ -49,6 +56,11 @@ def test_kinds_of_images_are_columns():
     assert table.title == GENERATED
     assert list(table.rows) == [("recall, eye, too", "")]
     assert table.columns == ["floor: test", "reconstructions: test", "samples: test"]
+    metrics = [metric(name) for name in ("texture[real]", "texture[samples]", "coherence[real, red]")]
+    (table,) = report_tables(metrics, lambda m: m.split)
+    assert table.title == APPEARANCE
+    assert list(table.rows) == [("texture", ""), ("coherence, red", "")]
+    assert table.columns == ["real: test", "samples: test"]
 
 
 def test_the_same_number_twice_is_refused():

@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_evaluation(study, coloured_sets, noise_generat
         lines, _ = evaluate_generation(
             noise_generator, yardsticks, test, find_source(others), "validation", seed=3, sampling=sampling
         )
-        of_samples = [line for line in lines if "[samples, " in line.name]
+        of_samples = [line for line in lines if "[samples, skin" in line.name]
         assert len(of_samples) > 6
         for line in of_samples:
             named = found[line.name.replace("[samples, ", f"[{setting_name(sampling)}, ")]

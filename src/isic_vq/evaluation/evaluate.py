@@ -169,6 +169,8 @@ def add_data_set(
         *codebook_metrics(counts, split, name, seed),
         *bits_metrics(model, bits, split, name),
     ]
+    for kind, appearance in measured.appearance.items():
+        report.metrics += appearance.metrics(kind, split, name, seed)
     if by_class is not None:
         report.metrics += conditioning_metrics(
             by_class,

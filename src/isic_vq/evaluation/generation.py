@@ -1,9 +1,10 @@
 """How close generated images come to real ones, between what real images and the tokenizer reach at the same n.
 
-Every distance stands in three lines, all to one reference set and all of as many images with as many of each diagnosis:
+Every distance stands in four lines, all to one reference set and all of as many images with as many of each diagnosis:
 
 * floor: other real images, which share none with the reference. No generator can be asked to come closer.
 * reconstructions: these other images through the tokenizer: the best that a perfect prior would reach.
+* disturbed: the same with some codes replaced by near ones (`CODE_NOISE`), as a prior mistakes them.
 * samples: generated images, image i for the diagnosis of the reference's image i.
 
 All images are rounded to 8 bits first, as files hold them. What an interval covers is the distance's expectation at
@@ -26,6 +27,8 @@ from tqdm import tqdm
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import Source
 from isic_vq.evaluation.agreement import DiagnosisClassifier, agreement_metrics, names_diagnoses
+from isic_vq.evaluation.appearance import Appearance
+from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.distances import (
     NUM_NEIGHBOURS,
     frechet_distance,
@@ -40,6 +43,11 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.sampling import Sampling
 
 BATCH_SIZE = 32
+CODE_NOISE = {
+    "image_share": 1.0,
+    "code_share": 1.0,
+    "num_nearest": 12,
+}  # of smaller codebooks all other codes
 MIN_IMAGES = 2 * (NUM_NEIGHBOURS + 1)  # halves have neighbours, too
 RANGES = {  # an interval is symmetric, and ends where there are no values
     "frechet_distance": (0.0, np.inf),
@@ -187,9 +195,10 @@ def evaluate_generation(
     max_corrupt_share: float = 0.01,
     progress: bool = False,
 ) -> tuple[list[Metric], dict[str, Any]]:
-    """Measure floor, reconstructions and samples against a reference by each yardstick, a batch in memory at a time.
+    """Measure floor, reconstructions and samples against a reference by each yardstick, and how samples look.
 
-    As many images are generated as the reference has, and as many others drawn, with the diagnoses of the reference.
+    As many images are generated as the reference has, and as many others drawn, with the diagnoses of the reference; a batch
+    is in memory at a time.
 
     Args:
         model: a whole model; it is put into eval mode and left there.
@@ -206,7 +215,7 @@ def evaluate_generation(
     Returns:
         The report's lines (`frechet_distance`, `kernel_distance`, `precision`, `recall`, `density` and `coverage` as
         `metric_name` calls them; `agreement`, where a yardstick is a classifier, of the reference, of its
-        reconstructions and of samples) and a table of what was compared.
+        reconstructions and of samples; those of `Appearance` of samples) and a table of what was compared.
 
     Raises:
         ValueError: no yardsticks, or two of one name; fewer than `MIN_IMAGES` images; others that have too few of a
@@ -219,10 +228,15 @@ def evaluate_generation(
     model.eval()
     yardsticks = [yardstick.to(model.device) for yardstick in yardsticks]
     sampling = sampling or Sampling()
-    sets = _embedded_sets(model, yardsticks, reference, others, seed, sampling, max_corrupt_share, progress)
+    noise = CODE_NOISE | {
+        "num_nearest": min(CODE_NOISE["num_nearest"], model.config.vqvae_config.num_codes - 1)
+    }
+    sets, appearance = _embedded_sets(
+        model, yardsticks, reference, others, seed, sampling, noise, max_corrupt_share, progress
+    )
     diagnoses = sets["reference"].diagnoses
-    compared = {kind: sets[kind] for kind in ("floor", "reconstructions", "samples")}
-    metrics = []
+    compared = {kind: sets[kind] for kind in ("floor", "reconstructions", "disturbed", "samples")}
+    metrics = appearance.metrics("samples", split, reference.name, seed)
     for yardstick in yardsticks:
         metrics += distance_metrics(sets["reference"], compared, yardstick.name, split, reference.name, seed)
         if yardstick.classifier is not None:
@@ -239,6 +253,7 @@ def evaluate_generation(
         "diagnoses": dict(sorted(Counter(diagnoses).items())),
         "neighbours": NUM_NEIGHBOURS,
         "sampling": asdict(sampling),
+        "code_noise": noise,
         "yardsticks": names,
     }
     return metrics, table
@@ -251,21 +266,28 @@ def _embedded_sets(
     others: Source,
     seed: int,
     sampling: Sampling,
+    noise: dict[str, Any],
     max_corrupt_share: float,
     progress: bool,
-) -> dict[str, EmbeddedImages]:
+) -> tuple[dict[str, EmbeddedImages], Appearance]:
     """Look at the reference, its reconstructions, as many other images, theirs, and samples; see the module."""
     pool = list(others.metadata())
     _check_disjoint(reference, pool)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    kinds = ("reference", "reference_reconstructions", "floor", "reconstructions", "samples")
+    kinds = ("reference", "reference_reconstructions", "floor", "reconstructions", "disturbed", "samples")
     sets = {kind: EmbeddedImages(yardsticks) for kind in kinds}
+    appearance = Appearance(model.config.vqvae_config.downsampling)
+    generator = torch.Generator().manual_seed(seed)
 
-    def add_real(batches: Iterable[Batch], real: str, reconstructed: str) -> None:
+    def add_real(batches: Iterable[Batch], real: str, reconstructed: str, disturbed: str = "") -> None:
         for batch in tqdm(batches, unit="batch", desc=f"real images ({real})", disable=not progress):
             images = batch["pixel_values"].to(model.device)
             sets[real].add(images, batch["diagnoses"])
-            sets[reconstructed].add(model.decode(model.encode(images)), batch["diagnoses"])
+            codes = model.encode(images)
+            sets[reconstructed].add(model.decode(codes), batch["diagnoses"])
+            if disturbed:
+                noisy = disturb_codes(codes, model.vqvae.quantizer.codebook, **noise, generator=generator)
+                sets[disturbed].add(model.decode(noisy), batch["diagnoses"])
 
     batches = iter_batches(reference.records(), processor, BATCH_SIZE, None, max_corrupt_share)
     add_real(batches, "reference", "reference_reconstructions")
@@ -274,7 +296,7 @@ def _embedded_sets(
         raise ValueError(f"the reference has {len(diagnoses)} images: expected at least {MIN_IMAGES}")
     rows = matched_rows([row["diagnosis"] for row in pool], diagnoses, seed)
     batches = iter_batches(others.dataset().select(rows), processor, BATCH_SIZE, None, max_corrupt_share)
-    add_real(batches, "floor", "reconstructions")
+    add_real(batches, "floor", "reconstructions", "disturbed")
     ids = {name: index for index, name in model.config.class_names.items()}
     labels = torch.tensor(
         [ids.get(name, len(ids)) for name in diagnoses]
@@ -283,8 +305,9 @@ def _embedded_sets(
         for images in generated_images(model, labels, seed, sampling):
             start = len(sets["samples"].diagnoses)
             sets["samples"].add(images, diagnoses[start : start + len(images)])
+            appearance.add(images)
             bar.update(len(images))
-    return sets
+    return sets, appearance
 
 
 def _check_disjoint(reference: Source, pool: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.streaming import StreamedImages
+from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.intervals import mean_metric
 from isic_vq.evaluation.perceptual import PerceptualDistance
 from isic_vq.evaluation.reconstruction import (
@@ -40,6 +41,7 @@ class MeasuredImages:
         labels: `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have.
         codes: `(N, h, w)` int64 in [0, K).
         reconstruction: how the images came back, in their order.
+        appearance: of the images, "real", and of what came back, "reconstructions".
     """
 
     source: Source
@@ -49,6 +51,7 @@ class MeasuredImages:
     labels: Tensor
     codes: Tensor
     reconstruction: Reconstruction
+    appearance: dict[str, Appearance]
 
 
 def measure_images(
@@ -70,6 +73,7 @@ def measure_images(
     label2id = {name: index for index, name in model.config.class_names.items()}
     codes, labels, indices = [], [], []
     more: dict[str, list[Tensor]] = defaultdict(list)
+    real, reconstructed = (Appearance(model.config.vqvae_config.downsampling) for _ in range(2))
 
     def pixel_values() -> Iterator[Tensor]:
         for batch in iter_batches(source.records(), processor, BATCH_SIZE, label2id, max_corrupt_share):
@@ -78,6 +82,8 @@ def measure_images(
             labels.append(batch["labels"])
             indices.append(batch["indices"])
             decoded = model.decode(codes[-1].to(model.device))
+            real.add(images)
+            reconstructed.add(decoded)
             if size >= MS_SSIM_MIN_SIZE:
                 more["ms_ssim"].append(ms_ssim(images, decoded).cpu())
             if perceptual is not None:
@@ -96,6 +102,7 @@ def measure_images(
         labels=torch.cat(labels),
         codes=torch.cat(codes),
         reconstruction=reconstruction,
+        appearance={"real": real, "reconstructions": reconstructed},
     )
 
 

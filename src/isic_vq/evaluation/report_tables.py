@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from isic_vq.evaluation.report import Metric
 
+APPEARANCE = "Sharpness, grids and coherence"
 GENERATED = "Generated images"
 TOPICS = {  # titles, and how the names of their metrics begin
     "Reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "mse", "lpips"),
+    APPEARANCE: ("texture[", "grid_power_", "octave_power[", "coherence["),
     "Codebook": ("usage", "perplexity", "dead_codes"),
     "Likelihood": ("bits_per_", "conditioning_", "likelihood_balanced_accuracy"),
     GENERATED: ("frechet_", "kernel_", "precision[", "recall[", "density[", "coverage[", "agreement["),
@@ -25,6 +27,7 @@ TOPICS = {  # titles, and how the names of their metrics begin
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }
 OTHER = "Other measurements"
+IMAGES = re.compile(r"(?P<name>\w+)\[(?P<images>\w+)(?P<more>, .+)?\]")  # what kind of images was measured
 
 
 @dataclass
@@ -74,8 +77,8 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
             continue
         name, column = metric.name, measured_on(metric)
         table = tables[topic_of(metric)]
-        if table.title == GENERATED and (parts := re.fullmatch(r"(\w+)\[(\w+), (.+)\]", name)):
-            name, column = f"{parts[1]}, {parts[3]}", f"{parts[2]}: {column}"
+        if table.title in (APPEARANCE, GENERATED) and (parts := IMAGES.fullmatch(name)):
+            name, column = f"{parts['name']}{parts['more'] or ''}", f"{parts['images']}: {column}"
         row = table.rows.setdefault((name, "" if metric.unit == "1" else metric.unit), {})
         if column in row:
             raise ValueError(

@@ -4,6 +4,7 @@ The page links PNG files in a folder beside it and nothing else: it opens withou
 where its pictures may. Text is escaped, for names of sources are anybody's.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import number_text, report_tables, topic_of
+from isic_vq.evaluation.report_tables import APPEARANCE, number_text, report_tables, topic_of
 from isic_vq.figures.png import write_png
 from isic_vq.files import write_atomically
 
@@ -117,7 +118,7 @@ def file_name(name: str) -> str:
 
 
 def report_plots(report: Report) -> list[Plot]:
-    """Draw the numbers of parts of the images, and codes by diagnosis."""
+    """Draw the numbers of parts of the images, spectra, and codes by diagnosis."""
     from isic_vq.figures.comparisons import Point, code_use_by_group, dots
     from isic_vq.figures.plots import png_bytes
 
@@ -138,6 +139,7 @@ def report_plots(report: Report) -> list[Plot]:
         caption += "." if whole is None else "; the dotted line is the mean over all images."
         figure = dots(points, title, name if unit == "1" else unit, whole)
         found.append(Plot(topic_of(metrics[0]), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
+    found += spectra(report)
     for split, table in report.tables.items():
         counts = table.get("codebook_counts_by_diagnosis") if isinstance(table, dict) else None
         if counts and len(counts) > 1:
@@ -145,4 +147,25 @@ def report_plots(report: Report) -> list[Plot]:
             caption = f"{title}: red where a diagnosis uses a code more than the diagnoses do on average."
             figure = code_use_by_group(counts, title)
             found.append(Plot("Codebook", f"codes-{split}", caption, png_bytes(figure)))
+    return found
+
+
+def spectra(report: Report) -> list[Plot]:
+    """Draw the power per octave of each kind of images, a plot for each data set that has it."""
+    from isic_vq.figures.comparisons import Curve, curves
+    from isic_vq.figures.plots import png_bytes
+
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for metric in report.metrics:
+        if parts := re.fullmatch(r"octave_power\[(\w+), (\d+)-\d+ px\]", metric.name):
+            decibels = 10 * math.log10(max(metric.value, 1e-6))
+            values.setdefault(metric.split, {}).setdefault(parts[1], {})[int(parts[2])] = decibels
+    found = []
+    for split, kinds in values.items():
+        drawn = [Curve(kind, list(powers), list(powers.values())) for kind, powers in kinds.items()]
+        title = f"power per octave, {split}"
+        unit = "dB over one squared grey level"
+        figure = curves([(title, unit, drawn)], "shortest period of the octave in pixels", drawn[0].x)
+        caption = f"{title}: where a curve is below that of real images, images lack detail of that size."
+        found.append(Plot(APPEARANCE, f"spectrum-{file_name(split)}", caption, png_bytes(figure)))
     return found

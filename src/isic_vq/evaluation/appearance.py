@@ -1,0 +1,83 @@
+"""Sharpness, grids and coherence of a set of images, as lines of a report; see `isic_vq.evaluation.texture`."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
+from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.texture import coherence, grid_power, octave_power, octaves, texture, third_colours
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+
+CHANNELS = ("red", "green", "blue")
+MIN_COHERENT = 3  # images: two have a correlation of 1 or -1 whatever they show
+
+
+def worst_tenth(values: NDArray[np.float64]) -> float:
+    """Mean of the highest tenth of numbers `(N,)`, at least one."""
+    return float(np.sort(values)[-math.ceil(len(values) / 10) :].mean())
+
+
+def colour_correlation(colours: NDArray[np.float64]) -> float:
+    """Correlation of the columns of `(N, 2)`, as `coherence` takes it for one channel."""
+    return float(coherence(torch.from_numpy(colours)[..., None])[0])
+
+
+class Appearance:
+    """What is measured of images one by one, a batch in memory at a time.
+
+    Args:
+        downsampling: of the tokenizer, a power of two: it may weave periods of so many pixels, half as many, down to 2.
+    """
+
+    def __init__(self, downsampling: int) -> None:
+        self.periods = [2**k for k in range(int(math.log2(downsampling)), 0, -1)]
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.octaves: list[tuple[int, int]] = []
+
+    def add(self, images: Tensor) -> None:
+        """Measure square images `(B, 3, H, H)` in [0, 1], after rounding them to 8 bits."""
+        images = IsicVQImageProcessor().postprocess(images, output_type="pt")
+        self.octaves = octaves(images.shape[-1])
+        values = (
+            texture(images),
+            grid_power(images, self.periods),
+            octave_power(images),
+            third_colours(images),
+        )
+        self.parts.append(tuple(value.double().cpu() for value in values))
+
+    def metrics(self, kind: str, split: str, dataset: str, seed: int) -> list[Metric]:
+        """The report's lines: `texture[kind]`, `grid_power_mean[kind, 8 px]` and so on.
+
+        Args:
+            kind: what the images are: "real", "reconstructions" or "samples".
+            split: as for `Metric`.
+            dataset: as for `Metric`.
+            seed: of the intervals' draws.
+        """
+        sharpness, grids, powers, colours = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        number = len(sharpness)
+
+        def drawn(name: str, statistic: Callable[[NDArray[np.float64]], float], values: Tensor) -> Metric:
+            rows = values.numpy()
+            interval = list(bootstrap_interval(statistic, rows, seed=seed)) if number > 1 else None
+            return Metric(name, statistic(rows), "1", number, split, dataset, seed, interval)
+
+        lines = [mean_metric(f"texture[{kind}]", sharpness, "grey levels", split, dataset, seed)]
+        for period, values in zip(self.periods, grids.T, strict=True):
+            of = f"[{kind}, {period} px]"
+            lines.append(mean_metric(f"grid_power_mean{of}", values, "1", split, dataset, seed))
+            lines.append(drawn(f"grid_power_median{of}", lambda rows: float(np.median(rows)), values))
+            lines.append(drawn(f"grid_power_worst_tenth{of}", worst_tenth, values))
+        for (low, high), values in zip(self.octaves, powers.T, strict=True):
+            name, unit = f"octave_power[{kind}, {low}-{high} px]", "squared grey levels"
+            lines.append(mean_metric(name, values, unit, split, dataset, seed))
+        if number >= MIN_COHERENT:
+            for channel, values in zip(CHANNELS, colours.unbind(-1), strict=True):
+                lines.append(drawn(f"coherence[{kind}, {channel}]", colour_correlation, values))
+        return lines
