@@ -94,8 +94,17 @@ def test_sharded_training_is_refused_by_name(monkeypatch, tmp_path, kind):
         Processes(LoopRecipe(precision="fp32"), tmp_path)
 
 
-def test_native_bf16_is_a_plain_answer_here():
-    assert native_bf16(torch.device("cpu")) in (True, False)
+def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch):
+    for capabilities, chosen in (
+        ({"avx2": True, "avx512_f": False, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "arm64", "neon": True}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert native_bf16(torch.device("cpu")) is chosen, capabilities
+    assert native_bf16(torch.device("meta")) is False
 
 
 def test_precision_of_the_recipe_is_accelerates(alone):

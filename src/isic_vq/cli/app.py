@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from isic_vq import __version__
+from isic_vq.allocator import keep_freed_memory
 
 
 class _Commands(TyperGroup):
@@ -87,6 +88,7 @@ def quiet_transformers() -> None:
 def main() -> None:
     """Run the command line; errors that a user can act on are printed in one line."""
     try:
+        keep_freed_memory()
         app()
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         if _debug:

@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from isic_vq.allocator import keep_freed_memory
 from isic_vq.training.recipe import LoopRecipe
 
 T = TypeVar("T")
@@ -38,10 +39,11 @@ class TrainingError(RuntimeError):
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
+    """Whether the device multiplies bfloat16 in hardware; with AVX2 alone, say, it would be many times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(found.get(instructions, False) for instructions in ("avx512_bf16", "amx_bf16"))
 
 
 def check_trackers(names: list[str]) -> None:
@@ -73,6 +75,7 @@ class Processes:
     """
 
     def __init__(self, recipe: LoopRecipe, run_dir: Path, idle_parameters: bool = False):
+        keep_freed_memory()
         check_trackers(recipe.trackers)
         probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(probe))
