@@ -4,8 +4,10 @@ import errno
 import os
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from isic_vq.files import replaced_directory, write_atomically
+from isic_vq.files import replaced_directory, write_atomically, write_tensors
 
 
 def full_disk(*arguments, **keywords):
@@ -109,3 +111,17 @@ def test_a_folder_whose_process_died_between_the_renames_comes_back(tmp_path):
     with pytest.raises(KeyboardInterrupt), replaced_directory(target):
         raise KeyboardInterrupt
     assert (target / "kept").is_file()
+
+
+def test_tensors_are_written_with_the_mode_that_the_umask_gives(tmp_path):
+    tensors = {"a": torch.arange(3), "b": torch.rand(2, 2)}
+    old = os.umask(0o026)
+    try:
+        write_tensors(tmp_path / "arrays" / "t.safetensors", tensors)
+    finally:
+        os.umask(old)
+    read = load_file(tmp_path / "arrays" / "t.safetensors")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+    assert (tmp_path / "arrays" / "t.safetensors").stat().st_mode & 0o777 == 0o640

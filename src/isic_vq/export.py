@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from isic_vq import __version__
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache, tokenizer_hash
@@ -28,7 +28,7 @@ from isic_vq.figures import image_grid
 from isic_vq.figures.png import write_png
 from isic_vq.figures.runs import METRICS_FILE, Run
 from isic_vq.figures.write import draw_run
-from isic_vq.files import replaced_directory, write_atomically
+from isic_vq.files import replaced_directory, write_atomically, write_tensors
 from isic_vq.hub import load_model
 from isic_vq.layout import check_replaceable
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -105,7 +105,7 @@ def store_as_bf16(folder: Path, model: IsicVQModel) -> None:
             name: tensor.bfloat16() if name in parameters and name.startswith(rounded) else tensor
             for name, tensor in load_file(path).items()
         }
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors)
 
 
 def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -36,6 +40,17 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file whole or not at all, with the mode that the umask gives.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    from safetensors.torch import save
+
+    write_atomically(path, save(dict(tensors), metadata={"format": "pt"}))
 
 
 @contextmanager

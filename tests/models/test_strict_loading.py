@@ -1,5 +1,6 @@
 """Weights that are not exactly the model's are refused, whoever loads them."""
 
+import os
 import shutil
 
 import pytest
@@ -69,3 +70,16 @@ def test_a_truncated_file_is_one_error_that_says_what_to_do(composite_folder, tm
 def test_settings_of_from_pretrained_are_passed_on(composite_folder):
     model = IsicVQModel.from_pretrained(composite_folder, dtype=torch.float64)
     assert model.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_saved_weights_have_the_mode_that_the_umask_gives(composite, var_composite, tmp_path, mask):
+    old = os.umask(mask)
+    try:
+        for number, model in enumerate((composite, composite.vqvae, composite.prior, var_composite.prior)):
+            model.save_pretrained(tmp_path / str(number))
+    finally:
+        os.umask(old)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
-from isic_vq.cli.pictures import read_images
+from isic_vq.cli.pictures import announce_other_images, read_images
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,10 @@ def generate(
         int, typer.Option(help="Images computed at once; another number may round an image differently.")
     ] = 16,
     backend: Annotated[
-        str, typer.Option(help="eager, compiled (needs numba), cuda_graph, or auto for the fastest.")
+        str,
+        typer.Option(
+            help="eager, compiled (needs numba), cuda_graph, or auto: the fastest of those tested on such a device."
+        ),
     ] = "auto",
     temperature: Annotated[float, typer.Option(help="Below 1: safer, above 1: wilder.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep this many most likely codes.")] = None,
@@ -90,6 +93,8 @@ def generate(
         )
         typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
         return
+    names = [f"image-{index:05d}.png" for index in range(num_images)]
+    announce_other_images(output, {*names, "grid.png"})
     pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, model))
     result = pipe(
         label if label and len(label) > 1 else (label[0] if label else None),
@@ -106,13 +111,13 @@ def generate(
         progress=sys.stderr.isatty(),
     )
     classes = {**pipe.model.config.class_names, pipe.model.prior.config.unconditional_id: "unconditional"}
-    names = [classes[index] for index in result["labels"].tolist()]
+    titles = [classes[index] for index in result["labels"].tolist()]
     source = Path(resolve(model)).name
-    for index, (pixels, name) in enumerate(zip(result["images"], names, strict=True)):
-        about = {"Title": name, "Source": source, "Comment": f"synthetic image, seed {seed}, index {index}"}
-        write_png(pixels, output / f"image-{index:05d}.png", about)
+    for index, (pixels, title) in enumerate(zip(result["images"], titles, strict=True)):
+        about = {"Title": title, "Source": source, "Comment": f"synthetic image, seed {seed}, index {index}"}
+        write_png(pixels, output / names[index], about)
     about = {"Source": source, "Comment": f"synthetic images, seed {seed}"}
-    write_png(image_grid(result["images"], labels=names if label else None), output / "grid.png", about)
+    write_png(image_grid(result["images"], labels=titles if label else None), output / "grid.png", about)
     typer.echo(f"wrote {num_images} images and {output / 'grid.png'}")
 
 

@@ -1,8 +1,10 @@
-"""What several commands do with pictures: read and name them."""
+"""What several commands do with pictures: read and name them, and tell them from others in a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     import torch
@@ -35,3 +37,17 @@ def read_named_images(
     batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
     number = len(records) if source.has_random_access else None
     return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), number
+
+
+def announce_other_images(folder: Path, names: Collection[str]) -> None:
+    """Say which images are in a folder already that a command is about to write to and will not replace."""
+    from isic_vq.data.sources.folder import IMAGE_SUFFIXES
+
+    others = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    others = [name for name in others if name not in names]
+    if others:
+        typer.echo(
+            f"warning: {folder} holds {len(others)} other images, such as {others[0]}, which stay: choose another folder to "
+            "keep sets apart",
+            err=True,
+        )

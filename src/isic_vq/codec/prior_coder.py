@@ -19,6 +19,7 @@ from isic_vq.codec.container import CodecError, Layout
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
 from isic_vq.codec.tables import PRECISION, Weights, integer_weights
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modes import exactly
 from isic_vq.models.pixelcnn_cache import open_cache
 from isic_vq.models.pixelcnn_sampler import open_rows
 from isic_vq.models.sampling import Sampling
@@ -106,7 +107,7 @@ class PriorCoder:
     def _walk(self, next_codes: NextCodes) -> None:
         """Visit all positions in raster order; lanes without an image hold code 0."""
         grid, codes = self.prior.config.grid_size, torch.zeros(self.lanes, dtype=torch.int64)
-        with torch.inference_mode(), torch_threads(self.threads):
+        with exactly(self.prior), torch.inference_mode(), torch_threads(self.threads):
             cache = open_cache(self.prior, self.labels)
             with open_rows(BACKEND, cache, Sampling()) as rows:
                 for row in range(grid):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from isic_vq.data.provenance import PROVENANCE
 from isic_vq.hub import resolve
+from isic_vq.models.finite import check_finite, damaged_or_overflow
 
 PRECISION = 24
 Weights = NDArray[np.float64]
@@ -28,11 +29,10 @@ def integer_weights(logits: Tensor) -> Weights:
     """Weights `(B, K)` of softmax(logits), from logits `(B, K)` on the CPU.
 
     Raises:
-        FloatingPointError: a logit is not finite.
+        ValueError: a logit is not finite.
     """
+    check_finite(logits, "logits", damaged_or_overflow(logits.dtype))
     values = logits.numpy().astype(np.float64)
-    if not np.isfinite(values).all():
-        raise FloatingPointError("the prior's logits are not finite: its weights are broken")
     probabilities = np.exp(values - values.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     total = 2**PRECISION - values.shape[1]

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .finite import check_finite, damaged_or_overflow
 from .modeling_vqvae import VQVAEModel
-from .modes import evaluating
+from .modes import exactly
 from .prior import PriorModel, Walk
 from .sampling import draw, image_generators, position_uniforms
 
@@ -189,7 +190,7 @@ def redraw_codes(
     prior = model.prior
     labels = prior.checked_labels(labels, len(codes))
     chosen, sets = [], []
-    with evaluating(prior), torch.inference_mode():
+    with exactly(prior), torch.inference_mode():
         for image, masked, label, generator in zip(
             codes.flatten(1), mask.flatten(1), labels, generators, strict=True
         ):
@@ -238,6 +239,7 @@ def filter_particles(
     for index, step in enumerate(walk.steps):
         for group in step:
             logits = walk.logits(group)
+            check_finite(logits, "logits of particles", damaged_or_overflow(logits.dtype))
             masked, kept = mask[group], weighed[group]
             if masked.any():
                 particles[:, group][:, masked] = draw(logits[:, masked], uniforms[:, group][:, masked.cpu()])

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .configuration_isic_vq import IsicVQConfig
+from .finite import check_finite, damaged_or_overflow
 from .modes import evaluating
 
 BATCH_SIZE = 32
@@ -75,7 +76,8 @@ def score_codes(
         `torch.Tensor` of the shape of `codes`, float64, on the CPU.
 
     Raises:
-        ValueError: arguments that exclude each other, a mixture of no classes, or weights that are none.
+        ValueError: arguments that exclude each other, a mixture of no classes, weights that are none, or logits that
+            are not finite.
     """
     if class_weights is not None and not marginalize:
         raise ValueError("class_weights are given without marginalize: they weigh the classes of a mixture")
@@ -113,8 +115,9 @@ def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) 
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size].to(model.device)
         part_labels = None if labels is None else labels[first : first + batch_size]
-        logits = model.predict(part, part_labels).float()
-        nats.append(F.cross_entropy(logits, part, reduction="none").cpu().double())
+        logits = model.predict(part, part_labels)
+        check_finite(logits, "logits", damaged_or_overflow(logits.dtype))
+        nats.append(F.cross_entropy(logits.float(), part, reduction="none").cpu().double())
     return torch.cat(nats)
 
 

@@ -33,7 +33,7 @@ from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .prior import PriorModel
 from .repository import plain_card, write_doors
 from .sampling import image_generators, position_uniforms
-from .strict_loading import StrictLoading
+from .strict_loading import StrictLoading, share_weights
 from .upload import full_name, upload_folder
 
 PRIOR_MODELS: dict[str, type[PriorModel]] = {
@@ -188,7 +188,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
             block_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
-                time for so many images.
+                time for so many images, of those that this project has run on such a device (`run_on`).
             on_step: called after each finished step of a block: a row of its code grids, or a scale.
 
         Raises:
@@ -495,6 +495,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 weight_map |= dict.fromkeys(tensors, f"{part}/{WEIGHTS_FILE}")
                 total_size += sum(tensor.nbytes for tensor in tensors.values())
                 getattr(self, part).config.save_pretrained(folder / part)
+                share_weights(folder / part)
         single.unlink()
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from .code_convolution import convolve_codes
 from .configuration_pixelcnn import PixelCNNConfig
-from .modes import evaluating
+from .modes import exactly
 from .pixelcnn_cache import RasterWalk
 from .pixelcnn_sampler import best_backend, sample_codes
 from .prior import Extend, PriorModel, PriorOutput
@@ -235,7 +235,7 @@ class PixelCNNModel(PriorModel):
             top_k: keep this many most likely codes.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; see `sampling.guided_logits`.
-            backend: "eager", "compiled" (CPU, needs numba) or "cuda_graph".
+            backend: "eager", "compiled" (CPU, needs numba) or "cuda_graph"; `run_on` tells where each was run.
             on_step: called after each finished row, for progress bars.
             extend: what tells of coarser scales; a single grid has none, and it is not called.
 
@@ -243,12 +243,13 @@ class PixelCNNModel(PriorModel):
             `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
 
         Raises:
-            ValueError: a setting without a meaning, or a backend that the model's device or precision rules out.
+            ValueError: a setting without a meaning, a backend that the model's device or precision rules out, or logits
+                that are not finite.
             ImportError: a backend that is not installed.
         """
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         labels = self.checked_labels(labels, len(uniforms))
-        with evaluating(self), torch.inference_mode():
+        with exactly(self), torch.inference_mode():
             codes = sample_codes(self, uniforms, labels, sampling, backend, on_step)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode
 

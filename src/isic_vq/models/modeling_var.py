@@ -254,7 +254,7 @@ class VARModel(PriorModel):
             `torch.LongTensor` of shape `(B, L)`, in [0, K).
 
         Raises:
-            ValueError: a setting without a meaning, or no `extend`.
+            ValueError: a setting without a meaning, no `extend`, or logits that are not finite.
         """
         if backend != "eager":
             raise ValueError(f"backend is {backend!r}: expected 'eager', the only one of a VARModel")
@@ -266,15 +266,16 @@ class VARModel(PriorModel):
         labels = self.checked_labels(labels, len(uniforms))
         if sampling.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.unconditional_id)])
-        parts = []
+        parts, total = [], torch.zeros((), dtype=torch.float64, device=self.device)
         with evaluating(self), torch.inference_mode():
             walk = self.walk(labels, extend)
             for index, (group,) in enumerate(walk.steps):
                 share = index / max(len(walk.steps) - 1, 1)
-                parts.append(sampling.draw(walk.logits(group), uniforms[:, group], share))
+                parts.append(sampling.draw(walk.logits(group), uniforms[:, group], share, total))
                 walk.put(group, sampling.both(parts[-1]))
                 if on_step is not None:
                     on_step()
+        sampling.check(math.isfinite(total.item()))
         return torch.cat(parts, dim=1).clone()  # a normal tensor: autograd refuses those of inference mode
 
     def walk(self, labels: Tensor, extend: Extend | None = None) -> "ScaleWalk":

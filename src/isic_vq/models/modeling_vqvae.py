@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vqvae import VQVAEConfig
+from .finite import check_finite, damaged_or_overflow
 from .modes import evaluating
 from .residual_quantizer import Phi, ResidualQuantizer
 from .strict_loading import StrictLoading
@@ -211,9 +212,16 @@ class VQVAEModel(VQVAEPreTrainedModel):
 
         Returns:
             `torch.LongTensor` in [0, K): `(B, h, w)` or, of several scales, `(B, L)`; see `code_grids`.
+
+        Raises:
+            ValueError: images of another shape, or pixels or latents that are not finite.
         """
+        pixel_values = pixel_values.to(self.dtype)
+        check_finite(pixel_values, "pixel_values", "expected RGB in [0, 1], as the image processor makes it")
         with evaluating(self):
-            return self.quantizer.encode(self.embed(pixel_values.to(self.dtype)))
+            latents = self.embed(pixel_values)
+            check_finite(latents, "latents", damaged_or_overflow(self.dtype))
+            return self.quantizer.encode(latents)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -224,10 +232,12 @@ class VQVAEModel(VQVAEPreTrainedModel):
                 scales alone are enough, and make a coarser image.
 
         Raises:
-            ValueError: a code outside [0, K), or codes that are not those of whole scales.
+            ValueError: a code outside [0, K), codes that are not those of whole scales, or pixels that are not finite.
         """
         with evaluating(self):
-            return self.decoder(self.quantizer.lookup(codes).to(self.dtype))
+            quantized = self.quantizer.lookup(codes).to(self.dtype)
+            check_finite(quantized, "codebook vectors", damaged_or_overflow(self.dtype))
+            return check_finite(self.decoder(quantized), "decoded pixels", damaged_or_overflow(self.dtype))
 
     def decode_progressively(self, codes: Tensor) -> list[Tensor]:
         """Images `(B, 3, H, W)` of the first code grid, of the first two, and so on to all; without scales there is one."""
@@ -241,7 +251,8 @@ class VQVAEModel(VQVAEPreTrainedModel):
         """What single codes draw: `(N, 3, side * f, side * f)` of codes `(N,)`, the vector of each filling a grid."""
         vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
         with evaluating(self):
-            return self.decoder(vectors.to(self.dtype))
+            pixels = self.decoder(vectors.to(self.dtype))
+        return check_finite(pixels, "decoded pixels", damaged_or_overflow(self.dtype))
 
     def code_grids(self, codes: Tensor) -> list[Tensor]:
         """An image's codes as square grids `(B, side, side)`, coarse to fine; a tokenizer without scales has one."""

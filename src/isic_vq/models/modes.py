@@ -1,9 +1,11 @@
-"""Eval mode for a while."""
+"""Modes that a model is in for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 
 @contextmanager
@@ -16,3 +18,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def exactly(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and no autocast: what is kept from step to step is in the weights' own precision."""
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
+        yield

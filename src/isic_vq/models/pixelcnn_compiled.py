@@ -36,6 +36,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = -1  # what is drawn from logits of which one is NaN or infinite
+FLOAT32_MAX, FLOAT64_MAX = (float(np.finfo(dtype).max) for dtype in (np.float32, np.float64))
 TILE = 4  # images whose products share a load of the weights
 
 # Sums stay in the order they are written in; a product and a sum may be rounded once instead of twice.
@@ -236,14 +238,29 @@ def plain_logits(column, images, before, net, windows, logits):
 
 
 @compiled
+def lie_within(values, limit):
+    """Whether no value is NaN or further from 0 than the limit."""
+    beyond = 0
+    for k in range(len(values)):
+        beyond |= not abs(values[k]) <= limit
+    return beyond == 0
+
+
+@compiled
 def draw_code(logits, unlabelled, guidance_scale, temperature, uniform):
-    """`Sampling.draw` without top-k and top-p, of one code; `unlabelled` counts if the guidance scale is not 1."""
+    """`Sampling.draw` without top-k and top-p, of one code; `unlabelled` counts if the guidance scale is not 1.
+
+    `NOT_FINITE` where a logit is not, or would not be in the precision of the others.
+    """
+    limit = FLOAT32_MAX if logits.itemsize == 4 else FLOAT64_MAX
     cumulative = np.empty(len(logits), np.float64)
     for k in range(len(logits)):
         logit = logits[k]
         if guidance_scale != 1:
             logit = unlabelled[k] + guidance_scale * (logit - unlabelled[k])
         cumulative[k] = logit / temperature
+    if not lie_within(cumulative, limit):
+        return NOT_FINITE
     largest, total = cumulative.max(), 0.0
     for k in range(len(logits)):
         total += math.exp(cumulative[k] - largest)
@@ -372,6 +389,7 @@ class CompiledRows(Rows):
             self.row_kernel(*state, self.before, self.tables_left, noise, drawn, *settings)
 
         list(self.threads.map(work, self.shares))
+        self.sampling.check(bool((codes != NOT_FINITE).all()))  # the next row would look it up
         self.cache.codes.copy_(self.sampling.both(codes))
         return codes
 

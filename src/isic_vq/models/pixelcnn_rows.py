@@ -3,6 +3,7 @@
 `Rows` runs them one by one; `GraphedRows` records those of a row once and replays the recording.
 """
 
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,6 +18,8 @@ class Rows(AbstractContextManager):
 
     def __init__(self, cache: GatedCache | PlainCache, sampling: Sampling):
         self.cache, self.sampling = cache, sampling
+        # All logits that codes were drawn from, added up.
+        self.total = torch.zeros((), dtype=torch.float64, device=cache.before.device)
 
     def __exit__(self, *exception: object) -> None:
         """Nothing to let go of."""
@@ -38,9 +41,13 @@ class Rows(AbstractContextManager):
         """As `draw`, of the row that is started."""
         codes = []
         for column, noise in enumerate(uniforms.unbind(1)):
-            codes.append(self.sampling.draw(self.logits(column), noise))
+            codes.append(self.sampling.draw(self.logits(column), noise, total=self.total))
             self.cache.put(column, self.sampling.both(codes[-1]))
         return torch.stack(codes, dim=1)
+
+    def check(self) -> None:
+        """Raise ValueError if a code was drawn from logits that are not finite."""
+        self.sampling.check(math.isfinite(self.total.item()))
 
 
 class GraphedRows(Rows):

@@ -70,6 +70,7 @@ def sample_codes(
             codes.append(rows.draw(row, uniforms[row]))
             if on_step is not None:
                 on_step()
+        rows.check()
     return torch.stack(codes, dim=1)
 
 

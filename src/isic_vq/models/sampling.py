@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,7 +27,7 @@ class Sampling:
         guidance_scale: 1 is off; see `guided_logits`.
 
     Raises:
-        ValueError: a setting without a meaning.
+        ValueError: a setting without a meaning, or one that float32 does not hold.
     """
 
     temperature: float = 1.0
@@ -34,16 +36,19 @@ class Sampling:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not FLOAT32.tiny <= self.temperature <= FLOAT32.max:
             raise ValueError(
-                f"temperature is {self.temperature}: expected more than 0 (top_k=1 takes the most likely code)"
+                f"temperature is {self.temperature}: expected more than 0 (top_k=1 takes the most likely code), and no "
+                "smaller or larger than float32 holds"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or None for all codes")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a probability in (0, 1], or None")
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}: expected at least 0; 1 is off")
+        if not 0 <= self.guidance_scale <= FLOAT32.max:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale}: expected at least 0; 1 is off; and no more than float32 holds"
+            )
 
     @property
     def guided(self) -> bool:
@@ -54,17 +59,36 @@ class Sampling:
         """One entry per image `(B, ...)` as the batch that is computed: twice, one after the other, when guided."""
         return torch.cat([images, images]) if self.guided else images
 
-    def draw(self, logits: Tensor, uniforms: Tensor, guidance_share: float = 1.0) -> Tensor:
+    def draw(
+        self, logits: Tensor, uniforms: Tensor, guidance_share: float = 1.0, total: Tensor | None = None
+    ) -> Tensor:
         """Codes `(B, ...)` from logits `(B, ..., K)`, or `(2B, ..., K)` when guided, and uniforms `(B, ...)`.
 
-        Of what guidance adds to 1, only the given share is taken.
+        Args:
+            logits: raw, in any precision.
+            uniforms: in [0, 1), float64.
+            guidance_share: of what guidance adds to 1, only this share is taken.
+            total: float64 scalar to which the logits are added after guidance and temperature, in place. It stays
+                finite as long as they are, and nobody has to wait for a device to know; see `check`.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             scale = 1 + guidance_share * (self.guidance_scale - 1)
             logits = guided_logits(conditional, unconditional, scale)
-        return draw(filtered_logits(logits, self.temperature, self.top_k, self.top_p), uniforms)
+        logits = logits / self.temperature
+        if total is not None:
+            total += logits.sum(dtype=total.dtype)
+        return draw(exclude_unlikely(logits, self.top_k, self.top_p), uniforms)
+
+    def check(self, finite: bool) -> None:
+        """Raise ValueError if logits that codes were drawn from are not finite."""
+        if not finite:
+            raise ValueError(
+                f"logits are not finite (NaN or infinite) at temperature {self.temperature:g} and guidance_scale "
+                f"{self.guidance_scale:g}: the prior's weights are damaged, or a number overflows; choose milder settings, "
+                "or load the model anew, in float32"
+            )
 
 
 def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[torch.Generator]:
@@ -94,7 +118,11 @@ def filtered_logits(logits: Tensor, temperature: float, top_k: int | None, top_p
     top-k keeps the k most likely codes (and those tied with the k-th); top-p then keeps the smallest set of
     most likely codes whose probability reaches p, never less than one code.
     """
-    logits = logits / temperature
+    return exclude_unlikely(logits / temperature, top_k, top_p)
+
+
+def exclude_unlikely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """As `filtered_logits`, of logits that are scaled already."""
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

@@ -4,6 +4,7 @@ transformers warns of missing and foreign tensors and goes on, the missing ones 
 nobody asked for. Differs: here both are errors, unless the caller asks for the loading info to judge for themselves.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from .upload import explained
+
+
+def share_weights(folder: Path) -> None:
+    """Give a folder's weights the mode of its config; safetensors makes them readable by their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)
 
 
 class StrictLoading:
@@ -55,3 +62,8 @@ class StrictLoading:
                     f"{sorted(info[kind])[:3]}; load a folder that save_pretrained of this class has written"
                 )
         return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, all files with the mode that the umask gives new files."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        share_weights(Path(save_directory))

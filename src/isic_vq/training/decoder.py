@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +22,7 @@ from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
+from isic_vq.files import write_tensors
 from isic_vq.hub import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -226,9 +226,8 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         environment=environment(),
     )
     report.save(run.folder / "report.json")
-    (run.folder / "arrays").mkdir(exist_ok=True)
     arrays = {name: torch.from_numpy(pixels) for name, pixels in task.shown_pairs(tokenizer).items()}
-    save_file(arrays, run.folder / "arrays" / "reconstructions.safetensors")
+    write_tensors(run.folder / "arrays" / "reconstructions.safetensors", arrays)
     trainer.finish()
     return report
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isic_vq.data.augmentation import random_views
@@ -17,6 +16,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
+from isic_vq.files import write_tensors
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.configuration_isic_vq import prior_config_class
 from isic_vq.models.configuration_prior import PriorConfig
@@ -237,8 +237,7 @@ def write_results(
     ]
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     pixels = torch.from_numpy(processor.postprocess(torch.cat(images), output_type="np"))
-    (run_dir / "arrays").mkdir(exist_ok=True)
-    save_file({"images": pixels, "labels": labels}, run_dir / "arrays" / "samples.safetensors")
+    write_tensors(run_dir / "arrays" / "samples.safetensors", {"images": pixels, "labels": labels})
     names = {**model.config.class_names, model.prior.config.unconditional_id: "unconditional"}
     report = Report(
         model={"type": "isic_vq", "prior": model.prior.config.model_type},

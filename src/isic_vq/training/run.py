@@ -16,6 +16,7 @@ from isic_vq.data.provenance import TrainingData, write_training_data
 from isic_vq.evaluation.report import environment
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
+from isic_vq.models.strict_loading import share_weights
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 
@@ -109,5 +110,6 @@ def save_model(
     with replaced_directory(folder) as temporary:
         for part in parts:
             part.save_pretrained(temporary)
+        share_weights(temporary)
         if training_data is not None:
             write_training_data(temporary, training_data)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isic_vq.data.loading import DecodedImages
@@ -23,6 +22,7 @@ from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
+from isic_vq.files import write_tensors
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -286,7 +286,5 @@ def write_results(
         tables={"codebook_counts": result.codebook_counts},
         environment=environment(),
     ).save(run_dir / "report.json")
-    folder = run_dir / "arrays"
-    folder.mkdir(exist_ok=True)
     arrays = {name: torch.from_numpy(pixels) for name, pixels in task.shown_pairs(task.model).items()}
-    save_file(arrays, folder / "reconstructions.safetensors")
+    write_tensors(run_dir / "arrays" / "reconstructions.safetensors", arrays)

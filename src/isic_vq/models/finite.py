@@ -1,0 +1,38 @@
+"""Refuse NaN and infinite numbers at the edge of the codes, where they would become codes or pixels that look sound.
+
+`forward` has none of these checks: it stays traceable, and a training loop checks its loss.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+NUM_NAMED = 5  # images that an error names
+
+
+def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
+    """Return the tensor if all of it is finite.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(B, ...)`): in any floating precision.
+        name: what it holds, for the message.
+        way_out: what to do about it.
+
+    Raises:
+        ValueError: NaN or infinite numbers; the message names the images.
+    """
+    # A sum is finite unless a part is not, or it overflows; so most tensors are read once and nothing is allocated.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if math.isfinite(total.item()):
+        return tensor
+    bad = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        images = ", ".join(map(str, bad[:NUM_NAMED])) + (", ..." if len(bad) > NUM_NAMED else "")
+        raise ValueError(f"{name} of image {images} are not finite (NaN or infinite): {way_out}")
+    return tensor
+
+
+def damaged_or_overflow(dtype: torch.dtype) -> str:
+    """What makes a sound input not finite inside a model, and the way out."""
+    return f"the model's weights are damaged or overflow {str(dtype).removeprefix('torch.')}; load them anew, in float32"
