@@ -1,6 +1,7 @@
 """Every backend against the full forward pass, and images that do not depend on how they are asked for."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isic_vq.models import pixelcnn_compiled, pixelcnn_sampler
+from isic_vq.models import pixelcnn_compiled, pixelcnn_sampler, run_on
 from isic_vq.models.pixelcnn_cache import open_cache
 from isic_vq.models.pixelcnn_rows import GraphedRows, Rows
 from isic_vq.models.pixelcnn_sampler import best_backend, open_rows
@@ -278,11 +279,34 @@ def test_kernels_are_found_on_disk_once_they_were_compiled(make_model):
     assert pixelcnn_compiled.lie_on_disk()
 
 
+def test_on_a_device_nothing_is_chosen_that_was_not_run_there(monkeypatch, caplog):
+    class Model:  # a stand-in: this machine has no such device
+        device, dtype = torch.device("cuda"), torch.float32
+
+    for key, commit in run_on.RUN_ON.items():
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d, [0-9a-f]{7,}", commit), key
+    graphs_were_run = run_on.was_run("cuda", "cuda_graph")
+    assert best_backend(Model(), 10**9) == ("cuda_graph" if graphs_were_run else "eager")
+    monkeypatch.setitem(run_on.RUN_ON, ("cuda", "cuda_graph"), "2026-12-01, abcdef0")
+    assert best_backend(Model(), 1) == "cuda_graph"
+
+
+def test_what_was_not_run_is_labelled_once(make_model, monkeypatch, caplog):
+    run_on.label_unrun.cache_clear()
+    make_model().sample(make_uniforms(1, 5))
+    assert not caplog.text
+    monkeypatch.delitem(run_on.RUN_ON, ("cpu", "eager"))
+    run_on.label_unrun.cache_clear()
+    for _ in range(2):
+        make_model().sample(make_uniforms(1, 5))
+    run_on.label_unrun.cache_clear()
+    assert caplog.text.count("eager on cpu is not tested: no machine of this project has run it") == 1
+
+
 @pytest.mark.gpu
 @needs_cuda
 def test_on_a_gpu_rows_are_graphed(make_model):
     model = make_model().cuda()
-    assert best_backend(model, 1) == "cuda_graph"
     with torch.inference_mode():
         cache = open_cache(model, torch.tensor([0], device="cuda"))
         assert isinstance(open_rows("cuda_graph", cache, Sampling()), GraphedRows)

@@ -1,7 +1,7 @@
 """Exact incremental sampling from a PixelCNN, row by row, on one of three backends.
 
 "eager" runs torch's own operations and works everywhere; "compiled" runs numba's kernels on a CPU; "cuda_graph"
-replays a recorded row on a CUDA device. All draw the same codes, up to rounding.
+replays a recorded row on a CUDA device (see `run_on`). All draw the same codes, up to rounding.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .pixelcnn_cache import GatedCache, PlainCache, open_cache
 from .pixelcnn_rows import GraphedRows, Rows
+from .run_on import label_unrun, was_run
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ LOADING, COMPILING = 0.6, 10.0
 
 
 def best_backend(model: "PixelCNNModel", num_blocks: int) -> str:
-    """The backend that samples so many blocks of images in the least time, kernels' start included."""
-    if model.device.type == "cuda":
+    """The backend that samples so many blocks of images in the least time, kernels' start included.
+
+    Of those that were run on the kind of device; "eager", which is plain torch, where none was.
+    """
+    if was_run(model.device.type, "cuda_graph"):
         return "cuda_graph"
     if (
         model.device.type != "cpu"
@@ -55,6 +59,7 @@ def sample_codes(
     on_step: Callable[[], None] | None,
 ) -> Tensor:
     """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, the model is in eval mode."""
+    label_unrun(model.device.type, backend)
     grid, batch = model.config.grid_size, len(uniforms)
     if uniforms.shape != (batch, grid * grid):
         raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}: expected ({batch}, {grid * grid})")

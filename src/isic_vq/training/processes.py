@@ -24,6 +24,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from isic_vq.allocator import keep_freed_memory
+from isic_vq.models.run_on import label_unrun, was_run
 from isic_vq.training.recipe import LoopRecipe
 
 T = TypeVar("T")
@@ -78,7 +79,10 @@ class Processes:
         keep_freed_memory()
         check_trackers(recipe.trackers)
         probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(probe))
+        by_itself = was_run(probe.type, "bf16") and native_bf16(probe)
+        use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and by_itself)
+        if use_bf16:
+            label_unrun(probe.type, "bf16")
         self.accelerator = Accelerator(
             # Without being told, accelerate forms no group of processes on a CPU: each would be a run of its own.
             cpu=not torch.accelerator.is_available(),

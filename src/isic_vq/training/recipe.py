@@ -35,8 +35,8 @@ class LoopRecipe:
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
         average_decay: decay per step of the averaged weights; 0 turns averaging off.
-        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively (AVX512-BF16, AMX, GPUs). The
-            quantizer stays in float32.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively (AVX512-BF16, AMX), on kinds of
+            devices on which this project has trained with it (CPUs). The quantizer stays in float32.
         compile: compile the nets with torch.compile: a slower start and faster steps.
         profile: write a profiler trace of a few steps to `profile/` in the run's folder.
         seed: of weights, data order and augmentation.
