@@ -16,13 +16,13 @@ import pytest
 import torch
 import typer
 import yaml
-from accelerate import Accelerator
 from PIL import Image
 
 from isic_vq import __version__, cli
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import ModelError
+from isic_vq.training.state import TrainingState
 from isic_vq.training.vqvae import VQVAETask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +146,19 @@ def test_generate_writes_images_a_grid_and_what_they_are(run, tiny_run, tmp_path
         "Source": "model",
         "Comment": "synthetic image, seed 3, index 1",
     }
+
+
+def test_generate_says_which_other_images_a_folder_holds(run, tiny_run, tmp_path):
+    def generate(number):
+        return run("generate", "-m", tiny_run.prior / "model", "-n", number, "-o", tmp_path)
+
+    assert "warning" not in generate(3)[2]
+    assert "warning" not in generate(3)[2], "the same images are replaced"
+    (tmp_path / "lesion.JPG").touch()
+    code, _, stderr = generate(2)
+    assert code == 0
+    assert f"warning: {tmp_path} holds 2 other images, such as image-00002.png, which stay" in stderr
+    assert (tmp_path / "lesion.JPG").exists()
 
 
 def test_the_same_seed_writes_the_same_bytes(run, tiny_run, tmp_path):
@@ -515,16 +528,16 @@ def test_full_disk_while_generating_leaves_whole_files_only(fails, run, tiny_run
 def test_full_disk_at_a_checkpoint_names_the_last_one_and_the_way_on(
     run, fails, tiny_run, tmp_path, monkeypatch
 ):
-    save_state = Accelerator.save_state
+    save = TrainingState.save
 
     def full_after_the_first(self, folder):
-        if "step-00000002" not in folder:
+        if "step-00000002" not in folder.name:
             full_disk()
-        save_state(self, folder)
+        save(self, folder)
 
     options = ["-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", full_after_the_first)
+        patch.setattr(TrainingState, "save", full_after_the_first)
         line = fails("train", "vqvae", *options)
     assert "checkpoint of step 4 was not written" in line
     assert (

@@ -217,7 +217,7 @@ def test_only_the_plots_draw_with_matplotlib():
 
 
 def test_the_loop_knows_nothing_of_images_or_codes():
-    allowed = {"averaging", "checkpoints", "feed", "processes", "recipe", "run", "tracking"}
+    allowed = {"averaging", "checkpoints", "feed", "processes", "recipe", "run", "state", "tracking"}
     assert own("training.loop") <= {f"training.{name}" for name in allowed}, (
         "what is trained reaches the loop as a Task"
     )

@@ -123,9 +123,9 @@ def test_without_averaging_no_average_is_written(make_trainer):
     "name",
     [
         "model.safetensors",
-        "optimizer.bin",
-        "custom_checkpoint_0.pkl",
-        "random_states_0.pkl",
+        "optimizer.safetensors",
+        "schedule.json",
+        "random-0.json",
         "averaged.safetensors",
         "progress.json",
     ],
@@ -170,7 +170,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_names_the_way_out(trainer, monk
     def full_disk(*arguments, **keywords):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trainer.processes.accelerator, "save_state", full_disk)
+    monkeypatch.setattr(trainer.checkpoints.state, "save", full_disk)
     trainer.progress.step = 8
     with pytest.raises(CheckpointError) as error:
         trainer.checkpoints.save(trainer.averaged, trainer.progress)
@@ -200,7 +200,7 @@ def test_files_that_cannot_be_written_to_the_end_are_a_checkpoint_error(trainer,
 
 def test_first_checkpoint_that_fails_says_that_there_is_none(make_trainer, monkeypatch):
     trainer = make_trainer()
-    accelerator = trainer.processes.accelerator
-    monkeypatch.setattr(accelerator, "save_state", lambda *_: os.mkdir(trainer.run.folder))  # exists: OSError
+    # That folder exists: an OSError.
+    monkeypatch.setattr(trainer.checkpoints.state, "save", lambda *_: os.mkdir(trainer.run.folder))
     with pytest.raises(CheckpointError, match="the last good one is none"):
         trainer.checkpoints.save(trainer.averaged, Progress(step=3))

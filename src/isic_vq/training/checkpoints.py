@@ -13,13 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import load
-from accelerate.utils.constants import RNG_STATE_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from isic_vq.files import write_atomically, write_tensors
 from isic_vq.training.averaging import AveragedParameters
 from isic_vq.training.processes import Processes
+from isic_vq.training.state import (
+    TrainingState,
+    read_random_state,
+    restore_random_state,
+    save_random_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +64,14 @@ class Checkpoints:
         folder: where they are.
         keep: how many of them are kept.
         processes: the group.
+        state: what is trained.
 
     Attributes:
         feed: what `save` was given as this process's feed in the checkpoint loaded last; None if it was given none.
     """
 
-    def __init__(self, folder: Path, keep: int, processes: Processes):
-        self.folder, self.keep, self.processes = folder, keep, processes
+    def __init__(self, folder: Path, keep: int, processes: Processes, state: TrainingState):
+        self.folder, self.keep, self.processes, self.state = folder, keep, processes, state
         self.feed: dict[str, Any] | None = None
 
     def list(self) -> list[Path]:
@@ -132,17 +138,19 @@ class Checkpoints:
         feed: dict[str, Any] | None,
     ) -> None:
         """Write this process's part."""
-        self.processes.accelerator.save_state(str(temporary))
+        save_random_state(self._own(temporary, "random"))
         if feed is not None:
-            self._feed_file(temporary).write_text(json.dumps(feed))
+            write_atomically(self._own(temporary, "feed"), json.dumps(feed).encode())
         if self.processes.is_main:
+            self.state.save(temporary)
             if averaged is not None:
-                save_file(averaged.state_dict(), temporary / "averaged.safetensors")
+                write_tensors(temporary / "averaged.safetensors", averaged.state_dict())
             state = {**asdict(progress), "num_processes": self.processes.world}
-            (temporary / "progress.json").write_text(json.dumps(state))
+            write_atomically(temporary / "progress.json", json.dumps(state).encode())
 
-    def _feed_file(self, folder: Path) -> Path:
-        return folder / f"feed-{self.processes.rank}.json"
+    def _own(self, folder: Path, name: str) -> Path:
+        """A file of this process."""
+        return folder / f"{name}-{self.processes.rank}.json"
 
     def _publish(self, temporary: Path, target: Path) -> None:
         """Let the finished folder take its name, and drop the oldest ones."""
@@ -160,7 +168,7 @@ class Checkpoints:
         """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning.
 
         Raises:
-            CheckpointError: there is none, or it was written by another number of processes.
+            CheckpointError: there is none, it was written by another number of processes, or it is a pickle.
         """
         for path in reversed(self.list()):
             progress, error = None, None
@@ -195,11 +203,16 @@ class Checkpoints:
                 f"{path.name} was written by {num_processes} processes, this run has {self.processes.world}: an exact "
                 "resume needs as many, each with its own random state"
             )
-        # accelerate passes over damaged random states in silence; this does not
-        load(path / f"{RNG_STATE_NAME}_{self.processes.rank}.pkl")
-        feed = self._feed_file(path)
+        if (path / "optimizer.bin").exists():
+            raise CheckpointError(
+                f"{path.name} holds pickles, which may run code and are not read: an older version wrote it; start again in "
+                "another output_dir"
+            )
+        random_state, feed = read_random_state(self._own(path, "random")), self._own(path, "feed")
         self.feed = json.loads(feed.read_text()) if feed.exists() else None
-        self.processes.accelerator.load_state(str(path))
+        average = load_file(path / "averaged.safetensors") if averaged is not None else {}
+        self.state.load(path)
         if averaged is not None:
-            averaged.load_state_dict(load_file(path / "averaged.safetensors"))
+            averaged.load_state_dict(average)
+        restore_random_state(random_state)
         return Progress(**fields)

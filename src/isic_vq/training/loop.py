@@ -29,6 +29,7 @@ from isic_vq.training.feed import Batch, Feed
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
 from isic_vq.training.run import Run
+from isic_vq.training.state import TrainingState
 from isic_vq.training.tracking import MetricLog
 
 logger = logging.getLogger(__name__)
@@ -157,11 +158,11 @@ class Trainer:
             optimizer, lambda step: learning_rate_scale(step, recipe.warmup_steps, recipe.max_steps)
         )
         self.feed = task.feed(recipe, processes)
-        accelerator = processes.accelerator
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        accelerator.register_for_checkpointing(self.scheduler)  # accelerate would step it once per process
+        # The scheduler is not prepared: accelerate would step it once per process.
+        self.model, self.optimizer = processes.accelerator.prepare(task.model, optimizer)
         self.averaged = AveragedParameters(task.model, recipe.average_decay) if recipe.average_decay else None
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes)
+        state = TrainingState(task.model, self.optimizer, self.scheduler)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes, state)
         self.progress = Progress()
         self.epoch_values: list[dict[str, float]] = []  # of the current epoch's steps
         self.stop = threading.Event()
