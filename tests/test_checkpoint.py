@@ -79,6 +79,7 @@ def test_the_pixelcnn_saves_two_bits_of_every_code():
     assert values[0] - values[1] >= 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_each_scale_brings_real_images_nearer(data_dir):
     """The VAR's tokenizer: mean squared error of images of codes of its first k scales, k = 1, 2, ..."""

@@ -56,7 +56,6 @@ def commands(group=None, name=()):
 
 
 COMMANDS = list(commands())
-NAMES = [" ".join(name) for name, _ in COMMANDS]
 
 
 def pngs(folder):
@@ -83,29 +82,34 @@ print("LOADED", [name for name in {HEAVY} if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
-@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=NAMES)
-def test_help_shows_an_example(run, name, command):
-    code, text, _ = run(*name, "--help")
-    assert code == 0
-    assert "Example" in text
-    assert f"isic-vq {' '.join(name)}" in " ".join(text.split())
-    assert command.help, "and says what the command does"
+def test_help_of_every_command_describes_it_and_shows_an_example(run):
+    violations = []
+    for name, command in COMMANDS:
+        code, text, _ = run(*name, "--help")
+        shown = code == 0 and "Example" in text and f"isic-vq {' '.join(name)}" in " ".join(text.split())
+        violations += [] if shown and command.help else [" ".join(name)]
+    assert violations == []
 
 
-@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=NAMES)
-def test_examples_in_the_help_parse_and_name_files_that_exist(name, command):
-    examples = [line.strip() for line in command.epilog.splitlines() if line.strip().startswith("isic-vq ")]
-    assert examples
-    for example in examples:
-        words = shlex.split(example)[1:]
-        assert tuple(words[: len(name)]) == name
-        command.make_context(
-            words[0], words[len(name) :]
-        )  # raises for an unknown option or a missing argument
-        for word in words:
-            assert not word.startswith("examples/") or (ROOT / word).is_file(), (
-                f"{word} is not in the repository"
-            )
+def test_examples_in_the_help_parse_and_name_files_that_exist():
+    violations = []
+    for name, command in COMMANDS:
+        lines = [line.strip() for line in command.epilog.splitlines()]
+        examples = [shlex.split(line)[1:] for line in lines if line.startswith("isic-vq ")]
+        violations += [] if examples else [f"{' '.join(name)}: no example"]
+        for words in examples:
+            if tuple(words[: len(name)]) != name:
+                violations.append(f"{' '.join(name)}: an example of another command")
+                continue
+            try:
+                command.make_context(words[0], words[len(name) :])
+            except Exception as error:  # an unknown option, a missing argument
+                violations.append(f"{' '.join(name)}: {error}")
+            files = [word for word in words if word.startswith("examples/")]
+            violations += [
+                f"{word} is not in the repository" for word in files if not (ROOT / word).is_file()
+            ]
+    assert violations == []
 
 
 def test_version_is_the_packages(run):

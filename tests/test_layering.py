@@ -5,8 +5,6 @@ import functools
 import sys
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "isic_vq"
 
 # A part imports parts of a lower rank only; its own files import each other without a cycle.
@@ -145,21 +143,28 @@ def test_every_module_has_a_rank():
     assert homeless == [], "give the new part a place in RANKS"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name])
-def test_module_imports_lower_parts_only(name):
-    for target in sorted(own(name) - {""}):
-        same_part = part(target) == part(name)
-        if name == "registration":
-            assert target.startswith("models."), f"{name} -> {target}"
-        elif not same_part:
-            assert RANKS[part(target)] < RANKS[part(name)], f"{name} -> {target} points up or sideways"
+def test_modules_import_lower_parts_only():
+    violations = []
+    for name in filter(None, FILES):
+        for target in sorted(own(name) - {""}):
+            if name == "registration":
+                allowed = target.startswith("models.")
+            else:
+                allowed = part(target) == part(name) or RANKS[part(target)] < RANKS[part(name)]
+            if not allowed:
+                violations.append(f"{name} -> {target} points up or sideways")
+    assert violations == []
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FILES if name.startswith(("models.", "data.", "evaluation."))]
-)
-def test_nothing_below_training_imports_it(name):
-    assert not any(target.startswith(("training", "cli", "export")) for target in own(name))
+def test_nothing_below_training_imports_it():
+    below = [name for name in FILES if name.startswith(("models.", "data.", "evaluation."))]
+    violations = [
+        f"{name} -> {target}"
+        for name in below
+        for target in own(name)
+        if target.startswith(("training", "cli", "export"))
+    ]
+    assert violations == []
 
 
 def test_training_is_imported_by_studies_and_the_command_line_alone():
@@ -183,25 +188,31 @@ def test_no_import_cycle():
         visit(name, [])
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("models.")])
-def test_models_run_from_a_hub_repository(name):
+def test_models_run_from_a_hub_repository():
     """The folder is what `save_pretrained` copies: flat, siblings by `from .x import name`, few packages."""
-    assert third_party(name) <= MODELS_MAY_IMPORT
-    for module, level, _ in imports_of(name):
-        if module.startswith("isic_vq"):
-            assert level == 1, (
-                f"{name} imports {module} absolutely or from a parent: the copy would not find it"
-            )
-            assert module.startswith("isic_vq.models."), f"{name}: `from . import x` is not exported"
-            assert FILES[module.removeprefix("isic_vq.")].parent == PACKAGE / "models", "the folder is flat"
+    violations = []
+    for name in (name for name in FILES if name.startswith("models.")):
+        violations += [f"{name} imports {package}" for package in third_party(name) - MODELS_MAY_IMPORT]
+        for module, level, _ in imports_of(name):
+            if not module.startswith("isic_vq"):
+                continue
+            if level != 1:
+                violations.append(f"{name} imports {module} absolutely or from a parent: a copy has neither")
+            if not module.startswith("isic_vq.models."):
+                violations.append(f"{name}: `from . import x` is not exported")
+            elif FILES[module.removeprefix("isic_vq.")].parent != PACKAGE / "models":
+                violations.append(f"{name} imports {module}: the folder is flat")
+    assert violations == []
 
 
-@pytest.mark.parametrize("package", OWNERS)
-def test_package_is_imported_by_its_owners_alone(package):
-    importers = {name for name in FILES if package in third_party(name)}
-    strangers = {name for name in importers if name.split(".")[0] not in OWNERS[package]}
-    assert importers, f"nobody imports {package}: drop it from OWNERS, and from the dependencies"
-    assert strangers == set()
+def test_packages_are_imported_by_their_owners_alone():
+    violations = []
+    for package, owners in OWNERS.items():
+        importers = {name for name in FILES if package in third_party(name)}
+        if not importers:
+            violations.append(f"nobody imports {package}: drop it from OWNERS, and from the dependencies")
+        violations += [f"{name} imports {package}" for name in importers if name.split(".")[0] not in owners]
+    assert violations == []
 
 
 def test_only_the_plots_draw_with_matplotlib():
@@ -223,7 +234,12 @@ def test_the_loop_knows_nothing_of_images_or_codes():
     )
 
 
-@pytest.mark.parametrize("name", ["", "allocator", "registration", "cli", "hub", "files"])
-def test_light_modules_import_nothing_heavy_at_the_top(name):
+def test_light_modules_import_nothing_heavy_at_the_top():
     heavy = {"torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "PIL", "pyarrow"}
-    assert not {module.split(".")[0] for module, _, top in imports_of(name) if top} & heavy
+    violations = [
+        f"{name} imports {module}"
+        for name in ("", "allocator", "registration", "cli", "hub", "files")
+        for module, _, top in imports_of(name)
+        if top and module.split(".")[0] in heavy
+    ]
+    assert violations == []

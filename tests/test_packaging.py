@@ -28,6 +28,7 @@ def test_the_clone_resolves_the_default_checkpoint_to_model_cards():
     assert default_checkpoint() == ROOT / "model_cards" / DEFAULT_CHECKPOINT
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_checkpoint_byte_for_byte(wheel):
     with zipfile.ZipFile(wheel) as archive:
         for part in ("vqvae", "prior"):
@@ -36,6 +37,7 @@ def test_the_wheel_holds_the_checkpoint_byte_for_byte(wheel):
             assert shipped == (default_checkpoint() / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_wheel_states_both_licences(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
@@ -44,6 +46,7 @@ def test_the_wheel_states_both_licences(wheel):
     assert "License-File: LICENSE-WEIGHTS" in text
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_resolves_to_the_checkpoint_inside_it(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

@@ -164,6 +164,7 @@ def evaluated(tmp_path_factory, tiny_run, classifier):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cost(evaluated):
     folder, stdout = evaluated
     report = Report.load(folder / "report.json")
@@ -184,6 +185,7 @@ def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cos
     assert f"wrote {folder / 'report.json'} and {folder / 'report.html'}" in stdout
 
 
+@pytest.mark.slow
 def test_the_gallery_is_written_where_it_was_asked_for_and_nowhere_else(evaluated):
     folder, _ = evaluated
     assert {path.name for path in (folder / "gallery").iterdir()} == {"worst-test.png", "worst-other.png"}

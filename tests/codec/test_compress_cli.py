@@ -138,6 +138,7 @@ def test_a_failed_run_leaves_the_old_file_as_it_was(model_folder, tmp_path, run)
     assert (tmp_path / "a.ivq").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_a_processor_without_vector_instructions_never_gives_other_images(model_folder, tmp_path, run):
     """It rounds otherwise, as another machine does: it may read the file alike or refuse it, and nothing else."""
     file = tmp_path / "a.ivq"

@@ -61,16 +61,15 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize(("written", "site"), [*HAM10000.items(), *ARCHIVE.items()])
-def test_words_of_the_sources(written, site):
-    assert canonical_site(written) == site
-    assert is_canonical_site(written)
-    assert canonical_site(site) == site, "a canonical site stays what it is"
+@pytest.mark.parametrize("words", [HAM10000, ARCHIVE])
+def test_words_of_the_sources(words):
+    assert {word: canonical_site(word) for word in words} == words
+    assert [word for word in words if not is_canonical_site(word)] == []
+    assert [site for site in words.values() if canonical_site(site) != site] == [], "they stay what they are"
 
 
-@pytest.mark.parametrize(("path", "site"), LEVELS.items())
-def test_the_most_specific_level_of_the_archive_that_is_a_site_counts(path, site):
-    assert archive_site([level or None for level in path.split(":")]) == site
+def test_the_most_specific_level_of_the_archive_that_is_a_site_counts():
+    assert {path: archive_site([level or None for level in path.split(":")]) for path in LEVELS} == LEVELS
 
 
 def test_levels_that_are_empty_are_no_site():

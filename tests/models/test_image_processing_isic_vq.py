@@ -709,6 +709,7 @@ def test_auto_image_processor_finds_the_registered_class(tmp_path):
     assert loaded.size == {"height": 40, "width": 40}
 
 
+@pytest.mark.slow
 def test_repository_with_its_code_loads_and_saves_where_isic_vq_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(IsicVQImageProcessor, "_auto_class", "AutoImageProcessor")
     repository, copy = tmp_path / "repository", tmp_path / "copy"

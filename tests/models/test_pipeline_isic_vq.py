@@ -30,6 +30,7 @@ IMPORT_ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", IMPORT_ORDERS.values(), ids=IMPORT_ORDERS)
 def test_pipeline_opens_a_folder_in_a_fresh_process(run_python, composite_folder, pipe, imports):
     printed = json.loads(run_python(imports + OPEN_AND_GENERATE, composite_folder).splitlines()[-1])

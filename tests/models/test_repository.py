@@ -82,6 +82,7 @@ def test_the_maps_do_not_stay_in_a_config_that_the_package_has_read(composite_fo
     assert not hasattr(config, "auto_map")
 
 
+@pytest.mark.slow
 def test_without_the_package_a_model_is_saved_as_with_it(composite_folder, tmp_path, run_python):
     script = """
 import sys

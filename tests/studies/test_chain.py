@@ -12,6 +12,8 @@ from isic_vq.studies import chain as chains
 from isic_vq.studies.chain import Chain
 from isic_vq.training.processes import TrainingError
 
+pytestmark = pytest.mark.slow  # all compare with one trained chain
+
 
 def chain_in(folder, uris, **changes):
     model = {**VQVAE["model"], "hidden_sizes": [4, 8]}

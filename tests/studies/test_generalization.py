@@ -103,6 +103,7 @@ def say(psnr, bits):
     return findings(made(psnr, bits), webp, recipe, {})
 
 
+@pytest.mark.slow
 def test_what_it_costs_to_train_elsewhere_is_told_on_the_same_images():
     said = say(lambda d, a, n, s: 30.0 - (d != n), lambda d, a, n, s: 4.0 + (d != n) * 0.5)
     assert said[0].startswith(
@@ -112,6 +113,7 @@ def test_what_it_costs_to_train_elsewhere_is_told_on_the_same_images():
     assert any("clinic images are dearer than its own (AUROC 1.00, 1.00)" in line for line in said)
 
 
+@pytest.mark.slow
 def test_the_gap_to_another_data_set_stands_beside_that_of_an_untrained_codec():
     said = say(lambda d, a, n, s: 30.0 - 3 * (n == "clinic"), lambda d, a, n, s: 4.0)
     (line,) = [line for line in said if line.startswith("From held-out all images to clinic")]
@@ -123,6 +125,7 @@ def test_the_gap_to_another_data_set_stands_beside_that_of_an_untrained_codec():
     assert any("not told from its own by all seeds" in line for line in said)
 
 
+@pytest.mark.slow
 def test_seeds_that_disagree_on_augmentation_say_so():
     said = say(lambda d, a, n, s: 30.0 + a * (1 if s else -1), lambda d, a, n, s: 4.0 - a * 0.25)
     (line,) = [line for line in said if line.startswith("Augmentation, trained on north")]
@@ -145,6 +148,7 @@ def test_webp_is_measured_image_by_image(two_sources):
     assert 5 < found.min() < found.max() < 40
 
 
+@pytest.mark.slow
 def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
     # Every other set is a part of all images: likelihood has nothing to tell them by.
     few = {

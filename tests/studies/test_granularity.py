@@ -96,6 +96,7 @@ def test_diminishing_returns_are_told_where_every_seed_has_them():
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sources, tmp_path):
     recipe = {
         "stage": "granularity", "output_dir": str(tmp_path / "study"), **two_sources, "grids": {"f4": {"hidden_sizes": [4, 8]}},

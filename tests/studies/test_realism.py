@@ -125,6 +125,7 @@ def test_other_settings_and_a_single_seed_are_refused(study, coloured_sets, nois
         evaluate_realism(noise_generator, *coloured_sets, tmp_path, seeds=1)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report(run, coloured_sets, noise_generator, tmp_path):
     noise_generator.save_pretrained(tmp_path / "model")
     code, out, err = run(

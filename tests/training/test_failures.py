@@ -170,6 +170,7 @@ class DeadlySet(TensorDataset):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 def test_killed_loader_process_ends_the_run_with_a_checkpoint(make_trainer):
     task = LineTask()
     task.train_set = DeadlySet(*task.train_set.tensors)
