@@ -121,6 +121,7 @@ TINY_VQVAE = {
     "hidden_sizes": [4, 8],
     "num_residual_blocks": 1,
     "residual_size": 4,
+    "refinement_size": 2,
     "num_codes": 8,
     "code_dim": 4,
 }

@@ -45,6 +45,7 @@ TINY = {
     "code_dim": 3,
 }
 DEEPER = {"image_size": 32, "hidden_sizes": (4, 6, 8), "norm": "group", "codebook_update": "gradient"}
+DEEPER["refinement_size"] = 4
 SCALES = {"scales": (1, 3, 4), "num_phi": 2}
 VARIANTS = {"batch f4": {}, "group f8 in bfloat16": DEEPER, "scales": SCALES}
 

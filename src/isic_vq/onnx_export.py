@@ -66,7 +66,7 @@ class DecoderGraph(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         # ONNX would count a negative index from the end.
         codes = torch.where(codes < 0, self.quantizer.num_codes, codes)
-        return self.decoder(self.quantizer.features(codes))
+        return self.decoder(self.quantizer.features(codes), self.quantizer.grids(codes)[-1])
 
 
 def export_onnx(tokenizer: VQVAEModel, folder: Path, license_id: str | None = None) -> list[Path]:

@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from isic_vq import VQVAEConfig, VQVAEModel
+from isic_vq.models.modeling_vqvae import pixel_noise
 
 CONV, UP, NORM, RELU = "Conv2d", "ConvTranspose2d", "BatchNorm2d", "ReLU"
 
@@ -72,6 +73,53 @@ def test_decoder_mirrors_the_encoder_and_ends_in_a_bare_transposed_convolution(m
     names = [name for name, *_ in layers_in_order_of_use(model.decoder, torch.zeros(1, 3, 4, 4))]
     block = [CONV, NORM, RELU, CONV, NORM]
     assert names == [CONV, NORM, RELU] + block + [UP, NORM, RELU] + [UP]
+
+
+def test_a_refinement_starts_as_identity_and_sees_seven_pixels(model):
+    config = copy.deepcopy(model.config)
+    config.refinement_size = 4
+    refined = VQVAEModel(config).eval()
+    assert set(refined.state_dict()) - set(model.state_dict()) == {
+        f"decoder.refinement.{layer}.{kind}"
+        for layer in ("first", "second", "last")
+        for kind in ("weight", "bias")
+    }, "without it, a checkpoint has no tensor more than it had"
+    refined.load_state_dict(model.state_dict(), strict=False)
+    codes = torch.randint(7, (2, 4, 4))
+    assert torch.equal(refined.decode(codes), model.decode(codes))
+    layer = refined.decoder.refinement
+    nn.init.ones_(layer.last.weight)
+    logits = torch.randn(1, 3, 16, 16, requires_grad=True)
+    layer(logits, codes[:1])[0, :, 8, 8].sum().backward()
+    rows = logits.grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
+    assert rows.tolist() == list(range(5, 12))
+    assert not torch.equal(refined.decode(codes), model.decode(codes))
+
+
+def test_pixel_noise_is_white():
+    codes = torch.randint(512, (40, 16, 16), generator=torch.Generator().manual_seed(0))
+    noise = pixel_noise(codes, 128)
+    assert noise.shape == (40, 1, 128, 128)
+    assert abs(noise.mean().item()) < 0.01
+    assert noise.var().item() == pytest.approx(1, abs=0.01)
+    for same in (noise, pixel_noise(torch.zeros(40, 16, 16, dtype=torch.long), 128)[:1]):
+        spectrum = torch.fft.fft2(same - same.mean()).abs().square().mean((0, 1)) / 128**2
+        assert spectrum.max() < {40: 2.5, 1: 16}[len(same)], (
+            "no frequency stands out, not even of one code alone"
+        )
+    assert noise.mean(0).square().mean().item() == pytest.approx(1 / 40, rel=0.2), "images differ"
+
+
+def test_pixel_noise_depends_on_code_and_place_alone():
+    codes = torch.randint(512, (3, 4, 4), generator=torch.Generator().manual_seed(0))
+    noise = pixel_noise(codes, 16)
+    assert torch.equal(pixel_noise(codes[1:2], 16), noise[1:2])
+    edited = codes.clone()
+    edited[1, 2, 3] += 1
+    changed = (pixel_noise(edited, 16) != noise).nonzero()
+    assert changed[:, 0].unique().tolist() == [1]
+    assert changed[:, 2].unique().tolist() == [8, 9, 10, 11]
+    assert changed[:, 3].unique().tolist() == [12, 13, 14, 15]
 
 
 def test_space_shrinks_and_depth_grows_through_the_encoder(model):

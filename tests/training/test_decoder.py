@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from run_folder import records
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.data.schema import DataError
+from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.report import Report
 from isic_vq.figures import write_figures
 from isic_vq.hub import ModelError, load_model
@@ -17,7 +19,7 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.decoder import train_decoder
 from isic_vq.training.loop import InterruptedTraining
-from isic_vq.training.recipe import DecoderRecipe, load_recipe
+from isic_vq.training.recipe import DecoderRecipe, RecipeError, load_recipe
 
 
 @pytest.fixture
@@ -27,6 +29,20 @@ def make_recipe(decoder_settings, tmp_path):
         return load_recipe(DecoderRecipe, None, settings)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def classifier(parts, tmp_path_factory):
+    """A classifier of two diagnoses."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(1)
+    labels = {0: "nevus", 1: "melanoma"}
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", id2label=labels
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    shutil.copy(parts / "features" / "preprocessor_config.json", folder)
+    return folder
 
 
 def test_only_the_decoders_weights_change(make_recipe, parts, tmp_path):
@@ -56,6 +72,95 @@ def test_the_discriminator_counts_once_it_has_learned_alone(make_recipe, tmp_pat
     steps = records(tmp_path / "run", "batch")
     assert ["adversarial_loss" in step for step in steps] == [False, False, True, True, True, True]
     assert all("discriminator_loss" in step for step in steps)
+
+
+def test_the_warm_up_leaves_the_decoder_as_it_is(make_recipe, parts, tmp_path):
+    train_decoder(make_recipe("discriminator_warmup=6", "adversarial_start=6"))
+    before, after = (
+        load_model(VQVAEModel, str(p)) for p in (parts / "tokenizer", tmp_path / "run" / "model")
+    )
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+    first, *_, last = records(tmp_path / "run", "batch")
+    assert last["discriminator_loss"] != first["discriminator_loss"]
+    assert last["loss"] == last["discriminator_loss"]
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(make_recipe, tmp_path):
+    train_decoder(
+        make_recipe(
+            "adversarial_weight=0.3",
+            "lecam_weight=0.5",
+            "ssim_weight=0.2",
+            "grid_weight=0.4",
+            "spectrum_weight=0.6",
+        )
+    )
+    last = records(tmp_path / "run", "batch")[-1]
+    weights = {
+        "l1": 1,
+        "mse": 5,
+        "ssim": 0.2,
+        "grid": 0.4,
+        "spectrum": 0.6,
+        "feature": 0.1,
+        "discriminator": 1,
+        "lecam": 0.5,
+        "adversarial": 0.3,
+    }
+    assert last["loss"] == pytest.approx(
+        sum(w * last[f"{name}_loss"] for name, w in weights.items()), rel=1e-5
+    )
+
+
+def test_matching_logits_lowers_their_distance(make_recipe, classifier, tmp_path):
+    only = ["adversarial_weight=0", "feature_weight=0", "l1_weight=0", "mse_weight=0.01", "logit_weight=5"]
+    length = ["loop.max_steps=40", "loop.learning_rate=1e-2"]
+    train_decoder(make_recipe(*only, *length, f"feature_model={classifier}"))
+    steps = records(tmp_path / "run", "batch")
+    assert steps[0]["loss"] == pytest.approx(
+        0.01 * steps[0]["mse_loss"] + 5 * steps[0]["logit_loss"], rel=1e-5
+    )
+    assert sum(s["logit_loss"] for s in steps[-8:]) < 0.5 * sum(s["logit_loss"] for s in steps[:8])
+
+
+def test_logits_of_features_without_a_head_are_refused(make_recipe):
+    with pytest.raises(ModelError, match="no image classifier whose labels name diagnoses"):
+        train_decoder(make_recipe("logit_weight=1"))
+
+
+def test_a_refinement_is_added_and_starts_as_identity(make_recipe, parts, tmp_path):
+    whole = f"model={parts / 'whole'}"
+    still = ["refinement_size=4", "discriminator_warmup=6", "adversarial_start=6"]
+    train_decoder(make_recipe(whole, *still))
+    before, after = (load_model(IsicVQModel, str(p)) for p in (parts / "whole", tmp_path / "run" / "model"))
+    assert after.config.vqvae_config.refinement_size == 4
+    codes = before.generate(2, seed=0).codes
+    assert torch.equal(after.generate(2, seed=0).codes, codes)
+    assert torch.equal(after.decode(codes), before.decode(codes))
+    assert tokenizer_hash(after.vqvae) == tokenizer_hash(before.vqvae)
+    again = [f"model={tmp_path / 'run' / 'model'}", f"output_dir={tmp_path / 'again'}"]
+    train_decoder(make_recipe(*again))
+    learned = load_model(VQVAEModel, str(tmp_path / "again" / "model")).decoder.refinement
+    assert learned.last.weight.abs().max() > 0
+    with pytest.raises(ModelError, match="has a refinement of 4 channels: leave out refinement_size=8"):
+        train_decoder(make_recipe(*again, f"output_dir={tmp_path / 'other'}", "refinement_size=8"))
+
+
+@pytest.mark.parametrize(("annealed", "shares"), [(False, [0.5] * 4), (True, [0.5, 0.375, 0.25, 0.125])])
+def test_code_noise_is_what_the_recipe_says(make_recipe, monkeypatch, annealed, shares):
+    import isic_vq.training.decoder as stage
+
+    asked = []
+
+    def noted(codes, codebook, *settings):
+        asked.append(settings[:3])
+        return disturb_codes(codes, codebook, *settings)
+
+    monkeypatch.setattr(stage, "disturb_codes", noted)
+    noise = "code_noise={image_share: 0.7, code_share: 0.5, num_nearest: 3, annealed: " + str(annealed) + "}"
+    train_decoder(make_recipe("loop.max_steps=4", noise))
+    assert asked == [(0.7, share, 3) for share in shares]
 
 
 def test_a_run_has_its_figures(make_recipe, tmp_path):
@@ -124,7 +229,13 @@ def test_stop_and_resume_is_the_uninterrupted_run(make_recipe, tmp_path, monkeyp
     """The discriminator is part of the state: before it counts, and after."""
     import isic_vq.training.decoder as stage
 
-    train_decoder(make_recipe())
+    everything = [
+        "code_noise={image_share: 0.5, num_nearest: 3}",
+        "lecam_weight=0.1",
+        "discriminator_warmup=1",
+        "refinement_size=4",
+    ]
+    train_decoder(make_recipe(*everything))
     reference = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -133,9 +244,9 @@ def test_stop_and_resume_is_the_uninterrupted_run(make_recipe, tmp_path, monkeyp
         stop = interrupt_at(step)
         patch.setattr(stage.DecoderTask, "before_step", lambda self, now: stop(now))
         with pytest.raises(InterruptedTraining, match=f"stopped at step {step + 1}"):
-            train_decoder(make_recipe())
+            train_decoder(make_recipe(*everything))
     before = json.loads((tmp_path / "run" / "run.json").read_text())["identifier"]
-    train_decoder(make_recipe(), resume=True)
+    train_decoder(make_recipe(*everything), resume=True)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == reference
     assert json.loads((tmp_path / "run" / "run.json").read_text())["identifier"] == before
 
@@ -150,6 +261,27 @@ def test_folder_that_is_no_feature_model_is_refused(make_recipe, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="feature_model cannot be read"):
         train_decoder(make_recipe(f"feature_model={tmp_path / 'empty'}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lecam_weight=-1"], "lecam_weight is -1: expected 0 or more"),
+        (["discriminator_layers=4"], "discriminator_layers is 4: expected 1, 2 or 3"),
+        (["discriminator_warmup=200"], "discriminator_warmup is 200: expected at most adversarial_start"),
+        (["discriminator_warmup=5", "adversarial_weight=0"], "there is no discriminator"),
+        (["code_noise.image_share=1.5"], "image_share is 1.5: expected a value in"),
+        (["code_noise.num_nearest=0"], "num_nearest is 0: expected at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(DecoderRecipe, None, overrides)
+
+
+def test_more_near_codes_than_there_are_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match="num_nearest is 12: expected fewer than the tokenizer's 8 codes"):
+        train_decoder(make_recipe("code_noise.image_share=0.5"))
 
 
 def test_recipe_without_a_reconstruction_term_is_refused():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from isic_vq.training.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss
+from isic_vq.training.discriminator import LeCam, PatchDiscriminator, discriminator_loss
 
 
 def test_hinge_loss_by_hand():
@@ -14,30 +14,37 @@ def test_hinge_loss_by_hand():
     assert discriminator_loss(real, fake).item() == pytest.approx(expected)
 
 
-def test_a_score_sees_seventy_pixels():
+@pytest.mark.parametrize(("layers", "field"), [(1, 16), (2, 34), (3, 70)])
+def test_a_score_sees_the_pixels_that_the_recipe_names(layers, field):
     """The receptive field of the middle score, found by gradients."""
-    discriminator = PatchDiscriminator()
+    discriminator = PatchDiscriminator(num_layers=layers)
     for layer in discriminator:  # GroupNorm sees the whole image; without it only the convolutions count
         if isinstance(layer, nn.GroupNorm):
             layer.forward = lambda hidden: hidden
     images = torch.rand(1, 3, 128, 128, requires_grad=True)
     scores = discriminator(images)
-    assert scores.shape == (1, 1, 14, 14)
-    scores[0, 0, 7, 7].backward()
+    assert scores.shape[:2] == (1, 1)
+    middle = scores.shape[2] // 2
+    scores[0, 0, middle, middle].backward()
     rows = images.grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
-    assert rows.max() - rows.min() + 1 == 70
+    assert rows.max() - rows.min() + 1 == field
 
 
-def test_adaptive_weight_balances_the_pulls_at_the_last_layer():
-    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    reconstruction, adversarial = (3 * weight).sum(), (weight * torch.tensor([0.3, 0.4])).sum()
-    expected = np.hypot(3, 3) / (0.5 + 1e-4)
-    result = adaptive_weight(reconstruction, adversarial, weight)
-    assert result.item() == pytest.approx(expected)
-    assert not result.requires_grad
-    assert weight.grad is None
+def test_lecam_by_hand():
+    """The first batch is measured from its own means, later ones from moving means of those before them."""
+    lecam = LeCam(decay=0.9)
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-2.0, 0.0])
+    assert lecam(real, fake).item() == pytest.approx((4 + 16) / 2 + (16 + 4) / 2)
+    assert lecam.means.tolist() == [2, -1]
+    real, fake = torch.tensor([4.0]), torch.tensor([1.0])
+    assert lecam(real, fake).item() == pytest.approx((4 + 1) ** 2 + (1 - 2) ** 2)
+    assert lecam.means.tolist() == pytest.approx([0.9 * 2 + 0.1 * 4, 0.9 * -1 + 0.1 * 1])
 
 
-def test_adaptive_weight_is_bounded():
-    weight = nn.Parameter(torch.ones(1))
-    assert adaptive_weight((1e9 * weight).sum(), (0 * weight).sum(), weight).item() == 1e4
+def test_lecam_pulls_both_kinds_of_scores_to_the_others_mean():
+    lecam = LeCam()
+    lecam(torch.tensor([1.0]), torch.tensor([-1.0]))
+    real, fake = (torch.tensor([value], requires_grad=True) for value in (2.0, -3.0))
+    lecam(real, fake).backward()
+    assert real.grad.item() == pytest.approx(2 * (2 + 1))
+    assert fake.grad.item() == pytest.approx(2 * (-3 - 1))

@@ -106,7 +106,7 @@ def train_prior(
 def train_decoder(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
-    """Fine-tune a tokenizer's decoder for looks; its codes stay the same."""
+    """Fine-tune a tokenizer's decoder with perceptual and adversarial losses; its codes stay the same."""
     from isic_vq.training.decoder import train_decoder as train
     from isic_vq.training.recipe import DecoderRecipe, load_recipe
 

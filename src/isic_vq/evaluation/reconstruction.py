@@ -170,7 +170,8 @@ def psnr_by_batch_statistics(model: VQVAEModel, batches: Iterable[Tensor]) -> Te
         for batch in batches:
             images = batch.to(model.device)
             codes = model.quantizer.encode(model.embed(images))
-            values.append(psnr(images, model.decoder(model.quantizer.lookup(codes)).float()).cpu())
+            decoded = model.decoder(model.quantizer.lookup(codes), model.code_grids(codes)[-1])
+            values.append(psnr(images, decoded.float()).cpu())
     return torch.cat(values).double()
 
 

@@ -43,6 +43,7 @@ class VQVAEConfig(PreTrainedConfig):
             (three halvings: f8, two: f4).
         num_residual_blocks: residual blocks at the code grid's resolution, in encoder and decoder each.
         residual_size: channels inside a residual block.
+        refinement_size: channels of three 3x3 convolutions at full resolution that correct the decoder's pixels; 0 has none.
         norm: "batch" (BatchNorm, as the report has it) or "group" (GroupNorm: no running statistics,
             the choice for tiny batches and for runs that must not depend on how the batch is cut).
         num_codes: K, the number of codebook vectors.
@@ -69,6 +70,7 @@ class VQVAEConfig(PreTrainedConfig):
     hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 128)
     num_residual_blocks: int = 2
     residual_size: int = 64
+    refinement_size: int = 0
     norm: str = "batch"
     num_codes: int = 512
     code_dim: int = 32
@@ -125,6 +127,8 @@ class VQVAEConfig(PreTrainedConfig):
                 f"image_size is {self.image_size}: expected a positive multiple of {self.downsampling}, "
                 f"the downsampling of {len(self.hidden_sizes)} hidden_sizes"
             )
+        if self.refinement_size < 0:
+            raise ValueError(f"refinement_size is {self.refinement_size}: expected 0 (none) or more")
         if self.norm not in ("batch", "group"):
             raise ValueError(f"norm is {self.norm!r}: expected 'batch' or 'group'")
         if self.codebook_update not in ("ema", "gradient"):

@@ -4,7 +4,8 @@ Source: van den Oord et al., arXiv 1711.00937; layer order after the report "Ima
 VQ-VAE and Pixel CNN": every convolution is followed by normalisation and ReLU, the decoder mirrors the
 encoder with transposed convolutions, a sigmoid closes it.
 Differs: the encoder ends in a linear 1x1 projection to the code dimension (a ReLU there would leave half
-of the code space empty), and the decoder's last transposed convolution has the sigmoid alone.
+of the code space empty), the decoder's last transposed convolution has the sigmoid alone, and convolutions at full
+resolution may correct its pixels before the sigmoid.
 """
 
 import math
@@ -99,6 +100,53 @@ class Encoder(nn.Module):
         return self.project(self.blocks(self.down(2 * pixel_values - 1)))
 
 
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+
+def pixel_noise(codes: Tensor, size: int) -> Tensor:
+    """White noise `(B, 1, size, size)`, mean 0 and variance 1, that is a function of code and place.
+
+    What codes do not say of texture has to come from somewhere: a decoder without noise repeats one with every code, a grid.
+    A hash rather than a generator, so that an image depends on its codes alone, on every device and in ONNX, and so that an
+    edited code changes the noise of its own pixels only.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(B, h, w)`): a square grid.
+        size: a multiple of h.
+    """
+    cell = size // codes.shape[-1]
+    spread = codes.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
+    place = torch.arange(size * size, device=codes.device).view(size, size)
+    prime = 2**31 - 1  # squares of what is below it fit in 64 bits
+    value = (spread * 1_000_003 + place * 69_069 + 12_345) % prime
+    for _ in range(3):
+        value = (value * value + 1_013_904_223) % prime
+    return (value.float() / prime - 0.5) * 12**0.5
+
+
+class Refinement(nn.Module):
+    """Correction of an image's logits `(B, C, H, W)` by three 3x3 convolutions at full resolution; it starts at none.
+
+    A transposed convolution has other weights for each pixel of its stride, and so can draw a grid. These have the same
+    weights for all pixels, and noise to draw texture from.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels + 1, size, 3, padding=1)
+        self.second = nn.Conv2d(size, size, 3, padding=1)
+        self.last = ZeroConv2d(size, channels, 3, padding=1)
+
+    def forward(self, logits: Tensor, codes: Tensor | None) -> Tensor:
+        if codes is None:
+            noise = torch.zeros_like(logits[:, :1])
+        else:
+            noise = pixel_noise(codes, logits.shape[-1]).to(logits.dtype)
+        hidden = F.relu(self.first(torch.cat([logits, noise], dim=1)))
+        return logits + self.last(F.relu(self.second(hidden)))
+
+
 class Decoder(nn.Module):
     """Quantized latents `(B, D, h, w)` to an image `(B, 3, h*f, w*f)` in [0, 1]: the encoder, mirrored."""
 
@@ -121,9 +169,19 @@ class Decoder(nn.Module):
             )
         )
         self.to_pixels = nn.ConvTranspose2d(sizes[-1], config.num_channels, 4, stride=2, padding=1)
+        self.refinement = (
+            Refinement(config.num_channels, config.refinement_size) if config.refinement_size else None
+        )
 
-    def forward(self, quantized: Tensor) -> Tensor:
-        return self.to_pixels(self.up(self.blocks(self.project(quantized)))).sigmoid()
+    def forward(self, quantized: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Decode vectors `(B, D, h, w)`.
+
+        Args:
+            quantized: the vectors.
+            codes: the finest grid of codes `(B, h', w')` behind them, for a refinement's noise; None leaves the noise out.
+        """
+        logits = self.to_pixels(self.up(self.blocks(self.project(quantized))))
+        return (logits if self.refinement is None else self.refinement(logits, codes)).sigmoid()
 
 
 class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
@@ -147,6 +205,9 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Phi):
             init.dirac_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ZeroConv2d):
+            init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -237,7 +298,11 @@ class VQVAEModel(VQVAEPreTrainedModel):
         with evaluating(self):
             quantized = self.quantizer.lookup(codes).to(self.dtype)
             check_finite(quantized, "codebook vectors", damaged_or_overflow(self.dtype))
-            return check_finite(self.decoder(quantized), "decoded pixels", damaged_or_overflow(self.dtype))
+            return check_finite(
+                self.decoder(quantized, self.code_grids(codes)[-1]),
+                "decoded pixels",
+                damaged_or_overflow(self.dtype),
+            )
 
     def decode_progressively(self, codes: Tensor) -> list[Tensor]:
         """Images `(B, 3, H, W)` of the first code grid, of the first two, and so on to all; without scales there is one."""
@@ -251,7 +316,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         """What single codes draw: `(N, 3, side * f, side * f)` of codes `(N,)`, the vector of each filling a grid."""
         vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
         with evaluating(self):
-            pixels = self.decoder(vectors.to(self.dtype))
+            pixels = self.decoder(vectors.to(self.dtype), codes[:, None, None].expand(-1, side, side))
         return check_finite(pixels, "decoded pixels", damaged_or_overflow(self.dtype))
 
     def code_grids(self, codes: Tensor) -> list[Tensor]:
@@ -289,8 +354,10 @@ class VQVAEModel(VQVAEPreTrainedModel):
         latents = self.embed(pixel_values.to(self.dtype))
         if quantize:
             quantization = self.quantizer(latents)
-            reconstruction = self.decoder(quantization.quantized.to(latents.dtype))
             codes = quantization.codes
+            reconstruction = self.decoder(
+                quantization.quantized.to(latents.dtype), self.code_grids(codes)[-1]
+            )
             commitment_loss, codebook_loss = quantization.commitment_loss, quantization.codebook_loss
         else:
             reconstruction, codes = self.decoder(latents), None

@@ -1,4 +1,4 @@
-"""Fine-tune a tokenizer's decoder for looks: feature matching and a patch discriminator, encoder and codebook frozen.
+"""Fine-tune a tokenizer's decoder with perceptual and adversarial losses; encoder and codebook are frozen.
 
 Codes stay what they are, so code caches and priors stay valid. BatchNorm keeps the statistics the tokenizer came with:
 what is trained is exactly what is later used. The discriminator is trained in the same backward pass as the decoder;
@@ -18,6 +18,8 @@ from isic_vq.data.loading import DecodedImages
 from isic_vq.data.provenance import read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.data.streaming import StreamedImages
+from isic_vq.evaluation.agreement import DiagnosisClassifier
+from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
@@ -26,13 +28,13 @@ from isic_vq.files import write_tensors
 from isic_vq.hub import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_vqvae import Decoder, VQVAEModel
-from isic_vq.training.discriminator import PatchDiscriminator, adaptive_weight, discriminator_loss
+from isic_vq.models.modeling_vqvae import Decoder, Refinement, VQVAEModel
+from isic_vq.training.discriminator import LeCam, PatchDiscriminator, discriminator_loss
 from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
-from isic_vq.training.losses import ssim_loss
+from isic_vq.training.losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import DecoderRecipe
+from isic_vq.training.recipe import DecoderRecipe, RecipeError
 from isic_vq.training.run import open_run, save_model
 
 logger = logging.getLogger(__name__)
@@ -46,14 +48,23 @@ class DecoderWithCritics(nn.Module):
     Args:
         decoder: trained, but for its BatchNorm statistics.
         features: frozen; not part of what is saved.
+        classifier: frozen; its logits are matched, if it is given.
         recipe: the weights of the loss.
     """
 
-    def __init__(self, decoder: Decoder, features: FeatureModel, recipe: DecoderRecipe):
+    def __init__(
+        self,
+        decoder: Decoder,
+        features: FeatureModel,
+        classifier: DiagnosisClassifier | None,
+        recipe: DecoderRecipe,
+    ):
         super().__init__()
         self.decoder, self.recipe = decoder, recipe
-        self.discriminator = PatchDiscriminator() if recipe.adversarial_weight else None
-        self.critics = [features]  # in a list: its parameters are not this module's
+        judged = recipe.adversarial_weight > 0
+        self.discriminator = PatchDiscriminator(num_layers=recipe.discriminator_layers) if judged else None
+        self.lecam = LeCam() if judged and recipe.lecam_weight else None
+        self.critics = (features, classifier)  # in a tuple: their parameters are not this module's
 
     def train(self, mode: bool = True) -> "DecoderWithCritics":
         """Keep the decoder's BatchNorm in eval mode: the statistics the tokenizer was measured with."""
@@ -61,35 +72,55 @@ class DecoderWithCritics(nn.Module):
         self.decoder.eval()
         return self
 
-    def forward(self, quantized: Tensor, images: Tensor, judged: bool) -> dict[str, Tensor]:
+    def forward(self, quantized: Tensor, codes: Tensor, images: Tensor, step: int) -> dict[str, Tensor]:
         """Losses of decoding `quantized` `(B, D, h, w)` against `images` `(B, 3, H, W)`.
 
         Args:
             quantized: codebook vectors.
+            codes: their finest grid.
             images: what they should decode to, in [0, 1].
-            judged: whether the discriminator's opinion counts yet.
+            step: of the training; it decides what learns yet, and by what.
         """
-        recipe, decoded = self.recipe, self.decoder(quantized)
-        difference = decoded.float() - images.float()
-        losses = {"l1_loss": difference.abs().mean(), "mse_loss": difference.square().mean()}
-        loss = recipe.l1_weight * losses["l1_loss"] + recipe.mse_weight * losses["mse_loss"]
-        if recipe.ssim_weight:
-            losses["ssim_loss"] = ssim_loss(images, decoded)
-            loss = loss + recipe.ssim_weight * losses["ssim_loss"]
-        if recipe.feature_weight:
-            losses["feature_loss"] = feature_distance(self.critics[0], images, decoded).mean()
-            loss = loss + recipe.feature_weight * losses["feature_loss"]
+        recipe, warming_up = self.recipe, step < self.recipe.discriminator_warmup
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not warming_up):
+            decoded = self.decoder(quantized, codes)
+        terms: dict[str, tuple[Tensor, float]] = {} if warming_up else self.compare(images, decoded)
         if self.discriminator is not None:
-            learning = discriminator_loss(self.discriminator(images), self.discriminator(decoded.detach()))
-            losses["discriminator_loss"] = learning
-            if judged:
+            real, fake = (self.discriminator(seen).float() for seen in (images, decoded.detach()))
+            terms["discriminator_loss"] = (discriminator_loss(real, fake), 1)
+            if self.lecam is not None:
+                terms["lecam_loss"] = (self.lecam(real, fake), recipe.lecam_weight)
+            if step >= recipe.adversarial_start:
                 frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-                losses["adversarial_loss"] = -functional_call(self.discriminator, frozen, decoded).mean()
-                weight = adaptive_weight(loss, losses["adversarial_loss"], self.decoder.to_pixels.weight)
-                losses["adaptive_weight"] = weight
-                loss = loss + recipe.adversarial_weight * weight * losses["adversarial_loss"]
-            loss = loss + learning
-        return {"loss": loss, **losses}
+                opinion = functional_call(self.discriminator, frozen, decoded)
+                terms["adversarial_loss"] = (-opinion.float().mean(), recipe.adversarial_weight)
+        loss = torch.stack([weight * value for value, weight in terms.values()]).sum()
+        return {"loss": loss, **{name: value for name, (value, _) in terms.items()}}
+
+    def compare(self, images: Tensor, decoded: Tensor) -> dict[str, tuple[Tensor, float]]:
+        """How far decoded images are from theirs: each term's value and weight; those of weight 0 are left out."""
+        recipe, (features, classifier) = self.recipe, self.critics
+        difference = decoded.float() - images.float()
+        terms = {
+            "l1_loss": (difference.abs().mean(), recipe.l1_weight),
+            "mse_loss": (difference.square().mean(), recipe.mse_weight),
+        }
+        if recipe.ssim_weight:
+            terms["ssim_loss"] = (ssim_loss(images, decoded), recipe.ssim_weight)
+        if recipe.spectrum_weight:
+            terms["spectrum_loss"] = (spectrum_loss(images, decoded), recipe.spectrum_weight)
+        if recipe.grid_weight:
+            period = 2 ** (len(self.decoder.up) + 1)
+            terms["grid_loss"] = (grid_loss(images, decoded, period), recipe.grid_weight)
+        if recipe.feature_weight:
+            terms["feature_loss"] = (
+                feature_distance(features, images, decoded).mean(),
+                recipe.feature_weight,
+            )
+        if classifier is not None:
+            distance = (classifier(images) - classifier(decoded)).float().square().mean()
+            terms["logit_loss"] = (distance, recipe.logit_weight)
+        return terms
 
 
 class DecoderTask(ImageTask):
@@ -98,6 +129,7 @@ class DecoderTask(ImageTask):
     Args:
         tokenizer: its decoder is trained in place.
         features: the feature space.
+        classifier: whose logits are matched, if any.
         processor: saved beside the weights.
         train_set: training images.
         validation_set: validation images.
@@ -110,6 +142,7 @@ class DecoderTask(ImageTask):
         self,
         tokenizer: VQVAEModel,
         features: FeatureModel,
+        classifier: DiagnosisClassifier | None,
         processor: IsicVQImageProcessor,
         train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
@@ -117,7 +150,7 @@ class DecoderTask(ImageTask):
     ):
         super().__init__(processor, train_set, validation_set, recipe)
         self.tokenizer, self.features, self.recipe = tokenizer.eval(), features, recipe
-        self.model = DecoderWithCritics(tokenizer.decoder, features, recipe)
+        self.model = DecoderWithCritics(tokenizer.decoder, features, classifier, recipe)
 
     def compiled_parts(self) -> list[nn.Module]:
         """The decoder; its critics run with frozen and with learning weights, which would compile twice."""
@@ -129,9 +162,21 @@ class DecoderTask(ImageTask):
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Losses of decoding the codes of a batch."""
         images = self.pixel_values(batch)
+        noise, quantizer = self.recipe.code_noise, self.tokenizer.quantizer
+        codes = self.tokenizer.encode(images)
+        if noise.image_share:
+            left = 1 - step / self.recipe.loop.max_steps if noise.annealed else 1
+            codes = disturb_codes(
+                codes,
+                quantizer.codebook,
+                noise.image_share,
+                noise.code_share * left,
+                noise.num_nearest,
+                torch.default_generator,  # checkpoints hold its state
+            )
         with torch.no_grad():
-            quantized = self.tokenizer.quantizer.lookup(self.tokenizer.encode(images))
-        return model(quantized, images, judged=step >= self.recipe.adversarial_start)
+            quantized = quantizer.lookup(codes)
+        return model(quantized, quantizer.grids(codes)[-1], images, step)
 
     def after_step(self) -> dict[str, Tensor]:
         """Everything is learned by gradient."""
@@ -181,23 +226,35 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
             docstrings say.
     """
+    torch.manual_seed(recipe.loop.seed)
     for name in ("model", "feature_model"):
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
     model, tokenizer = open_model(recipe.model)
     try:
         features = FeatureModel.from_pretrained(recipe.feature_model)
+        classifier = (
+            DiagnosisClassifier.from_pretrained(recipe.feature_model) if recipe.logit_weight else None
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"feature_model cannot be read: {error}") from error
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     train_set, validation_set, sources = open_images(recipe.data, processor)
-    processes = Processes(recipe.loop, Path(recipe.output_dir))
+    noise, num_codes = recipe.code_noise, tokenizer.config.num_codes
+    if noise.image_share and noise.num_nearest >= num_codes:
+        raise RecipeError(
+            f"code_noise.num_nearest is {noise.num_nearest}: expected fewer than the tokenizer's {num_codes} codes"
+        )
+    if recipe.refinement_size:
+        add_refinement(tokenizer, recipe.refinement_size)
+    idle = recipe.discriminator_warmup > 0
+    processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
     run = open_run(recipe, sources, resume, processes)
-    torch.manual_seed(recipe.loop.seed)
     model.to(processes.device)  # the tokenizer with it; it was opened on the same GPU in every process
     task = DecoderTask(
         tokenizer.to(memory_format=torch.channels_last),
         features.to(processes.device),
+        classifier.to(processes.device) if classifier else None,
         processor,
         train_set,
         validation_set,
@@ -240,6 +297,25 @@ def measured_metrics(task: DecoderTask, dataset: str, suffix: str = "") -> list[
         Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
         for name, unit in UNITS.items()
     ]
+
+
+def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
+    """Give a tokenizer without a refinement one that changes nothing yet.
+
+    Raises:
+        ModelError: it has one of another size.
+    """
+    config, decoder = tokenizer.config, tokenizer.decoder
+    if config.refinement_size == size:
+        return
+    if config.refinement_size:
+        raise ModelError(
+            f"the model has a refinement of {config.refinement_size} channels: leave out refinement_size={size}"
+        )
+    config.refinement_size = size
+    refinement = Refinement(config.num_channels, size)
+    refinement.apply(tokenizer._init_weights)
+    decoder.refinement = refinement.to(tokenizer.device, tokenizer.dtype)
 
 
 def open_model(model: str) -> tuple[IsicVQModel | VQVAEModel, VQVAEModel]:

@@ -1,9 +1,9 @@
-"""A patch discriminator and the hinge losses: what tells decoded from real images, patch by patch.
+"""A patch discriminator, the hinge losses and LeCam's term: what tells decoded from real images, patch by patch.
 
 Sources: PatchGAN, Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", arXiv
-1611.07004, appendix 6.1.2; hinge losses, Lim and Ye, arXiv 1705.02894; adaptive weight, Esser et al., "Taming
-Transformers", arXiv 2012.09841, eq. 7. Differs: GroupNorm where they have BatchNorm, so that the statistics of real
-and decoded images do not mix.
+1611.07004, appendix 6.1.2; hinge losses, Lim and Ye, arXiv 1705.02894; LeCam's term, Tseng et al., "Regularizing
+Generative Adversarial Networks under Limited Data", arXiv 2104.03310, eq. 3 and 5. Differs: GroupNorm where PatchGAN has
+BatchNorm, so that the statistics of real and decoded images do not mix.
 """
 
 import torch
@@ -16,7 +16,7 @@ class PatchDiscriminator(nn.Sequential):
 
     Args:
         channels: of the first layer; they double with each of the later ones.
-        num_layers: stride-2 convolutions; with three a score sees 70 x 70 pixels.
+        num_layers: stride-2 convolutions, one to three; a score sees 16, 34 or 70 pixels in height and width.
     """
 
     def __init__(self, channels: int = 32, num_layers: int = 3):
@@ -40,8 +40,27 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
-    """Factor that makes both losses pull equally hard at the decoder's last layer (eq. 7), at most 10,000."""
-    pull = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)[0].norm()
-    push = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)[0].norm()
-    return (pull / (push + 1e-4)).clamp(max=1e4).detach()
+class LeCam(nn.Module):
+    """Regularizer that holds each kind's scores near the other kind's moving mean (eq. 3): the two stay close.
+
+    Args:
+        decay: of the moving means per training step.
+    """
+
+    means: Tensor
+    num_updates: Tensor
+
+    def __init__(self, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", torch.zeros(2))  # of real and of fake scores
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+
+    def forward(self, real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+        """mean (real - mean of fake)^2 + mean (fake - mean of real)^2, the means as they were before this batch's scores."""
+        new = torch.stack([real_scores.detach().float().mean(), fake_scores.detach().float().mean()])
+        real_mean, fake_mean = self.means if self.num_updates else new
+        if self.training:
+            self.means = torch.lerp(new, self.means, self.decay) if self.num_updates else new
+            self.num_updates += 1
+        return (real_scores - fake_mean).square().mean() + (fake_scores - real_mean).square().mean()

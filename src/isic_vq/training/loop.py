@@ -150,7 +150,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             [p for p in task.model.parameters() if p.requires_grad],
             lr=recipe.learning_rate,
-            betas=(0.9, 0.99),
+            betas=(recipe.beta1, 0.99),
             weight_decay=recipe.weight_decay,
             fused=True,
         )

@@ -1,8 +1,13 @@
 """Losses that several stages share."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from isic_vq.evaluation.texture import ROUNDING_POWER, power_spectrum
+
+TILE = 32  # pixels; smaller images are one tile
 
 
 def ssim_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -17,3 +22,43 @@ def ssim_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
             reconstructions.float(), images.float(), data_range=1.0
         )
     return 1 - torch.as_tensor(similarity)
+
+
+def spectrum_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean absolute difference of log power between square images `(B, 3, H, W)` in [0, 1], local and without phase.
+
+    Power is averaged over rings of the spectrum, periods of 2 to about 10 pixels, in overlapping tiles of 32 pixels. It asks for as
+    much texture as the image has, not for the same: what the codes do not say costs nothing, where squared errors demand that
+    it be left out.
+    """
+    side = min(TILE, images.shape[-1])
+    frequency = torch.fft.fftfreq(side, device=images.device) * side
+    radius = (frequency[:, None].square() + frequency.square()).sqrt().round()
+    rings = (
+        torch.stack([radius == ring for ring in range(max(1, side // 10), side // 2 + 1)]).flatten(1).float()
+    )
+    rings = rings / rings.sum(1, keepdim=True)
+
+    def log_power(pixels: Tensor) -> Tensor:
+        tiles = pixels.float().unfold(2, side, side // 2).unfold(3, side, side // 2)
+        power = power_spectrum(tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+        return torch.log(power.flatten(1) @ rings.T + ROUNDING_POWER)
+
+    with torch.autocast(images.device.type, enabled=False):
+        return (log_power(reconstructions) - log_power(images)).abs().mean()
+
+
+def grid_loss(images: Tensor, reconstructions: Tensor, period: int) -> Tensor:
+    """How far errors stand out at the frequencies of a grid of `period` pixels and its overtones; 0 if they are not there.
+
+    The mean of sqrt(1 + r) - 1, r the error's power at such a frequency over the image's power around it, of square images
+    `(B, 3, H, W)` in [0, 1] whose side `period` divides.
+    """
+    side = images.shape[-1]
+    with torch.autocast(images.device.type, enabled=False):
+        error = power_spectrum(reconstructions.float() - images.float())
+        around = F.pad(power_spectrum(images)[:, None], (3, 3, 3, 3), mode="circular")
+        near = F.avg_pool2d(around, 7, stride=1) * 49 - F.avg_pool2d(around[..., 2:-2, 2:-2], 3, stride=1) * 9
+        lines = (..., slice(None, None, side // period), slice(None, None, side // period))
+        ratio = error[lines] / (near[:, 0][lines] / 40 + ROUNDING_POWER)
+        return ((1 + ratio).sqrt() - 1).flatten(1)[:, 1:].mean()  # all but the mean colour

@@ -32,6 +32,7 @@ class LoopRecipe:
             statistics are those of the whole batch; BatchNorm normalises each part by its own mean and variance.
         learning_rate: peak of the schedule (linear warm-up, then cosine to zero).
         warmup_steps: optimizer steps of the warm-up.
+        beta1: AdamW's decay of the mean gradient; a discriminator is usually trained with 0.5.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
         average_decay: decay per step of the averaged weights; 0 turns averaging off.
@@ -56,6 +57,7 @@ class LoopRecipe:
     accumulation_steps: int = 1
     learning_rate: float | int = 1e-3
     warmup_steps: int = 50
+    beta1: float | int = 0.9
     weight_decay: float | int = 0.0
     max_grad_norm: float | int = 1.0
     average_decay: float | int = 0.999
@@ -88,8 +90,9 @@ class LoopRecipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}: expected 'auto', 'fp32' or 'bf16'")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay is {self.average_decay}: expected a value in [0, 1)")
+        for name in ("average_decay", "beta1"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a value in [0, 1)")
         unknown = set(self.trackers) - {"wandb", "tensorboard", "trackio"}
         if unknown:
             raise ValueError(f"trackers has {sorted(unknown)}: expected any of wandb, tensorboard, trackio")
@@ -200,6 +203,32 @@ class PriorRecipe:
 
 @strict
 @dataclasses.dataclass
+class CodeNoiseRecipe:
+    """Codes as a prior draws them, imitated in training: some replaced by near ones (see `disturb_codes`).
+
+    Args:
+        image_share: probability that an image's codes are disturbed; 0 leaves all as they are.
+        code_share: a disturbed image has a share of its codes replaced that is drawn evenly from 0 to this.
+        num_nearest: each is replaced by one of so many nearest codes.
+        annealed: let `code_share` fall to 0 over the run, in proportion to the steps left.
+    """
+
+    image_share: float | int = 0.0
+    code_share: float | int = 1.0
+    num_nearest: int = 12
+    annealed: bool = False
+
+    def validate_ranges(self) -> None:
+        """Check what the types do not say; called by `strict`."""
+        for name in ("image_share", "code_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a value in [0, 1]")
+        if self.num_nearest < 1:
+            raise ValueError(f"num_nearest is {self.num_nearest}: expected at least 1")
+
+
+@strict
+@dataclasses.dataclass
 class DecoderRecipe:
     """A finer decoder for a trained tokenizer; encoder and codebook, and so codes and priors, stay as they are.
 
@@ -213,9 +242,17 @@ class DecoderRecipe:
         l1_weight: weight of the mean absolute error.
         mse_weight: weight of the mean squared error.
         ssim_weight: weight of 1 - SSIM; 0 leaves it out.
+        spectrum_weight: weight of the difference of local power spectra; 0 leaves it out.
+        grid_weight: weight of the loss that a grid at the decoder's own periods costs; 0 leaves it out.
         feature_weight: weight of the distance between feature maps; 0 leaves it out.
-        adversarial_weight: weight of the discriminator's opinion, on top of the adaptive weight; 0 leaves it out.
-        adversarial_start: steps in which the discriminator learns alone.
+        logit_weight: weight of the squared error of logits of `feature_model`, then a classifier of diagnoses; 0 leaves it out.
+        adversarial_weight: weight of the hinge loss against the discriminator; 0 leaves both out.
+        adversarial_start: step from which that loss counts.
+        discriminator_warmup: first steps in which the discriminator learns and the decoder does not.
+        discriminator_layers: stride-2 convolutions of the discriminator, 1 to 3: it judges patches of 16, 34 or 70 pixels.
+        lecam_weight: weight of LeCam's term in the discriminator's loss; 0 leaves it out.
+        code_noise: training codes that are disturbed.
+        refinement_size: give the decoder a refinement of so many channels if it has none; see `VQVAEConfig`.
         augment: show each image in a random one of its eight dihedral views.
     """
 
@@ -228,17 +265,39 @@ class DecoderRecipe:
     l1_weight: float | int = 1.0
     mse_weight: float | int = 5.0
     ssim_weight: float | int = 0.0
+    spectrum_weight: float | int = 0.0
+    grid_weight: float | int = 0.0
     feature_weight: float | int = 0.1
-    adversarial_weight: float | int = 0.1
+    logit_weight: float | int = 0.0
+    adversarial_weight: float | int = 0.02
     adversarial_start: int = 100
+    discriminator_warmup: int = 0
+    discriminator_layers: int = 3
+    lecam_weight: float | int = 0.0
+    code_noise: CodeNoiseRecipe = dataclasses.field(default_factory=CodeNoiseRecipe)
+    refinement_size: int = 0
     augment: bool = True
 
     def validate_weights(self) -> None:
         """Check that something is left to learn; called by `strict`."""
-        weights = ("l1_weight", "mse_weight", "ssim_weight", "feature_weight", "adversarial_weight")
-        for name in (*weights, "adversarial_start"):
+        counts = ("adversarial_start", "discriminator_warmup", "refinement_size")
+        for name in (
+            *(field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")),
+            *counts,
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        if not 1 <= self.discriminator_layers <= 3:
+            raise ValueError(f"discriminator_layers is {self.discriminator_layers}: expected 1, 2 or 3")
+        if self.discriminator_warmup and not self.adversarial_weight:
+            raise ValueError(
+                "discriminator_warmup is set and adversarial_weight is 0: there is no discriminator"
+            )
+        if self.discriminator_warmup > self.adversarial_start:
+            raise ValueError(
+                f"discriminator_warmup is {self.discriminator_warmup}: expected at most adversarial_start "
+                f"({self.adversarial_start}), which counts these steps, too"
+            )
         if self.l1_weight + self.mse_weight == 0:
             raise ValueError("l1_weight and mse_weight are both 0: a decoder must stay close to its images")
 
