@@ -23,11 +23,11 @@ class StreamOnly(Source):
         ends = np.cumsum(self.sizes).tolist()
         return [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
-    def read(self, part):
+    def records_of(self, part, reading):
         for index in part:
             yield {**record_of(index), "image": b"no image"} if index == self.corrupt else record_of(index)
 
-    def metadata(self):
+    def rows(self, reading):
         return (synthetic_metadata(index, 0) for index in range(sum(self.sizes)))
 
     def fingerprint(self):

@@ -156,7 +156,7 @@ def test_row_of_the_table_goes_before_the_json(tmp_path):
         (b"[]", "sub/a.json is a list; expected one JSON object"),
         (b"{", "sub/a.json is not JSON"),
         (b"\xff", "sub/a.json is not JSON"),
-        (b'{"dx": "wart"}', r"sub/a.json \(a\): 'wart' is not a known diagnosis"),
+        (b'{"dx": "wart"}', r"sub/a.json \(a\): 'wart' is not a known class"),
     ],
 )
 def test_unusable_json_beside_an_image_is_named(content, message, tmp_path):

@@ -23,11 +23,11 @@ class Licensed(StreamOnly):
 
     name = "licensed:test"
 
-    def read(self, part):
-        return (self.licensed(record) for record in super().read(part))
+    def records_of(self, part, reading):
+        return (self.licensed(record) for record in super().records_of(part, reading))
 
-    def metadata(self):
-        return map(self.licensed, super().metadata())
+    def rows(self, reading):
+        return map(self.licensed, super().rows(reading))
 
     def licensed(self, row):
         index = int(row["isic_id"].rsplit("_", 1)[1])

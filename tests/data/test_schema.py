@@ -128,7 +128,7 @@ def test_age_is_a_number_of_years(written, age):
 
 
 def test_unknown_diagnosis_names_row_and_image():
-    with pytest.raises(DataError, match=r"row 12 \(ISIC_9\): 'wart' is not a known diagnosis"):
+    with pytest.raises(DataError, match=r"row 12 \(ISIC_9\): 'wart' is not a known class"):
         normalise({"isic_id": "ISIC_9", "dx": "wart"}, "row 12")
 
 

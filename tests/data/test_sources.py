@@ -164,7 +164,7 @@ def test_metadata_may_be_jsonl_with_nested_names_and_other_columns(tmp_path):
     assert (record["diagnosis"], record["age"], record["site"]) == ("basal_cell_carcinoma", 50.0, "head/neck")
 
 
-def test_class_folders_count_only_if_they_are_called_like_a_diagnosis(tmp_path):
+def test_class_folder_of_an_unknown_name_stops(tmp_path):
     for name in (
         "MEL/a.jpg",
         "Nevus/batch 2/b.PNG",
@@ -175,9 +175,12 @@ def test_class_folders_count_only_if_they_are_called_like_a_diagnosis(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         synthetic_image(0, 0, size=32).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"'127.0.0.1 data' \(1 image\) is not a known class"):
+        open_source(f"folder:{tmp_path}")
+    (tmp_path / "127.0.0.1 data").rename(tmp_path / ".hidden" / "data")
     dataset = open_source(f"folder:{tmp_path}")
     found = dict(zip(dataset["isic_id"], dataset["diagnosis"], strict=True))
-    assert found == {"a": "melanoma", "b": "nevus", "c": "unknown", "d": "unknown"}
+    assert found == {"a": "melanoma", "b": "nevus", "d": "unknown"}
 
 
 def test_same_file_name_in_two_folders_gives_two_ids(tmp_path):
@@ -256,7 +259,9 @@ def test_parquet_without_rows_is_refused(tmp_path):
 def test_unknown_diagnosis_names_the_row(streaming, tmp_path):
     rows = [{"image": b"", "isic_id": f"ISIC_{i}", "dx": dx} for i, dx in enumerate(["nv", "mel", "wart"])]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"row 2 \(ISIC_2\): 'wart' is not a known diagnosis"):
+    with pytest.raises(
+        DataError, match=r"'wart' .*is not a known class.*row 2 \(ISIC_2\)|row 2 \(ISIC_2\): 'wart' is not"
+    ):
         rows_of(open_source(str(tmp_path), streaming))
 
 
@@ -267,7 +272,10 @@ def test_unknown_diagnosis_names_the_row(streaming, tmp_path):
             "file_name,dx\n000.png,nv\n999.png,nv\n",
             r"metadata.csv names 1 image\(s\) that are not in the folder, for example 999.png",
         ),
-        ("file_name,dx\n000.png,wart\n", r"metadata.csv, row 0 \(000\): 'wart' is not a known diagnosis"),
+        (
+            "file_name,dx\n000.png,wart\n",
+            r"'wart' \(1 image\) is not a known class.* The first is in metadata.csv, row 0 \(000\)",
+        ),
         ("file_name,dx\n000.png,nv\n000.png,mel\n", "row 1: 000.png is named twice"),
         ("name,dx\n000.png,nv\n", "row 0: no file_name. Expected a column file_name"),
     ],

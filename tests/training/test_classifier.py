@@ -288,7 +288,7 @@ def test_images_of_one_diagnosis_are_refused(make_recipe, tiny_run, tmp_path):
     for name in DIAGNOSES[1:8]:
         text = text.replace(f",{name},", ",melanoma,")
     (target / "metadata.csv").write_text(text)
-    with pytest.raises(DataError, match="expected at least two diagnoses"):
+    with pytest.raises(DataError, match="expected at least two classes"):
         train_classifier(make_recipe(f"data.train=folder:{target}"))
 
 

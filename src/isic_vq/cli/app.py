@@ -46,6 +46,20 @@ DataOption = Annotated[
         "folder:DIR, prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path.",
     ),
 ]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--classes",
+        help="Your own classes, with commas between them (ISIC's are known beside them); auto takes every name that is "
+        "there, none no label. Default: ISIC's eight.",
+    ),
+]
+OtherClassesOption = Annotated[
+    bool,
+    typer.Option(
+        "--drop-other-classes", help="Leave out, and count, images of classes that are not declared."
+    ),
+]
 CorruptShareOption = Annotated[
     float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")
 ]
@@ -76,6 +90,15 @@ def configure(
     _debug = debug
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("isic_vq").setLevel(logging.INFO)
+
+
+def declared_classes(classes: list[str] | None, drop_others: bool) -> Any:
+    """What --classes and --drop-other-classes say, as `find_source` takes it; None if they say nothing."""
+    from isic_vq.data.classes import Classes
+
+    if classes is None and not drop_others:
+        return None
+    return Classes.parse(None if classes is None else ",".join(classes), drop_others)
 
 
 def quiet_transformers() -> None:

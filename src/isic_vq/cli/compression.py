@@ -118,13 +118,15 @@ def _encode(data: str, model: "IsicVQModel", max_corrupt_share: float) -> tuple[
     import torch
     from tqdm import tqdm
 
+    from isic_vq.data.classes import AUTO, Classes
     from isic_vq.data.loading import iter_batches
     from isic_vq.data.sources import find_source
-    from isic_vq.data.sources.folder import FolderSource, image_names
+    from isic_vq.data.sources.files import image_names
+    from isic_vq.data.sources.folder import FolderSource
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
-    source = find_source(data)
-    files = image_names(source.folder) if isinstance(source, FolderSource) else None
+    source = find_source(data, Classes.parse(AUTO))
+    files = image_names(source.folder)[0] if isinstance(source, FolderSource) else None
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     names: list[str] = []
     codes = []

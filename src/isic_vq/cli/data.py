@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, app, quiet_transformers
+from isic_vq.cli.app import (
+    ClassesOption,
+    CorruptShareOption,
+    OtherClassesOption,
+    app,
+    declared_classes,
+    quiet_transformers,
+)
 
 data_app = typer.Typer(help="Look at images, prepare them for training, check them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -32,6 +39,8 @@ def summary(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the counts as JSON.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the images that the PNG shows.")] = 0,
+    classes: ClassesOption = None,
+    drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Count a source's images by diagnosis, source, licence and so on, and what they lack."""
     from isic_vq.data.sources import find_source
@@ -39,11 +48,14 @@ def summary(
     from isic_vq.files import write_atomically
 
     quiet_transformers()
-    source = find_source(uri)
+    source = find_source(uri, declared_classes(classes, drop_other_classes))
     counted = {"source_name": source.name, "snapshot": source.snapshot, **summarise(source.metadata())}
+    counted["remarks"] = list(source.findings.lines())
     typer.echo(
         f"{source.name}: {counted['num_images']} images" + (f", {source.snapshot}" if source.snapshot else "")
     )
+    for line in counted["remarks"]:
+        typer.echo(line)
     for name in (*COUNTED, "age", "missing", "groups"):
         _print_counts(name, counted[name], counted["num_images"])
     if counted["other_sites"]:
@@ -87,6 +99,8 @@ def prepare(
         typer.Option("--keep-duplicates", help="Keep training images that validation or test shows, too."),
     ] = False,
     max_corrupt_share: CorruptShareOption = 0.01,
+    classes: ClassesOption = None,
+    drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Write images at the training size in shards, split by lesion and patient, without near-duplicates across splits."""
     from isic_vq.data.prepare import Preparation
@@ -106,7 +120,13 @@ def prepare(
         max_corrupt_share=max_corrupt_share,
     )
     manifest = run(
-        output, [_with_split(text) for text in data], preparation, workers, extend, sys.stderr.isatty()
+        output,
+        [_with_split(text) for text in data],
+        preparation,
+        workers,
+        extend,
+        sys.stderr.isatty(),
+        declared_classes(classes, drop_other_classes),
     )
     for split, about in manifest.splits.items():
         if about["num_images"]:

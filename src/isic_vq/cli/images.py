@@ -144,6 +144,7 @@ def sheets(
     """Draw sheets to judge a model by: images of every class, mixtures, completions, counterfactuals, codes."""
     from tqdm import tqdm
 
+    from isic_vq.data.classes import Classes
     from isic_vq.data.sources import find_source
     from isic_vq.figures.png import write_jpeg
     from isic_vq.hub import load_model
@@ -155,7 +156,8 @@ def sheets(
     if data is None:
         made = model_sheets(artist, seed, particles)
     else:
-        made = real_sheets(artist, find_source(data), seed, max_corrupt_share)
+        classes = Classes.of_model(artist.config.class_names.values())
+        made = real_sheets(artist, find_source(data, classes), seed, max_corrupt_share)
     for sheet in tqdm(made, unit="sheet", disable=not sys.stderr.isatty()):
         path = output / f"{sheet.name}.jpg"
         write_jpeg(sheet.picture, path, sheet.caption)

@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 def read_images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator["torch.Tensor"]:
     """Yield the pixel values of a source, in batches."""
+    from isic_vq.data.classes import AUTO, Classes
     from isic_vq.data.loading import iter_batches
-    from isic_vq.data.sources import open_source
+    from isic_vq.data.sources import find_source
 
-    records = open_source(uri, streaming=True)
+    source = find_source(uri, Classes.parse(AUTO))
+    if source.is_listed_cheaply:
+        source.describe()  # which tells what is left out
+    records = source.stream()
     for batch in iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share):
         yield batch["pixel_values"]
 
@@ -27,12 +31,13 @@ def read_named_images(
 
     Their number is None if the source can only be streamed.
     """
+    from isic_vq.data.classes import AUTO, Classes
     from isic_vq.data.loading import iter_batches
     from isic_vq.data.sources import find_source
 
     if Path(data).is_file() and not data.endswith(".parquet"):
         return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
-    source = find_source(data)
+    source = find_source(data, Classes.parse(AUTO))
     records = source.records()
     batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
     number = len(records) if source.has_random_access else None

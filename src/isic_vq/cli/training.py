@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from isic_vq.cli.app import (
+    ClassesOption,
     ConfigOption,
     CorruptShareOption,
     DataOption,
+    OtherClassesOption,
     Overrides,
     ResumeOption,
     app,
+    declared_classes,
     quiet_transformers,
     train_app,
 )
@@ -58,6 +61,8 @@ def encode(
     ] = None,
     max_corrupt_share: CorruptShareOption = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
+    classes: ClassesOption = None,
+    drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
     from isic_vq.data.encoding import Encoding, encode_to_file
@@ -69,7 +74,8 @@ def encode(
 
     quiet_transformers()
     rank, world = launched_process()
-    records, source = open_part(data, part, validation_share, license or ())
+    declared = declared_classes(classes, drop_other_classes)
+    records, source = open_part(data, part, validation_share, license or (), declared)
     tokenizer = load_model(VQVAEModel, model)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     encoding = Encoding(tokenizer, processor, records, source, views, batch_size, max_corrupt_share)

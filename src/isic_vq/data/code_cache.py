@@ -7,7 +7,9 @@ codes of another tokenizer are refused. Codes are uint16; one row per image hold
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from isic_vq.data.classes import ordered_classes
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo
+from isic_vq.data.sources.base import hash_ids
 from isic_vq.files import write_atomically
-from isic_vq.models.diagnosis import DIAGNOSES
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
 METADATA_KEY = b"isic_vq"
@@ -32,7 +35,7 @@ class CodeCache:
     Attributes:
         codes: uint16 of shape (N, views, h, w), or (N, views, L) of several scales, in [0, num_codes).
         isic_ids: N image ids.
-        diagnoses: N canonical diagnoses.
+        diagnoses: N names of classes, "unknown" where there is none.
         num_codes: K of the tokenizer.
         tokenizer_hash: of the tokenizer that made them.
         source: what may be published about the images.
@@ -50,9 +53,25 @@ class CodeCache:
         return torch.from_numpy(np.bincount(self.codes.ravel(), minlength=self.num_codes))
 
     def class_names(self) -> list[str]:
-        """Diagnoses that occur, in the fixed order of `DIAGNOSES`, without "unknown"."""
-        present = set(self.diagnoses) - {"unknown"}
-        return [name for name in DIAGNOSES if name in present]
+        """Classes that occur, in the order of the source's, see `ordered_classes`."""
+        return ordered_classes(self.diagnoses, self.source.classes)
+
+    def select(self, rows: Sequence[int]) -> "CodeCache":
+        """The codes of some images.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not rows:
+            raise DataError(f"no image of {self.source.name} is left")
+        ids, diagnoses = [self.isic_ids[row] for row in rows], [self.diagnoses[row] for row in rows]
+        info = replace(
+            self.source,
+            num_images=len(rows),
+            diagnoses=dict(sorted(Counter(diagnoses).items())),
+            ids_sha256=hash_ids(ids),
+        )
+        return replace(self, codes=self.codes[rows], isic_ids=ids, diagnoses=diagnoses, source=info)
 
 
 def tokenizer_hash(model: VQVAEModel) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from isic_vq.data.classes import Classes, Reading
 from isic_vq.data.licenses import license_id
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
@@ -48,6 +49,11 @@ class SelectedSource(Source):
         return self.info.manifest_sha256
 
     @property
+    def classes(self) -> Classes:  # type: ignore[override]
+        """The source's."""
+        return self.source.classes
+
+    @property
     def has_random_access(self) -> bool:
         """Whether the source has it."""
         return self.source.has_random_access
@@ -56,13 +62,13 @@ class SelectedSource(Source):
         """The source's, some of which may hold no selected record."""
         return self.source.parts()
 
-    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
         """The selected records of a part."""
-        return (record for record in self.source.read(part) if _key(record) in self.keys)
+        return (row for row in self.source.records_of(part, reading) if _key(row) in self.keys)
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of the selected records."""
-        return (row for row in self.source.metadata() if _key(row) in self.keys)
+        return (row for row in self.source.rows(reading) if _key(row) in self.keys)
 
     def fingerprint(self) -> str:
         """The source's; `ids_sha256` of its description tells parts apart."""
@@ -76,10 +82,17 @@ class SelectedSource(Source):
 
     def describe(self) -> SourceInfo:
         """What may be published about the selected records."""
+        self.source.tell()
         return self.info
 
 
-def find_part(uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()) -> Source:
+def find_part(
+    uri: str,
+    part: str = "all",
+    share: float = 0.1,
+    licenses: Collection[str] = (),
+    classes: Classes | None = None,
+) -> Source:
     """Find a source, or the training or validation part that `split_rows` (seed 0) makes of it.
 
     Parts are taken of all images, before licences are looked at, so that those under one licence lie in the part in
@@ -90,6 +103,7 @@ def find_part(uri: str, part: str = "all", share: float = 0.1, licenses: Collect
         part: "all", "train" or "validation".
         share: expected share of the groups in validation.
         licenses: images under one of these alone, however they are spelled; none takes all.
+        classes: as for `find_source`.
 
     Raises:
         ValueError: the part, the share or a licence is not one.
@@ -97,15 +111,37 @@ def find_part(uri: str, part: str = "all", share: float = 0.1, licenses: Collect
     """
     if part not in ("all", "train", "validation"):
         raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
-    source = find_source(uri)
-    if part == "all" and not licenses:
-        return source
-    rows, name = source.metadata(), source.name
+    source = find_source(uri, classes)
     if part != "all":
-        rows = list(rows)
-        train, validation = split_rows(rows, share, seed=0)
-        rows = [rows[index] for index in (train if part == "train" else validation)]
-        name = f"{name} ({part} part, share {share:g})"
+        return split_source(source, share, licenses)[part == "validation"]
+    return _selected(source, source.metadata(), source.name, licenses) if licenses else source
+
+
+def split_source(
+    source: Source, share: float, licenses: Collection[str] = ()
+) -> tuple[SelectedSource, SelectedSource]:
+    """Split a source into its training and its validation part, see `find_part`.
+
+    Raises:
+        ValueError, DataError: as `find_part`.
+    """
+    rows = list(source.metadata())
+    train, validation = (
+        _selected(
+            source,
+            [rows[index] for index in indices],
+            f"{source.name} ({part} part, share {share:g})",
+            licenses,
+        )
+        for part, indices in zip(("train", "validation"), split_rows(rows, share, seed=0), strict=True)
+    )
+    return train, validation
+
+
+def _selected(
+    source: Source, rows: Iterable[dict[str, Any]], name: str, licenses: Collection[str]
+) -> SelectedSource:
+    """Those of some rows of a source that are under some licences; without any, all of these rows."""
     if licenses:
         rows = _with_licenses(rows, name, licenses)
         name = f"{name} (licence {', '.join(licenses)})"
@@ -114,7 +150,11 @@ def find_part(uri: str, part: str = "all", share: float = 0.1, licenses: Collect
 
 
 def open_part(
-    uri: str, part: str = "all", share: float = 0.1, licenses: Collection[str] = ()
+    uri: str,
+    part: str = "all",
+    share: float = 0.1,
+    licenses: Collection[str] = (),
+    classes: Classes | None = None,
 ) -> tuple[Dataset | Source, SourceInfo]:
     """Open what `find_part` finds.
 
@@ -124,8 +164,9 @@ def open_part(
     Raises:
         ValueError, DataError: as `find_part`.
     """
-    source = find_part(uri, part, share, licenses)
-    return source.dataset() if source.has_random_access else source, source.describe()
+    source = find_part(uri, part, share, licenses, classes)
+    info = source.describe()
+    return source.dataset() if source.has_random_access else source, info
 
 
 def _key(row: Mapping[str, Any]) -> Key:

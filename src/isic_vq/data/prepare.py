@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from isic_vq import __version__
+from isic_vq.data.classes import Classes, ordered_classes
 from isic_vq.data.duplicates import (
     DuplicatePair,
     drop_from_train,
@@ -124,6 +125,7 @@ def prepare(
     workers: int = 1,
     extend: bool = False,
     progress: bool = False,
+    classes: Classes | None = None,
 ) -> Manifest:
     """Prepare images of sources in a folder.
 
@@ -135,6 +137,7 @@ def prepare(
         extend: add to a finished folder: what it holds keeps its split and its bytes, and new images that would put a
             lesion, a patient or a photograph on two sides are excluded.
         progress: show a progress bar.
+        classes: names that labels may have, as for `find_source`.
 
     Returns:
         What the folder's manifest says.
@@ -144,12 +147,12 @@ def prepare(
         DataError: a source cannot be used, too many images are unreadable, or the folder holds something else.
         OSError: a file cannot be written; it is named.
     """
-    found = [(split, find_source(uri)) for split, uri in sources]
+    found = [(split, find_source(uri, classes)) for split, uri in sources]
     if not found:
         raise ValueError("nothing to prepare: name at least one source")
     parts = [source.parts() for _, source in found]
     infos = [asdict(source.describe()) for _, source in found]
-    settings = _settings(preparation, [split for split, _ in found], infos)
+    settings = _settings(preparation, found, infos)
     old = _open_folder(output, settings, extend)
     if old is not None and old.settings == settings:
         logger.info("%s is finished with these settings already", output.name)
@@ -182,6 +185,7 @@ def prepare(
         },
         strata=[asdict(stratum) for stratum in _strata(everything)],
         duplicates=report,
+        classes=_classes([source.classes for _, source in found], old, everything),
     )
     write_atomically(output / IMAGES, images_bytes(everything))
     manifest.write(output)
@@ -189,13 +193,31 @@ def prepare(
     return manifest
 
 
+def _classes(
+    declared: Sequence[Classes], old: Manifest | None, rows: Sequence[Mapping[str, Any]]
+) -> list[str] | None:
+    """The classes of all images in order: those of a folder that is extended first; None if they are ISIC's."""
+    before = old.classes if old is not None else None
+    if before is None and all(classes.is_default for classes in declared):
+        return None
+    names = dict.fromkeys((*(before or ()), *(name for classes in declared for name in classes.names)))
+    return ordered_classes((row["diagnosis"] for row in rows), list(names))
+
+
 def _settings(
-    preparation: Preparation, splits: Sequence[str | None], infos: Sequence[Mapping[str, Any]]
+    preparation: Preparation,
+    sources: Sequence[tuple[str | None, Source]],
+    infos: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """All that decides the bytes of the folder."""
     named = [
         {"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}}
-        for split, info in zip(splits, infos, strict=True)
+        | (
+            {}
+            if source.classes.is_default
+            else {"classes": [list(source.classes.names), source.classes.others]}
+        )
+        for (split, source), info in zip(sources, infos, strict=True)
     ]
     versions = {
         "isic_vq": __version__,

@@ -2,8 +2,8 @@
 
 Source: the column names of HAM10000, of the ISIC challenges' CSV files and of the ISIC archive's metadata.
 Differs: archives write "unknown", "" or NaN for a missing value; here all of them are None, except that a
-missing diagnosis is the class `unknown`, which a model may be asked about. Diagnoses become the eight classes, sites
-those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Where the
+missing diagnosis is the class `unknown`. Column names are compared without case and outer blanks. Diagnoses become
+classes, see `isic_vq.data.classes`, sites those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Where the
 archive gives diagnosis or site in levels only, the levels count. Age is in years; the archive's "85+" is 85, at which
 it caps ages. Licence and attribution stay as they are written.
 It does not decode images: `normalise` hands the `image` column on as it came.
@@ -16,8 +16,12 @@ from typing import Any
 
 from datasets import Features, Image, Value
 
+from isic_vq.data.classes import UNKNOWN, Reading
+from isic_vq.data.errors import DataError
 from isic_vq.data.sites import archive_site, canonical_site
-from isic_vq.models.diagnosis import archive_diagnosis, canonical_diagnosis, one_hot_diagnosis
+from isic_vq.models.diagnosis import archive_diagnosis, is_one_hot, one_hot_diagnosis
+
+__all__ = ["COLUMN_ALIASES", "FEATURES", "DataError", "is_label", "is_read", "normalise"]
 
 FEATURES = Features(
     {
@@ -56,12 +60,12 @@ _SEXES = {"m": "male", "man": "male", "f": "female", "w": "female", "woman": "fe
 _MISSING = frozenset({"", "unknown", "unk", "nan", "none", "null", "n/a", "na"})
 
 
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message says what was expected and the way out."""
-
-
 def normalise(
-    record: Mapping[str, Any], where: str, class_names: Mapping[str, list[str]] | None = None
+    record: Mapping[str, Any],
+    where: str,
+    class_names: Mapping[str, list[str]] | None = None,
+    reading: Reading | None = None,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Bring one record of any source to the columns of `FEATURES`.
 
@@ -71,23 +75,29 @@ def normalise(
         record: one row under any of the names in `COLUMN_ALIASES`; other columns are dropped.
         where: what error messages call the row, such as its number.
         class_names: for columns that hold class ids (`datasets.ClassLabel`), the names behind the ids.
+        reading: the pass that the row is read in, which names its class; by default one of ISIC's classes.
+        label: of a record that has no diagnosis of its own, such as the name of its folder.
 
     Returns:
-        The row's values under the names of `FEATURES`; `image` only if the record has it.
+        The row's values under the names of `FEATURES`; `image` only if the record has it. The diagnosis is None where
+        the image is to be left out.
 
     Raises:
         DataError: the diagnosis or the age cannot be read; the message names the row.
     """
+    reading = reading or Reading()
     named = {
         column: None if record[column] is None or record[column] < 0 else names[record[column]]
         for column, names in (class_names or {}).items()
     }
-    values = {name: _first_present({**record, **named}, aliases) for name, aliases in COLUMN_ALIASES.items()}
+    record = _lower_columns({**record, **named})
+    values = {name: _first_present(record, aliases) for name, aliases in COLUMN_ALIASES.items()}
     if values["isic_id"] is None:
         values["isic_id"] = _file_stem(record)
     where = where if values["isic_id"] is None else f"{where} ({values['isic_id']})"
     normal: dict[str, Any] = {name: None if v is None else str(v).strip() for name, v in values.items()}
-    normal["diagnosis"] = _diagnosis(values["diagnosis"], record, where)
+    named_label = _first_present(record, COLUMN_ALIASES["diagnosis"], reading)
+    normal["diagnosis"] = _diagnosis(named_label, record, where, reading, label)
     normal["age"] = _age(values["age"], where)
     if normal["sex"] is not None:
         normal["sex"] = _SEXES.get(normal["sex"].lower(), normal["sex"].lower())
@@ -96,13 +106,36 @@ def normalise(
     return {"image": record["image"], **normal} if "image" in record else normal
 
 
-def _first_present(record: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
-    """Return the first value among these columns that is not a spelling of "missing"."""
+def is_read(column: str) -> bool:
+    """Whether `normalise` takes a value from a column of this name."""
+    name = column.strip().lower()
+    columns = {*_DIAGNOSIS_LEVELS, *_SITE_LEVELS, "file_name", "image"}.union(*COLUMN_ALIASES.values())
+    return name in columns or is_one_hot(name)
+
+
+def is_label(column: str) -> bool:
+    """Whether a column of this name tells the class."""
+    name = column.strip().lower()
+    return name in (*COLUMN_ALIASES["diagnosis"], *_DIAGNOSIS_LEVELS) or is_one_hot(name)
+
+
+def _lower_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with columns in lower case and without outer blanks; of two that are alike then, the one written so."""
+    if all(name == name.strip().lower() for name in record):
+        return dict(record)
+    return {**{name.strip().lower(): value for name, value in record.items()}, **record}
+
+
+def _first_present(
+    record: Mapping[str, Any], columns: tuple[str, ...], reading: Reading | None = None
+) -> Any:
+    """Return the first value among these columns that is not a spelling of "missing", or that is a declared class."""
     for column in columns:
         value = record.get(column)
-        if isinstance(value, float) and math.isnan(value):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        if value is not None and str(value).strip().lower() not in _MISSING:
+        is_class = reading is not None and reading.classes.declares(value)
+        if is_class or str(value).strip().lower() not in _MISSING:
             return value
     return None
 
@@ -120,17 +153,18 @@ def _file_stem(record: Mapping[str, Any]) -> str | None:
     return None if name is None else PurePosixPath(name.replace("\\", "/")).stem
 
 
-def _diagnosis(value: object, record: Mapping[str, Any], where: str) -> str:
-    """Return the canonical diagnosis of one row: by its name, else by levels, else by the column that holds a 1."""
-    try:
-        if value is not None:
-            return canonical_diagnosis(str(value))
+def _diagnosis(
+    value: object, record: Mapping[str, Any], where: str, reading: Reading, label: str | None
+) -> str | None:
+    """Return the class of one row: by its name, else by levels, else by the column that holds a 1, else by `label`."""
+    if value is None:
         levels = _levels(record, _DIAGNOSIS_LEVELS)
-        if any(levels):
-            return archive_diagnosis(levels)
-        return one_hot_diagnosis(record) or "unknown"
-    except ValueError as error:
-        raise DataError(f"{where}: {error} Correct the row, or leave its diagnosis empty.") from None
+        try:
+            value = archive_diagnosis(levels) if any(levels) else one_hot_diagnosis(record) or UNKNOWN
+        except ValueError as error:
+            raise DataError(f"{where}: {error} Correct the row, or leave its diagnosis empty.") from None
+        value = label if value == UNKNOWN and label is not None else value
+    return reading.name_class(str(value).strip(), where)
 
 
 def _age(value: object, where: str) -> float | None:

@@ -4,19 +4,23 @@ Records that share a lesion or a patient, directly or over others, are one group
 hash of its smallest id: its side depends neither on the order of the records nor on other groups nor on the
 machine, and a larger share only moves groups out of training. What was assigned once stays: `assign_splits` takes
 earlier assignments as they are, and a new record that would join groups of different sides is excluded.
-Differs from a random split: shares hold on average over groups, not exactly, and diagnoses are not stratified;
-`stratified_report` shows how they came out.
+Differs from a random split: shares hold on average over groups, not exactly, and classes are not stratified, but none
+lies in validation or test alone: its new groups go to training then. `stratified_report` shows how they came out.
 It does not find the same lesion under two ids (HAM10000 has some: Abhishek et al., arXiv 2401.14497); that is
 `isic_vq.data.duplicates`.
 """
 
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isic_vq.data.classes import UNKNOWN
 from isic_vq.data.schema import DataError
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "excluded")
 GROUP_COLUMNS = ("lesion_id", "patient_id", "isic_id")
@@ -102,10 +106,17 @@ def assign_splits(
         if split is not None and again is None and group not in decided:
             bound.add(group, row_keys, split)
         new.append((row_keys, group, split, again))
+    drawn = {group: _split_of(group[1], shares, seed) for _, group, _, again in new if again is None}
+    drawn |= {group: next(iter(sides)) for group, sides in bound.of_group.items()}
+    every = [
+        *zip(frozen_rows, groups[:num_frozen], strict=True),
+        *zip(rows, groups[num_frozen:], strict=True),
+    ]
+    drawn |= dict.fromkeys(_keep_in_training(every, drawn, set(bound.of_group)), "train")
     found = []
     for row_keys, group, split, again in new:
         sides = bound.of_group.get(group, {})
-        side = next(iter(sides), None) or _split_of(group[1], shares, seed)
+        side = drawn.get(group, "train")
         if again is not None:
             found.append(Assignment("excluded", f"has the isic_id of {again}"))
         elif len(sides) > 1:
@@ -212,14 +223,42 @@ def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tu
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, expected a number between 0 and 1 such as 0.1.")
     sides: tuple[list[int], list[int]] = ([], [])
-    for index, group in enumerate(components(rows)):
-        sides[in_validation(group, share, seed)].append(index)
+    groups = _groups([_keys(row) for row in rows])
+    drawn = {group: "validation" if in_validation(group[1], share, seed) else "train" for group in groups}
+    kept = _keep_in_training(list(zip(rows, groups, strict=True)), drawn, set())
+    for index, group in enumerate(groups):
+        sides[drawn[group] == "validation" and group not in kept].append(index)
     if not all(sides):
         raise DataError(
             f"A share of {share} splits {len(rows)} images into {len(sides[0])} for training and "
             f"{len(sides[1])} for validation. Use more images, another share or another seed."
         )
     return sides
+
+
+def _keep_in_training(
+    rows: Sequence[tuple[Mapping[str, Any], Key]], drawn: Mapping[Key, str], bound: set[Key]
+) -> set[Key]:
+    """Groups to train with, though they were drawn for another split: no image of their class would be trained with.
+
+    Args:
+        rows: records, each with its group.
+        drawn: the split of each group.
+        bound: groups that stay where they are.
+    """
+    groups: dict[str, Counter[Key]] = defaultdict(Counter)
+    for row, group in rows:
+        if group in drawn and row.get("diagnosis") not in (None, UNKNOWN):
+            groups[row["diagnosis"]][group] += 1
+    kept: set[Key] = set()
+    for name, members in groups.items():
+        if all(drawn[group] != "train" and group not in kept for group in members):
+            moved = members.keys() - bound
+            kept |= moved
+            if moved:
+                number = sum(members[group] for group in moved)
+                logger.info("%s: its %d image(s) stay in training, and are not measured", name, number)
+    return kept
 
 
 def _keys(row: Mapping[str, Any]) -> list[Key]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isic_vq.data.augmentation import NUM_VIEWS, dihedral
+from isic_vq.data.classes import AUTO, Classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.loading import iter_batches
@@ -246,7 +247,7 @@ def encode_samples(
     Raises:
         DataError: the source cannot be read, or too many of its images are corrupt.
     """
-    source = find_source(uri)
+    source = find_source(uri, Classes.parse(AUTO))
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     cache = encode_source(
         model.vqvae,
@@ -492,7 +493,7 @@ def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
     Raises:
         DataError: the source cannot be read, or lacks an image.
     """
-    source = find_source(uri)
+    source = find_source(uri, Classes.parse(AUTO))
     wanted, processor = set(names), IsicVQImageProcessor(size=size)
     records = source.records()
     if source.has_random_access:

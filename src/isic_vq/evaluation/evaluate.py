@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import Source, find_source
@@ -127,17 +128,19 @@ def evaluate_checkpoint(
         environment=environment(str(loaded.device)),
     )
     evaluation = Evaluation(loaded, report, {})
+    classes = Classes.of_model(loaded.config.class_names.values())
     for dataset in data:
-        measured = measure_images(loaded, find_source(dataset.uri), max_corrupt_share, perceptual)
+        source = find_source(dataset.uri, classes)
+        measured = measure_images(loaded, source, max_corrupt_share, perceptual)
         evaluation.measured[dataset.split] = measured
         add_data_set(evaluation, dataset.split, measured, None if cache is None else cache.counts(), seed)
     if train_data is not None:
         first = evaluation.measured[splits[0]]
         report.metrics += gap_metrics(
-            loaded, find_source(train_data), first, splits[0], seed, max_corrupt_share
+            loaded, find_source(train_data, classes), first, splits[0], seed, max_corrupt_share
         )
     if floor_data is not None:
-        reference, others = evaluation.measured[splits[0]].source, find_source(floor_data)
+        reference, others = evaluation.measured[splits[0]].source, find_source(floor_data, classes)
         metrics, report.tables["generation"] = evaluate_generation(
             loaded, yardsticks, reference, others, splits[0], seed=seed,
             max_corrupt_share=max_corrupt_share, progress=progress,

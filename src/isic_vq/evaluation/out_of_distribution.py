@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
+from isic_vq.data.classes import AUTO, Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
 from isic_vq.evaluation.images import sampled_images
@@ -101,10 +102,10 @@ def evaluate_out_of_distribution(
         tiles, non_skin_name = photograph_tiles(), "tiles of scikit-learn's sample photographs"
         others = [processor(tiles, return_tensors="pt")["pixel_values"]]
     else:
-        other_source = find_source(non_skin)
+        other_source = find_source(non_skin, Classes.parse(AUTO))
         non_skin_name = other_source.name
         others = list(sampled_images(other_source, processor, limit, seed, max_corrupt_share))
-    source = find_source(uri)
+    source = find_source(uri, Classes.parse(AUTO))
     num_images = source.describe().num_images
     reference = read_reference(train_codes, loaded, seed=seed)
     copies = _spoiled_copies(sampled_images(source, processor, limit, seed, max_corrupt_share), seed)

@@ -58,6 +58,12 @@ _ALIASES = {
         "melanocytic nevi",
         "melanocytic naevus",
         "nevus spilus",
+        "common nevus",
+        "blue nevus",
+        "spitz nevus",
+        "congenital nevus",
+        "atypical nevus",
+        "dysplastic nevus",
     ),
     "basal_cell_carcinoma": ("bcc", "basalioma"),
     "actinic_keratosis": (
@@ -135,7 +141,7 @@ _OTHER = (
 
 # Columns of the challenges' tables with one 1 in each row; upper case in 2018 and 2019, lower case in 2017.
 _ONE_HOT = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
-_ONE_HOT_2017 = ("melanoma", "seborrheic_keratosis")
+_ONE_HOT_2017 = ("MELANOMA", "SEBORRHEIC_KERATOSIS")
 
 
 def _key(name: str) -> str:
@@ -145,6 +151,25 @@ def _key(name: str) -> str:
 
 _CANONICAL_OF = {_key(spelling): name for name, aliases in _ALIASES.items() for spelling in (name, *aliases)}
 _OTHER_KEYS = frozenset(map(_key, _OTHER))
+# Aliases that name a part of their class: a list of classes may tell them apart, as "solar lentigo" from the rest.
+_NARROWER = frozenset(
+    map(
+        _key,
+        (
+            *("melanoma in situ", "melanoma invasive", "melanoma metastasis"),
+            *(name for name in _ALIASES["nevus"][7:]),
+            *("intraepithelial carcinoma", "bowen disease", "bowen's disease"),
+            *(name for name in _ALIASES["benign_keratosis"][4:]),
+            *("angioma", "hemangioma", "haemangioma", "angiokeratoma", "pyogenic granuloma"),
+            *(
+                name
+                for name in _ALIASES["squamous_cell_carcinoma"]
+                if "in situ" in name or "invasive" in name
+            ),
+        ),
+    )
+)
+_MAX_LISTED = 20  # classes in a message
 
 
 def canonical_diagnosis(name: str) -> str:
@@ -163,13 +188,34 @@ def canonical_diagnosis(name: str) -> str:
         >>> canonical_diagnosis("MEL"), canonical_diagnosis("Seborrheic keratosis")
         ('melanoma', 'benign_keratosis')
     """
-    canonical = "unknown" if _key(name) in _OTHER_KEYS else _CANONICAL_OF.get(_key(name))
+    canonical = "unknown" if is_other_disease(name) else find_diagnosis(name)
     if canonical is None:
-        close = difflib.get_close_matches(_key(name), _CANONICAL_OF, n=3, cutoff=0.7)
-        meant = dict.fromkeys(_CANONICAL_OF[key] for key in close)
+        meant = closest_diagnoses(name)
         hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
         raise ValueError(f"{name!r} is not a known diagnosis.{hint} Known names: {', '.join(DIAGNOSES)}.")
     return canonical
+
+
+def find_diagnosis(name: str, synonyms_only: bool = False) -> str | None:
+    """Return the entry of `DIAGNOSES` that a spelling stands for; None if it stands for none.
+
+    Args:
+        name: case, spaces, hyphens and underscores do not matter.
+        synonyms_only: take no alias that names a part of its class, such as "solar lentigo" of benign keratosis.
+    """
+    key = _key(name)
+    return None if synonyms_only and key in _NARROWER else _CANONICAL_OF.get(key)
+
+
+def is_other_disease(name: str) -> bool:
+    """Tell whether ISIC's tables know a name as one for none of the eight classes, such as "scar"."""
+    return _key(name) in _OTHER_KEYS
+
+
+def closest_diagnoses(name: str) -> list[str]:
+    """Return up to three entries of `DIAGNOSES` with a spelling close to a name, the closest first."""
+    close = difflib.get_close_matches(_key(name), _CANONICAL_OF, n=3, cutoff=0.7)
+    return list(dict.fromkeys(_CANONICAL_OF[key] for key in close))
 
 
 def archive_diagnosis(levels: Sequence[str | None]) -> str:
@@ -192,12 +238,17 @@ def archive_diagnosis(levels: Sequence[str | None]) -> str:
     return "unknown"
 
 
+def is_one_hot(column: str) -> bool:
+    """Tell whether a column is one that `one_hot_diagnosis` reads."""
+    return column.upper() in (*_ONE_HOT, *_ONE_HOT_2017)
+
+
 def one_hot_diagnosis(row: Mapping[str, object]) -> str | None:
     """Return the canonical name of the column of a challenge's table that holds a 1.
 
     Args:
-        row: has columns such as MEL, NV, BCC (2018, 2019), or melanoma and seborrheic_keratosis (2017, where a row
-            without a 1 is a nevus); numbers may be text.
+        row: has columns such as MEL, NV, BCC (2018, 2019), in upper or in lower case, or melanoma and
+            seborrheic_keratosis (2017, where a row without a 1 is a nevus); numbers may be text.
 
     Returns:
         One of `DIAGNOSES`, "unknown" if no column holds a 1; None if the row has no such columns.
@@ -205,6 +256,7 @@ def one_hot_diagnosis(row: Mapping[str, object]) -> str | None:
     Raises:
         ValueError: several columns hold a 1, or one holds neither 0 nor 1.
     """
+    row = {name.upper(): value for name, value in row.items()}
     columns = [name for name in _ONE_HOT if name in row]
     is_2017 = len(columns) < 2
     if is_2017:
@@ -231,30 +283,51 @@ def resolve_label(label: int | str, id2label: Mapping[int, str]) -> int:
     """Return the class id that a label means to a model.
 
     Args:
-        label: a class id, or a class name, alias or abbreviation ("melanoma", "MEL", "3").
+        label: a class id, or a class name, alias or abbreviation ("melanoma", "MEL", "3"). A name counts as it is
+            written before it counts as anything else: "3" is the class called so, if there is one, else the id.
         id2label: the model's classes, as in its config.
 
     Returns:
         A key of `id2label`.
 
     Raises:
-        ValueError: the model has no such class; the message names the label and the model's classes.
+        ValueError: the model has no such class, or several; the message names the label and the model's classes.
     """
-    classes = ", ".join(f"{index} = {name}" for index, name in sorted(id2label.items())) or "none"
     if isinstance(label, bool) or not isinstance(label, (Integral, str)):
         raise ValueError(
-            f"label {label!r} is a {type(label).__name__}; give a class id or a name. Classes: {classes}."
+            f"label {label!r} is a {type(label).__name__}; give a class id or a name. Classes: {_listed(id2label)}."
         )
-    if isinstance(label, Integral) or label.strip().isdecimal():
+    if isinstance(label, Integral):
         if int(label) in id2label:
             return int(label)
-        raise ValueError(f"label {label!r} is not a class id of this model. Classes: {classes}.")
-    ids = {_key(name): index for index, name in id2label.items()}
-    wanted = _CANONICAL_OF.get(_key(label))
-    if _key(label) in ids:
-        return ids[_key(label)]
-    for name, index in ids.items():
-        if wanted is not None and _CANONICAL_OF.get(name) == wanted:
-            return index
+        raise ValueError(f"label {label!r} is not a class id of this model. Classes: {_listed(id2label)}.")
+    text, wanted = label.strip(), find_diagnosis(label)
+    number = int(text) if text.isdecimal() else None
+    for found in (
+        [index for index, name in id2label.items() if name == text],
+        [index for index, name in id2label.items() if name.casefold() == text.casefold()],
+        [number] if number in id2label else [],
+        [index for index, name in id2label.items() if _key(name) == _key(text) != ""],
+        [index for index, name in id2label.items() if wanted and find_diagnosis(name, True) == wanted],
+    ):
+        if len(found) == 1:
+            return found[0]  # type: ignore[return-value]  # a number is None only where its list is empty
+        if found:
+            raise ValueError(
+                f"label {label!r} may be {' or '.join(id2label[index] for index in found)}: give the name as it is "
+                "written, or its id."
+            )
+    if number is not None:
+        raise ValueError(f"label {label!r} is not a class id of this model. Classes: {_listed(id2label)}.")
     known_as = f" ({wanted})" if wanted is not None else ""
-    raise ValueError(f"label {label!r}{known_as} is not a class of this model. Classes: {classes}.")
+    close = difflib.get_close_matches(text, id2label.values(), n=3, cutoff=0.7)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(
+        f"label {label!r}{known_as} is not a class of this model.{hint} Classes: {_listed(id2label)}."
+    )
+
+
+def _listed(id2label: Mapping[int, str]) -> str:
+    classes = [f"{index} = {name}" for index, name in sorted(id2label.items())]
+    more = len(classes) - _MAX_LISTED
+    return (", ".join(classes[:_MAX_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.out_of_distribution import auroc
 from isic_vq.evaluation.report import Metric
@@ -77,8 +78,9 @@ def evaluate_realism(
     if seeds < 2:
         raise ValueError(f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides")
     student = student or default_student(model)
-    train_records, classes, train_about = study_records(train, None, limit)
-    test_records, _, test_about = study_records(test, classes, limit)
+    generated = Classes.of_model(model.config.class_names.values())
+    train_records, classes, train_about = study_records(train, None, limit, generated)
+    test_records, _, test_about = study_records(test, classes, limit, generated)
     settings = {"train": train_about, "test": test_about, "student": asdict(student)}
     check_settings(work_dir / "settings.json", settings)
     read = ImageReader(student.image_size, classes)
@@ -86,7 +88,7 @@ def evaluate_realism(
     for seed, (part, records) in enumerate(zip(PARTS, (train_records, test_records), strict=True)):
         folder, diagnoses = work_dir / f"samples-{part}", records["diagnosis"]
         generate_shards(model, folder, len(diagnoses), diagnoses, seed=seed)  # only what is missing
-        samples = find_source(f"parquet:{folder / 'images-*.parquet'}").dataset()
+        samples = find_source(f"parquet:{folder / 'images-*.parquet'}", generated).dataset()
         real = ImageReader(model.config.vqvae_config.image_size, classes)(records).pixels
         sets[part] = {
             "real": read(records).pixels,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.agreement import agreement_metrics
@@ -88,7 +89,8 @@ def evaluate_sampling(
         )
     model.eval()
     yardsticks = [yardstick.to(model.device) for yardstick in yardsticks]
-    source = find_source(reference)
+    classes = Classes.of_model(model.config.class_names.values())
+    source = find_source(reference, classes)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
 
     def embedded(batches: Iterable[Batch]) -> EmbeddedImages:
@@ -110,7 +112,7 @@ def evaluate_sampling(
             progress=progress,
             **asdict(sampling),
         )
-        shards = find_source(f"parquet:{folder / 'images-*.parquet'}").dataset()
+        shards = find_source(f"parquet:{folder / 'images-*.parquet'}", classes).dataset()
         sets[name] = embedded(iter_batches(shards, processor, BATCH_SIZE))
     metrics = []
     for yardstick in yardsticks:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import ResNetForImageClassification
 
 from isic_vq.data.augmentation import dihedral, random_views
+from isic_vq.data.classes import Classes
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
@@ -209,7 +210,7 @@ class ImageReader:
 
 
 def study_records(
-    uri: str, classes: list[str] | None, limit: int | None
+    uri: str, classes: list[str] | None, limit: int | None, labels: Classes | None = None
 ) -> tuple[Any, list[str], dict[str, Any]]:
     """Records of the classes, by default all that occur; the classes; and what settles which records these are.
 
@@ -217,18 +218,19 @@ def study_records(
         uri: where the records are.
         classes: diagnoses; records of others are left out.
         limit: at most so many records, a seeded subset.
+        labels: names that labels may have, as for `find_source`.
 
     Raises:
         DataError: the records can only be streamed, or cannot be used.
     """
-    source = find_source(uri)
+    source = find_source(uri, labels)
     if not source.has_random_access:
         raise DataError(f"{source.name} can only be streamed: write it to files with isic-vq data prepare")
     records = source.dataset()
     if limit is not None and limit < len(records):
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
         records = records.select(sorted(order[:limit].tolist()))
-    classes = classes or known_classes(records["diagnosis"])
+    classes = classes or known_classes(records["diagnosis"], source.classes.names)
     records = labelled(records, classes, source.name)
     about = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}
     return records, classes, {**about, "ids_sha256": hash_ids(records["isic_id"]), "classes": classes}

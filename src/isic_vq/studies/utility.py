@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.report import Metric
@@ -81,8 +82,9 @@ def evaluate_utility(
     if seeds < 2:
         raise ValueError(f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides")
     student = student or Student()
-    train_records, classes, train_about = study_records(train, None, limit)
-    test_records, _, test_about = study_records(test, classes, limit)
+    generated = Classes.of_model(model.config.class_names.values())
+    train_records, classes, train_about = study_records(train, None, limit, generated)
+    test_records, _, test_about = study_records(test, classes, limit, generated)
     settings = {"train": train_about, "test": test_about, "student": asdict(student)}
     check_settings(work_dir / "settings.json", settings)
     read = ImageReader(student.image_size, classes)
@@ -91,7 +93,7 @@ def evaluate_utility(
     def training_images(arm: str, folder: Path) -> LabelledImages:
         if arm == "real":
             return real
-        synthetic = read(find_source(f"parquet:{folder / 'images-*.parquet'}").dataset())
+        synthetic = read(find_source(f"parquet:{folder / 'images-*.parquet'}", generated).dataset())
         return synthetic if arm == "synthetic" else real + synthetic
 
     diagnoses = train_records["diagnosis"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
+from isic_vq.data.classes import ordered_classes
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
@@ -30,7 +31,6 @@ from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_
 from isic_vq.evaluation.likelihood import balanced_accuracy
 from isic_vq.evaluation.out_of_distribution import auroc
 from isic_vq.evaluation.report import Metric, Report, environment
-from isic_vq.models.diagnosis import DIAGNOSES
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.averaging import gathered_batch_norm
 from isic_vq.training.images import ImageTask, open_data
@@ -289,17 +289,15 @@ def preprocessor(image_size: int) -> ConvNextImageProcessorPil:
     )
 
 
-def known_classes(diagnoses: Sequence[str]) -> list[str]:
-    """The diagnoses that occur, but for `unknown`, in the order of `DIAGNOSES`.
+def known_classes(diagnoses: Sequence[str], declared: Sequence[str] | None = None) -> list[str]:
+    """The classes that occur, in the order of `ordered_classes`.
 
     Raises:
         DataError: there are fewer than two.
     """
-    classes = [name for name in DIAGNOSES if name in set(diagnoses) - {"unknown"}]
+    classes = ordered_classes(diagnoses, declared)
     if len(classes) < 2:
-        raise DataError(
-            f"the training images have {classes or 'no diagnosis'}: expected at least two diagnoses"
-        )
+        raise DataError(f"the training images have {classes or 'no class'}: expected at least two classes")
     return classes
 
 
@@ -337,7 +335,7 @@ def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report |
             f"data.train={train.name} is streamed, and a classifier counts its classes first: write the images to "
             "files with isic-vq data prepare"
         )
-    classes = known_classes(train["diagnosis"])
+    classes = known_classes(train["diagnosis"], sources["train"].classes)
     parts = {"train": train, "validation": validation}
     kept = {name: labelled(records, classes, sources[name].name) for name, records in parts.items()}
     left_out = {name: len(parts[name]) - len(kept[name]) for name in parts}

@@ -1,5 +1,6 @@
 """What the stages that train on images share: batches of sound images, views, pictures for people."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -9,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from isic_vq.data.classes import UNKNOWN, Classes, counted, new_classes
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
 from isic_vq.data.order import epoch_order
-from isic_vq.data.parts import find_part, open_part
+from isic_vq.data.parts import find_part, split_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.prepared import PreparedSource
@@ -25,6 +27,8 @@ from isic_vq.training.stream_feed import StreamFeed
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
 
@@ -129,7 +133,7 @@ def open_images(
     validation_set = DecodedImages(validation, processor, cache=recipe.cache)
     if isinstance(train, Source):
         return StreamedImages(train, processor, infos["train"].num_images), validation_set, infos
-    source, shard_sizes = find_source(recipe.train), None
+    source, shard_sizes = find_source(recipe.train, recipe.declared_classes), None
     if isinstance(source, PreparedSource) and len(train) == sum(source.shard_sizes):  # all rows, not a part
         shard_sizes = source.shard_sizes
     train_set = DecodedImages(train, processor, cache=recipe.cache, shard_sizes=shard_sizes)
@@ -140,26 +144,40 @@ def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str,
     """Training records, or their source if they are streamed, validation records, and what may be published of both."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
-    source = find_part(recipe.train, licenses=recipe.licenses)
-    if recipe.stream or not source.has_random_access:
-        if not recipe.validation:
-            raise DataError(
-                f"data.train={source.name} is streamed, so no part of it can be split off for validation: name "
-                "data.validation, or write the images to files first, with isic-vq data prepare"
-            )
-        validation, validation_info = open_validation(recipe.validation)
-        return source, validation, {"train": source.describe(), "validation": validation_info}
+    classes = recipe.declared_classes
+    train = find_part(recipe.train, licenses=recipe.licenses, classes=classes)
+    is_streamed = recipe.stream or not train.has_random_access
+    if is_streamed and not recipe.validation:
+        raise DataError(
+            f"data.train={train.name} is streamed, so no part of it can be split off for validation: name "
+            "data.validation, or write the images to files first, with isic-vq data prepare"
+        )
     if recipe.validation:
-        train, train_info = source.dataset(), source.describe()
-        validation, validation_info = open_validation(recipe.validation)
+        train_info = train.describe()
+        validation, validation_info = open_validation(recipe, train_info)
     else:
-        share, licenses = recipe.validation_share, recipe.licenses
-        train, train_info = open_part(recipe.train, "train", share, licenses)
-        validation, validation_info = open_part(recipe.train, "validation", share, licenses)
-    return train, validation, {"train": train_info, "validation": validation_info}
+        whole = find_source(recipe.train, classes)
+        train, validation = split_source(whole, recipe.validation_share, recipe.licenses)
+        train_info, validation_info = train.describe(), validation.info
+    records = validation.dataset() if validation.has_random_access else read_into_memory(validation)
+    infos = {"train": train_info, "validation": validation_info}
+    return train if is_streamed else train.dataset(), records, infos
 
 
-def open_validation(uri: str) -> "tuple[Dataset, SourceInfo]":
-    """Validation records, read into memory if their source can only be streamed, and what may be published of them."""
-    records, info = open_part(uri)
-    return read_into_memory(records) if isinstance(records, Source) else records, info
+def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:
+    """The validation images that a recipe names, and what may be published of them.
+
+    Raises:
+        DataError: where the recipe declares classes, there are images of one that no training image has.
+    """
+    classes, declared = recipe.declared_classes, recipe.classes is not None
+    if declared and recipe.drop_other_classes:
+        classes = Classes(tuple(train.classes or ()), "drop")
+    source = find_part(str(recipe.validation), classes=classes)
+    info = source.describe()
+    new = {name: number for name, number in info.diagnoses.items() if name not in {*train.diagnoses, UNKNOWN}}
+    if new and declared:
+        raise new_classes(new, "data.drop_other_classes=true")
+    if new:
+        logger.warning("validation images of classes that no training image has: %s", counted(new))
+    return source, info

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isic_vq.data.augmentation import random_views
+from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import read_training_data
 from isic_vq.data.schema import DataError
@@ -168,6 +170,16 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     for name, cache in caches.items():
         check_tokenizer(cache, tokenizer, f"{name}_codes")
     class_names = caches["train"].class_names()
+    caches["validation"] = known_to_training(caches["validation"], class_names, recipe.drop_other_classes)
+    for name, cache in caches.items():
+        without = sum(diagnosis not in class_names for diagnosis in cache.diagnoses)
+        logger.info(
+            "%s: %d classes, %d of %d images without one",
+            name,
+            len(set(cache.class_names())),
+            without,
+            len(cache.isic_ids),
+        )
     config = build_prior_config(tokenizer.config, recipe.model)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in enumerate(class_names)}
@@ -199,6 +211,28 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     report = write_results(model, task, caches, recipe, run_dir)
     trainer.finish()
     return report
+
+
+def known_to_training(cache: CodeCache, class_names: list[str], drop_others: bool) -> CodeCache:
+    """The codes of validation images that are of the training images' classes, or of none.
+
+    Raises:
+        DataError: there are others of declared classes, and they are not to be dropped; or nothing else.
+    """
+    others = set(cache.class_names()).difference(class_names)
+    new = Counter(name for name in cache.diagnoses if name in others)
+    if not new:
+        return cache
+    if not drop_others:
+        if cache.source.classes is not None:
+            raise new_classes(new, "drop_other_classes=true")
+        logger.warning(
+            "validation images of classes that no training image has count as images without one: %s",
+            counted(new),
+        )
+        return cache
+    logger.info("left out, validation images of classes that no training image has: %s", counted(new))
+    return cache.select([row for row, name in enumerate(cache.diagnoses) if name not in new])
 
 
 def build_prior_config(tokenizer: VQVAEConfig, fields: dict[str, Any]) -> PriorConfig:

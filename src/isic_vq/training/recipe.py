@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from huggingface_hub.dataclasses import strict
 
+from isic_vq.data.classes import Classes
 from isic_vq.evaluation.report import ABSOLUTE_PATH
 
 
@@ -111,6 +112,10 @@ class DataRecipe:
         validation_share: that share, in (0, 1).
         licenses: train on images under these licences alone, such as [CC-0]; [] takes all. It holds for what is split
             off for validation, too, but not for images that `validation` names: these are only measured.
+        classes: your own classes, a list of names, beside which ISIC's are known; "auto" takes every name that is there,
+            "none" no label at all. By default ISIC's eight. A label that is neither declared nor known stops the run.
+        drop_other_classes: leave out, and count, images of classes that are not declared, and validation images of classes
+            that no training image has.
         max_corrupt_share: share of unreadable images past which the run fails.
         cache: keep decoded images in memory (48 KiB each at 128 pixels).
     """
@@ -120,8 +125,21 @@ class DataRecipe:
     stream: bool = False
     validation_share: float = 0.1
     licenses: list[str] = dataclasses.field(default_factory=list)
+    classes: str | list | None = None
+    drop_other_classes: bool = False
     max_corrupt_share: float | int = 0.01
     cache: bool = True
+
+    @property
+    def declared_classes(self) -> Classes | None:
+        """The classes as `find_source` takes them; None leaves them to the source."""
+        if self.classes is None and not self.drop_other_classes:
+            return None
+        return Classes.parse(self.classes, self.drop_other_classes)
+
+    def validate_classes(self) -> None:
+        """Check the names of the classes; called by `strict`."""
+        _ = self.declared_classes
 
 
 @strict
@@ -184,6 +202,8 @@ class PriorRecipe:
         model: fields of the prior's config, and its `model_type`: "isic_pixelcnn" where there is none, or "isic_var".
             What they share with the tokenizer's config comes from there, the classes from the code cache.
         num_samples: images generated at the end, for the figures.
+        drop_other_classes: leave out, and count, validation images of classes that no training image has; where own
+            classes were declared, they stop the run otherwise.
     """
 
     output_dir: str = "runs/prior"
@@ -194,6 +214,7 @@ class PriorRecipe:
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     model: dict = dataclasses.field(default_factory=dict)
     num_samples: int = 64
+    drop_other_classes: bool = False
 
     def validate_ranges(self) -> None:
         """Check what the types do not say; called by `strict`."""

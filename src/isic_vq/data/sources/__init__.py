@@ -22,6 +22,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources.archive import ArchiveSource
 from isic_vq.data.sources.base import Source, SourceInfo
@@ -53,12 +54,15 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 }
 
 
-def open_source(uri: str, streaming: bool = False) -> Dataset | IterableDataset:
+def open_source(
+    uri: str, streaming: bool = False, classes: Classes | None = None
+) -> Dataset | IterableDataset:
     """Open a source with exactly the columns of `FEATURES`.
 
     Args:
         uri: see the module's docstring.
         streaming: return an `IterableDataset` that reads rows as they are asked for, in the same order.
+        classes: as for `find_source`.
 
     Raises:
         DataError: the URI, its files or one of its rows cannot be used, or the source can only be streamed. When
@@ -68,7 +72,7 @@ def open_source(uri: str, streaming: bool = False) -> Dataset | IterableDataset:
         >>> open_source("synthetic:16:0").num_rows
         16
     """
-    source = find_source(uri)
+    source = find_source(uri, classes)
     return source.stream() if streaming else source.dataset()
 
 
@@ -81,8 +85,12 @@ def describe_source(uri: str) -> SourceInfo:
     return find_source(uri).describe()
 
 
-def find_source(uri: str) -> Source:
+def find_source(uri: str, classes: Classes | None = None) -> Source:
     """Parse a URI and find what it names.
+
+    Args:
+        uri: see the module's docstring.
+        classes: names that labels may have; by default those that the source itself declares, else ISIC's.
 
     Raises:
         DataError: the URI is not one, or names nothing.
@@ -95,7 +103,8 @@ def find_source(uri: str) -> Source:
         raise DataError(f"{uri!r} has the unknown scheme {scheme!r}. Expected {SCHEMES}.")
     if not target.strip() and scheme != "isic-archive":
         raise DataError(f"{uri!r} names nothing. Expected {SCHEMES}.")
-    return SOURCES[scheme or _scheme_of_path(target)](target)
+    source = SOURCES[scheme or _scheme_of_path(target)](target)
+    return source if classes is None else source.with_classes(classes)
 
 
 def _scheme_of_path(target: str) -> str:

@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 import pyarrow
 import pyarrow.parquet
 
+from isic_vq.data.classes import Reading
 from isic_vq.data.http import RemoteError, RemoteSettings, Request, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
@@ -179,6 +180,8 @@ class ArchiveSource(Source):
         """
         return cls(ArchiveFilters.parse(target.strip()))
 
+    is_listed_cheaply = False
+
     @property
     def name(self) -> str:  # type: ignore[override]
         """The URI with its filters in order."""
@@ -194,7 +197,7 @@ class ArchiveSource(Source):
         number = self._found()[0].num_rows
         return [(start, min(start + IMAGES_PER_PART, number)) for start in range(0, number, IMAGES_PER_PART)]
 
-    def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: tuple[int, int], reading: Reading) -> Iterator[dict[str, Any]]:
         """Yield the records of a range of images; one that cannot be had has no image, and a warning names it."""
         start, stop = part
         rows = self._found()[0].slice(start, stop - start).cast(SCHEMA).to_pylist()
@@ -203,12 +206,13 @@ class ArchiveSource(Source):
         for row, content in zip(rows, client().fetch(requests), strict=True):
             if isinstance(content, RemoteError):
                 logger.warning("%s has no image: %s", row["isic_id"], content)
-            yield {"image": content if isinstance(content, bytes) else None, **_normal(row)}
+            yield {"image": content if isinstance(content, bytes) else None, **_normal(row, reading)}
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all images."""
         for batch in self._found()[0].to_batches(ROWS_AT_ONCE):
-            yield from map(_normal, batch.cast(SCHEMA).to_pylist())
+            for row in batch.cast(SCHEMA).to_pylist():
+                yield _normal(row, reading)
 
     def fingerprint(self) -> str:
         """Of the snapshot's time, the kind of images and their ids."""
@@ -338,6 +342,6 @@ def _diagnosis(row: dict[str, Any]) -> str:
     return archive_diagnosis([row.get(name) for name in DIAGNOSIS_LEVELS])
 
 
-def _normal(row: dict[str, Any]) -> dict[str, Any]:
+def _normal(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """A row of the archive's metadata with the columns of `FEATURES`."""
-    return normalise({**row, "source": "isic-archive"}, "isic-archive")
+    return normalise({**row, "source": "isic-archive"}, "isic-archive", reading=reading)

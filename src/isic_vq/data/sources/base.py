@@ -5,16 +5,21 @@ which processes and workers share the reading, so that no part is read twice, an
 It does not split or decode: records carry encoded images.
 """
 
+import copy
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from datasets import Dataset, IterableDataset
 
+from isic_vq.data.classes import Classes, Reading
 from isic_vq.data.schema import FEATURES, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,11 @@ class SourceInfo:
         num_images: number of rows, corrupt images included.
         licenses: number of images per licence, "unknown" where a row has none.
         attributions: the distinct attribution lines, sorted.
-        diagnoses: number of images per canonical diagnosis.
+        diagnoses: number of images per class.
         snapshot: when the source's content was fixed, as the source says it; None where it does not.
         ids_sha256: `hash_ids` of its images; None in records of older versions.
         manifest_sha256: of the manifest of a prepared folder; None for other sources.
+        classes: the images' classes in the order of their ids; None if these are ISIC's, in their order.
     """
 
     name: str
@@ -42,6 +48,7 @@ class SourceInfo:
     snapshot: str | None = None
     ids_sha256: str | None = None
     manifest_sha256: str | None = None
+    classes: list[str] | None = None
 
 
 class Source(ABC):
@@ -51,11 +58,26 @@ class Source(ABC):
         name: its URI, safe to publish.
         snapshot: when its content was fixed, as it says itself, or None.
         manifest_sha256: as `SourceInfo` has it.
+        classes: the names that its labels may have.
+        is_listed_cheaply: whether its rows are read without fetching images from another machine.
     """
 
     name: str
     snapshot: str | None = None
     manifest_sha256: str | None = None
+    classes: Classes = Classes()
+    is_listed_cheaply: bool = True
+
+    def with_classes(self, classes: Classes) -> Self:
+        """The source, its labels taken for names of these classes."""
+        source = copy.copy(self)
+        source.__dict__.update(classes=classes, _findings=Reading(classes))
+        return source
+
+    @property
+    def findings(self) -> Reading:
+        """What the last pass over all rows met."""
+        return self.__dict__.get("_findings") or Reading(self.classes)
 
     @abstractmethod
     def parts(self) -> list[Any]:
@@ -66,20 +88,44 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
         """Yield the records of a part in order, images encoded: bytes, a path, or None where there is none.
+
+        Args:
+            part: one of `parts`.
+            reading: names classes and is told what is left out; a diagnosis of None leaves out its record.
 
         Raises:
             DataError: a record cannot be used; it is named.
         """
 
     @abstractmethod
-    def metadata(self) -> Iterable[dict[str, Any]]:
-        """The rows of all records in order, without `image`, and without fetching images.
+    def rows(self, reading: Reading) -> Iterable[dict[str, Any]]:
+        """The rows of all records in order, without `image`, and without fetching images; else as `records_of`."""
+
+    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+        """Yield the records of a part that are not left out, see `records_of`.
 
         Raises:
-            DataError: as `read`.
+            DataError: as `records_of`, or a label is neither declared nor known.
         """
+        records = self.records_of(part, Reading(self.classes))
+        return (record for record in records if record["diagnosis"] is not None)
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all records that are not left out, see `rows`, and keep what was met in `findings`.
+
+        Raises:
+            DataError: as `rows`; or, after the last row, because labels are neither declared nor known.
+        """
+        return self.checked(self.rows)
+
+    def checked(self, rows: Callable[[Reading], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are not left out; all labels that cannot be used are refused together at the end."""
+        reading = Reading(self.classes, is_strict=False)
+        yield from (row for row in rows(reading) if row["diagnosis"] is not None)
+        self.__dict__["_findings"] = reading
+        reading.check(self.name)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -126,7 +172,14 @@ class Source(ABC):
         Raises:
             DataError: as `metadata`.
         """
-        return describe_rows(self, self.metadata())
+        info = describe_rows(self, self.metadata())
+        self.tell()
+        return info
+
+    def tell(self) -> None:
+        """Log what the last pass over all rows met."""
+        for line in self.findings.lines():
+            logger.info("%s: %s", self.name, line)
 
 
 def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -160,6 +213,7 @@ def describe_rows(source: Source, rows: Iterable[dict[str, Any]], name: str | No
         snapshot=source.snapshot,
         ids_sha256=hash_ids(ids),
         manifest_sha256=source.manifest_sha256,
+        classes=None if source.classes.is_default else source.classes.ordered(diagnoses),
     )
 
 

@@ -12,7 +12,6 @@ unknown. A row with two is an error: the table is not the challenge's.
 The zip archive is opened once and never as a whole in memory; see `range_zip`.
 """
 
-import csv
 import functools
 import hashlib
 import io
@@ -27,10 +26,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from isic_vq.data.classes import Reading
 from isic_vq.data.http import RemoteSettings, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.range_zip import Member, RangeZip, is_remote, public_name
+from isic_vq.data.tables import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ class ChallengeSource(Source):
             raise DataError(f"'challenge:{target}' is not known. Expected YEAR or YEAR:PART, of {known}.")
         return cls(year, part or "train")
 
+    is_listed_cheaply = False
+
     @property
     def name(self) -> str:  # type: ignore[override]
         """The URI with its part."""
@@ -174,19 +177,24 @@ class ChallengeSource(Source):
                 start = stop
         return parts
 
-    def read(self, part: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: tuple[int, int], reading: Reading) -> Iterator[dict[str, Any]]:
         """Yield the records of a range of images; one that cannot be read has no image, and a warning names it."""
         contents = self._contents()
         for member, content in contents.archive.read(contents.images[slice(*part)]):
-            row = self._row(member, contents)
+            row = self._row(member, contents, reading)
             if isinstance(content, DataError):
                 logger.warning("%s: %s has no image: %s", self.name, row["isic_id"], content)
             yield {"image": content if isinstance(content, bytes) else None, **row}
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all images; of the zip archive only the directory is read."""
         contents = self._contents()
-        return (self._row(member, contents) for member in contents.images)
+        for name in contents.left_out:
+            reading.leave_out("no photograph of the challenge", name)
+        for member in contents.images:
+            if self.release.tables and contents.ids[member.name] not in contents.rows:
+                reading.note("images in no table", contents.ids[member.name])
+            yield self._row(member, contents, reading)
 
     def fingerprint(self) -> str:
         """Of names, sizes and checksums in the archive's directory, and of the rows."""
@@ -200,12 +208,12 @@ class ChallengeSource(Source):
     def _contents(self) -> "_Contents":
         return _open(self.name, self.release, RemoteSettings.from_environment())
 
-    def _row(self, member: Member, contents: "_Contents") -> dict[str, Any]:
+    def _row(self, member: Member, contents: "_Contents", reading: Reading) -> dict[str, Any]:
         """The row of an image, as the tables have it."""
         name, release = contents.ids[member.name], self.release
         about = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
         about |= {"license": release.license, "attribution": release.attribution}
-        return normalise(about, self.name)
+        return normalise(about, self.name, reading=reading)
 
 
 class _Contents(NamedTuple):
@@ -216,12 +224,14 @@ class _Contents(NamedTuple):
         images: its members that are photographs, in the order of their bytes.
         ids: of the images, by their names in the archive.
         rows: of the tables, by the image's id.
+        left_out: names of the other files in the archive, which are masks, superpixels and notes.
     """
 
     archive: RangeZip
     images: tuple[Member, ...]
     ids: Mapping[str, str]
     rows: Mapping[str, dict[str, Any]]
+    left_out: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=4)
@@ -246,7 +256,8 @@ def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
             "%s: %d images; %d of them are in no table, %d rows have no image",
             *(name, len(ids), len(ids - rows.keys()), len(rows.keys() - ids)),
         )
-    return _Contents(archive, images, named, rows)
+    left_out = tuple(m.name for m in archive.members if m.name not in named and not m.name.endswith("/"))
+    return _Contents(archive, images, named, rows, left_out)
 
 
 def _image_id(name: str) -> str | None:
@@ -300,12 +311,11 @@ def _read_csv(location: str) -> list[dict[str, str]]:
             ) from error
     if location.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            (name,) = [n for n in archive.namelist() if n.endswith(".csv") and "__MACOSX" not in n]
+            (name,) = [n for n in archive.namelist() if n.lower().endswith(".csv") and "__MACOSX" not in n]
             content = archive.read(name)
-    text = content.decode("utf-8-sig")
-    header = None if not re.match(r"ISIC_\d+,", text) else ("image", "benign_malignant")
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), fieldnames=header))
-    if not rows or not set(NAME_COLUMNS) & set(rows[0]):
+    header = None if not re.match(rb"ISIC_\d+,", content) else ("image", "benign_malignant")
+    rows = read_table(content, public_name(location).removesuffix(".zip"), header)
+    if not set(NAME_COLUMNS) & set(rows[0]):
         raise DataError(
             f"{public_name(location)} has no column image, image_id or image_name: expected a challenge's CSV"
         )

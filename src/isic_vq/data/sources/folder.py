@@ -3,33 +3,34 @@
 Sources: the layout of Hugging Face's `imagefolder` (metadata.csv or metadata.jsonl with a `file_name` column); the
 tables of the ISIC challenges and of isic-cli, which name images by id; the archive's JSON files, NAME.json beside
 NAME.jpg.
-Differs from `imagefolder`: class folders count only where their name is a known diagnosis (it takes any folder
-name, even a host, for a class), and a table that names an image which is not there is an error.
+Differs from `imagefolder`: a table that names an image which is not there is an error, and so is a folder whose name is
+no known class, unless all images lie in that one folder.
 It does not open the images: a file is a record even if it turns out to be corrupt, and loading counts it.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets import Dataset
 
-from isic_vq.data.schema import FEATURES, DataError, normalise
+from isic_vq.data.classes import UNKNOWN, Classes, Reading
+from isic_vq.data.schema import FEATURES, DataError, is_label, is_read, normalise
 from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.files import image_id, image_names
 from isic_vq.data.sources.sidecar import read_sidecar
 from isic_vq.data.sources.uri import expand_path, public_path
-from isic_vq.models.diagnosis import canonical_diagnosis
+from isic_vq.data.tables import is_table, raise_together, read_table
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 # The column of a table that names the image: a file with its folders, or an id without suffix; the first counts.
 NAME_COLUMNS = ("file_name", "isic_id", "image_id", "image_name", "image", "image_file")
 FILES_PER_PART = 64
+
+Row = tuple[str, dict[str, Any]]  # place, for messages, and values
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,17 @@ class FolderSource(Source):
 
     def parts(self) -> list[list[dict[str, Any]]]:
         """The records themselves, in lists: their images are paths."""
-        records = read_folder(self.folder)
+        records = self._records()
         return [records[start : start + FILES_PER_PART] for start in range(0, len(records), FILES_PER_PART)]
 
-    def read(self, part: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: list[dict[str, Any]], reading: Reading) -> Iterator[dict[str, Any]]:
         """The records of a part."""
         yield from part
 
-    def metadata(self) -> list[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all files."""
-        return [
-            {name: value for name, value in row.items() if name != "image"}
-            for row in read_folder(self.folder)
-        ]
+        for record in read_folder(self.folder, reading):
+            yield {name: value for name, value in record.items() if name != "image"}
 
     def fingerprint(self) -> str:
         """As `folder_fingerprint`."""
@@ -78,70 +77,76 @@ class FolderSource(Source):
 
     def dataset(self) -> Dataset:
         """All records; images are paths."""
-        return Dataset.from_list(read_folder(self.folder), features=FEATURES)
+        return Dataset.from_list(self._records(), features=FEATURES)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return list(self.checked(lambda reading: read_folder(self.folder, reading)))
 
 
-def read_folder(folder: Path) -> list[dict[str, Any]]:
+def read_folder(folder: Path, reading: Reading | None = None) -> list[dict[str, Any]]:
     """Return one record per image file, in the order of the relative names, under the names of `FEATURES`.
 
     A record's `image` is the path of its file. What is known of an image is its row of the table; without one,
-    NAME.json beside it. The table is metadata.csv or metadata.jsonl in the folder itself, else the only file there
-    that ends in .csv or .jsonl. An image without a diagnosis in it has that of the nearest folder that is called
-    like one, else `unknown`. Its `isic_id` is the table's, else the file's name without suffix, or the whole
+    NAME.json beside it. The table is metadata.csv, .tsv, .tab or .jsonl in the folder itself, else the only file there
+    that ends so. An image without a diagnosis in it has that of the nearest folder that is called like a known class,
+    else of the folder it lies in. Its `isic_id` is the table's, else the file's name without suffix, or the whole
     relative name where two files share that.
 
     Args:
-        folder: searched recursively; hidden files and folders are left out.
+        folder: searched recursively, see `image_names`.
+        reading: names classes and is told what is left out.
 
     Raises:
-        DataError: there is no image, or the metadata cannot be used.
+        DataError: there is no image, or the metadata cannot be used; all rows that cannot are named together.
     """
-    names = image_names(folder)
-    table = _read_table(folder, names)
+    reading = reading or Reading()
+    names, others = image_names(folder, reading)
+    path = _find_table(folder, others)
+    table = {} if path is None else _table_rows(folder / path, names, reading)
+    sidecars = {PurePosixPath(name).with_suffix(".json").as_posix() for name in names} & set(others)
+    for name in others:
+        if name != path and name not in sidecars:
+            reading.leave_out("no image by its name", name)
+    tells_classes = any(is_label(column) for _, row in table.values() for column in row)
+    labels = class_folders(names, reading.classes, known_only=tells_classes)
     stems = Counter(PurePosixPath(name).stem for name in names)
-    records = []
+    records, problems = [], []
     for name in names:
-        sidecar = (folder / name).with_suffix(".json")
+        sidecar = PurePosixPath(name).with_suffix(".json").as_posix()
         where, described = table.get(name, (name, {}))
-        if name not in table and sidecar.is_file():
-            where = PurePosixPath(name).with_suffix(".json").as_posix()
-            described = read_sidecar(sidecar.read_bytes(), where)
-        record = normalise({"file_name": name, **described}, where)
-        if record["diagnosis"] == "unknown":
-            record["diagnosis"] = class_folder(name)
-        if record["isic_id"] == PurePosixPath(name).stem and stems[record["isic_id"]] > 1:
-            record["isic_id"] = name
+        if path is not None and name not in table:
+            reading.note(f"images without a row in {path}", name)
+        if name not in table and sidecar in sidecars:
+            where, described = (
+                sidecar,
+                read_sidecar((folder / name).with_suffix(".json").read_bytes(), sidecar),
+            )
+        try:
+            record = normalise(
+                {"file_name": name, **described}, where, reading=reading, label=labels.get(name)
+            )
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        stem = PurePosixPath(name).stem
+        if record["isic_id"] == stem:
+            record["isic_id"] = name if stems[stem] > 1 else image_id(stem)
         records.append({"image": None, **record} | {"image": str(folder / name)})
+    raise_together(problems, path or folder.name)
+    if len({PurePosixPath(name).parent for name in names}) == 1 and not labels and "/" in names[0]:
+        for name, record in zip(names, records, strict=False):
+            if record["diagnosis"] == UNKNOWN:
+                reading.note("images in one folder, which is no known class and not taken for one", name)
     return records
-
-
-def image_names(folder: Path) -> list[str]:
-    """Return the sorted names of a folder's image files, relative to it, with forward slashes.
-
-    Raises:
-        DataError: there is none.
-    """
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(
-        path.as_posix()
-        for path in files
-        if not any(part.startswith(".") for part in path.parts) and (folder / path).is_file()
-    )
-    if not names:
-        raise DataError(
-            f"No images in the folder {folder.name!r} or below: expected files that end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Parquet files are read with parquet:PATTERN."
-        )
-    return names
 
 
 def folder_fingerprint(folder: Path) -> str:
     """Return the sha256 over names and contents of the images, the table and the JSON files, as hex digits."""
-    images = image_names(folder)
-    sidecars = {PurePosixPath(name).with_suffix(".json").as_posix() for name in images}
-    names = [*images, *(name for name in sidecars if (folder / name).is_file())]
-    if (table := _find_table(folder)) is not None:
-        names.append(table.name)
+    images, others = image_names(folder)
+    sidecars = {PurePosixPath(name).with_suffix(".json").as_posix() for name in images} & set(others)
+    names = [*images, *sidecars]
+    if (table := _find_table(folder, others)) is not None:
+        names.append(table)
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(json.dumps([name, file_digest(folder / name)]).encode())
@@ -154,92 +159,85 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find_table(folder: Path) -> Path | None:
-    """Return the file that describes the images, or None if there is none."""
-    present = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
-    if len(present) > 1:
-        raise DataError(f"The folder {folder.name!r} has {' and '.join(METADATA_NAMES)}; keep one of them.")
-    if not present:
-        present = sorted(
-            path for path in folder.glob("[!.]*") if path.suffix in (".csv", ".jsonl") and path.is_file()
-        )
-    if len(present) > 1:
+def _find_table(folder: Path, others: Sequence[str]) -> str | None:
+    """Return the file of the folder itself that describes the images, or None if there is none."""
+    tables = [name for name in others if "/" not in name and is_table(name)]
+    named = [name for name in tables if PurePosixPath(name).stem.lower() == "metadata"]
+    if len(named) > 1:
+        raise DataError(f"The folder {folder.name!r} has {' and '.join(named)}; keep one of them.")
+    if not named and len(tables) > 1:
         raise DataError(
-            f"The folder {folder.name!r} has several tables ({', '.join(path.name for path in present)}). Join them in "
-            "one metadata.csv, or leave one."
+            f"The folder {folder.name!r} has several tables ({', '.join(tables)}). Join them in one metadata.csv, or "
+            "leave one."
         )
-    return present[0] if present else None
+    return next(iter(named or tables), None)
 
 
-def _read_table(folder: Path, names: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the table's rows by the name of their image, each with its place; empty without a table."""
-    path = _find_table(folder)
-    if path is None:
-        return {}
+def _table_rows(path: Path, names: list[str], reading: Reading) -> dict[str, Row]:
+    """Return the table's rows by the name of their image, each with its place."""
     by_stem: dict[str, list[str]] = {}
     for name in names:
-        by_stem.setdefault(PurePosixPath(name).stem, []).append(name)
-    known, missing = set(names), []
-    rows: dict[str, tuple[str, dict[str, Any]]] = {}
-    for number, record in enumerate(_read_csv(path) if path.suffix == ".csv" else _read_jsonl(path)):
+        stem = PurePosixPath(name).stem
+        for key in {stem, image_id(stem)}:
+            by_stem.setdefault(key, []).append(name)
+    known, missing, problems = set(names), [], []
+    rows: dict[str, Row] = {}
+    records = read_table(path.read_bytes(), path.name)
+    for number, record in enumerate(records):
         where = f"{path.name}, row {number}"
         column = next((column for column in NAME_COLUMNS if column in record), None)
         if column is None or not record[column]:
-            raise DataError(
+            problems.append(
                 f"{where}: no {column or 'file_name'}. Expected a column file_name, or one with the image's id "
                 f"({', '.join(NAME_COLUMNS[1:])}), filled in every row."
             )
+            continue
         name = PurePosixPath(str(record[column]).strip().replace("\\", "/")).as_posix()
         found = [name] if name in known else []
         if column != "file_name" and not found:
             found = by_stem.get(name, [])
         if len(found) > 1:
-            raise DataError(f"{where}: {name} may be {' or '.join(found)}; name it in a column file_name.")
+            problems.append(f"{where}: {name} may be {' or '.join(found)}; name it in a column file_name.")
+            continue
         missing += [] if found else [name]
         for image in found:
             if image in rows:
-                raise DataError(f"{where}: {name} is named twice; keep one row per image.")
+                problems.append(f"{where}: {name} is named twice; keep one row per image.")
             rows[image] = (where, record)
+    raise_together(problems, path.name)
     if missing:
         raise DataError(
             f"{path.name} names {len(missing)} image(s) that are not in the folder, for example "
             f"{', '.join(sorted(missing)[:3])}. Expected file names relative to the folder, or ids of images in it; "
             "correct or remove these rows."
         )
+    for column in dict.fromkeys(name for record in records for name in record):
+        if column not in NAME_COLUMNS and not is_read(column):
+            reading.note(f"columns of {path.name} that are not read", column or "(without a name)")
     return rows
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file with a header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+def class_folders(names: Sequence[str], classes: Classes, known_only: bool = False) -> dict[str, str]:
+    """Return the folder's name that tells an image's class, by the image's name; images in none are not there.
+
+    That is the nearest folder called like a known class, else the one that the image lies in, unless that is the same
+    for all: then it is no class.
+
+    Args:
+        names: of all images, relative to the source's folder.
+        classes: the names that labels may have.
+        known_only: take no folder for a class that is not called like a known one.
+    """
+    found = {name: folder_label(name, classes) for name in names}
+    guessed = {name: label for name, (label, is_known) in found.items() if label and not is_known}
+    is_one = len(set(guessed.values())) == 1 and len(guessed) == len(names) and classes.others != "take"
+    is_taken = not (is_one or known_only)
+    return {name: label for name, (label, is_known) in found.items() if label and (is_known or is_taken)}
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file that has one JSON object per line."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path.name}, line {number} is not JSON: {error}. Expected one object per line."
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path.name}, line {number} is a {type(record).__name__}; expected one object per line."
-            )
-        records.append(record)
-    return records
-
-
-def class_folder(name: str) -> str:
-    """Return the diagnosis that the nearest enclosing folder is called by, or `unknown`."""
-    for part in reversed(PurePosixPath(name).parts[:-1]):
-        try:
-            return canonical_diagnosis(part)
-        except ValueError:
-            continue
-    return "unknown"
+def folder_label(name: str, classes: Classes) -> tuple[str | None, bool]:
+    """Return the folder's name that may tell a file's class, None without folders, and whether that is a known class."""
+    known = replace(classes, others="stop") if classes.others == "take" else classes
+    folders = [part for part in PurePosixPath(name).parts[:-1] if part not in ("/", "..")]
+    label = next((part for part in reversed(folders) if known.resolve(part) is not None), None)
+    return label or next(reversed(folders), None), label is not None

@@ -5,7 +5,7 @@
     split=NAME, config=NAME      which rows; by default the split train of the only configuration
     image=COLUMN, dx and so on   which column holds `image` or another column of `FEATURES`, where its name does
                                  not tell (`COLUMN_ALIASES`)
-    classes=MEL,NV,...           what the integers of the column of diagnoses stand for
+    classes=MEL,NV,...           the classes, in the order of the integers that a column of them may hold
     set.license=TEXT, ...        the same value in every row; {COLUMN} in it stands for that column's
 
 Which files make up a split is found as `datasets` does it; no code of a repository is run. The files are parquet,
@@ -33,6 +33,7 @@ from datasets.exceptions import FileNotFoundDatasetsError
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, HfFileSystem
 
+from isic_vq.data.classes import Classes, Reading
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.cached import cached_dataset
@@ -107,11 +108,7 @@ class HubSource(Source):
         features = Features.from_arrow_schema(schema)
         columns = check_columns(name, columns, features)
         class_names = class_names_of(columns, features)
-        if "classes" in settings and list(columns.classes) not in class_names.values():
-            raise DataError(
-                f"{name}: classes= names integers, and no column of diagnoses holds such. Leave it out."
-            )
-        return cls(
+        source = cls(
             name=name,
             repo=repo,
             commit=commit,
@@ -120,6 +117,14 @@ class HubSource(Source):
             columns=columns,
             class_names=class_names,
         )
+        try:
+            return (
+                source.with_classes(Classes.parse(settings["classes"])) if "classes" in settings else source
+            )
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+
+    is_listed_cheaply = False
 
     @property
     def snapshot(self) -> str:  # type: ignore[override]
@@ -142,14 +147,14 @@ class HubSource(Source):
                 first += footer.row_group(group).num_rows
         return found
 
-    def read(self, part: Part) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: Part, reading: Reading) -> Iterator[dict[str, Any]]:
         """Yield the records of a row group, images as they are stored; a broken connection is taken up where it broke."""
-        return self._connection.resumed(lambda: self._records(part, with_images=True))
+        return self._connection.resumed(lambda: self._records(part, True, reading))
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all records; one request per row group, for the columns beside the images alone."""
         for part in self.parts():
-            read = functools.partial(self._records, part, with_images=False)
+            read = functools.partial(self._records, part, False, reading)
             for record in self._connection.resumed(read):
                 yield {name: value for name, value in record.items() if name != "image"}
 
@@ -170,13 +175,13 @@ class HubSource(Source):
         """How the Hub is asked."""
         return Connection(self.name, self.repo, self.commit)
 
-    def _records(self, part: Part, with_images: bool) -> Iterator[dict[str, Any]]:
+    def _records(self, part: Part, with_images: bool, reading: Reading) -> Iterator[dict[str, Any]]:
         """The records of a row group, read anew; an image without an id has its place in the split for one."""
         path, group, first = part
         rows = _read_group(path, group, self.columns.names["image"], with_images)
         for number, row in enumerate(rows, start=first):
             where = f"{self.repo}, split {self.split}, row {number}"
-            record = normalise(self._named(row, where), where)
+            record = normalise(self._named(row, where), where, reading=reading)
             place = f"{self.repo.partition('/')[2]}-{self.split}-{number:06d}"
             image = record["image"]
             content = (

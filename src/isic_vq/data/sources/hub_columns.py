@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl
 
 from datasets import ClassLabel, Features, Image, Value
 
+from isic_vq.data.classes import AUTO, NONE
 from isic_vq.data.schema import COLUMN_ALIASES, FEATURES, DataError
 
 _SETTINGS = ("split", "config", "classes")
@@ -109,7 +110,7 @@ def parse_query(name: str, query: str) -> tuple[dict[str, str], Columns]:
     columns = Columns(
         {key: value for key, value in values.items() if key in FEATURES},
         {key.removeprefix("set."): value for key, value in values.items() if key.startswith("set.")},
-        tuple(values["classes"].split(",")) if "classes" in values else (),
+        tuple(text.strip() for text in values["classes"].split(",")) if "classes" in values else (),
     )
     return {key: value for key, value in values.items() if key in _SETTINGS}, columns
 
@@ -144,6 +145,7 @@ def class_names_of(columns: Columns, features: Features) -> dict[str, list[str]]
     aliases = COLUMN_ALIASES["diagnosis"]
     column = columns.names.get("diagnosis") or next((alias for alias in aliases if alias in features), None)
     feature = features[column] if column else None
-    if columns.classes and isinstance(feature, Value) and "int" in feature.dtype:
+    is_named = columns.classes and columns.classes not in ((AUTO,), (NONE,))
+    if is_named and isinstance(feature, Value) and "int" in feature.dtype:
         names[str(column)] = list(columns.classes)
     return names

@@ -69,6 +69,7 @@ class Manifest:
         unreadable: name and reason of each image that could not be read.
         strata: how diagnoses, sources, sexes and licences came out in the splits, as `Stratum` has it.
         duplicates: what `duplicate_report` counts, without the pairs.
+        classes: of the images, in the order of their ids; None if these are ISIC's, in their order.
     """
 
     settings: dict[str, Any]
@@ -78,6 +79,7 @@ class Manifest:
     unreadable: dict[str, str]
     strata: list[dict[str, Any]]
     duplicates: dict[str, Any]
+    classes: list[str] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -14,6 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets, load_dataset
 
+from isic_vq.data.classes import Reading
 from isic_vq.data.schema import FEATURES, DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.folder import file_digest
@@ -55,7 +56,7 @@ class ParquetSource(Source):
                 first += metadata.row_group(group).num_rows
         return found
 
-    def read(self, part: tuple[Path, int, int]) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: tuple[Path, int, int], reading: Reading) -> Iterator[dict[str, Any]]:
         """Yield the rows of a row group, images as they are stored, a few rows in memory at a time.
 
         This reads by pyarrow because a stream of `datasets` over parquet that is left early hangs at the
@@ -67,13 +68,13 @@ class ParquetSource(Source):
             names = _class_names(Features.from_arrow_schema(file.schema_arrow))
             for batch in file.iter_batches(batch_size=64, row_groups=[group], use_threads=False):
                 for record in batch.to_pylist():
-                    normal = normalise(record, f"{path.name}, row {row}", names)
+                    normal = normalise(record, f"{path.name}, row {row}", names, reading)
                     yield {**normal, "image": _stored_image(normal["image"])}
                     row += 1
 
-    def metadata(self) -> list[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all files."""
-        return self.dataset().remove_columns("image").to_list()
+        return _rows(_load(self.files), reading)
 
     def fingerprint(self) -> str:
         """Of the files' contents, whatever their names."""
@@ -82,7 +83,16 @@ class ParquetSource(Source):
 
     def dataset(self) -> Dataset:
         """All rows, without copying or decoding an image."""
-        return _read_parquet(self.files)
+        table = _load(self.files)
+        rows = list(self.checked(lambda reading: _rows(table, reading, numbered=True)))
+        images = table.select_columns("image").cast_column("image", Image())
+        kept = [row.pop("number") for row in rows]
+        if len(kept) < len(images):
+            images = images.select(kept)
+        metadata = Dataset.from_list(
+            rows, features=Features({k: v for k, v in FEATURES.items() if k != "image"})
+        )
+        return concatenate_datasets([images, metadata], axis=1)
 
 
 def find_parquet_files(path: str, name: str) -> tuple[Path, ...]:
@@ -128,19 +138,20 @@ def _column_names(file: Path) -> list[str]:
     return columns
 
 
-def _read_parquet(paths: tuple[Path, ...]) -> Dataset:
-    """Read the files without copying or decoding an image."""
-    files = [glob.escape(str(file)) for file in paths]
-    table = load_dataset("parquet", data_files=files, split="train")
+def _load(paths: tuple[Path, ...]) -> Dataset:
+    """Open the files without copying or decoding an image."""
+    return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in paths], split="train")
+
+
+def _rows(table: Dataset, reading: Reading, numbered: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the rows without images, each with its `number` if these are asked for."""
     images = table.select_columns("image").cast_column("image", Image())
     paths = pyarrow.compute.struct_field(images.data.column("image"), "path").to_pylist()
     names = _class_names(table.features)
-    rows = []
     for index, row in enumerate(table.remove_columns("image").to_list()):
-        rows.append(normalise({**row, "image": {"path": paths[index]}}, f"row {index}", names))
-        del rows[-1]["image"]
-    metadata = Dataset.from_list(rows, features=Features({k: v for k, v in FEATURES.items() if k != "image"}))
-    return concatenate_datasets([images, metadata], axis=1)
+        normal = normalise({**row, "image": {"path": paths[index]}}, f"row {index}", names, reading)
+        del normal["image"]
+        yield {**normal, "number": index} if numbered else normal
 
 
 def _stored_image(image: dict[str, Any] | bytes | None) -> dict[str, Any] | bytes | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from isic_vq.data.classes import Classes, Reading
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.folder import file_digest
@@ -59,7 +60,8 @@ class PreparedSource(Source):
                     f"{folder.name}/{shard.file} is missing or not whole: isic-vq data verify tells what else is, and "
                     "isic-vq data prepare makes the folder again"
                 )
-        return cls(f"prepared:{public_path(path)}:{split}", folder, split)
+        source = cls(f"prepared:{public_path(path)}:{split}", folder, split)
+        return source if manifest.classes is None else source.with_classes(Classes(tuple(manifest.classes)))
 
     @property
     def snapshot(self) -> str | None:  # type: ignore[override]
@@ -81,16 +83,18 @@ class PreparedSource(Source):
         """Those of the files."""
         return self._files().parts()
 
-    def read(self, part: Any) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
         """The records of a part of the files."""
-        return self._files().read(part)
+        return self._files().records_of(part, reading)
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of the split's images, in the order of the shards."""
         columns = [name for name in FEATURES if name != "image"]
         rows = read_images(self.folder, [*columns, "split", "shard", "row"])
         own = sorted((r for r in rows if r["split"] == self.split), key=lambda r: (r["shard"], r["row"]))
-        return ({name: row[name] for name in columns} for row in own)
+        for row in own:
+            label = reading.name_class(row["diagnosis"], f"{self.name}, {row['isic_id']}")
+            yield {**{name: row[name] for name in columns}, "diagnosis": label}
 
     def fingerprint(self) -> str:
         """Of the shards' contents."""
@@ -104,5 +108,5 @@ class PreparedSource(Source):
     def _files(self) -> ParquetSource | WebDatasetSource:
         files = [self.folder / shard.file for shard in Manifest.read(self.folder).of_split(self.split)]
         if files[0].suffix == ".tar":
-            return WebDatasetSource(self.name, tuple(map(str, files)))
-        return ParquetSource(self.name, tuple(files))
+            return WebDatasetSource(self.name, tuple(map(str, files))).with_classes(self.classes)
+        return ParquetSource(self.name, tuple(files)).with_classes(self.classes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from isic_vq.data.classes import Reading
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources.base import Source
 from isic_vq.data.synthetic import synthetic_fingerprint, synthetic_metadata, synthetic_record
@@ -51,14 +52,17 @@ class SyntheticSource(Source):
         starts = range(0, self.num_images, IMAGES_PER_PART)
         return [range(start, min(start + IMAGES_PER_PART, self.num_images)) for start in starts]
 
-    def read(self, part: range) -> Iterator[dict[str, Any]]:
+    def records_of(self, part: range, reading: Reading) -> Iterator[dict[str, Any]]:
         """The records of a range of images."""
         for index in part:
-            yield synthetic_record(index, self.seed)
+            record = synthetic_record(index, self.seed)
+            yield {**record, "diagnosis": reading.name_class(record["diagnosis"], self.name)}
 
-    def metadata(self) -> Iterator[dict[str, Any]]:
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all images."""
-        return (synthetic_metadata(index, self.seed) for index in range(self.num_images))
+        for index in range(self.num_images):
+            row = synthetic_metadata(index, self.seed)
+            yield {**row, "diagnosis": reading.name_class(row["diagnosis"], self.name)}
 
     def fingerprint(self) -> str:
         """As `synthetic_fingerprint`."""

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from isic_vq.data.schema import DataError
+from isic_vq.data.errors import DataError
 
 MAX_NAMES = 100_000  # that braces may stand for
 

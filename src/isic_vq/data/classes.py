@@ -1,0 +1,301 @@
+"""Classes of images: which names labels may have, what each means, and what one reading of a source met.
+
+The default classes are ISIC's eight with their aliases. Declared ones come on top: a declared name counts as it is
+written before it is looked up among the aliases, so that "solar lentigo" may be a class of its own. `unknown` stands for
+no class, unless it is declared.
+"""
+
+import difflib
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from isic_vq.data.errors import DataError
+from isic_vq.models.diagnosis import DIAGNOSES, closest_diagnoses, find_diagnosis, is_other_disease
+
+ISIC = DIAGNOSES[:-1]
+UNKNOWN = DIAGNOSES[-1]
+AUTO, NONE = "auto", "none"
+OTHERS = ("stop", "drop", "take", "ignore")
+NUM_LISTED = 10  # names or rows in a message
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The names that labels may have.
+
+    Attributes:
+        names: declared classes in the order of their ids; ISIC's eight are known beside them.
+        others: what becomes of a label that is neither declared nor known: "stop" the run, "drop" its image (and those
+            of ISIC's classes that are not declared), "take" it for a class as it is written, or "ignore" all labels.
+
+    Raises:
+        ValueError: names that are empty, hold control characters, or differ in case or blanks alone.
+    """
+
+    names: tuple[str, ...] = ISIC
+    others: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.others not in OTHERS:
+            raise ValueError(f"others is {self.others!r}: expected one of {', '.join(OTHERS)}")
+        for name in self.names:
+            if not name.strip() or not name.isprintable():
+                raise ValueError(f"{name!r} is no name of a class: expected letters, digits or signs")
+        _refuse_cases(self.names)
+
+    @classmethod
+    def parse(cls, declared: str | Sequence[object] | None, drop_others: bool = False) -> "Classes":
+        """What a user declares: names, text of names with commas between them, "auto", "none", or None for ISIC's.
+
+        Names that are spellings of one ISIC class, such as "mel" and "melanoma", are that class.
+
+        Args:
+            declared: the classes.
+            drop_others: leave out images of other classes.
+
+        Raises:
+            ValueError: as the class; or a name that YAML reads as something else than text or a number.
+        """
+        names = _split(declared) if isinstance(declared, str) else list(declared or ())
+        if names in ([AUTO], [NONE]):
+            return cls(ISIC, "take") if names == [AUTO] else cls((), "ignore")
+        if declared is not None and not names:
+            raise ValueError(
+                f"classes is empty: expected names, {AUTO} for what is there, or {NONE} for no labels"
+            )
+        found: dict[str, None] = {}
+        for name in names:
+            if isinstance(name, bool) or not isinstance(name, (str, int)):
+                raise ValueError(
+                    f"classes holds {name!r}, which is not text: write it in quotes (YAML reads yes, no, on, off and dates "
+                    "as something else)"
+                )
+            text = _clean(str(name))
+            diagnosis = find_diagnosis(text, synonyms_only=True)
+            found[text if diagnosis in (None, UNKNOWN) and text.casefold() != UNKNOWN else str(diagnosis)] = (
+                None
+            )
+        return cls(tuple(found) if declared is not None else ISIC, "drop" if drop_others else "stop")
+
+    @classmethod
+    def of_model(cls, names: Iterable[str]) -> "Classes":
+        """Those of a model, beside which any other label is taken as it is: for measuring images, not for training."""
+        return cls(tuple(names), "take")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether these are ISIC's classes, and nothing else is taken."""
+        return self == Classes()
+
+    @functools.cached_property
+    def _declared(self) -> dict[str, str]:
+        return {_folded(name): name for name in self.names}
+
+    @functools.cached_property
+    def _of_diagnosis(self) -> dict[str, str]:
+        found = {find_diagnosis(name, synonyms_only=True): name for name in self.names}
+        return {diagnosis: name for diagnosis, name in found.items() if diagnosis is not None}
+
+    def declares(self, text: object) -> bool:
+        """Whether a text is the name of a declared class; then it is no word for a missing value."""
+        return _folded(str(text)) in self._declared
+
+    def resolve(self, text: str) -> str | None:
+        """The class that a label means; `UNKNOWN` for none, None for one that is neither declared nor known."""
+        declared = self._declared.get(_folded(text))
+        if declared is not None:
+            return declared
+        if self.others == "ignore" or _folded(text) == UNKNOWN:
+            return UNKNOWN
+        diagnosis = find_diagnosis(text)
+        if diagnosis in self._of_diagnosis:
+            return self._of_diagnosis[diagnosis]
+        if diagnosis == UNKNOWN or (diagnosis is not None and self.others != "drop"):
+            return diagnosis
+        if self.others == "take":
+            return _clean(text)
+        return UNKNOWN if self.others == "stop" and is_other_disease(text) else None
+
+    def of_number(self, text: str) -> str | None:
+        """The class of a number in a .cls file: its place among the declared ones, then `UNKNOWN`; None if it is none."""
+        names = (*self.names, UNKNOWN)
+        is_place = text.isdecimal() and self.others != "take" and int(text) < len(names)
+        return names[int(text)] if is_place and not self.declares(text) else None
+
+    def ordered(self, present: Iterable[str]) -> list[str]:
+        """The classes among some labels in the order of their ids: declared ones, ISIC's, others by name."""
+        return ordered_classes(present, self.names)
+
+
+def ordered_classes(present: Iterable[str], declared: Sequence[str] | None = None) -> list[str]:
+    """The classes among some labels: those declared in this order, ISIC's, others by name; `UNKNOWN` only if declared."""
+    found = set(present) - ({UNKNOWN} - set(declared or ()))
+    first = [name for name in dict.fromkeys((*(declared or ()), *ISIC)) if name in found]
+    return [*first, *sorted(found.difference(first))]
+
+
+class Reading:
+    """One pass over a source's records: names their classes, and counts what is left out and why.
+
+    Args:
+        classes: the names that labels may have.
+        is_strict: stop at the first label that is neither declared nor known; else `check` names all of them together.
+
+    Attributes:
+        labels: images by class.
+        read_as: images by (label as it is written, class), where an alias folds the one into the other.
+        others: images by label that is neither declared nor known.
+        first_other: where the first of these is.
+        left_out: names of files and images by the reason why they are left out.
+        notes: names of images by what is remarkable about them though they are kept.
+    """
+
+    def __init__(self, classes: Classes | None = None, is_strict: bool = True):
+        self.classes, self.is_strict = classes or Classes(), is_strict
+        self.labels: Counter[str] = Counter()
+        self.read_as: Counter[tuple[str, str]] = Counter()
+        self.others: Counter[str] = Counter()
+        self.first_other = ""
+        self.left_out: dict[str, list[str]] = {}
+        self.notes: dict[str, list[str]] = {}
+        self._resolved: dict[str, str | None] = {}
+
+    def name_class(self, text: str, where: str) -> str | None:
+        """The class of an image's label; None if its image is to be left out.
+
+        Raises:
+            DataError: the label is neither declared nor known, and the pass is strict.
+        """
+        if text not in self._resolved:
+            self._resolved[text] = self.classes.resolve(text)
+        name = self._resolved[text]
+        if name is None:
+            self.first_other = self.first_other or where
+            self.others[text] += 1
+            if self.classes.others == "drop":
+                return None
+            if self.is_strict:
+                raise DataError(f"{where}: {_other_labels({text: 1}, self.classes, (), with_counts=False)}")
+            return text
+        self.labels[name] += 1
+        if _folded(text).replace(" ", "_") != _folded(name).replace(" ", "_"):
+            self.read_as[text, name] += 1
+        return name
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Count a file or image that is left out."""
+        self.left_out.setdefault(reason, []).append(name)
+
+    def note(self, about: str, name: str) -> None:
+        """Count an image that is kept."""
+        self.notes.setdefault(about, []).append(name)
+
+    def check(self, source: str) -> None:
+        """Refuse labels that are neither declared nor known, and classes that differ in case alone.
+
+        Raises:
+            DataError: there are some; the message lists them with their counts.
+        """
+        if self.others and self.classes.others == "stop":
+            told = _other_labels(self.others, self.classes, self.labels)
+            raise DataError(f"{source}: {told} The first is in {self.first_other}.")
+        try:
+            _refuse_cases([name for name in self.labels if name != UNKNOWN])
+        except ValueError as error:
+            raise DataError(f"{source}: {error}") from None
+
+    def lines(self) -> Iterator[str]:
+        """What a user should know of the pass, a line for each kind."""
+        if self.read_as:
+            folded = self.read_as.most_common()
+            told = [f'"{text}" -> {name}, {_images(n)}' for (text, name), n in folded[:NUM_LISTED]]
+            yield f"labels read as another name: {'; '.join(told)}{_and_more(len(folded))}"
+        if self.classes.others == "take":
+            own = ordered_classes(set(self.labels).difference(ISIC, self.classes.names, {UNKNOWN}))
+            told = [f"{name} ({_images(self.labels[name])})" for name in own[:NUM_LISTED]]
+            if own:
+                yield (
+                    f"classes taken as they are written: {', '.join(told)}{_and_more(len(own))}; aliases of ISIC's classes fold "
+                    "into these"
+                )
+        missing = [] if self.classes.names == ISIC else [n for n in self.classes.names if not self.labels[n]]
+        if missing and self.classes.others != "take":
+            yield f"declared classes without an image: {', '.join(missing[:NUM_LISTED])}{_and_more(len(missing))}"
+        if self.classes.others == "ignore":
+            yield "labels are ignored: no image has a class"
+        if self.others and self.classes.others == "drop":
+            yield f"left out, of other classes: {counted(self.others)}"
+        for reason, names in self.left_out.items():
+            yield f"left out, {reason}: {len(names)}, for example {', '.join(sorted(names)[:3])}"
+        for about, names in self.notes.items():
+            yield f"{about}: {len(names)}, for example {', '.join(sorted(names)[:3])}"
+
+
+def _other_labels(
+    counts: Mapping[str, int], classes: Classes, known: Iterable[str], with_counts: bool = True
+) -> str:
+    """What to do about labels that are neither declared nor known."""
+    names = list(counts)
+    listed = counted(counts) if with_counts else repr(names[0])
+    close = difflib.get_close_matches(names[0], classes.names, n=3, cutoff=0.7) or closest_diagnoses(names[0])
+    hint = f" Did you mean {' or '.join(close)}?" if not with_counts and close else ""
+    declared = [] if classes.names == ISIC else list(classes.names)
+    wanted = [*declared, *(n for n in ordered_classes(known) if n not in declared), *names]
+    example = ",".join(wanted[:NUM_LISTED]) + (",..." if len(wanted) > NUM_LISTED else "")
+    verb = "are no known classes" if len(names) > 1 else "is not a known class"
+    return (
+        f"{listed} {verb} (known: {', '.join(classes.names[:NUM_LISTED])}{_and_more(len(classes.names))}).{hint} Declare "
+        f"your classes, --classes {example!r} (in a recipe data.classes=[{example}]); or take every name as a class, "
+        f"--classes {AUTO} (data.classes={AUTO})."
+    )
+
+
+def new_classes(counts: Mapping[str, int], setting: str) -> DataError:
+    """The error of validation images of classes that no training image has; a setting leaves them out."""
+    return DataError(
+        f"validation images of classes that no training image has: {counted(counts)}. Add training images of them, or leave "
+        f"these out with {setting}"
+    )
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Labels with their numbers of images, the most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    listed = [f"{name!r} ({_images(number)})" for name, number in ranked[:NUM_LISTED]]
+    return f"{', '.join(listed)}{_and_more(len(ranked))}"
+
+
+def _images(number: int) -> str:
+    return f"{number} image{'s' * (number != 1)}"
+
+
+def _and_more(number: int) -> str:
+    return f" and {number - NUM_LISTED} more" if number > NUM_LISTED else ""
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _clean(text: str) -> str:
+    """A name in one Unicode form and without outer and double blanks; file systems differ in the form."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _folded(text: str) -> str:
+    return _clean(text).casefold()
+
+
+def _refuse_cases(names: Iterable[str]) -> None:
+    """Refuse names that differ in case or blanks alone."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        other = seen.setdefault(_folded(name), name)
+        if other != name:
+            raise ValueError(
+                f"the classes {other!r} and {name!r} differ in case alone, and are one folder on some machines: rename one "
+                "of them, or declare one, which then takes both"
+            )

@@ -1,0 +1,5 @@
+"""The error of data that cannot be used; apart from the schema, so that naming it loads no library."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is; the message says what was expected and the way out."""

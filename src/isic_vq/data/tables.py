@@ -1,0 +1,147 @@
+"""Tables that describe images, read strictly: CSV of any common delimiter, and JSON lines.
+
+Column names are compared without case and outer blanks. What cannot be read for sure is an error with file, row and
+column, all rows that are wrong together: pandas and pyarrow take an unclosed quote or a column that is there twice for
+data, so the parser is the standard library's, in its strict mode.
+"""
+
+import codecs
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from isic_vq.data.classes import NUM_LISTED
+from isic_vq.data.errors import DataError
+
+CSV_SUFFIXES = (".csv", ".tsv", ".tab")
+TABLE_SUFFIXES = (*CSV_SUFFIXES, ".jsonl")
+DELIMITERS = ",;\t|"
+MAX_CELL = 1 << 24  # characters
+
+
+def is_table(name: str) -> bool:
+    """Whether a file's name is that of a table, whatever its case."""
+    return PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES
+
+
+def read_table(content: bytes, name: str, header: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a table, under its column names in lower case; of a CSV all values are text.
+
+    Args:
+        content: the file's bytes, UTF-8 with or without a byte-order mark, or UTF-16 with one.
+        name: the file's; what errors call it, and its suffix tells JSON lines from CSV.
+        header: column names of a CSV that has no row of them.
+
+    Raises:
+        DataError: it is in another encoding, has no rows, a column twice, an unclosed quote, or rows that have other
+            columns than the header or are no JSON object.
+    """
+    text = _decoded(content, name)
+    if PurePosixPath(name).suffix.lower() == ".jsonl":
+        rows = _json_rows(text, name)
+    else:
+        rows = _csv_rows(text, name, header)
+    if not rows:
+        raise DataError(f"{name} has no rows: expected one row per image")
+    return rows
+
+
+def raise_together(problems: Sequence[str], name: str) -> None:
+    """Report the rows of a table that cannot be used, if there are any: the first ones, and how many there are.
+
+    Raises:
+        DataError: there are some.
+    """
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        more = len(problems) - NUM_LISTED
+        listed = " | ".join(problems[:NUM_LISTED]) + (f" | and {more} more" if more > 0 else "")
+        raise DataError(f"{name}: {len(problems)} rows cannot be used: {listed}")
+
+
+def _decoded(content: bytes, name: str) -> str:
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{name} is not UTF-8 text (line {line}): save it as UTF-8, in a spreadsheet as 'CSV UTF-8'"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{name} holds the character NUL: expected text, in UTF-8 or in UTF-16 with its mark")
+    return text
+
+
+def _csv_rows(text: str, name: str, header: Sequence[str] | None) -> list[dict[str, Any]]:
+    first = text.lstrip("\r\n").partition("\n")[0]
+    is_tab = PurePosixPath(name).suffix.lower() in (".tsv", ".tab")
+    delimiter = "\t" if is_tab else max(DELIMITERS, key=first.count)  # the first of equals: a comma
+    cells = _csv_cells(text, name, delimiter)
+    columns = _columns(header or next((row for _, row in cells if any(row)), []), name)
+    rows: list[dict[str, Any]] = []
+    problems = []
+    for row in (row for _, row in cells if any(cell.strip() for cell in row)):
+        where = f"{name}, row {len(rows)}"
+        rows.append(dict(zip(columns, row, strict=False)))
+        if len(row) > len(columns):
+            extra = row[len(columns)]
+            problems.append(f"{where} has {len(row)} cells, the header {len(columns)}: {extra[:40]!r} is in no column; "
+                            f"put text with {delimiter!r} in it in quotes")  # fmt: skip
+        elif len(row) < len(columns):
+            problems.append(f"{where} has {len(row)} cells, the header {len(columns)}: it ends before the column "
+                            f"{columns[len(row)]}")  # fmt: skip
+    raise_together(problems, name)
+    return rows
+
+
+def _csv_cells(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line and cells of every row."""
+    limit = csv.field_size_limit(MAX_CELL)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        begun, number = 1, -1
+        rows = []
+        try:
+            for row in reader:
+                rows.append((begun, row))
+                begun, number = reader.line_num + 1, number + 1
+        except csv.Error as error:
+            column = "" if not rows else f"row {number}, "
+            raise DataError(
+                f"{name}, {column}line {begun}: {error}. Expected each quote to be closed in its cell, and doubled inside"
+            ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return iter(rows)
+
+
+def _columns(header: Sequence[str], name: str) -> list[str]:
+    columns = [column.strip().lower() for column in header]
+    twice = [column for column, number in Counter(columns).items() if number > 1 and column]
+    if twice:
+        raise DataError(f"{name} has the column {' and '.join(twice)} twice: keep one of them")
+    return columns
+
+
+def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
+    rows, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(dict(zip(_columns(list(row), where), row.values(), strict=True)))
+            else:
+                problems.append(f"{where} is a {type(row).__name__}; expected one object per line.")
+        except json.JSONDecodeError as error:
+            problems.append(f"{where} is not JSON: {error}. Expected one object per line.")
+    raise_together(problems, name)
+    return rows
