@@ -4,23 +4,31 @@
     python benchmarks/ablations.py prior    # 600 steps each, on the codes of runs/codes-f8
     python benchmarks/ablations.py scales   # 250 steps each
     python benchmarks/ablations.py var      # 600 steps each, on the codes of runs/codes-f8-scales
+    python benchmarks/ablations.py decoder  # 100 steps each, two seeds, on the shipped tokenizer
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
-where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each: differences under
-about 0.3 dB, or 0.02 bits, mean nothing.
+where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each, but for decoders: differences under
+about 0.3 dB, or 0.02 bits, mean nothing. Decoders train without the lesions of 500 images of the training files, on which
+their settings are chosen; they are measured on these and on validation. A yardstick that no loss saw is named by the
+environment variable ISIC_VQ_YARDSTICK, a folder of an image model; it is measured on validation alone.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from decoders import decode, held_out, in_batches, measure, open_tokenizer, open_validation, paired
 
 from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.sources import open_source
+from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.reconstruction import psnr
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.files import write_atomically
@@ -74,6 +82,40 @@ STAGES: dict[str, dict[str, Any]] = {
             "no dropout": ["model.dropout=0"],
             "dropout 0.3": ["model.dropout=0.3"],
             "1 view": ["train_codes=runs/ablations/codes-f8-one-view.parquet"],
+        },
+    },
+    "decoder": {
+        "train": "decoder",
+        "config": "examples/configs/decoder-f8.yaml",
+        "shared": [
+            "data.validation=null",
+            "data.validation_share=0.1",
+            "loop.max_steps=100",
+            "loop.average_decay=0.97",
+            "loop.eval_every=100",
+            "adversarial_start=30",
+        ],
+        "seeds": [0, 1],
+        "runs": {
+            "base": [],
+            "no grid loss": ["grid_weight=0"],
+            "no refinement, so no noise": ["refinement_size=0"],
+            "no spectrum loss": ["spectrum_weight=0"],
+            "no discriminator": ["adversarial_weight=0"],
+            "no spectrum loss, no grid loss, no refinement": [
+                "spectrum_weight=0",
+                "grid_weight=0",
+                "refinement_size=0",
+            ],
+            "no code noise": ["code_noise.image_share=0"],
+            "no feature distance": ["feature_weight=0"],
+            "twice the spectrum loss": ["spectrum_weight=0.06"],
+            "field of 16 pixels": ["discriminator_layers=1"],
+            "field of 70 pixels": ["discriminator_layers=3"],
+            "LeCam 0.1": ["lecam_weight=0.1"],
+            "logits 0.01": ["logit_weight=0.01"],
+            "discriminator alone for 30 steps": ["discriminator_warmup=30"],
+            "beta1 0.9": ["loop.beta1=0.9"],
         },
     },
     "scales": {
@@ -165,6 +207,24 @@ def prior_row(folder: Path) -> dict[str, float]:
     }
 
 
+def decoder_measure() -> Callable[[Path], dict[str, Any]]:
+    """What measures a run's decoder on both sets of images."""
+    yardstick = os.environ.get("ISIC_VQ_YARDSTICK")
+    trained_on = {"derm-features": FeatureModel.from_pretrained(str(ROOT / "model_cards/isic-derm-features"))}
+    other = {Path(yardstick).name: FeatureModel.from_pretrained(yardstick)} if yardstick else {}
+    sets = {"held_out": (held_out(), trained_on), "validation": (open_validation()[0], trained_on | other)}
+
+    def row(folder: Path) -> dict[str, Any]:
+        tokenizer = open_tokenizer(str(folder / "model"))
+        result = {}
+        for name, (real, features) in sets.items():
+            images = decode(tokenizer, in_batches(tokenizer.encode, real))
+            result[name] = measure(images, real, features) | paired(images, real)
+        return result
+
+    return row
+
+
 def images(name: str, limit: int) -> list[torch.Tensor]:
     """The first images of a part of HAM10000, in batches of 32."""
     records = open_source(f"{HAM}/{name}-*.parquet")
@@ -180,21 +240,30 @@ def main() -> None:
     )
     parser.add_argument("stage", choices=sorted(STAGES))
     stage = parser.parse_args().stage
-    is_prior = STAGES[stage]["train"] == "prior"
-    if is_prior:
+    kind = STAGES[stage]["train"]
+    if kind == "prior":
         codes = STAGES[stage]["codes"]
         one_view = f"runs/ablations/{codes}-one-view.parquet"
         command = [sys.executable, "-m", "isic_vq", "encode", f"runs/{codes.replace('codes', 'vqvae')}/model"]
         command += ["--data", f"{HAM}/train-*.parquet", "-o", one_view, "--views", "1"]
         subprocess.run(command, cwd=ROOT, check=True)  # leaves codes that are there already as they are
-    batches = None if is_prior else (images("train", 1024), images("validation", 597))
+    row_of: Callable[[Path], dict[str, Any]] = prior_row
+    if kind == "vqvae":
+        row_of = partial(tokenizer_row, train=images("train", 1024), validation=images("validation", 597))
+    if kind == "decoder":
+        row_of = decoder_measure()
     path = ROOT / f"benchmarks/reports/ablations-{stage}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
-    for name, overrides in STAGES[stage]["runs"].items():
+    seeds = STAGES[stage].get("seeds")
+    runs = {
+        name if seeds is None else f"{name}, seed {seed}": [*overrides, f"loop.seed={seed}"]
+        for seed in seeds or [0]
+        for name, overrides in STAGES[stage]["runs"].items()
+    }
+    for name, overrides in runs.items():
         if name in rows:
             continue  # delete its row to run it again
-        folder = run(stage, name, overrides)
-        rows[name] = tokenizer_row(folder, *batches) if batches else prior_row(folder)
+        rows[name] = row_of(run(stage, name, overrides))
         result = {"shared": STAGES[stage]["shared"], "rows": rows, "environment": environment()}
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
         print(name, rows[name], flush=True)

@@ -72,8 +72,12 @@ def interpolation_sheet(model: IsicVQModel, seed: int) -> Sheet:
     rows = []
     with torch.inference_mode(), evaluating(model.vqvae):
         starts, ends = model.vqvae.quantizer.lookup(output.codes).split(ROWS)
-        for start, end in zip(starts, ends, strict=True):
-            rows.append(model.vqvae.decoder(torch.lerp(start, end, weights)).float())
+        grids = model.vqvae.code_grids(output.codes)[-1]
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            nearer = torch.where(
+                weights[:, 0] < 0.5, grids[index], grids[ROWS + index]
+            )  # a refinement's noise
+            rows.append(model.vqvae.decoder(torch.lerp(start, end, weights), nearer).float())
     caption = f"from a generated image to another through mixtures of their quantized vectors, seed {seed}"
     return Sheet("interpolation", caption, _grid(torch.cat(rows)))
 
