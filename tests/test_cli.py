@@ -26,7 +26,7 @@ from isic_vq.training.state import TrainingState
 from isic_vq.training.vqvae import VQVAETask
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "PIL", "pyarrow")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "PIL", "pyarrow", "gradio")
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ print("LOADED", [name for name in {HEAVY} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert "demo" in done.stdout
 
 
 def test_help_of_every_command_describes_it_and_shows_an_example(run):

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -22,16 +21,17 @@ from isic_vq.registration import HOOKS, install
 TASK = "unconditional-image-generation"
 
 
-def modules_loaded_by(statement, after="pass"):
-    """Names of the top-level packages that a statement imports in a fresh process."""
-    script = (
-        f"import json, sys\n{after}\nbefore = set(sys.modules)\n{statement}\n"
-        "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+def modules_loaded_by(*statements):
+    """Top-level packages that each statement imports, one after the other, in a fresh process that warns of nothing."""
+    script = "import json, sys\n"
+    for statement in statements:
+        script += (
+            f"before = set(sys.modules)\n{statement}\n"
+            "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))\n"
+        )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,17 @@ def folder(tmp_path_factory):
 # --- price of the import -------------------------------------------------------------------------------------------
 
 
-def test_importing_the_package_loads_neither_torch_nor_transformers():
-    assert modules_loaded_by("import isic_vq").isdisjoint(
-        {"torch", "transformers", "numpy", "huggingface_hub"}
+def test_importing_the_package_reports_or_data_loads_nothing_heavy():
+    package, reports, data = modules_loaded_by(
+        "import isic_vq", "import isic_vq.evaluation.report, isic_vq.figures", "import isic_vq.data"
     )
+    assert package.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub"})
+    assert (package | reports).isdisjoint({"torch", "matplotlib"})
+    assert "datasets" not in package | reports | data
 
 
-def test_importing_the_package_after_transformers_pipelines_loads_nothing_optional():
-    loaded = modules_loaded_by("import isic_vq", after="from transformers import pipeline")
+def test_importing_the_package_after_transformers_pipelines_registers_and_loads_nothing_optional():
+    _, loaded = modules_loaded_by("from transformers import pipeline", "import isic_vq")
     assert "isic_vq" in loaded
     assert loaded.isdisjoint({"diffusers", "datasets", "accelerate", "matplotlib", "torchvision", "pandas"})
 
@@ -150,9 +153,3 @@ def test_registration_needs_no_trust_for_a_repository_that_ships_code(folder, tm
 
     images = pipeline(TASK, model=copy)(seed=0, output_type="pt")
     assert torch.isfinite(images).all()
-
-
-def test_importing_after_transformers_pipelines_registers_once_and_warns_of_nothing():
-    code = "from transformers import pipeline; import isic_vq"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == ""

@@ -1,8 +1,5 @@
 """The eight symmetries: written out by hand, closed under composition, exact, and reproducible."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -94,9 +91,10 @@ def test_random_views_depend_on_arguments_only():
     torch.rand(10)
     assert torch.equal(views, random_views(64, seed=5, epoch=7))
     assert (views.dtype, views.shape) == (torch.int64, (64,))
-    code = "from isic_vq.data.augmentation import random_views; print(random_views(64, 5, 7).tolist())"
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == str(views.tolist()), "another process draws the same"
+    recorded = [1, 5, 3, 6, 4, 2, 5, 1, 1, 3, 7, 4, 7, 7, 6, 0]
+    assert random_views(16, seed=5, epoch=7).tolist() == recorded, (
+        "other processes and versions draw the same"
+    )
 
 
 def test_epochs_and_seeds_draw_their_own_views():

@@ -2,8 +2,6 @@
 
 import io
 import math
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -136,11 +134,6 @@ def test_unknown_diagnosis_names_row_and_image():
 def test_impossible_age_is_refused(age):
     with pytest.raises(DataError, match=r"row 3: age .* is not a number of years"):
         normalise({"age": age}, "row 3")
-
-
-def test_importing_the_package_does_not_import_datasets():
-    code = "import sys, isic_vq.data; sys.exit('datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- properties ----------------------------------------------------------------------------------------------------

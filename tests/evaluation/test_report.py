@@ -281,9 +281,3 @@ def test_the_commit_is_reported_only_for_a_tracked_file(tmp_path):
     assert git_state(ignored) == (None, None), "an installed copy must not report its surroundings' commit"
     tracked.write_text("a = 2\n")
     assert git_state(tracked) == (commit, True)
-
-
-def test_reading_a_report_does_not_import_torch():
-    code = "import sys, isic_vq.evaluation.report, isic_vq.figures; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]

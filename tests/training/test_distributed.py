@@ -128,27 +128,40 @@ def test_prior_of_two_processes_is_that_of_one(scenarios, tiny_run, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-# The command line in two processes
+# Commands in two processes
 
 
-@pytest.mark.slow
-def test_tokenizer_is_trained_by_torchrun(tiny_run, tmp_path):
+def start_pair(folder, *arguments):
+    """Start a command in two processes, as torchrun would; returns each with its log."""
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    logs = [folder / f"log-{rank}" for rank in (0, 1)]
+    return [
+        (start(log, *arguments, RANK=rank, LOCAL_RANK=rank, **group), log) for rank, log in enumerate(logs)
+    ]
+
+
+def run_pair(folder, *arguments):
+    """Run a command in two processes to its end; returns what both printed."""
+    pair = start_pair(folder, *arguments)
+    for process, _ in pair:
+        process.join(TIMEOUT)
+    output = "".join(log.read_text() for _, log in pair)
+    assert [process.exitcode for process, _ in pair] == [0, 0], output
+    return output
+
+
+def test_tokenizer_is_trained_by_two_processes(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
-    arguments = ["-m", "isic_vq", "train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"]
-    code, output = run(torchrun(*arguments), tmp_path / "log")
-    assert code == 0, output
+    output = run_pair(tmp_path, "train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}")
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert [record["step"] for record in records(run_dir, "batch")] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(run_dir, "epoch")] == [0, 1]
     assert load_model(VQVAEModel, str(run_dir / "model")).config.num_codes == 8
 
 
-@pytest.mark.slow
-def test_decoder_is_trained_by_torchrun(parts, decoder_settings, tmp_path):
+def test_decoder_is_trained_by_two_processes(parts, decoder_settings, tmp_path):
     run_dir = tmp_path / "run"
-    arguments = ["-m", "isic_vq", "train", "decoder", f"output_dir={run_dir}", *decoder_settings]
-    code, output = run(torchrun(*arguments), tmp_path / "log")
-    assert code == 0, output
+    output = run_pair(tmp_path, "train", "decoder", f"output_dir={run_dir}", *decoder_settings)
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert {path.parent.name for path in run_dir.rglob("preprocessor_config.json")} == {"best", "model"}
     assert list(run_dir.rglob("report.json")) == [run_dir / "report.json"]
@@ -165,33 +178,23 @@ def test_decoder_is_trained_by_torchrun(parts, decoder_settings, tmp_path):
 PRIOR_STEPS = 200
 
 
-@pytest.fixture(scope="module")
-def torchrun_prior(tiny_run, tmp_path_factory):
-    """A prior, with dropout, trained by two processes without an interruption; and how to do it again."""
+@pytest.mark.slow
+def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(tiny_run, tmp_path):
+    """A prior with dropout."""
 
     def command(run_dir, *more):
         loop = [f"loop.max_steps={PRIOR_STEPS}", "loop.eval_every=10", "loop.save_every=50"]
         config = tiny_run.configs["prior"]
         return ["-m", "isic_vq", "train", "prior", "-c", config, f"output_dir={run_dir}", *loop, *more]
 
-    folder = tmp_path_factory.mktemp("torchrun")
-    code, output = run(torchrun(*command(folder / "run")), folder / "log")
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    code, output = run(torchrun(*command(whole)), tmp_path / "whole-log")
     assert code == 0, output
-    return SimpleNamespace(command=command, run_dir=folder / "run", output=output)
+    assert output.count(f"wrote {whole}/model") == 1, output
+    assert [record["step"] for record in records(whole, "batch")] == list(range(1, PRIOR_STEPS + 1))
+    assert load_model(IsicVQModel, str(whole / "model")).prior.config.num_codes == 8
 
-
-@pytest.mark.slow
-def test_prior_is_trained_by_torchrun(torchrun_prior):
-    run_dir = torchrun_prior.run_dir
-    assert torchrun_prior.output.count(f"wrote {run_dir}/model") == 1, torchrun_prior.output
-    assert [record["step"] for record in records(run_dir, "batch")] == list(range(1, PRIOR_STEPS + 1))
-    assert load_model(IsicVQModel, str(run_dir / "model")).prior.config.num_codes == 8
-
-
-@pytest.mark.slow
-def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(torchrun_prior, tmp_path):
-    run_dir = tmp_path / "run"
-    with launched(torchrun(*torchrun_prior.command(run_dir)), tmp_path / "log") as process:
+    with launched(torchrun(*command(run_dir)), tmp_path / "log") as process:
         wait_for_step(run_dir, 10, lambda: process.poll() is None)
         process.send_signal(signal.SIGTERM)
         process.wait(TIMEOUT)
@@ -202,9 +205,9 @@ def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(torchrun_prior,
     )
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
     assert newest.name < f"step-{PRIOR_STEPS:08d}"
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in newest.iterdir()}
+    assert {"random-0.json", "random-1.json"} <= {path.name for path in newest.iterdir()}
 
-    alone = start(tmp_path / "alone", *torchrun_prior.command(run_dir)[2:], "--resume")
+    alone = start(tmp_path / "alone", *command(run_dir)[2:], "--resume")
     alone.join(TIMEOUT)
     assert alone.exitcode == 1
     refusal = (
@@ -212,9 +215,9 @@ def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(torchrun_prior,
     )
     assert refusal in (tmp_path / "alone").read_text()
 
-    code, output = run(torchrun(*torchrun_prior.command(run_dir, "--resume")), tmp_path / "resumed")
+    code, output = run(torchrun(*command(run_dir, "--resume")), tmp_path / "resumed")
     assert code == 0, output
-    assert_same_run(run_dir, torchrun_prior.run_dir)  # dropout went on in both processes as without a stop
+    assert_same_run(run_dir, whole)  # dropout went on in both processes as without a stop
 
 
 # A process that is gone
@@ -229,9 +232,7 @@ def test_the_other_process_gives_up_and_says_why(tiny_run, tmp_path, victim, num
     arguments = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"]
     arguments += ["loop.max_steps=1000000", "loop.eval_every=1000000", "loop.save_every=1000000"]
     arguments += [f"loop.process_timeout={seconds}"]
-    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    logs = [tmp_path / f"log-{rank}" for rank in (0, 1)]
-    pair = [start(log, *arguments, RANK=rank, LOCAL_RANK=rank, **group) for rank, log in enumerate(logs)]
+    pair, logs = zip(*start_pair(tmp_path, *arguments), strict=True)
     try:
         wait_for_step(run_dir, 3, lambda: all(process.is_alive() for process in pair))
         os.kill(pair[victim].pid, number)
