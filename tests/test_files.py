@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isic_vq.files import replaced_directory, write_atomically, write_tensors
+from isic_vq.files import beside, replaced_directory, write_atomically, write_tensors
 
 
 def full_disk(*arguments, **keywords):
@@ -95,7 +95,7 @@ def test_error_while_renaming_brings_the_old_folder_back(tmp_path, target, monke
 
 def test_leftovers_of_a_killed_process_do_not_get_in_the_way(tmp_path, target):
     for suffix in ("tmp", "old"):
-        leftover = tmp_path / f".{target.name}.{os.getpid()}.{suffix}"
+        leftover = beside(target, suffix)
         leftover.mkdir()
         (leftover / "half.txt").write_text("half")
     with replaced_directory(target) as folder:
@@ -105,7 +105,8 @@ def test_leftovers_of_a_killed_process_do_not_get_in_the_way(tmp_path, target):
 
 
 def test_a_folder_whose_process_died_between_the_renames_comes_back(tmp_path):
-    target, old = tmp_path / "folder", tmp_path / f".folder.{os.getpid()}.old"
+    target = tmp_path / "folder"
+    old = beside(target, "old")
     old.mkdir()
     (old / "kept").write_text("")
     with pytest.raises(KeyboardInterrupt), replaced_directory(target):

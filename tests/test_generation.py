@@ -374,7 +374,7 @@ def test_manifest_that_is_none_is_refused(model, tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed_by_whoever_makes_the_shard(model, tmp_path):
-    leftovers = [tmp_path / f".{name}.{process}.tmp" for process, name in enumerate(names(3), 4000)]
+    leftovers = [tmp_path / f".{name}.{os.getppid()}.tmp" for name in names(3)]
     for path in leftovers:
         path.write_bytes(b"half")
     make(model, tmp_path, rank=1, world=2)

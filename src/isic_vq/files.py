@@ -1,15 +1,55 @@
-"""Write files and folders whole or not at all: beside the target first, then renamed over it."""
+"""Write files and folders whole or not at all: beside the target first, then renamed over it.
+
+What a killed process left half-written is removed by the next one that writes to the same folder.
+"""
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isic_vq.work import HOST, hold, is_running
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+# `.NAME.PID-HOST.tmp` is being written, `.NAME.PID-HOST.old` stepped aside for it.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<host>[^.]*))?\.(?P<kind>tmp|old)")
+
+_tidied: set[Path] = set()  # folders of which this process has removed what others left
+
+
+def beside(target: Path, kind: str) -> Path:
+    """The name under which this process keeps something beside a target."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{HOST}.{kind}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left half-written in a folder; what had stepped aside for it comes back."""
+    for path in folder.iterdir():
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None or is_running(int(match["pid"]), match["host"] or HOST):
+            continue
+        target = path.with_name(match["name"])
+        if match["kind"] == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def tidy_once(folder: Path) -> None:
+    """Make a folder if need be, and remove the leftovers in it at this process's first call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    if place not in _tidied:
+        _tidied.add(place)
+        remove_leftovers(place)
 
 
 @contextmanager
@@ -29,8 +69,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written, for example because the disk is full; an old file stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tidy_once(path.parent)
+    temporary = beside(path, "tmp")
     try:
         with name_full_disk(path):
             with temporary.open("wb") as file:
@@ -57,13 +97,20 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Give an empty folder to fill; it takes the place of `target` when the block ends without an error.
 
+    Raises:
+        InUseError: another process is at it.
+
     Example:
         >>> with replaced_directory(Path("run/model")) as folder:  # doctest: +SKIP
         ...     model.save_pretrained(folder)
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    with hold(target):
+        tidy_once(target.parent)
+        yield from _replaced(target)
+
+
+def _replaced(target: Path) -> Iterator[Path]:
+    temporary, old = beside(target, "tmp"), beside(target, "old")
     if old.exists() and not target.exists():  # a process of this number was killed between the two renames
         old.rename(target)
     for leftover in (temporary, old):

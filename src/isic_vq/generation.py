@@ -8,7 +8,6 @@ where it stopped: a shard that is there is whole, because it arrives by a rename
 import fnmatch
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.pixelcnn_sampler import BACKENDS
 from isic_vq.models.sampling import Sampling
+from isic_vq.work import differences, hold, told
 
 MANIFEST = "generation.json"
 
@@ -123,6 +123,7 @@ def generate_shards(
     Raises:
         ValueError: a setting out of its range, or one that differs from those the folder was begun with.
         DataError: the folder holds a shard that is damaged or of another set.
+        InUseError: another launch is at it.
         OSError: a file cannot be written; it is named.
     """
     check_process(rank, world)
@@ -140,7 +141,7 @@ def generate_shards(
     }
     _check_settings(asked, model.config.vqvae_config.num_codes)
     generation = _Generation(model, output, {**asked, **_origin(model, asked["backend"])}, ids)
-    with _one_thread():
+    with hold(output, rank, world), _one_thread():
         return _make_shards(generation, rank, world, progress)
 
 
@@ -203,7 +204,7 @@ def _one_thread() -> Iterator[None]:
 def _make_shards(generation: _Generation, rank: int, world: int, progress: bool) -> tuple[int, int]:
     """Make the missing ones of a process's shards; returns how many, and how many were there."""
     own = range(rank, generation.num_shards, world)
-    present = _open_folder(generation, rank)
+    present = _open_folder(generation)
     _remove_leftovers(generation, own, present)
     kept = [shard for shard in own if generation.path(shard).name in present]
     for shard in kept:
@@ -237,7 +238,7 @@ def _make_shards(generation: _Generation, rank: int, world: int, progress: bool)
     return made, len(kept)
 
 
-def _open_folder(generation: _Generation, rank: int) -> set[str]:
+def _open_folder(generation: _Generation) -> set[str]:
     """Begin the folder, or check that it was begun with the same settings; returns the names in it."""
     generation.folder.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in generation.folder.iterdir()}
@@ -254,11 +255,8 @@ def _open_folder(generation: _Generation, rank: int) -> set[str]:
         )
     if MANIFEST not in present:
         next(_samples(generation, 0))  # a setting that the model refuses must not become the folder's
-        # Every process writes the same. Processes of several machines may have one id, but not one rank.
-        own = path.with_name(f".{MANIFEST}.{rank}")
-        with _named(path):
-            write_atomically(own, generation.manifest)
-            os.replace(own, path)
+        with _named(path):  # every process writes the same
+            write_atomically(path, generation.manifest)
     return present
 
 
@@ -270,12 +268,10 @@ def _check_manifest(path: Path, settings: dict[str, Any]) -> None:
         raise DataError(
             f"{path} is no description of a set of images ({error}): choose another folder"
         ) from error
-    for key in settings | begun:
-        if begun.get(key) != settings.get(key):
-            raise ValueError(
-                f"{path.parent} was begun with {key} = {begun.get(key)!r}, and this is {settings.get(key)!r}: go on "
-                "with the same settings, or choose another folder"
-            )
+    if different := differences(begun, settings):
+        raise ValueError(
+            f"{path.parent} was begun with {told(different)}: go on with the same settings, or choose another folder"
+        )
 
 
 def _remove_leftovers(generation: _Generation, own: range, present: set[str]) -> None:

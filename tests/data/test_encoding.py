@@ -110,14 +110,16 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(expected, tmp_pat
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 1}, "tokenizer_hash"), ({"uri": "synthetic:39:0"}, "source"), ({"num_views": 3}, "num_views")],
+    [
+        ({"seed": 1}, "tokenizer_hash"),
+        ({"uri": "synthetic:39:0"}, "source.name"),
+        ({"num_views": 3}, "num_views = 2, and this is 3"),
+    ],
 )
 def test_chunks_of_other_settings_are_refused(change, named, tmp_path):
     output = tmp_path / "codes.parquet"
     assert encode_to_file(make_encoding(), output, 0, 2) is None
-    with pytest.raises(
-        DataError, match=f"codes.parquet.parts was begun with another {named}: go on with the same"
-    ):
+    with pytest.raises(DataError, match=f"codes.parquet.parts was begun with {named}.*: go on with the same"):
         encode_to_file(make_encoding(**change), output, 1, 2)
     assert json.loads((tmp_path / "codes.parquet.parts" / SETTINGS).read_text())["num_views"] == 2
 

@@ -217,11 +217,13 @@ def test_the_same_command_on_a_finished_folder_changes_nothing(prepared, sources
 
 def test_other_settings_are_refused(prepared, sources, tmp_path):
     with pytest.raises(
-        DataError, match=r"out is finished and was prepared with other settings or sources \(size\)"
+        DataError,
+        match=r"out is finished and was prepared with other settings or sources \(size = 32, and this is 48\)",
     ):
         prepare(prepared, sources, Preparation(size=48, rows_per_shard=10))
     with pytest.raises(
-        DataError, match=r"other settings or sources \(sources\): choose another folder, or add to it"
+        DataError,
+        match=r"other settings or sources \(sources.1.split = .*\): choose another folder, or add to it",
     ):
         prepare(prepared, sources[:1], SMALL)
     (tmp_path / "full").mkdir()
@@ -237,7 +239,8 @@ def test_a_begun_folder_is_not_gone_on_with_otherwise(sources, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "out", sources, SMALL)
     with pytest.raises(
-        DataError, match=r"out was begun with other settings or sources \(quality\): go on with the same"
+        DataError,
+        match=r"out was begun with other settings or sources \(quality = 95, and this is 90\): go on with the same",
     ):
         prepare(tmp_path / "out", sources, Preparation(size=32, rows_per_shard=10, quality=90))
 

@@ -93,11 +93,11 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
 
 def test_a_folder_begun_with_other_settings_is_refused(study, coloured_sets, noise_generator):
     folder, _ = study
-    with pytest.raises(ValueError, match="begun with other settings of student"):
+    with pytest.raises(ValueError, match="begun with student.* and this is"):
         evaluate_utility(
             noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3), resamples=10
         )
-    with pytest.raises(ValueError, match="begun with other settings of test"):
+    with pytest.raises(ValueError, match="begun with test.* and this is"):
         evaluate_utility(
             noise_generator,
             coloured_sets[0],

@@ -45,17 +45,19 @@ def compress(
     from isic_vq.files import write_atomically
     from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.work import hold
 
     quiet_transformers()
     loaded = load_model(IsicVQModel, model)
     label_id = None if label is None else int(loaded.label_ids(label, 1)[0])
-    names, codes = _encode(data, loaded, max_corrupt_share)
-    loaded.prior.cpu()
-    with tqdm(total=len(names), unit="image", desc="coding", disable=not sys.stderr.isatty()) as bar:
-        result = compress_codes(
-            loaded, codes, names, label_id, training_code_counts(model), portable, on_block=bar.update
-        )
-    write_atomically(output, result.content)
+    with hold(output):
+        names, codes = _encode(data, loaded, max_corrupt_share)
+        loaded.prior.cpu()
+        with tqdm(total=len(names), unit="image", desc="coding", disable=not sys.stderr.isatty()) as bar:
+            result = compress_codes(
+                loaded, codes, names, label_id, training_code_counts(model), portable, on_block=bar.update
+            )
+        write_atomically(output, result.content)
     size = len(result.content)
     typer.echo(
         f"wrote {result.num_images} images in {result.num_blocks} blocks to {output}: {size:,} bytes, "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isic_vq.data.schema import DataError
+from isic_vq.files import beside, tidy_once
 
 DIGEST_BYTES = 32
 
@@ -62,9 +63,9 @@ class ByteCache:
         stored = hashlib.sha256(content).digest() + content
         if len(stored) > self.limit:
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = beside(path.with_name(f"{path.name}.{threading.get_ident()}"), "tmp")
         with self._explained():
-            path.parent.mkdir(exist_ok=True)
+            tidy_once(path.parent)
             try:
                 temporary.write_bytes(stored)
                 os.replace(temporary, path)

@@ -28,6 +28,7 @@ from isic_vq.data.sources.base import read_parts
 from isic_vq.files import write_atomically
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.work import differences, hold, told
 
 CHUNK_SIZE = 256  # rows
 SETTINGS = "settings.json"
@@ -137,8 +138,14 @@ def encode_to_file(
 
     Raises:
         DataError: too many images are corrupt, or none is left; or the folder was begun with other settings.
+        InUseError: another launch is at it.
         OSError: a file cannot be written; it is named.
     """
+    with hold(output, rank, world):
+        return _encode_to_file(encoding, output, rank, world, progress)
+
+
+def _encode_to_file(encoding: Encoding, output: Path, rank: int, world: int, progress: bool) -> int | None:
     work = output.with_name(f"{output.name}.parts")
     if (number := _written(encoding, output, work)) is not None:
         return number
@@ -193,10 +200,9 @@ def _open_work(work: Path, encoding: Encoding) -> None:
     path = work / SETTINGS
     if path.is_file():
         begun = json.loads(path.read_text())
-        different = sorted(key for key, value in encoding.settings.items() if begun.get(key) != value)
-        if different:
+        if different := differences(begun, encoding.settings):
             raise DataError(
-                f"{work.name} was begun with another {' and '.join(different)}: go on with the same, or remove the folder"
+                f"{work.name} was begun with {told(different)}: go on with the same, or remove the folder"
             )
     write_atomically(path, json.dumps(encoding.settings).encode())
 

@@ -52,6 +52,7 @@ from isic_vq.data.sources.manifest import (
 from isic_vq.data.splits import SPLITS, Assignment, Stratum, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
+from isic_vq.work import differences, hold, told
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,22 @@ def prepare(
     Raises:
         ValueError: a setting that is none.
         DataError: a source cannot be used, too many images are unreadable, or the folder holds something else.
+        InUseError: another process is at it.
         OSError: a file cannot be written; it is named.
     """
+    with hold(output):
+        return _prepare(output, sources, preparation, workers, extend, progress, classes)
+
+
+def _prepare(
+    output: Path,
+    sources: Sequence[tuple[str | None, str]],
+    preparation: Preparation,
+    workers: int,
+    extend: bool,
+    progress: bool,
+    classes: Classes | None,
+) -> Manifest:
     found = [(split, find_source(uri, classes)) for split, uri in sources]
     if not found:
         raise ValueError("nothing to prepare: name at least one source")
@@ -154,10 +169,13 @@ def prepare(
     infos = [asdict(source.describe()) for _, source in found]
     settings = _settings(preparation, found, infos)
     old = _open_folder(output, settings, extend)
+    work = output / WORK
     if old is not None and old.settings == settings:
         logger.info("%s is finished with these settings already", output.name)
+        begun = work / SETTINGS
+        if not begun.is_file() or json.loads(begun.read_text()) == settings:  # killed while it removed its work
+            shutil.rmtree(work, ignore_errors=True)
         return old
-    work = output / WORK
     units = [
         (source, part, work / f"{i:02d}-{j:06d}.parquet")
         for i, (_, source) in enumerate(found)
@@ -243,7 +261,7 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
     if old is not None and not extend:
         raise DataError(
             f"{output.name} is finished and was prepared with other settings or sources "
-            f"({_difference(old.settings, settings)}): choose another folder, or add to it with --extend"
+            f"({told(differences(old.settings, settings))}): choose another folder, or add to it with --extend"
         )
     if old is not None:
         for key in ("size", "encoding", "quality", "format"):
@@ -257,7 +275,7 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
         if json.loads(begun.read_text()) != settings:
             raise DataError(
                 f"{output.name} was begun with other settings or sources "
-                f"({_difference(json.loads(begun.read_text()), settings)}): go on with the same, or remove {WORK} in it"
+                f"({told(differences(json.loads(begun.read_text()), settings))}): go on with the same, or remove {WORK} in it"
             )
         for leftover in begun.parent.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -273,11 +291,6 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
         )
     write_atomically(begun, (json.dumps(settings, indent=2) + "\n").encode())
     return old
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The keys in which settings differ."""
-    return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
 
 
 def _make_units(

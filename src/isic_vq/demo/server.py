@@ -1,12 +1,25 @@
 """Serve the page from this machine until somebody stops it."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
+
+from isic_vq.work import HOST, is_running
+
+UPLOADS = f"isic-vq-demo-{HOST}-"  # and the server's process id: temporary folders of uploads
+
+
+def remove_old_uploads() -> None:
+    """Remove the folders of uploads that killed servers of this host left."""
+    for folder in Path(gettempdir()).glob(f"{UPLOADS}*"):
+        pid = folder.name.removeprefix(UPLOADS).partition("-")[0]
+        if pid.isdigit() and not is_running(int(pid), HOST):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_address(host: str, port: int) -> None:
@@ -57,7 +70,8 @@ def serve(
     check_address(host, port)
     loaded = load_model(IsicVQModel, model)
     training = None if index is None else TrainingIndex.open(index, loaded.vqvae)
-    with TemporaryDirectory(prefix="isic-vq-demo-") as folder:
+    remove_old_uploads()
+    with TemporaryDirectory(prefix=f"{UPLOADS}{os.getpid()}-") as folder:
         # Gradio reads these while it is imported.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         from isic_vq.demo.app import build_demo, launch_settings

@@ -31,7 +31,7 @@ from .modeling_pixelcnn import PixelCNNModel
 from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .prior import PriorModel
-from .repository import plain_card, write_doors
+from .repository import plain_card, staging_folder, write_doors
 from .sampling import image_generators, position_uniforms
 from .strict_loading import StrictLoading, share_weights
 from .upload import full_name, upload_folder
@@ -409,8 +409,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".saving-") as name:
-            staged = Path(name)
+        with staging_folder(folder) as staged:
             self._save_parts(staged, state_dict, **kwargs)
             parts = {part: getattr(self, part) for part in PARTS}
             write_doors(staged, parts, self.config)

@@ -5,9 +5,13 @@ transformers reads `auto_map` and `custom_pipelines` in the configs and runs the
 """
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -25,6 +29,22 @@ PIPELINES = {
         "type": "image",
     }
 }
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder inside another, and remove those that killed processes of this host left there."""
+    host = socket.gethostname()
+    for left in folder.glob(f".saving-{host}-*"):
+        pid = left.name.removeprefix(f".saving-{host}-").partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # not ours to judge
+    with TemporaryDirectory(dir=folder, prefix=f".saving-{host}-{os.getpid()}-") as name:
+        yield Path(name)
 
 
 def write_doors(folder: Path, parts: dict[str, Any], config: IsicVQConfig) -> None:

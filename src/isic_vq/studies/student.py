@@ -38,6 +38,7 @@ from isic_vq.training.classifier import (
     recoloured,
 )
 from isic_vq.training.loop import learning_rate_scale
+from isic_vq.work import differences, told
 
 logger = logging.getLogger(__name__)
 
@@ -247,12 +248,9 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ.
     """
-    if path.is_file():
-        begun = json.loads(path.read_text())
-        for key, value in settings.items():
-            if begun.get(key) != value:
-                raise ValueError(
-                    f"{path.parent.name} was begun with other settings of {key}: choose another work folder, or remove "
-                    "this one"
-                )
+    different = differences(json.loads(path.read_text()), settings) if path.is_file() else {}
+    if different:
+        raise ValueError(
+            f"{path.parent.name} was begun with {told(different)}: choose another work folder, or remove this one"
+        )
     write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
