@@ -266,7 +266,7 @@ def test_folder_that_is_no_feature_model_is_refused(make_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["lecam_weight=-1"], "lecam_weight is -1: expected 0 or more"),
+        (["lecam_weight=-1"], "lecam_weight is -1: expected at least 0"),
         (["discriminator_layers=4"], "discriminator_layers is 4: expected 1, 2 or 3"),
         (["discriminator_warmup=200"], "discriminator_warmup is 200: expected at most adversarial_start"),
         (["discriminator_warmup=5", "adversarial_weight=0"], "there is no discriminator"),

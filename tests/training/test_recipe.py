@@ -72,7 +72,7 @@ def test_overrides_alone_make_a_recipe():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1.5e2", 150.0), (".5", 0.5), ("2", 2), ("-1e+1", -10.0)]
+    ("text", "value"), [("1e-3", 1e-3), ("1.5e2", 150.0), (".5", 0.5), ("2", 2), ("+1e+1", 10.0)]
 )
 def test_scientific_notation_is_a_number_in_file_and_override(tmp_path, text, value):
     path = tmp_path / "recipe.yaml"

@@ -173,7 +173,9 @@ def _prepare(
     if old is not None and old.settings == settings:
         logger.info("%s is finished with these settings already", output.name)
         begun = work / SETTINGS
-        if not begun.is_file() or json.loads(begun.read_text()) == settings:  # killed while it removed its work
+        if (
+            not begun.is_file() or json.loads(begun.read_text()) == settings
+        ):  # killed while it removed its work
             shutil.rmtree(work, ignore_errors=True)
         return old
     units = [

@@ -3,6 +3,7 @@
 Source: Tian et al., "Visual Autoregressive Modeling", arXiv 2404.02905.
 """
 
+import math
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -70,5 +71,5 @@ class VARConfig(PriorConfig):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}: expected a multiple of num_heads, {self.num_heads}"
             )
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected more than 0")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected a finite number of more than 0")

@@ -7,6 +7,7 @@ Differs: an exponential-moving-average codebook by default (appendix A.1 of the 
 linear projection to `code_dim` between encoder and quantizer.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,5 +144,12 @@ class VQVAEConfig(PreTrainedConfig):
                 raise ValueError(
                     f"num_phi is {self.num_phi}: expected 1 to {len(self.scales)}, the number of scales"
                 )
+        least = {"num_residual_blocks": 0, "residual_size": 1, "ema_epsilon": 0, "dead_code_threshold": 0}
+        least |= {"beta": 0, "l1_weight": 0, "mse_weight": 0}
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
+        if min(self.hidden_sizes) < 1:
+            raise ValueError(f"hidden_sizes are {list(self.hidden_sizes)}: expected at least 1 channel each")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: expected a value in [0, 1)")

@@ -7,7 +7,6 @@ A stage whose `report.json` is there is finished: it is the last file that a run
 its command's, `isic-vq train vqvae`, `encode` and `train prior`.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any
 
 from isic_vq.data.encoding import Encoding, encode_to_file
 from isic_vq.data.parts import open_part
-from isic_vq.files import write_atomically
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.studies.student import check_settings
 from isic_vq.training.prior import train_prior
-from isic_vq.training.processes import TrainingError
 from isic_vq.training.recipe import PriorRecipe, Recipe, VQVAERecipe, build_recipe, public_recipe
 from isic_vq.training.vqvae import train_vqvae
 
@@ -66,18 +64,18 @@ class Chain:
         """Train what is not trained yet.
 
         Raises:
-            TrainingError: the folder was begun with other settings.
-            DataError, RecipeError, CheckpointError, InterruptedTraining: as their docstrings say.
+            ValueError: the folder was begun with other settings.
+            DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
         """
         self._check_settings()
         tokenizer, codes = self._tokenizer_recipe(), self.folder / "vqvae" / "model"
         if not (self.folder / "vqvae" / "report.json").is_file():
-            train_vqvae(tokenizer, resume=_has_checkpoint(tokenizer.output_dir))
+            train_vqvae(tokenizer, resume=True)
         for name, uri, views in (("train", self.train, self.views), ("validation", self.validation, 1)):
             _encode(codes, uri, self.folder / f"{name}.parquet", views)
         prior = self._prior_recipe()
         if not self.is_finished:
-            train_prior(prior, resume=_has_checkpoint(prior.output_dir))
+            train_prior(prior, resume=True)
 
     def _tokenizer_recipe(self) -> VQVAERecipe:
         data = {"train": self.train, "validation": self.validation, **self.vqvae.get("data", {})}
@@ -99,17 +97,7 @@ class Chain:
         """Note the settings in the folder, or compare them with those that it was begun with."""
         recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
         settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
-        text = json.dumps({**settings, "views": self.views}, indent=2) + "\n"
-        path = self.folder / SETTINGS
-        if path.is_file() and path.read_text() != text:
-            raise TrainingError(
-                f"{self.folder.name} was begun with other settings: choose another output_dir, or remove the folder"
-            )
-        write_atomically(path, text.encode())
-
-
-def _has_checkpoint(run: str) -> bool:
-    return any(Path(run, "checkpoints").glob("step-*"))
+        check_settings(self.folder / SETTINGS, {**settings, "views": self.views})
 
 
 def _encode(tokenizer: Path, uri: str, output: Path, views: int) -> None:

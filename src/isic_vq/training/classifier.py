@@ -37,7 +37,7 @@ from isic_vq.training.images import ImageTask, open_data
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import ClassifierRecipe
-from isic_vq.training.run import build_config, open_run, save_model
+from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -320,6 +320,7 @@ def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset"
     return records.select(rows)
 
 
+@holds_output_dir
 def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
     """Run a recipe from its images to `model/` and `report.json`.
 
@@ -350,7 +351,7 @@ def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report |
     model = build_classifier(recipe.model, classes)
     task = ClassifierTask(model, processor, train_set, validation_set, recipe)
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **recipe.model})
-    if resume:
+    if run.resumes:
         trainer.resume()
     trainer.train()
     report = None

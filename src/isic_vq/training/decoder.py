@@ -35,7 +35,7 @@ from isic_vq.training.loop import Trainer
 from isic_vq.training.losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe, RecipeError
-from isic_vq.training.run import open_run, save_model
+from isic_vq.training.run import holds_output_dir, open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ class DecoderTask(ImageTask):
         save_model(folder, self.tokenizer, self.processor)
 
 
+@holds_output_dir
 def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
     """Run a recipe to `model/` (whole again if it started from a whole model) and `report.json`.
 
@@ -263,7 +264,7 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage})
     dataset = sources["validation"].name
     before = measured_metrics(task, dataset, "_before") if processes.is_main else []
-    if resume:
+    if run.resumes:
         trainer.resume()
     trainer.train()
     if not processes.is_main:

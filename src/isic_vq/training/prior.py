@@ -31,7 +31,7 @@ from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
-from isic_vq.training.run import build_config, open_run, save_model
+from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ class PriorTask:
         save_model(folder, self.model)
 
 
+@holds_output_dir
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
 
@@ -185,7 +186,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     config.label2id = {name: index for index, name in enumerate(class_names)}
     sources = {name: cache.source for name, cache in caches.items()}
     processes = Processes(recipe.loop, Path(recipe.output_dir))
-    run = open_run(recipe, sources, resume, processes)
+    run = open_run(recipe, sources, resume, processes, {"tokenizer": caches["train"].tokenizer_hash})
     torch.manual_seed(recipe.loop.seed)
     task = PriorTask(
         PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last),
@@ -195,7 +196,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
         recipe,
     )
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
-    if resume:
+    if run.resumes:
         trainer.resume()
     trainer.train()
     if not processes.is_main:

@@ -6,7 +6,9 @@ weights is the resolved recipe with data named by URI or data set name, never by
 
 import dataclasses
 import difflib
+import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,38 @@ from isic_vq.evaluation.report import ABSOLUTE_PATH
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used."""
+
+
+MORE_THAN_0 = (
+    "max_steps",
+    "batch_size",
+    "accumulation_steps",
+    "learning_rate",
+    "max_grad_norm",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "process_timeout",
+)
+
+
+def check_numbers(recipe: Any, more_than_0: Collection[str] = ()) -> None:
+    """Refuse numbers of a recipe that are negative or not finite: nothing in it could be.
+
+    Args:
+        recipe: a dataclass.
+        more_than_0: its fields that are not 0 either.
+
+    Raises:
+        ValueError: a number is such.
+    """
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not 0 <= value < math.inf or (value == 0 and field.name in more_than_0):
+            expected = "more than 0" if field.name in more_than_0 else "at least 0"
+            raise ValueError(f"{field.name} is {value}: expected {expected}")
 
 
 @strict
@@ -77,18 +111,7 @@ class LoopRecipe:
 
     def validate_ranges(self) -> None:
         """Check what the types do not say; called by `strict`."""
-        for name in (
-            "max_steps",
-            "batch_size",
-            "accumulation_steps",
-            "learning_rate",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
-            "process_timeout",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected more than 0")
+        check_numbers(self, MORE_THAN_0)
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}: expected 'auto', 'fp32' or 'bf16'")
         for name in ("average_decay", "beta1"):
@@ -141,6 +164,13 @@ class DataRecipe:
         """Check the names of the classes; called by `strict`."""
         _ = self.declared_classes
 
+    def validate_shares(self) -> None:
+        """Check what the types do not say; called by `strict`."""
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}: expected a share between 0 and 1")
+        if not 0 <= self.max_corrupt_share <= 1:
+            raise ValueError(f"max_corrupt_share is {self.max_corrupt_share}: expected a share from 0 to 1")
+
 
 @strict
 @dataclasses.dataclass
@@ -174,6 +204,7 @@ class VQVAERecipe:
 
     def validate_warmup(self) -> None:
         """Check that the codebook is ever used; called by `strict`."""
+        check_numbers(self)
         if not 0 <= self.codebook_warmup_steps < self.loop.max_steps:
             raise ValueError(
                 f"codebook_warmup_steps is {self.codebook_warmup_steps}: expected at least 0 and less than "
@@ -301,13 +332,7 @@ class DecoderRecipe:
 
     def validate_weights(self) -> None:
         """Check that something is left to learn; called by `strict`."""
-        counts = ("adversarial_start", "discriminator_warmup", "refinement_size")
-        for name in (
-            *(field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")),
-            *counts,
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        check_numbers(self)
         if not 1 <= self.discriminator_layers <= 3:
             raise ValueError(f"discriminator_layers is {self.discriminator_layers}: expected 1, 2 or 3")
         if self.discriminator_warmup and not self.adversarial_weight:

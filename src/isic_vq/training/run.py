@@ -2,8 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import json
+import logging
+import os
 import secrets
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +24,11 @@ from isic_vq.models.configuration_vqvae import PRESETS
 from isic_vq.models.strict_loading import share_weights
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
+from isic_vq.work import differences, flat, hold, told
 
+logger = logging.getLogger(__name__)
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -49,6 +58,26 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
         raise RecipeError(f"recipe model: {error}") from error
 
 
+# Keys of a recipe that may change from one part of a run to the next: how far it goes, what it leaves and where it reads. That
+# the images are the same is told by their hashes.
+MAY_CHANGE = {
+    "output_dir",
+    "data.train",
+    "data.validation",
+    "data.cache",
+    "data.max_corrupt_share",
+    "loop.max_steps",
+    "loop.save_every",
+    "loop.keep_checkpoints",
+    "loop.num_workers",
+    "loop.trackers",
+    "loop.project",
+    "loop.profile",
+    "loop.process_timeout",
+}
+RECIPE, RUN = "recipe.yaml", "run.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run's place.
@@ -56,45 +85,111 @@ class Run:
     Attributes:
         folder: holds everything the run writes.
         identifier: eight hexadecimal digits; a resumed run keeps them, and so the trackers' run.
+        resumes: whether it goes on from a checkpoint.
     """
 
     folder: Path
     identifier: str
+    resumes: bool = False
 
 
-def open_run(recipe: Recipe, sources: dict[str, Any], resume: bool, processes: Processes) -> Run:
-    """Create the run's folder, or check that the one to resume was begun with the same data.
+def holds_output_dir(train: Stage) -> Stage:
+    """Let a stage hold its run's folder: two runs never write to one. The main process holds it for all."""
+
+    @functools.wraps(train)
+    def holding(recipe: Recipe, resume: bool = False) -> Any:
+        is_main = os.environ.get("RANK", "0") == "0"
+        with hold(Path(recipe.output_dir)) if is_main else nullcontext():
+            return train(recipe, resume)
+
+    return holding  # type: ignore[return-value]
+
+
+def open_run(
+    recipe: Recipe,
+    sources: dict[str, Any],
+    resume: bool,
+    processes: Processes,
+    hashes: Mapping[str, str] | None = None,
+) -> Run:
+    """Begin a run's folder, or go on with the run in it if nothing has changed that decides what comes out.
+
+    A folder without a checkpoint holds nothing to go on with: its run starts again.
+
+    Args:
+        recipe: the run's recipe.
+        sources: descriptions of its images, by part.
+        resume: go on from the newest checkpoint.
+        processes: the group.
+        hashes: what else it is trained on, by name.
 
     Raises:
-        TrainingError: the folder holds a run and `resume` is off, or the data have changed since it began.
+        TrainingError: the folder holds a run and `resume` is off, or recipe or data are not those it was begun with.
     """
     folder = Path(recipe.output_dir)
-    data = {name: dataclasses.asdict(info) for name, info in sources.items()}
-    identifier = secrets.token_hex(4)
-    # A run that failed before its first step may start anew.
-    if not resume and (folder / "metrics.jsonl").exists():
+    data: dict[str, Any] = {name: dataclasses.asdict(info) for name, info in sources.items()}
+    data |= {name: {"sha256": value} for name, value in (hashes or {}).items()}
+    settings = public_recipe(recipe)
+    began: dict[str, Any] = {"identifier": secrets.token_hex(4)}
+    resumes = any((folder / "checkpoints").glob("step-*"))
+    if resumes and not resume:
         raise TrainingError(
             f"{folder.name} already holds a run: continue it with --resume, or choose another output_dir"
         )
-    if resume and (folder / "run.json").exists():
-        began = json.loads((folder / "run.json").read_text())
-        identifier = began["identifier"]
-        for name, info in data.items():
-            before = began["data"].get(name, {})
-            # Runs of older versions did not record the ids.
-            same_images = before.get("ids_sha256") in (None, info["ids_sha256"])
-            if before.get("fingerprint") != info["fingerprint"] or not same_images:
-                raise TrainingError(
-                    f"the {name} data differ from those the run began with: choose another output_dir"
-                )
+    if not resumes and (folder / "report.json").exists():
+        raise TrainingError(
+            f"{folder.name} holds a finished run and no checkpoint to go on from: choose another output_dir"
+        )
+    if resumes:
+        began = _same_run(folder, recipe, settings, data)
+    elif resume:
+        logger.warning("%s holds no checkpoint yet: the run starts at step 0", folder.name)
     processes.wait()  # every process has looked before one writes
-    identifier = processes.from_main(identifier)
+    identifier = processes.from_main(began["identifier"])
     if processes.is_main:
-        began = {"identifier": identifier, "data": data, "environment": environment()}
-        settings = yaml.safe_dump(public_recipe(recipe), sort_keys=False)
-        write_atomically(folder / "recipe.yaml", settings.encode())
-        write_atomically(folder / "run.json", json.dumps(began, indent=2).encode())
-    return Run(folder, identifier)
+        began |= {"data": data, "environment": environment()}
+        write_atomically(folder / RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
+        write_atomically(folder / RUN, json.dumps(began, indent=2).encode())
+    return Run(folder, identifier, resumes)
+
+
+def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` goes on with: the identifier, and all changes of the recipe so far.
+
+    Raises:
+        TrainingError: the run in the folder is another one, or does not say what it is.
+    """
+    try:
+        run = json.loads((folder / RUN).read_text())
+        recorded = yaml.safe_load((folder / RECIPE).read_text())
+        began, identifier, changes = run["data"], run["identifier"], run.get("changes", [])
+        defaults = flat(public_recipe(type(recipe)()))  # of keys that an older version did not have
+        begun = {**defaults, **flat(recorded), "stage": recorded["stage"]}
+        different = differences(begun, settings)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise TrainingError(
+            f"{folder.name} does not say how its run was begun ({RECIPE}, {RUN}: {error}): choose another output_dir"
+        ) from error
+    refused = {key: values for key, values in different.items() if key not in MAY_CHANGE}
+    if refused:
+        raise TrainingError(
+            f"{folder.name} was begun with {told(refused)}: resume it with the recorded values, or choose another output_dir"
+        )
+    for name, info in data.items():
+        before = began.get(name, {})
+        # Runs of older versions recorded less.
+        if any(
+            before.get(key) not in (None, info.get(key)) for key in ("fingerprint", "ids_sha256", "sha256")
+        ):
+            raise TrainingError(
+                f"the {name} data differ from those the run began with: choose another output_dir"
+            )
+    newest = max(path.name for path in (folder / "checkpoints").glob("step-*"))
+    for key, (old, new) in different.items():
+        if key != "output_dir":
+            logger.info("the run goes on with %s = %r; until %s it was %r", key, new, newest, old)
+            changes = [*changes, {"after": newest, "key": key, "from": old, "to": new}]
+    return {"identifier": identifier, **({"changes": changes} if changes else {})}
 
 
 def save_model(

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from isic_vq.files import write_atomically
-from isic_vq.training.processes import Processes
+from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,9 @@ class MetricLog:
 
         Records past the step, those of epochs that are still to end (a checkpoint of an epoch's last step comes
         before its validation), and a last line that a killed run left half-written, are dropped.
+
+        Raises:
+            TrainingError: a record cannot be read.
         """
         if self.recipe.trackers:
             run_dir, name = self.path.parent, f"{self.path.parent.name}-{self.run_id}"
@@ -65,13 +68,19 @@ class MetricLog:
             )
         if not self.processes.is_main or not self.path.exists():
             return []
-        lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        read = [(line, json.loads(line)) for line in lines]
-        kept = [
-            (line, record)
-            for line, record in read
-            if record["step"] <= step and (record["kind"] == "batch" or record["epoch"] < epoch)
-        ]
+        try:
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            read = [(line, json.loads(line)) for line in lines]
+            kept = [
+                (line, record)
+                for line, record in read
+                if record["step"] <= step and (record["kind"] == "batch" or record["epoch"] < epoch)
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{self.path.name} of {self.path.parent.name} is damaged ({error}): move it away to go on without the records "
+                "so far"
+            ) from error
         write_atomically(self.path, "".join(line for line, _ in kept).encode())
         return [record for _, record in kept]
 

@@ -34,7 +34,7 @@ from isic_vq.training.loop import Trainer
 from isic_vq.training.losses import ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
-from isic_vq.training.run import build_config, open_run, save_model
+from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +216,7 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     quantizer.start_from(codebook, counts / num_batches)
 
 
+@holds_output_dir
 def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | None:
     """Run a recipe from its images to `model/`, `report.json` and the arrays of the figures.
 
@@ -241,7 +242,7 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
         recipe,
     )
     trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
-    if resume:
+    if run.resumes:
         trainer.resume()
     trainer.train()
     result = None
