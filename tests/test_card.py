@@ -99,7 +99,10 @@ def test_the_metric_table_shows_the_reports_numbers_and_no_others(report):
     for m in report.metrics:
         if m.group is None:
             seed = [] if m.seed is None else [m.seed]
-            expected[m.name, column_title(m)] = pytest.approx([m.value, *(m.interval or []), *seed], rel=1e-3)
+            row, column = m.name, column_title(m)
+            if kind := re.fullmatch(r"((?:texture|grid_power|octave_power|coherence)\w*)\[(\w+)(.*)\]", row):
+                row, column = kind[1] + kind[3], f"{kind[2]}: {column}"  # real images beside reconstructions
+            expected[row, column] = pytest.approx([m.value, *(m.interval or []), *seed], rel=1e-3)
     assert shown == expected
 
 

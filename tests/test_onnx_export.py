@@ -244,6 +244,7 @@ def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_both_commands_write_the_same_files(run, tmp_path):
     prior = {"num_codes": 7, "grid_size": 4, "hidden_size": 8, "num_layers": 1, "head_size": 8}
     model = IsicVQModel(IsicVQConfig(vqvae_config=dict(TINY), prior_config=prior, license="cc0-1.0")).eval()

@@ -183,11 +183,6 @@ def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cos
     assert ("parameters[prior]", "model") in names
     assert report.tables["generation"]["others"] == "synthetic:400:7"
     assert f"wrote {folder / 'report.json'} and {folder / 'report.html'}" in stdout
-
-
-@pytest.mark.slow
-def test_the_gallery_is_written_where_it_was_asked_for_and_nowhere_else(evaluated):
-    folder, _ = evaluated
     assert {path.name for path in (folder / "gallery").iterdir()} == {"worst-test.png", "worst-other.png"}
     with Image.open(folder / "gallery" / "worst-test.png") as picture:
         assert "source images, not generated ones" in picture.info["Comment"]

@@ -158,12 +158,14 @@ def test_share_interval_covers():
     assert coverage(intervals, 0.9) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_covers():
     worlds = np.random.default_rng(6).gamma(4.0, size=(500, 80))
     intervals = [bootstrap_interval(mean_of_rows, w, resamples=200, seed=s) for s, w in enumerate(worlds)]
     assert coverage(intervals, 4.0) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.slow
 def test_stratified_bootstrap_of_few_rows_covers_as_often_as_the_exact_interval():
     """On the same worlds, so that luck cancels; a plain percentile interval covers four points less."""
     groups = np.repeat([0, 1], [12, 8])
@@ -240,6 +242,7 @@ def test_a_set_without_halves_is_refused():
         subsample_intervals(means, np.zeros(10), np.zeros(3))
 
 
+@pytest.mark.slow
 def test_subsample_interval_of_a_difference_of_means_covers():
     generator = np.random.default_rng(9)
     intervals = [
@@ -249,6 +252,7 @@ def test_subsample_interval_of_a_difference_of_means_covers():
     assert coverage(intervals, 1.0) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.slow
 def test_subsample_interval_of_a_frechet_distance_covers_its_expectation_at_that_size():
     generator = np.random.default_rng(10)
 
@@ -260,6 +264,7 @@ def test_subsample_interval_of_a_frechet_distance_covers_its_expectation_at_that
     assert coverage(intervals, expectation) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.slow
 def test_subsample_interval_at_the_floor_is_cautious_by_less_than_twice():
     generator = np.random.default_rng(11)
 

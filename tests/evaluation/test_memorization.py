@@ -160,6 +160,7 @@ def test_the_chance_of_an_excess_is_that_of_all_interleavings(num_samples, num_h
     assert excess.expected == pytest.approx(np.mean([count for count, _ in counts]))
 
 
+@pytest.mark.slow
 def test_verdicts_are_wrong_as_rarely_as_their_level_says_and_a_binomial_tests_are_not():
     generator = np.random.default_rng(0)
     wrong = wrong_binomial = 0

@@ -1,4 +1,4 @@
-"""What tests of several processes run in them: started by torchrun, or forked off a server by `start`."""
+"""What tests of several processes run in them: forked off a server by `start`."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,24 +18,35 @@ SERVER.set_forkserver_preload(["isic_vq.cli", "isic_vq.training.vqvae", "isic_vq
 
 def start(log: Path, *arguments: object, fsdp: bool = False, **environment: object) -> BaseProcess:
     """Start `isic-vq ARGUMENTS` in a process of its own that writes its output to `log`."""
+    return start_function(log, _command_line, [*map(str, arguments)], fsdp, **environment)
+
+
+def start_function(
+    log: Path, function: Callable[..., None], *arguments: object, **environment: object
+) -> BaseProcess:
+    """Start a function of this module in a process of its own that writes its output to `log`."""
     variables = {name: str(value) for name, value in environment.items()}
-    process = SERVER.Process(
-        target=_command_line, args=(log, [*map(str, arguments)], variables, fsdp), daemon=True
-    )
+    process = SERVER.Process(target=_logged, args=(log, variables, function, arguments), daemon=True)
     process.start()
     return process
 
 
-def _command_line(log: Path, arguments: list[str], environment: dict[str, str], fsdp: bool) -> None:
+def _logged(
+    log: Path, environment: dict[str, str], function: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch
 
-    from isic_vq import cli
-
     torch.set_num_threads(1)
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    function(*arguments)
+
+
+def _command_line(arguments: list[str], fsdp: bool) -> None:
+    from isic_vq import cli
+
     sys.argv = ["isic-vq", *arguments]
     if fsdp:
         _pretend_gpus()
@@ -173,6 +185,3 @@ def main(folder: Path, prior_recipe: Path) -> None:
 
 
 NO_DROPOUT = ["model.dropout=0", "model.class_dropout=0", "loop.max_steps=12"]
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -229,6 +229,7 @@ def test_a_classifier_learns_what_can_be_seen(make_recipe, tmp_path):
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4])
 def test_stop_and_resume_is_the_uninterrupted_run(make_recipe, tmp_path, monkeypatch, step):
     import isic_vq.training.classifier as stage

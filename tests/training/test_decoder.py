@@ -224,6 +224,7 @@ def test_the_report_starts_from_the_model_as_it_was(make_recipe, tmp_path):
         assert short.value(name + "_before") == long.value(name + "_before"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_stop_and_resume_is_the_uninterrupted_run(make_recipe, tmp_path, monkeypatch, step):
     """The discriminator is part of the state: before it counts, and after."""

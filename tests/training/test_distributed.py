@@ -1,6 +1,6 @@
 """Training in several real processes: the same run as in one, and what becomes of it when one of them fails.
 
-Started by torchrun over gloo, as users start it; processes that are killed one by one are forked off a server.
+Over gloo: by torchrun, as users start it, or forked off a server that has the imports behind it.
 """
 
 import json
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distributed_worker import NO_DROPOUT, start
+from distributed_worker import NO_DROPOUT, main, start, start_function
 from launching import TIMEOUT, free_port, launched, newest_step, run, torchrun, wait_for_step
 from run_folder import digests, records, untimed
 from safetensors.torch import load_file
@@ -69,6 +69,25 @@ def test_two_processes_and_parts_of_batches_train_as_one_process_on_whole_batche
             assert row["uneven_batches"] > 5, "premise: corrupt images made the parts differ in size"
 
 
+def start_pair(folder, starter, *arguments):
+    """Start two processes by what torchrun would set; returns both and their logs."""
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    logs = [folder / f"log-{rank}" for rank in (0, 1)]
+    return [
+        starter(log, *arguments, RANK=rank, LOCAL_RANK=rank, **group) for rank, log in enumerate(logs)
+    ], logs
+
+
+def run_pair(folder, starter, *arguments):
+    """Run two processes to their ends; returns what both printed."""
+    pair, logs = start_pair(folder, starter, *arguments)
+    for process in pair:
+        process.join(TIMEOUT)
+    output = "".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in pair] == [0, 0], output
+    return output
+
+
 # One process that fails, among two
 
 
@@ -76,9 +95,7 @@ def test_two_processes_and_parts_of_batches_train_as_one_process_on_whole_batche
 def scenarios(tiny_run, tmp_path_factory):
     """What both processes of `distributed_worker` saw, and the folder they worked in."""
     folder = tmp_path_factory.mktemp("scenarios")
-    worker = Path(__file__).with_name("distributed_worker.py")
-    code, output = run(torchrun(worker, folder, tiny_run.configs["prior"]), folder / "log")
-    assert code == 0, output
+    run_pair(folder, start_function, main, folder, tiny_run.configs["prior"])
     seen = [json.loads((folder / f"process-{rank}.json").read_text()) for rank in (0, 1)]
     return SimpleNamespace(folder=folder, seen=seen)
 
@@ -131,28 +148,11 @@ def test_prior_of_two_processes_is_that_of_one(scenarios, tiny_run, tmp_path):
 # Commands in two processes
 
 
-def start_pair(folder, *arguments):
-    """Start a command in two processes, as torchrun would; returns each with its log."""
-    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    logs = [folder / f"log-{rank}" for rank in (0, 1)]
-    return [
-        (start(log, *arguments, RANK=rank, LOCAL_RANK=rank, **group), log) for rank, log in enumerate(logs)
-    ]
-
-
-def run_pair(folder, *arguments):
-    """Run a command in two processes to its end; returns what both printed."""
-    pair = start_pair(folder, *arguments)
-    for process, _ in pair:
-        process.join(TIMEOUT)
-    output = "".join(log.read_text() for _, log in pair)
-    assert [process.exitcode for process, _ in pair] == [0, 0], output
-    return output
-
-
 def test_tokenizer_is_trained_by_two_processes(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
-    output = run_pair(tmp_path, "train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}")
+    output = run_pair(
+        tmp_path, start, "train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"
+    )
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert [record["step"] for record in records(run_dir, "batch")] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(run_dir, "epoch")] == [0, 1]
@@ -161,7 +161,7 @@ def test_tokenizer_is_trained_by_two_processes(tiny_run, tmp_path):
 
 def test_decoder_is_trained_by_two_processes(parts, decoder_settings, tmp_path):
     run_dir = tmp_path / "run"
-    output = run_pair(tmp_path, "train", "decoder", f"output_dir={run_dir}", *decoder_settings)
+    output = run_pair(tmp_path, start, "train", "decoder", f"output_dir={run_dir}", *decoder_settings)
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert {path.parent.name for path in run_dir.rglob("preprocessor_config.json")} == {"best", "model"}
     assert list(run_dir.rglob("report.json")) == [run_dir / "report.json"]
@@ -232,7 +232,7 @@ def test_the_other_process_gives_up_and_says_why(tiny_run, tmp_path, victim, num
     arguments = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"]
     arguments += ["loop.max_steps=1000000", "loop.eval_every=1000000", "loop.save_every=1000000"]
     arguments += [f"loop.process_timeout={seconds}"]
-    pair, logs = zip(*start_pair(tmp_path, *arguments), strict=True)
+    pair, logs = start_pair(tmp_path, start, *arguments)
     try:
         wait_for_step(run_dir, 3, lambda: all(process.is_alive() for process in pair))
         os.kill(pair[victim].pid, number)

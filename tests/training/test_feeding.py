@@ -94,7 +94,10 @@ def test_a_stream_gives_whole_shares_and_no_image_twice(images, world, num_worke
             assert len(steps) == sum(len(lane) // size for lane in own) // 2
 
 
-@pytest.mark.parametrize(("num_workers", "accumulation_steps"), [(0, 1), (0, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("num_workers", "accumulation_steps"),
+    [(0, 1), (0, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
+)
 def test_a_stream_goes_on_exactly_from_any_step(images, num_workers, accumulation_steps):
     loop = {"num_workers": num_workers, "accumulation_steps": accumulation_steps}
     whole = ids_of(feed_of(images, **loop).epoch(2, 0))
