@@ -54,7 +54,10 @@ def readme_section(reports: dict[str, Report]) -> str:
     evaluation, utility = reports["evaluation.json"], reports["utility.json"]
     head = [f"{title} (n = {evaluation.tables[key]['data']['num_images']:,})" for key, title in SETS.items()]
     yardsticks = evaluation.tables["generation"]["yardsticks"]
-    measures = {"balanced_accuracy": "balanced accuracy", "melanoma_auc": "AUC of melanoma"}
+    # Reports of older versions name the area under the curve of melanoma alone.
+    is_old = any(metric.name == "melanoma_auc[real]" for metric in utility.metrics)
+    auc = "melanoma_auc[{}]" if is_old else "auc[{}, melanoma]"
+    measures = {"balanced_accuracy[{}]": "balanced accuracy", auc: "AUC of melanoma"}
     return "\n\n".join(
         [
             markdown_table(
@@ -81,7 +84,7 @@ def readme_section(reports: dict[str, Report]) -> str:
             markdown_table(
                 ["trained on", *measures.values()],
                 [
-                    [title, *cells(utility, [f"{measure}[{arm}]" for measure in measures], ["validation"])]
+                    [title, *cells(utility, [measure.format(arm) for measure in measures], ["validation"])]
                     for arm, title in ARMS.items()
                 ],
             ),

@@ -13,7 +13,8 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.granularity import GranularityRecipe, Setting, settings
 from isic_vq.studies.granularity_results import Measured, findings
 from isic_vq.studies.page import SMOKE, StudyPage
-from isic_vq.training.recipe import RecipeError, load_recipe
+from isic_vq.training.load import load_recipe
+from isic_vq.training.recipe import RecipeError
 
 RECIPE = GranularityRecipe(
     train="a", validation="b", grids={"f8": {}, "f4": {}}, num_codes=[4, 8, 16], vqvae=VQVAE, prior=PRIOR

@@ -13,6 +13,7 @@ from isic_vq.cli.app import (
     ModelOption,
     Overrides,
     app,
+    check_first,
     quiet_transformers,
 )
 from isic_vq.cli.measuring import print_report
@@ -54,8 +55,15 @@ def utility(
     steps: StepsOption = 1500,
     limit: LimitOption = None,
     split: SplitOption = "test",
+    auc_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--auc-of", help="Class whose AUC against all others is reported; repeatable. Default: all."
+        ),
+    ] = None,
 ) -> None:
     """Measure what generated images are worth to a classifier: trained on real, generated and both; tested on real."""
+    check_first(model, sources=[train, test])
     from dataclasses import asdict
 
     from isic_vq.hub import load_model
@@ -67,7 +75,15 @@ def utility(
     student = Student(steps=steps)
     generator = load_model(IsicVQModel, model)
     metrics = evaluate_utility(
-        generator, train, test, work_dir, seeds=seeds, student=student, limit=limit, split=split
+        generator,
+        train,
+        test,
+        work_dir,
+        seeds=seeds,
+        student=student,
+        limit=limit,
+        split=split,
+        auc_of=auc_of,
     )
     _write_report(model, metrics, output, classifier=asdict(student), seeds=seeds, limit=limit)
 
@@ -87,6 +103,7 @@ def realism(
     split: SplitOption = "test",
 ) -> None:
     """Measure how well a small classifier tells generated images, reconstructions and real images apart."""
+    check_first(model, sources=[train, test])
     from dataclasses import asdict, replace
 
     from isic_vq.hub import load_model
@@ -129,6 +146,7 @@ def sampling(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure generated images by how their codes are drawn: every temperature with every top-p and guidance scale."""
+    check_first(model, *features, sources=[data])
     from dataclasses import asdict
 
     from isic_vq.evaluation.generation import Yardstick
@@ -139,9 +157,11 @@ def sampling(
     quiet_transformers()
     top_ps = [None if value == 1 else value for value in top_p or [1.0]]
     settings = combinations(temperature or [1.0], top_ps, guidance_scale or [1.0])
+    generator = load_model(IsicVQModel, model)
+    classes = list(generator.config.class_names.values())
     metrics = evaluate_sampling(
-        load_model(IsicVQModel, model),
-        [Yardstick.from_pretrained(name) for name in features],
+        generator,
+        [Yardstick.from_pretrained(name, classes) for name in features],
         data,
         settings,
         work_dir,
@@ -221,7 +241,7 @@ def _recipe(
     from isic_vq.figures.write import check_matplotlib
     from isic_vq.studies.page import check_folder
     from isic_vq.studies.smoke import smoke_recipe
-    from isic_vq.training.recipe import load_recipe
+    from isic_vq.training.load import load_recipe
 
     check_matplotlib()
     quiet_transformers()

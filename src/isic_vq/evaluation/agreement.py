@@ -7,46 +7,57 @@ A classifier is no oracle: read the agreement beside its accuracy on real images
 the tokenizer makes of these. An agreement above that accuracy says that samples are plainer than images.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_utils import PreTrainedModel
 
+from isic_vq.data.classes import NUM_LISTED, Classes
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import share_interval
 from isic_vq.evaluation.report import Metric
-from isic_vq.models.diagnosis import canonical_diagnosis
+
+logger = logging.getLogger(__name__)
 
 
 class DiagnosisClassifier(FeatureModel):
     """An image classifier of transformers, frozen, whose classes are diagnoses; it takes images in [0, 1] of any size.
 
     Args:
-        backbone: gives `logits`; each label of its config names a diagnosis.
+        backbone: gives `logits`; the labels of its config name classes.
         mean: per channel, subtracted from pixel values.
         std: per channel, they are divided by it.
         size: side in pixels the backbone expects.
+        classes: own classes; labels are taken for these, or for ISIC's, where they name one.
 
     Attributes:
-        diagnoses: canonical name of each class.
+        diagnoses: name of each class.
     """
 
-    def __init__(self, backbone: PreTrainedModel, mean: list[float], std: list[float], size: int):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        mean: list[float],
+        std: list[float],
+        size: int,
+        classes: Collection[str] = (),
+    ):
         super().__init__(backbone, mean, std, size)
-        id2label = backbone.config.id2label
-        self.diagnoses = [canonical_diagnosis(id2label[index]) for index in range(len(id2label))]
+        id2label, known = backbone.config.id2label, Classes.of_model(classes)
+        self.diagnoses = [str(known.resolve(id2label[index])) for index in range(len(id2label))]
 
     @classmethod
-    def from_pretrained(cls, model: str) -> "DiagnosisClassifier":
+    def from_pretrained(cls, model: str, classes: Collection[str] = ()) -> "DiagnosisClassifier":
         """Open a folder or Hub id as `FeatureModel` does, with its head.
 
         Raises:
             OSError: it holds no safetensors weights or no `preprocessor_config.json`, or cannot be reached.
-            ValueError: it has no head, or one whose classes are no diagnoses.
+            ValueError: it has no head, or one whose labels name none of the classes and not ISIC's.
         """
-        if not names_diagnoses(model):
+        if not names_diagnoses(model, classes):
             raise ValueError(f"{model} is no image classifier whose labels name diagnoses")
         features = FeatureModel.from_pretrained(model)
         classifier, info = AutoModelForImageClassification.from_pretrained(
@@ -55,7 +66,11 @@ class DiagnosisClassifier(FeatureModel):
         if info["missing_keys"]:
             raise ValueError(f"{model} lacks {sorted(info['missing_keys'])[:3]}: expected a whole classifier")
         return cls(
-            classifier, features.mean.flatten().tolist(), features.std.flatten().tolist(), features.size
+            classifier,
+            features.mean.flatten().tolist(),
+            features.std.flatten().tolist(),
+            features.size,
+            classes,
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,8 +82,8 @@ class DiagnosisClassifier(FeatureModel):
         return [self.diagnoses[index] for index in self(images).argmax(1).tolist()]
 
 
-def names_diagnoses(model: str) -> bool:
-    """Whether a folder or Hub id holds an image classifier each of whose labels names a diagnosis.
+def names_diagnoses(model: str, classes: Collection[str] = ()) -> bool:
+    """Whether a folder or Hub id holds an image classifier of some of these classes, or of ISIC's alone.
 
     Raises:
         OSError: it has no config, or cannot be reached.
@@ -76,10 +91,26 @@ def names_diagnoses(model: str) -> bool:
     config = AutoConfig.from_pretrained(model)
     if not any(name.endswith("ForImageClassification") for name in config.architectures or []):
         return False
-    try:
-        return bool({canonical_diagnosis(label) for label in config.id2label.values()})
-    except ValueError:  # another kind of classes, such as ImageNet's
-        return False
+    labels, own = config.id2label.values(), Classes.of_model(classes)
+    return any(map(own.declares, labels)) or all(Classes().resolve(label) is not None for label in labels)
+
+
+def shared_classes(classifier: DiagnosisClassifier, classes: Collection[str], yardstick: str) -> set[str]:
+    """The classes of both a classifier and a model; a warning names those that one of them has alone."""
+    found, wanted = set(classifier.diagnoses), set(classes)
+    if found != wanted:
+        alone = [
+            f"{who} alone knows {', '.join(sorted(names)[:NUM_LISTED])}{' and others' * (len(names) > NUM_LISTED)}"
+            for who, names in (("the model", wanted - found), (yardstick, found - wanted))
+            if names
+        ]
+        logger.warning(
+            "agreement with %s is measured on the %d classes of both: %s",
+            yardstick,
+            len(found & wanted),
+            "; ".join(alone),
+        )
+    return found & wanted
 
 
 def agreement_metrics(

@@ -112,7 +112,8 @@ def evaluate_checkpoint(
             "--floor-data, or neither"
         )
     loaded = load_model(IsicVQModel, model).eval()
-    yardsticks = [Yardstick.from_pretrained(name) for name in features]
+    names = list(loaded.config.class_names.values())
+    yardsticks = [Yardstick.from_pretrained(name, names) for name in features]
     perceptual = PerceptualDistance(loaded.device) if lpips else None
     cache = None
     if train_codes is not None:
@@ -128,7 +129,7 @@ def evaluate_checkpoint(
         environment=environment(str(loaded.device)),
     )
     evaluation = Evaluation(loaded, report, {})
-    classes = Classes.of_model(loaded.config.class_names.values())
+    classes = Classes.of_model(names)
     for dataset in data:
         source = find_source(dataset.uri, classes)
         measured = measure_images(loaded, source, max_corrupt_share, perceptual)

@@ -13,7 +13,7 @@ sees a difference between the two that is its own: take one that was trained on 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import Source
-from isic_vq.evaluation.agreement import DiagnosisClassifier, agreement_metrics, names_diagnoses
+from isic_vq.evaluation.agreement import (
+    DiagnosisClassifier,
+    agreement_metrics,
+    names_diagnoses,
+    shared_classes,
+)
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.distances import (
@@ -74,13 +79,14 @@ class Yardstick:
     classifier: DiagnosisClassifier | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str) -> "Yardstick":
-        """Open a folder or Hub id.
+    def from_pretrained(cls, model: str, classes: Collection[str] = ()) -> "Yardstick":
+        """Open a folder or Hub id; `classes` are own ones that a classifier may name, beside ISIC's.
 
         Raises:
             OSError, ValueError: as `FeatureModel.from_pretrained`.
         """
-        classifier = DiagnosisClassifier.from_pretrained(model) if names_diagnoses(model) else None
+        reads = names_diagnoses(model, classes)
+        classifier = DiagnosisClassifier.from_pretrained(model, classes) if reads else None
         name = Path(model).resolve().name if Path(model).is_dir() else model
         return cls(name, FeatureModel.from_pretrained(model), classifier)
 
@@ -245,7 +251,8 @@ def evaluate_generation(
                 "reconstructions": sets["reference_reconstructions"].named[yardstick.name],
                 "samples": sets["samples"].named[yardstick.name],
             }
-            known = set(yardstick.classifier.diagnoses) & set(model.config.class_names.values())
+            classes = model.config.class_names.values()
+            known = shared_classes(yardstick.classifier, classes, yardstick.name)
             metrics += agreement_metrics(named, diagnoses, known, yardstick.name, split, reference.name, seed)
     table = {
         "reference": reference.name,

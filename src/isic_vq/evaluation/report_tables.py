@@ -22,7 +22,7 @@ TOPICS = {  # titles, and how the names of their metrics begin
         "membership_",
         "likelihood_gap",
     ),
-    "Worth to a classifier": ("balanced_accuracy", "melanoma_auc", "sensitivity"),
+    "Worth to a classifier": ("balanced_accuracy", "auc", "melanoma_auc", "sensitivity"),
     "Told apart by a classifier": ("two_sample_",),
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }

@@ -19,8 +19,9 @@ from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.studies.student import check_settings
+from isic_vq.training.load import build_recipe
 from isic_vq.training.prior import train_prior
-from isic_vq.training.recipe import PriorRecipe, Recipe, VQVAERecipe, build_recipe, public_recipe
+from isic_vq.training.recipe import PriorRecipe, Recipe, VQVAERecipe, public_recipe
 from isic_vq.training.vqvae import train_vqvae
 
 logger = logging.getLogger(__name__)

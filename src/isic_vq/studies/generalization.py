@@ -20,7 +20,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.files import write_atomically
 from isic_vq.studies.chain import Chain
-from isic_vq.training.recipe import build_recipe
+from isic_vq.training.load import build_recipe
 
 PARTS = ("train", "validation")
 
@@ -71,7 +71,7 @@ class GeneralizationRecipe:
         if not self.domains:
             raise ValueError("domains is empty: name at least one, such as {all: {sources: ['*']}}")
         for name, fields in self.domains.items():
-            build_recipe(Domain, fields, f"domains.{name}.")
+            build_recipe(Domain, fields, prefix=f"domains.{name}.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from isic_vq.data.classes import Classes
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.agreement import agreement_metrics
+from isic_vq.evaluation.agreement import agreement_metrics, shared_classes
 from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics
 from isic_vq.evaluation.report import Metric
 from isic_vq.generation import generate_shards
@@ -120,7 +120,7 @@ def evaluate_sampling(
         if yardstick.classifier is not None:
             named = {"real": real.named[yardstick.name]}
             named |= {name: images.named[yardstick.name] for name, images in sets.items()}
-            known = set(yardstick.classifier.diagnoses) & set(model.config.class_names.values())
+            known = shared_classes(yardstick.classifier, model.config.class_names.values(), yardstick.name)
             metrics += agreement_metrics(
                 named, real.diagnoses, known, yardstick.name, split, source.name, seed
             )

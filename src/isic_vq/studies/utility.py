@@ -40,7 +40,6 @@ from isic_vq.studies.student import (
 from isic_vq.training.classifier import Measure, measures
 
 ARMS = ("real", "synthetic", "real+synthetic")
-MEASURES = ("balanced_accuracy", "melanoma_auc")
 
 
 def evaluate_utility(
@@ -54,6 +53,7 @@ def evaluate_utility(
     limit: int | None = None,
     split: str = "test",
     resamples: int = 1000,
+    auc_of: Sequence[str] | None = None,
 ) -> list[Metric]:
     """Train the classifiers that are not trained yet, and compare them on real images.
 
@@ -68,15 +68,17 @@ def evaluate_utility(
         limit: train and test on a seeded subset of at most so many images each; for a quick try.
         split: what the lines call the test images.
         resamples: bootstrap draws.
+        auc_of: classes whose AUC against all others is reported; None reports all of at least `MIN_GROUP` test images.
 
     Returns:
-        For each arm "balanced_accuracy[ARM]" and, where there are melanomas and others, "melanoma_auc[ARM]", means over
-        the seeds; how much more they are than with real images, "balanced_accuracy_gain[ARM]" and so on, paired by
+        For each arm "balanced_accuracy[ARM]" and, for each class of `auc_of`, "auc[ARM, CLASS]", means over the
+        seeds; how much more they are than with real images, "balanced_accuracy_gain[ARM]" and so on, paired by
         seed and test image; and "sensitivity[ARM, diagnosis=NAME]" of the diagnoses of at least `MIN_GROUP` test images.
         Intervals: `two_level_interval`.
 
     Raises:
-        ValueError: fewer than two seeds, or the folder was begun with other settings or another model.
+        ValueError: fewer than two seeds, a class of `auc_of` that is not there, or the folder was begun with other
+            settings or another model.
         DataError: the images cannot be used.
     """
     if seeds < 2:
@@ -85,6 +87,8 @@ def evaluate_utility(
     generated = Classes.of_model(model.config.class_names.values())
     train_records, classes, train_about = study_records(train, None, limit, generated)
     test_records, _, test_about = study_records(test, classes, limit, generated)
+    if missing := [name for name in auc_of or () if name not in classes]:
+        raise ValueError(f"auc_of names {', '.join(missing)}: expected some of {', '.join(classes)}")
     settings = {"train": train_about, "test": test_about, "student": asdict(student)}
     check_settings(work_dir / "settings.json", settings)
     read = ImageReader(student.image_size, classes)
@@ -104,7 +108,7 @@ def evaluate_utility(
         for arm in ARMS:
             path, images = work_dir / f"{arm}-seed{seed}.json", partial(training_images, arm, folder)
             logits[arm].append(tested_logits(path, images, classes, student, seed, tested.pixels))
-    return utility_metrics(logits, tested.labels, classes, split, test_about["name"], resamples)
+    return utility_metrics(logits, tested.labels, classes, split, test_about["name"], resamples, auc_of)
 
 
 def utility_metrics(
@@ -114,6 +118,7 @@ def utility_metrics(
     split: str,
     dataset: str,
     resamples: int = 1000,
+    auc_of: Sequence[str] | None = None,
 ) -> list[Metric]:
     """The lines of `evaluate_utility`.
 
@@ -124,6 +129,7 @@ def utility_metrics(
         split: of the test images.
         dataset: theirs.
         resamples: bootstrap draws.
+        auc_of: as for `evaluate_utility`.
     """
     real, *others = logits
     metrics = []
@@ -133,13 +139,18 @@ def utility_metrics(
         metrics.append(Metric(name, mean, "1", len(rows), split, dataset, 0, [low, high]))
 
     every, known = torch.arange(len(labels)), measures(classes, labels)
-    for name in MEASURES:
-        if name in known:
-            statistics = {arm: _of_images(known[name], logits[arm], labels) for arm in logits}
-            for arm, statistic in statistics.items():
-                add(f"{name}[{arm}]", statistic, every)
-            for arm in others:
-                add(f"{name}_gain[{arm}]", _difference(statistics[arm], statistics[real]), every)
+    wanted = auc_of
+    if wanted is None:
+        wanted = [name for index, name in enumerate(classes) if (labels == index).sum() >= MIN_GROUP]
+    for measure, part in (("balanced_accuracy", None), *(("auc", name) for name in wanted)):
+        key, more = (measure, "") if part is None else (f"auc[{part}]", f", {part}")
+        if key not in known:
+            continue
+        statistics = {arm: _of_images(known[key], logits[arm], labels) for arm in logits}
+        for arm, statistic in statistics.items():
+            add(f"{measure}[{arm}{more}]", statistic, every)
+        for arm in others:
+            add(f"{measure}_gain[{arm}{more}]", _difference(statistics[arm], statistics[real]), every)
     for index, diagnosis in enumerate(classes):
         members = torch.nonzero(labels == index).flatten()
         if len(members) >= MIN_GROUP:

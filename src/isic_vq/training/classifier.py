@@ -11,6 +11,7 @@ them. As in the tokenizer's stage, the better of the best raw model and the aver
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,8 @@ class ClassifierTask(ImageTask):
         logits, labels = self.predict()
         loss = balanced_cross_entropy(logits, labels, self.log_shares).item()
         classes = list(self.model.config.id2label.values())
-        values = {name: measure(logits, labels) for name, measure in measures(classes, labels).items()}
+        found = measures(classes, labels)
+        values = {name: found[name](logits, labels) for name in ("accuracy", "balanced_accuracy")}
         return {"loss": loss, **values}
 
     def pictures(self) -> dict[str, Image.Image]:
@@ -218,8 +220,8 @@ def measures(classes: Sequence[str], labels: Tensor) -> dict[str, Measure]:
         labels: of the images to be measured.
 
     Returns:
-        `accuracy`; `balanced_accuracy`, the mean recall of the classes that occur; `melanoma_auc`, the area under the
-        ROC curve of the melanoma's probability, where there are melanomas and others.
+        `accuracy`; `balanced_accuracy`, the mean recall of the classes that occur; `auc[CLASS]`, the area under the ROC
+        curve of a class's probability against all others, of each class that is there beside others.
     """
     found: dict[str, Measure] = {
         "accuracy": lambda logits, labels: (logits.argmax(1) == labels).double().mean().item(),
@@ -227,21 +229,21 @@ def measures(classes: Sequence[str], labels: Tensor) -> dict[str, Measure]:
             labels.numpy(), logits.argmax(1).numpy()
         ),
     }
-    melanoma = list(classes).index("melanoma") if "melanoma" in classes else None
-    if melanoma is not None and 0 < (labels == melanoma).sum() < len(labels):
-
-        def melanoma_auc(logits: Tensor, labels: Tensor) -> float:
-            probabilities, positive = logits.softmax(1)[:, melanoma], labels == melanoma
-            return auroc(probabilities[~positive], probabilities[positive])
-
-        found["melanoma_auc"] = melanoma_auc
+    for index, name in enumerate(classes):
+        if 0 < (labels == index).sum() < len(labels):
+            found[f"auc[{name}]"] = partial(_one_against_others, index)
     return found
+
+
+def _one_against_others(index: int, logits: Tensor, labels: Tensor) -> float:
+    probabilities, positive = logits.softmax(1)[:, index], labels == index
+    return auroc(probabilities[~positive], probabilities[positive])
 
 
 def classifier_metrics(
     logits: Tensor, labels: Tensor, classes: Sequence[str], log_shares: Tensor, split: str, dataset: str
 ) -> list[Metric]:
-    """The report's lines: `measures`, the cross-entropy, and the recall of classes of at least `MIN_GROUP` images.
+    """The report's lines: `measures`, the cross-entropy, and the recall and AUC of classes of at least `MIN_GROUP` images.
 
     Args:
         logits: `(N, C)`.
@@ -254,8 +256,9 @@ def classifier_metrics(
     right = logits.argmax(1) == labels
     can_be_drawn = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
     metrics = [share_metric("accuracy", right, split, dataset)]
+    rare = {f"auc[{name}]" for index, name in enumerate(classes) if (labels == index).sum() < MIN_GROUP}
     for name, measure in measures(classes, labels).items():
-        if name != "accuracy":
+        if name != "accuracy" and name not in rare:
             interval = None
             if can_be_drawn:
                 low, high = bootstrap_interval(
