@@ -27,9 +27,10 @@ from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import VQVAERecipe, load_recipe
+from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.run import build_config, open_run
 from isic_vq.training.vqvae import VQVAETask
 

@@ -156,8 +156,9 @@ def train_chain(folder: Path, vqvae: dict[str, Any], prior: dict[str, Any]) -> S
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
+    from isic_vq.training.load import load_recipe
     from isic_vq.training.prior import train_prior
-    from isic_vq.training.recipe import PriorRecipe, VQVAERecipe, load_recipe
+    from isic_vq.training.recipe import PriorRecipe, VQVAERecipe
     from isic_vq.training.vqvae import train_vqvae
 
     parts = {"train": 0, "validation": 1}

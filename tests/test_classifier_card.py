@@ -10,7 +10,8 @@ from isic_vq.classifier_card import REPORT, export_classifier, render_classifier
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.training.classifier import train_classifier
-from isic_vq.training.recipe import ClassifierRecipe, load_recipe
+from isic_vq.training.load import load_recipe
+from isic_vq.training.recipe import ClassifierRecipe
 
 SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "isic-derm-features"
 

@@ -316,7 +316,10 @@ def test_debug_of_one_call_does_not_stay_on(run, fails, tmp_path):
         (["-n", 0], "num_images"),
         (["-n", -3], "num_images"),
         (["--batch-size", 0], "batch_size"),
-        (["-l", "mellanoma"], "label 'mellanoma' is not a class of this model. Classes: 0 = melanoma"),
+        (
+            ["-l", "mellanoma"],
+            "label 'mellanoma' is not a class of this model. Did you mean melanoma? Classes: 0 = melanoma",
+        ),
         (["-l", "99"], "label '99' is not a class id of this model"),
         (["-n", 3, "-l", "nv", "-l", "mel"], "there are 2 labels for 3 images"),
         (["--temperature", 0], "temperature is 0.0: expected more than 0"),
@@ -334,13 +337,13 @@ def test_generate_refuses_settings_without_a_meaning(fails, tiny_run, tmp_path, 
 
 def test_checkpoint_of_another_class_is_refused_by_name(fails, tiny_run):
     line = fails("generate", "-m", tiny_run.vqvae / "model")
-    assert "model is a 'isic_vqvae' checkpoint: expected 'isic_vq' for IsicVQModel" in line
+    assert "model is a tokenizer: expected a whole model" in line
 
 
 def test_damaged_weights_are_refused_by_name(fails, tiny_run, tmp_path):
     model = shutil.copytree(tiny_run.vqvae / "model", tmp_path / "cut")
     (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    assert "cut cannot be read as VQVAEModel" in fails("reconstruct", tiny_run.images["train"], "-m", model)
+    assert "cut cannot be read as a tokenizer" in fails("reconstruct", tiny_run.images["train"], "-m", model)
 
 
 @pytest.mark.parametrize(
@@ -470,9 +473,9 @@ def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["loop.max_step=3"], "unknown recipe key loop.max_step; did you mean loop.max_steps?"),
-        (["model.num_code=3"], "unknown recipe key model.num_code; did you mean model.num_codes?"),
-        (["loop.max_steps=many"], "recipe loop:"),
+        (["loop.max_step=3"], "unknown recipe key loop.max_step: did you mean loop.max_steps?"),
+        (["model.num_code=3"], "unknown recipe key model.num_code: did you mean model.num_codes?"),
+        (["loop.max_steps=many"], "loop.max_steps: expected int"),
         (["data.train=*.parquet"], "is not YAML after the =: put the value in quotes"),
         (["data.train=''"], "data.train is not set"),
         (["loop.batch_size=64"], "the training set has 16 images, fewer than one batch of 64"),

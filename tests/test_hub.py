@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import isic_vq
 from isic_vq import IsicVQModel, PixelCNNConfig, PixelCNNModel, VQVAEConfig, VQVAEModel
-from isic_vq.hub import DEFAULT_CHECKPOINT, ModelError, default_checkpoint, load_model, resolve
+from isic_vq.hub import DEFAULT_CHECKPOINT, KINDS, ModelError, default_checkpoint, load_model, resolve
 
 VQVAE = {"image_size": 8, "hidden_sizes": (4,), "num_residual_blocks": 0, "num_codes": 5, "code_dim": 2}
 PRIOR = {
@@ -81,14 +81,14 @@ def test_a_part_opens_from_the_whole_and_from_its_subfolder(saved, kind, inside)
     ],
 )
 def test_a_checkpoint_of_another_class_is_refused_by_name(saved, kind, wanted, found, expected):
-    text = f"{kind} is a '{found}' checkpoint: expected '{expected}' for {CLASSES[wanted].__name__}"
+    text = f"{kind} is {KINDS[found]}: expected {KINDS[expected]}"
     with pytest.raises(ModelError, match=text):
         load_model(CLASSES[wanted], str(saved / kind))
 
 
 def test_missing_tensors_are_refused_by_name(copied):
     rewrite_tensors(copied, lambda tensors: tensors.pop("quantizer.codebook"))
-    text = r"not a VQVAEModel: it has 1 missing keys, such as \['quantizer.codebook'\]"
+    text = r"not a whole isic_vqvae: it has 1 missing keys, such as \['quantizer.codebook'\]"
     with pytest.raises(ModelError, match=text):
         load_model(VQVAEModel, str(copied))
 
@@ -101,7 +101,7 @@ def test_foreign_tensors_are_refused_by_name(copied):
 
 def test_tensors_of_another_shape_are_refused(copied):
     rewrite_tensors(copied, lambda tensors: tensors.update({"quantizer.codebook": torch.zeros(6, 2)}))
-    with pytest.raises(ModelError, match="vqvae cannot be read as VQVAEModel"):
+    with pytest.raises(ModelError, match="vqvae cannot be read as a tokenizer"):
         load_model(VQVAEModel, str(copied))
 
 
@@ -110,7 +110,7 @@ def test_a_truncated_weights_file_is_refused(copied, kept):
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(
-        ModelError, match="vqvae cannot be read as VQVAEModel: a weights file of .* is damaged"
+        ModelError, match="vqvae cannot be read as a tokenizer: a weights file of .* is damaged"
     ):
         load_model(VQVAEModel, str(copied))
 
@@ -118,7 +118,7 @@ def test_a_truncated_weights_file_is_refused(copied, kept):
 def test_a_folder_without_weights_is_refused(copied):
     (copied / "model.safetensors").unlink()
     with pytest.raises(
-        ModelError, match="cannot be read as VQVAEModel: Error no file named model.safetensors"
+        ModelError, match="cannot be read as a tokenizer: Error no file named model.safetensors"
     ):
         load_model(VQVAEModel, str(copied))
 
@@ -126,7 +126,7 @@ def test_a_folder_without_weights_is_refused(copied):
 def test_a_whole_without_one_parts_weights_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved / "composite", tmp_path / "whole")
     (folder / "prior" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="whole cannot be read as IsicVQModel.*prior/model.safetensors"):
+    with pytest.raises(ModelError, match="whole cannot be read as a whole model.*prior/model.safetensors"):
         load_model(IsicVQModel, str(folder))
 
 
@@ -135,8 +135,8 @@ def test_a_whole_without_one_parts_weights_is_refused(saved, tmp_path):
     [
         ("{", "vqvae/config.json is not JSON"),
         ("[]", "vqvae/config.json is not a JSON object"),
-        ("{}", "vqvae is a None checkpoint: expected 'isic_vqvae'"),
-        ('{"model_type": "isic_vq", "vqvae_config": null}', "vqvae is a 'isic_vq' checkpoint"),
+        ("{}", "vqvae is a None checkpoint: expected a tokenizer"),
+        ('{"model_type": "isic_vq", "vqvae_config": null}', "vqvae is a whole model"),
         (
             '{"model_type": "isic_vqvae", "image_size": 9}',
             "image_size is 9: expected a positive multiple of 8",

@@ -20,7 +20,7 @@ from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import number_text, report_tables, topic_of
-from isic_vq.files import write_atomically
+from isic_vq.files import MAX_PREVIEWS, preview_name, write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
 from isic_vq.models.repository import TAGS
 
@@ -85,6 +85,7 @@ def render_card(folder: Path, name: str) -> str:
         vqvae=config.vqvae_config,
         prior=config.prior_config,
         diagnoses=list(config.class_names.values()),
+        previewed=[(n, preview_name(n)) for n in config.class_names.values()][:MAX_PREVIEWS],
         task=TASK,
         data=data,
         data_title=dataset_title(data["name"]),

@@ -28,7 +28,7 @@ from isic_vq.figures import image_grid
 from isic_vq.figures.png import write_png
 from isic_vq.figures.runs import METRICS_FILE, Run
 from isic_vq.figures.write import draw_run
-from isic_vq.files import replaced_directory, write_atomically, write_tensors
+from isic_vq.files import MAX_PREVIEWS, preview_name, replaced_directory, write_atomically, write_tensors
 from isic_vq.hub import load_model
 from isic_vq.layout import check_replaceable
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -166,14 +166,18 @@ def write_previews(model: IsicVQModel, folder: Path) -> None:
             processor.postprocess(torch.cat(rows), output_type="np"), columns=PREVIEWS_PER_CLASS
         )
 
-    names = {model.prior.config.unconditional_id: "unconditional", **model.config.class_names}
-    for label, name in names.items():
+    shown = list(model.config.class_names.items())[:MAX_PREVIEWS]
+    if len(shown) < len(model.config.class_names):
+        logger.warning("previews show the first %d of %d classes", len(shown), len(model.config.class_names))
+    unconditional = model.prior.config.unconditional_id
+    for label, name in ((unconditional, "unconditional"), *shown):
         labels = torch.full((PREVIEWS_PER_CLASS,), label)
         output: Any = model.generate(PREVIEWS_PER_CLASS, labels, seed=PREVIEW_SEED)
         comment = f"synthetic images, seed {PREVIEW_SEED}, temperature 1, no guidance, not selected"
-        write_png(preview([output.pixel_values]), folder / f"{name}.png", {"Title": name, "Comment": comment})
+        file = name if label == unconditional else preview_name(name)
+        write_png(preview([output.pixel_values]), folder / f"{file}.png", {"Title": name, "Comment": comment})
         stages = model.vqvae.decode_progressively(output.codes)
-        if name == "unconditional" and len(stages) > 1:
+        if label == unconditional and len(stages) > 1:
             comment = f"synthetic images, seed {PREVIEW_SEED}, from the first code grid alone (top) to all"
             write_png(preview(stages), folder / "scales.png", {"Title": "scales", "Comment": comment})
 

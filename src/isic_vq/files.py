@@ -52,6 +52,24 @@ def tidy_once(folder: Path) -> None:
         remove_leftovers(place)
 
 
+PREVIEWS = (
+    "unconditional",
+    "scales",
+    "reconstructions",
+)  # pictures of a repository folder beside those of classes
+MAX_PREVIEWS = 24  # classes that have one
+
+
+def preview_name(name: str) -> str:
+    """The name, without suffix, of the file that shows a class in a repository folder."""
+    return f"class {name}" if name in PREVIEWS else file_name(name)
+
+
+def file_name(text: str) -> str:
+    """A text, such as a class's name, as the name of one file: what separates folders or is special is %XX."""
+    return re.sub(r'[\x00-\x1f/\\:*?"<>|%]|^\.', lambda match: f"%{ord(match[0]):02X}", text)
+
+
 @contextmanager
 def name_full_disk(target: Path) -> Iterator[None]:
     """Let the error of a full disk name what was to be written; as the system raises it, it names nothing."""

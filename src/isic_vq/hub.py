@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
+KINDS = {
+    "isic_vq": "a whole model",
+    "isic_vqvae": "a tokenizer",
+    "isic_pixelcnn": "a PixelCNN prior",
+    "isic_var": "a VAR prior",
+}
 DEFAULT_CHECKPOINT = "isic-vq-128"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -66,6 +72,15 @@ def resolve(model: str | None) -> str:
     return model
 
 
+def class_names_of(model: str) -> dict[int, str] | None:
+    """The classes of a model's folder, id to name, without loading it; None if they cannot be told so."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+        return {int(index): str(name) for index, name in config["prior_config"]["id2label"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     """Open a checkpoint as `model_class`, in eval mode, on the GPU if there is one.
 
@@ -90,7 +105,9 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
             and not path.is_dir()
         ):
             raise  # the Hub, not the folder
-        raise ModelError(f"{path.name} cannot be read as {model_class.__name__}: {error}") from error
+        kind = KINDS.get(model_class.config_class.model_type, "a model")
+        reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
+        raise ModelError(f"{path.name} cannot be read as {kind}: {reason}") from error
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -106,5 +123,6 @@ def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
     found, part = config.get("model_type"), config.get(wanted.base_config_key)
     if wanted.model_type not in (found, part.get("model_type") if isinstance(part, dict) else None):
         raise ModelError(
-            f"{folder.name} is a {found!r} checkpoint: expected {wanted.model_type!r} for {model_class.__name__}"
+            f"{folder.name} is {KINDS.get(str(found), f'a {found!r} checkpoint')}: expected "
+            f"{KINDS.get(wanted.model_type, wanted.model_type)}"
         )

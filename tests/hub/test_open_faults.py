@@ -118,7 +118,7 @@ def test_a_truncated_weights_file_is_refused(serve, folder):
 def test_foreign_tensors_are_refused_by_name(serve, folder):
     change_tensors(folder, lambda tensors: tensors.update({"prior.junk": torch.zeros(2)}))
     serve()
-    with pytest.raises(ModelError, match=r"user/tiny is not a IsicVQModel: .* such as \['prior.junk'\]"):
+    with pytest.raises(ModelError, match=r"user/tiny is not a whole isic_vq: .* such as \['prior.junk'\]"):
         load_model(IsicVQModel, REPO)
 
 

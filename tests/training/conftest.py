@@ -38,7 +38,8 @@ def make_vqvae_task(tiny_run: SimpleNamespace) -> Callable[..., Any]:
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
     from isic_vq.training.images import open_images
-    from isic_vq.training.recipe import VQVAERecipe, load_recipe
+    from isic_vq.training.load import load_recipe
+    from isic_vq.training.recipe import VQVAERecipe
     from isic_vq.training.run import build_config
     from isic_vq.training.vqvae import VQVAETask
 

@@ -170,8 +170,9 @@ def no_image_for_kmeans_in_one_process(folder):
 
 def main(folder: Path, prior_recipe: Path) -> None:
     """Run every scenario and write down what this process saw; a prior is trained at the end."""
+    from isic_vq.training.load import load_recipe
     from isic_vq.training.prior import train_prior
-    from isic_vq.training.recipe import PriorRecipe, load_recipe
+    from isic_vq.training.recipe import PriorRecipe
 
     scenarios = [
         nan_in_one_process,

@@ -18,9 +18,10 @@ from isic_vq.data.loading import collate, decoded_item, iter_batches, own_record
 from isic_vq.data.sources import find_source
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import LoopRecipe, VQVAERecipe
 from isic_vq.training.run import Run
 
 SIZE = 32

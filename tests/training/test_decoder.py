@@ -18,8 +18,9 @@ from isic_vq.hub import ModelError, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.decoder import train_decoder
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import InterruptedTraining
-from isic_vq.training.recipe import DecoderRecipe, RecipeError, load_recipe
+from isic_vq.training.recipe import DecoderRecipe, RecipeError
 
 
 @pytest.fixture

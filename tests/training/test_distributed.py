@@ -25,9 +25,10 @@ from isic_vq.hub import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.batches import EpochBatches
+from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import train_prior
 from isic_vq.training.processes import native_bf16
-from isic_vq.training.recipe import PriorRecipe, load_recipe
+from isic_vq.training.recipe import PriorRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY = 5

@@ -16,8 +16,9 @@ from run_folder import digests, records, untimed
 from torch.utils.data import TensorDataset, get_worker_info
 
 from isic_vq.training.checkpoints import CheckpointError
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import TrainingError, is_out_of_memory
-from isic_vq.training.recipe import VQVAERecipe, load_recipe
+from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.vqvae import VQVAETask, train_vqvae
 
 

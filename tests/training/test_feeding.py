@@ -31,9 +31,10 @@ from isic_vq.data.streaming import StreamedImages
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import InterruptedTraining
 from isic_vq.training.processes import Processes, TrainingError
-from isic_vq.training.recipe import LoopRecipe, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import LoopRecipe, VQVAERecipe
 from isic_vq.training.stream_feed import StreamFeed
 from isic_vq.training.vqvae import VQVAETask, train_vqvae
 from stream_only import StreamOnly

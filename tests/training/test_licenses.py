@@ -8,8 +8,9 @@ import pytest
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.data.sources import describe_source
 from isic_vq.data.sources.base import hash_ids
+from isic_vq.training.load import load_recipe
 from isic_vq.training.processes import TrainingError
-from isic_vq.training.recipe import VQVAERecipe, load_recipe
+from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.vqvae import train_vqvae
 
 LICENSES = ("CC-0", "CC-BY-NC")

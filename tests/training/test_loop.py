@@ -18,6 +18,7 @@ from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training import prior as prior_stage
 from isic_vq.training import vqvae as vqvae_stage
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import (
     PROFILED_STEPS,
     InterruptedTraining,
@@ -26,7 +27,7 @@ from isic_vq.training.loop import (
     learning_rate_scale,
 )
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe
 from isic_vq.training.run import Run
 
 # Learning rate

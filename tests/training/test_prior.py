@@ -20,9 +20,10 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import CodeGrids, PriorTask, train_prior
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError, load_recipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 
 
 def cache_of(diagnoses, views=8, num_codes=8):
@@ -92,7 +93,7 @@ def test_recipe_without_its_inputs_names_the_key(make_recipe, key):
 
 
 def test_folder_that_is_no_tokenizer_is_refused_by_name(tiny_run, make_recipe):
-    with pytest.raises(ModelError, match="best is a 'isic_pixelcnn' checkpoint: expected 'isic_vqvae'"):
+    with pytest.raises(ModelError, match="best is a PixelCNN prior: expected a tokenizer"):
         train_prior(make_recipe(f"tokenizer={tiny_run.prior / 'best'}"))
 
 
@@ -100,7 +101,7 @@ def test_damaged_tokenizer_is_refused_by_name(tiny_run, make_recipe, tmp_path):
     load_model(VQVAEModel, str(tiny_run.vqvae / "model")).save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cut cannot be read as VQVAEModel"):
+    with pytest.raises(ModelError, match="cut cannot be read as a tokenizer"):
         train_prior(make_recipe(f"tokenizer={tmp_path / 'cut'}"))
 
 

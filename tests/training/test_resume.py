@@ -12,9 +12,10 @@ from run_folder import digests, records, untimed
 
 from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.training.checkpoints import CheckpointError
+from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import train_prior
 from isic_vq.training.processes import TrainingError
-from isic_vq.training.recipe import PriorRecipe, RecipeError, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import PriorRecipe, RecipeError, VQVAERecipe
 from isic_vq.training.vqvae import train_vqvae
 from planted import plant
 

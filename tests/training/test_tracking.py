@@ -11,10 +11,11 @@ from line_task import LineTask, interrupt_at
 from PIL import Image
 from run_folder import digests, records, scalars
 
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import InterruptedTraining, TrainingError
 from isic_vq.training.prior import train_prior
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import LoopRecipe, PriorRecipe, VQVAERecipe
 from isic_vq.training.tracking import MetricLog
 from isic_vq.training.vqvae import train_vqvae
 

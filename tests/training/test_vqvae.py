@@ -19,9 +19,10 @@ from isic_vq.evaluation.report import Report
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import RecipeError, VQVAERecipe, load_recipe
+from isic_vq.training.recipe import RecipeError, VQVAERecipe
 from isic_vq.training.run import Run
 from isic_vq.training.vqvae import (
     choose_model,

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +91,40 @@ def configure(
     _debug = debug
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("isic_vq").setLevel(logging.INFO)
+
+
+def check_first(
+    *models: str | None,
+    sources: Iterable[str | None] = (),
+    labels: Iterable[str] = (),
+    codes: Iterable[Path | None] = (),
+) -> None:
+    """Refuse what a mistyped argument names before any large library is imported.
+
+    Args:
+        models: folders or Hub ids; None is the shipped checkpoint.
+        sources: URIs of images, or image files; None names nothing.
+        labels: classes of the first model.
+        codes: code caches; None names nothing.
+
+    Raises:
+        ValueError: there is no such model, file, folder or class.
+    """
+    from isic_vq.data.uri import check_uri
+    from isic_vq.hub import class_names_of, resolve
+    from isic_vq.models.diagnosis import resolve_label
+
+    for uri in sources:
+        if uri is not None and not Path(uri).is_file():
+            check_uri(uri)
+    for path in codes:
+        if path is not None and not path.is_file():
+            raise ValueError(f"{path} is not a file: write it with isic-vq encode")
+    folders = [resolve(model) for model in models]
+    for label in labels:
+        names = class_names_of(folders[0])
+        if names is not None:
+            resolve_label(label, names)
 
 
 def declared_classes(classes: list[str] | None, drop_others: bool) -> Any:

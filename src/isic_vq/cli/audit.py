@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.app import CorruptShareOption, ModelOption, app, check_first, quiet_transformers
 from isic_vq.cli.measuring import print_report
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def audit(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Tell whether samples are nearer to training images than new images are, and show the closest pairs."""
+    check_first(model, codes=[train_codes, held_out_codes])
     from isic_vq.evaluation.audit import audit_checkpoint
 
     quiet_transformers()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.app import CorruptShareOption, ModelOption, app, check_first, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ def compress(
 
     What comes back is the tokenizer's reconstruction: never the only copy of an image.
     """
+    check_first(model, sources=[data])
     from tqdm import tqdm
 
     from isic_vq.codec.codec import compress as compress_codes
@@ -78,6 +79,7 @@ def decompress(
     model: ModelOption = None,
 ) -> None:
     """Write the images of a compressed file as PNGs; of a damaged file, those of every intact block."""
+    check_first(model)
     import torch
     from tqdm import tqdm
 

@@ -13,6 +13,7 @@ from isic_vq.cli.app import (
     CorruptShareOption,
     OtherClassesOption,
     app,
+    check_first,
     declared_classes,
     quiet_transformers,
 )
@@ -43,6 +44,7 @@ def summary(
     drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Count a source's images by diagnosis, source, licence and so on, and what they lack."""
+    check_first(sources=[uri])
     from isic_vq.data.sources import find_source
     from isic_vq.data.summary import COUNTED, summarise
     from isic_vq.files import write_atomically
@@ -103,6 +105,7 @@ def prepare(
     drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Write images at the training size in shards, split by lesion and patient, without near-duplicates across splits."""
+    check_first(sources=[_with_split(text)[1] for text in data])
     from isic_vq.data.prepare import Preparation
     from isic_vq.data.prepare import prepare as run
 

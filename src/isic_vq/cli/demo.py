@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from isic_vq.cli.app import ModelOption, app, quiet_transformers
+from isic_vq.cli.app import ModelOption, app, check_first, quiet_transformers
 
 
 @app.command(
@@ -22,6 +22,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share/--no-share", help="A public address, too.")] = False,
 ) -> None:
     """Open a page in the browser: generate, reconstruct, edit, and find the nearest training images."""
+    check_first(model)
     from isic_vq.demo.server import serve
 
     quiet_transformers()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.app import CorruptShareOption, ModelOption, app, check_first, quiet_transformers
 from isic_vq.cli.pictures import announce_other_images, read_images
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def generate(
 
     With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
     """
+    check_first(model, labels=label or ())
     from isic_vq.figures import image_grid
     from isic_vq.figures.png import write_png
     from isic_vq.hub import load_model, resolve
@@ -142,11 +143,13 @@ def sheets(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Draw sheets to judge a model by: images of every class, mixtures, completions, counterfactuals, codes."""
+    check_first(model, sources=[data])
     from tqdm import tqdm
 
     from isic_vq.data.classes import Classes
     from isic_vq.data.sources import find_source
     from isic_vq.figures.png import write_jpeg
+    from isic_vq.files import file_name
     from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.sheets import model_sheets, real_sheets
@@ -159,7 +162,7 @@ def sheets(
         classes = Classes.of_model(artist.config.class_names.values())
         made = real_sheets(artist, find_source(data, classes), seed, max_corrupt_share)
     for sheet in tqdm(made, unit="sheet", disable=not sys.stderr.isatty()):
-        path = output / f"{sheet.name}.jpg"
+        path = output / f"{file_name(sheet.name)}.jpg"
         write_jpeg(sheet.picture, path, sheet.caption)
         tqdm.write(f"wrote {path}: {sheet.caption}")
 
@@ -177,6 +180,7 @@ def reconstruct(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Send images through the tokenizer and back, and write both beside each other."""
+    check_first(model, sources=[data])
     import itertools
 
     import torch
@@ -242,6 +246,7 @@ def edit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path("edited"),
 ) -> None:
     """Draw a part of an image anew so that it fits the rest, in several variants."""
+    check_first(model, labels=[] if label is None else [label])
     import numpy as np
     import torch
     from tqdm import tqdm

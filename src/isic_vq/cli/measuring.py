@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, DataOption, ModelOption, app, quiet_transformers
+from isic_vq.cli.app import CorruptShareOption, DataOption, ModelOption, app, check_first, quiet_transformers
 from isic_vq.cli.pictures import read_named_images
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def evaluate(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure reconstruction, codebook, likelihood, generated images and cost, with intervals; write a page, too."""
+    sources = [_named(text)[1] for text in data]
+    check_first(model, *(features or ()), sources=[*sources, train_data, floor_data], codes=[train_codes])
     from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
     from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
     from isic_vq.figures.write import check_matplotlib
@@ -131,6 +133,7 @@ def score(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure how likely the prior finds images, and map where they surprise it."""
+    check_first(model, sources=[data], codes=[train_codes])
     from tqdm import tqdm
 
     from isic_vq.evaluation.scores import read_reference, score_images
@@ -194,6 +197,7 @@ def ood(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure how well likelihood scores tell images from spoiled ones and from other photographs."""
+    check_first(model, sources=[data], codes=[train_codes])
     from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
     from isic_vq.figures.scores import write_score_histograms
     from isic_vq.figures.write import check_matplotlib

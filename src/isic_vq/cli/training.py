@@ -14,6 +14,7 @@ from isic_vq.cli.app import (
     Overrides,
     ResumeOption,
     app,
+    check_first,
     declared_classes,
     quiet_transformers,
     train_app,
@@ -29,11 +30,14 @@ def train_vqvae(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train a VQ-VAE tokenizer on images."""
-    from isic_vq.training.recipe import VQVAERecipe, load_recipe
-    from isic_vq.training.vqvae import train_vqvae as train
+    from isic_vq.training.load import check_places, load_recipe
+    from isic_vq.training.recipe import VQVAERecipe
+
+    recipe = load_recipe(VQVAERecipe, config, overrides or [])
+    check_places(recipe)
+    from isic_vq.training.vqvae import train_vqvae as train  # imports torch
 
     quiet_transformers()
-    recipe = load_recipe(VQVAERecipe, config, overrides or [])
     result = train(recipe, resume)
     if result is None:
         return  # the main process tells
@@ -65,6 +69,7 @@ def encode(
     drop_other_classes: OtherClassesOption = False,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
+    check_first(model, sources=[data])
     from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
     from isic_vq.hub import load_model
@@ -91,11 +96,14 @@ def train_prior(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train a prior on codes, a PixelCNN or a VAR, and join it with its tokenizer."""
-    from isic_vq.training.prior import train_prior as train
-    from isic_vq.training.recipe import PriorRecipe, load_recipe
+    from isic_vq.training.load import check_places, load_recipe
+    from isic_vq.training.recipe import PriorRecipe
+
+    recipe = load_recipe(PriorRecipe, config, overrides or [])
+    check_places(recipe)
+    from isic_vq.training.prior import train_prior as train  # imports torch
 
     quiet_transformers()
-    recipe = load_recipe(PriorRecipe, config, overrides or [])
     report = train(recipe, resume)
     if report is None:
         return  # the main process tells
@@ -113,11 +121,14 @@ def train_decoder(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Fine-tune a tokenizer's decoder with perceptual and adversarial losses; its codes stay the same."""
-    from isic_vq.training.decoder import train_decoder as train
-    from isic_vq.training.recipe import DecoderRecipe, load_recipe
+    from isic_vq.training.load import check_places, load_recipe
+    from isic_vq.training.recipe import DecoderRecipe
+
+    recipe = load_recipe(DecoderRecipe, config, overrides or [])
+    check_places(recipe)
+    from isic_vq.training.decoder import train_decoder as train  # imports torch
 
     quiet_transformers()
-    recipe = load_recipe(DecoderRecipe, config, overrides or [])
     report = train(recipe, resume)
     if report is None:
         return  # the main process tells
@@ -139,11 +150,14 @@ def train_classifier(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train an image classifier of diagnoses: a feature space for distances between images."""
-    from isic_vq.training.classifier import train_classifier as train
-    from isic_vq.training.recipe import ClassifierRecipe, load_recipe
+    from isic_vq.training.load import check_places, load_recipe
+    from isic_vq.training.recipe import ClassifierRecipe
+
+    recipe = load_recipe(ClassifierRecipe, config, overrides or [])
+    check_places(recipe)
+    from isic_vq.training.classifier import train_classifier as train  # imports torch
 
     quiet_transformers()
-    recipe = load_recipe(ClassifierRecipe, config, overrides or [])
     report = train(recipe, resume)
     if report is None:
         return  # the main process tells

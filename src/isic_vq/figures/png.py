@@ -41,5 +41,5 @@ def write_jpeg(image: Image.Image, path: Path, comment: str, quality: int = 92) 
     """
     buffer = io.BytesIO()
     text = f"{comment}; isic-vq {__version__}"
-    image.save(buffer, format="JPEG", quality=quality, subsampling=0, optimize=True, comment=text.encode())
+    image.save(buffer, format="JPEG", quality=quality, subsampling=0, comment=text.encode())
     write_atomically(path, buffer.getvalue())

@@ -55,10 +55,11 @@ class StrictLoading:
             raise failure from error
         if output_loading_info:
             return model, info
+        model_type = cls.config_class.model_type  # type: ignore[attr-defined]  # of PreTrainedModel, beside this class
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
                 raise ValueError(
-                    f"{name} is not a {cls.__name__}: it has {len(info[kind])} {kind.replace('_', ' ')}, such as "
+                    f"{name} is not a whole {model_type}: it has {len(info[kind])} {kind.replace('_', ' ')}, such as "
                     f"{sorted(info[kind])[:3]}; load a folder that save_pretrained of this class has written"
                 )
         return model

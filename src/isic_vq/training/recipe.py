@@ -5,14 +5,11 @@ weights is the resolved recipe with data named by URI or data set name, never by
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
 from huggingface_hub.dataclasses import strict
 
 from isic_vq.data.classes import Classes
@@ -381,94 +378,6 @@ class ClassifierRecipe:
 
 
 Recipe = VQVAERecipe | PriorRecipe | DecoderRecipe | ClassifierRecipe
-RecipeClass = TypeVar("RecipeClass")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; this reads it as the number it is in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-# The resolver added last is asked last; integers must be asked first.
-for _first in list("-+0123456789"):
-    _Loader.yaml_implicit_resolvers[_first] = sorted(
-        _Loader.yaml_implicit_resolvers[_first], key=lambda pair: not pair[0].endswith(":int")
-    )
-
-
-def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides: list[str]) -> RecipeClass:
-    """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
-
-    Raises:
-        RecipeError: the file is missing or not a mapping, a key is unknown, or a value is of the wrong type.
-    """
-    fields: dict[str, Any] = {}
-    if config is not None:
-        if not config.is_file():
-            raise RecipeError(
-                f"{config} is not a file: expected a YAML recipe, such as one of examples/configs"
-            )
-        try:
-            fields = yaml.load(config.read_text(), Loader=_Loader) or {}  # noqa: S506  (a SafeLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{config} is not YAML: {error}") from error
-        if not isinstance(fields, dict):
-            raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise RecipeError(
-                f"{override!r} is not an override: expected key=value, such as loop.max_steps=200"
-            )
-        node = fields
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise RecipeError(f"{key!r} reaches inside {parent!r}, which is a value")
-        try:
-            node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{override!r} is not YAML after the =: put the value in quotes") from error
-    stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
-    if fields.get("stage", stage) != stage:
-        raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
-    return build_recipe(recipe_class, fields)
-
-
-def build_recipe(cls: type[RecipeClass], fields: dict[str, Any], prefix: str = "") -> RecipeClass:
-    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
-
-    Args:
-        cls: the dataclass.
-        fields: its fields' values; those of a recipe inside it are a dictionary.
-        prefix: what error messages put before a field's name.
-
-    Raises:
-        RecipeError: an unknown key, or a value of the wrong type or range.
-    """
-    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else "."
-            raise RecipeError(
-                f"unknown recipe key {prefix}{name}{hint} Known: {', '.join(prefix + k for k in known)}"
-            )
-    values = {}
-    for name, value in fields.items():
-        inner = known[name].type
-        is_recipe = isinstance(inner, type) and dataclasses.is_dataclass(inner)
-        if is_recipe and not isinstance(value, dict):
-            raise RecipeError(f"{prefix}{name} is {value!r}: expected keys and values")
-        values[name] = build_recipe(inner, value, f"{prefix}{name}.") if is_recipe else value
-    try:
-        return cls(**values)
-    except Exception as error:  # strict raises its own family, not ValueError
-        raise RecipeError(f"recipe {prefix.rstrip('.') or cls.__name__}: {error}") from error
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A run's folder: its recipe, its name, where it was run, on what data, and the models it leaves for others."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import logging
@@ -22,6 +21,7 @@ from isic_vq.evaluation.report import environment
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.models.configuration_vqvae import PRESETS
 from isic_vq.models.strict_loading import share_weights
+from isic_vq.training.load import strict_message, unknown_key
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 from isic_vq.work import differences, flat, hold, told
@@ -49,13 +49,11 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
     }
     unknown = sorted(set(fields) - known)
     if unknown:
-        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
-        hint = f"; did you mean model.{close[0]}?" if close else "."
-        raise RecipeError(f"unknown recipe key model.{unknown[0]}{hint} Known: {', '.join(sorted(known))}")
+        raise RecipeError(unknown_key(f"model.{unknown[0]}", [f"model.{name}" for name in sorted(known)]))
     try:
         return config_class(**fields)
     except Exception as error:  # strict raises its own family, not ValueError
-        raise RecipeError(f"recipe model: {error}") from error
+        raise RecipeError(strict_message(error, "model.", known)) from error
 
 
 # Keys of a recipe that may change from one part of a run to the next: how far it goes, what it leaves and where it reads. That

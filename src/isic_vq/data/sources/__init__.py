@@ -15,33 +15,24 @@ is told about a source (`describe_source`) is safe to publish: no absolute paths
 It does not split, filter or decode.
 """
 
-import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
 from isic_vq.data.classes import Classes
-from isic_vq.data.schema import DataError
 from isic_vq.data.sources.archive import ArchiveSource
 from isic_vq.data.sources.base import Source, SourceInfo
 from isic_vq.data.sources.challenge import ChallengeSource
 from isic_vq.data.sources.folder import FolderSource
 from isic_vq.data.sources.hub import HubSource
-from isic_vq.data.sources.manifest import MANIFEST
 from isic_vq.data.sources.parquet import ParquetSource
 from isic_vq.data.sources.prepared import PreparedSource
 from isic_vq.data.sources.synthetic import SyntheticSource
-from isic_vq.data.sources.uri import expand_path
 from isic_vq.data.sources.webdataset import WebDatasetSource
+from isic_vq.data.uri import parse_uri
 
 __all__ = ["Source", "SourceInfo", "describe_source", "find_source", "open_source"]
 
-SCHEMES = (
-    "isic-archive[:FILTERS], challenge:YEAR[:PART], hub:OWNER/NAME, webdataset:PATTERN, parquet:PATTERN, folder:DIR, "
-    "prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path"
-)
 SOURCES: dict[str, Callable[[str], Source]] = {
     "isic-archive": ArchiveSource.from_target,
     "challenge": ChallengeSource.from_target,
@@ -95,23 +86,6 @@ def find_source(uri: str, classes: Classes | None = None) -> Source:
     Raises:
         DataError: the URI is not one, or names nothing.
     """
-    match = re.match(
-        r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", "isic-archive:" if uri == "isic-archive" else uri, re.DOTALL
-    )
-    scheme, target = (match[1].lower(), match[2]) if match else ("", uri)
-    if scheme and scheme not in SOURCES:
-        raise DataError(f"{uri!r} has the unknown scheme {scheme!r}. Expected {SCHEMES}.")
-    if not target.strip() and scheme != "isic-archive":
-        raise DataError(f"{uri!r} names nothing. Expected {SCHEMES}.")
-    source = SOURCES[scheme or _scheme_of_path(target)](target)
+    scheme, target = parse_uri(uri, SOURCES)
+    source = SOURCES[scheme](target)
     return source if classes is None else source.with_classes(classes)
-
-
-def _scheme_of_path(target: str) -> str:
-    """What a path without a scheme holds."""
-    path = expand_path(target)
-    if os.path.isfile(os.path.join(re.sub(r":(train|validation|test)$", "", path), MANIFEST)):
-        return "prepared"
-    if os.path.isdir(path) and not any(Path(path).glob("*.parquet")):
-        return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
-    return "webdataset" if path.endswith(".tar") else "parquet"

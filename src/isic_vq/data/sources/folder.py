@@ -23,8 +23,8 @@ from isic_vq.data.schema import FEATURES, DataError, is_label, is_read, normalis
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.files import image_id, image_names
 from isic_vq.data.sources.sidecar import read_sidecar
-from isic_vq.data.sources.uri import expand_path, public_path
 from isic_vq.data.tables import is_table, raise_together, read_table
+from isic_vq.data.uri import find_folder, public_path
 
 # The column of a table that names the image: a file with its folders, or an id without suffix; the first counts.
 NAME_COLUMNS = ("file_name", "isic_id", "image_id", "image_name", "image", "image_file")
@@ -52,10 +52,8 @@ class FolderSource(Source):
         Raises:
             DataError: there is none.
         """
-        name, folder = f"folder:{public_path(target)}", Path(expand_path(target))
-        if not folder.is_dir():
-            raise DataError(f"{name} is not a directory. Expected folder:DIR with images in DIR or below.")
-        return cls(name, folder)
+        (folder,) = find_folder(target)
+        return cls(f"folder:{public_path(target)}", Path(folder))
 
     def parts(self) -> list[list[dict[str, Any]]]:
         """The records themselves, in lists: their images are paths."""

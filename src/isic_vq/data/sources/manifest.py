@@ -22,9 +22,9 @@ import pyarrow.parquet
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources.base import hash_ids
 from isic_vq.data.sources.folder import file_digest
+from isic_vq.data.uri import MANIFEST
 from isic_vq.files import write_atomically
 
-MANIFEST = "manifest.json"
 IMAGES = "images.parquet"
 ROW_GROUP_SIZE = 256  # rows; what a reader that wants one image has to load
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}

@@ -18,7 +18,7 @@ from isic_vq.data.classes import Reading
 from isic_vq.data.schema import FEATURES, DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.folder import file_digest
-from isic_vq.data.sources.uri import expand_path, public_path
+from isic_vq.data.uri import expand_path, find_parquet, public_path
 
 _SPLIT_PREFIX = re.compile(r"(train|val|test|dev)", re.IGNORECASE)
 
@@ -43,7 +43,9 @@ class ParquetSource(Source):
             DataError: there are none, or they cannot be used together.
         """
         name = f"parquet:{public_path(target)}"
-        return cls(name, find_parquet_files(expand_path(target), name))
+        return cls(
+            name, _usable(list(map(Path, find_parquet(target))), name, os.path.isdir(expand_path(target)))
+        )
 
     def parts(self) -> list[tuple[Path, int, int]]:
         """Row groups: file, number of the group, and of its first row in the file."""
@@ -95,21 +97,12 @@ class ParquetSource(Source):
         return concatenate_datasets([images, metadata], axis=1)
 
 
-def find_parquet_files(path: str, name: str) -> tuple[Path, ...]:
-    """Return the files of a parquet file, directory or pattern, sorted."""
-    if os.path.isdir(path):
-        files = sorted(Path(path).glob("*.parquet"))
-        splits = sorted({match[0].lower() for file in files if (match := _SPLIT_PREFIX.match(file.name))})
-        if len(splits) > 1:
-            raise DataError(
-                f"{name} holds several splits ({', '.join(splits)}). Name one by a pattern: {splits[0]}*.parquet."
-            )
-    else:
-        files = [Path(path)] if os.path.isfile(path) else sorted(map(Path, glob.glob(path, recursive=True)))
-    files = [file for file in files if file.is_file()]
-    if not files:
+def _usable(files: list[Path], name: str, is_folder: bool) -> tuple[Path, ...]:
+    """Return those of the files that hold rows, once they can be read together."""
+    splits = sorted({match[0].lower() for file in files if (match := _SPLIT_PREFIX.match(file.name))})
+    if len(splits) > 1 and is_folder:  # a pattern may mean all of them
         raise DataError(
-            f"Nothing matches {name}. Expected a parquet file, a pattern or a directory of *.parquet files."
+            f"{name} holds several splits ({', '.join(splits)}). Name one by a pattern: {splits[0]}*.parquet."
         )
     columns: dict[str, Path] = {}
     for file in files:

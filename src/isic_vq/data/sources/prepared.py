@@ -14,9 +14,9 @@ from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.folder import file_digest
 from isic_vq.data.sources.manifest import MANIFEST, Manifest, read_images
 from isic_vq.data.sources.parquet import ParquetSource
-from isic_vq.data.sources.uri import expand_path, public_path
 from isic_vq.data.sources.webdataset import WebDatasetSource
 from isic_vq.data.splits import SPLITS
+from isic_vq.data.uri import expand_path, public_path
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,9 @@ No name of a member is ever used as a path.
 
 import contextlib
 import functools
-import glob
 import hashlib
 import io
 import json
-import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +32,7 @@ from isic_vq.data.sources.cached import cached_dataset
 from isic_vq.data.sources.files import IMAGE_SUFFIXES, image_id, is_mask
 from isic_vq.data.sources.folder import file_digest, folder_label
 from isic_vq.data.sources.sidecar import read_sidecar
-from isic_vq.data.sources.uri import expand_braces, expand_path, public_path
+from isic_vq.data.uri import find_tars, is_url, public_path
 
 Sample = dict[str, bytes | None]  # content by suffix; None for an image that is not read
 
@@ -59,25 +56,13 @@ class WebDatasetSource(Source):
         Raises:
             DataError: it names no tar.
         """
-        if _is_url(target):
-            return cls(f"webdataset:{public_url(target)}", tuple(expand_braces(target)))
-        name = f"webdataset:{public_path(target)}"
-        tars: list[str] = []
-        for pattern in expand_braces(expand_path(target)):
-            inside = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(inside, recursive=True))
-            if not found:
-                raise DataError(
-                    f"Nothing matches {public_path(pattern)} of {name}. Expected a tar file, a pattern such as "
-                    "shards/images-*.tar or images-{000..009}.tar, a directory of *.tar files, or an http(s) address."
-                )
-            tars += found
-        return cls(name, tuple(tars))
+        shown = public_url(target) if is_url(target) else public_path(target)
+        return cls(f"webdataset:{shown}", tuple(find_tars(target)))
 
     @property
     def is_listed_cheaply(self) -> bool:  # type: ignore[override]
         """Whether all tars are local."""
-        return not any(map(_is_url, self.tars))
+        return not any(map(is_url, self.tars))
 
     def parts(self) -> list[str]:
         """The tars."""
@@ -155,19 +140,14 @@ class WebDatasetSource(Source):
         return cached_dataset(self)
 
 
-def _is_url(text: str) -> bool:
-    """Whether it is an http(s) address."""
-    return re.match(r"https?://", text, re.IGNORECASE) is not None
-
-
 def _file_name(tar: str) -> str:
     """What messages call a tar."""
-    return PurePosixPath(urlsplit(tar).path).name if _is_url(tar) else Path(tar).name
+    return PurePosixPath(urlsplit(tar).path).name if is_url(tar) else Path(tar).name
 
 
 def _digest(tar: str) -> str:
     """The sha256 of a tar's content, or of what stands for it."""
-    if not _is_url(tar):
+    if not is_url(tar):
         return file_digest(Path(tar))
     remote = client().head(tar)
     return hashlib.sha256(json.dumps([_file_name(tar), remote.size, remote.etag]).encode()).hexdigest()
@@ -176,7 +156,7 @@ def _digest(tar: str) -> str:
 @contextlib.contextmanager
 def _opened(tar: str) -> Iterator[io.BufferedIOBase]:
     """A tar's bytes, seekable."""
-    if not _is_url(tar):
+    if not is_url(tar):
         with open(tar, "rb") as file:
             yield file
         return

@@ -1,0 +1,179 @@
+"""URIs of sources: schemes, the local files that they name, environment variables, and what of them may be published.
+
+It loads no library, so that a mistyped path costs nothing.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from isic_vq.data.errors import DataError
+
+SCHEMES = (
+    "isic-archive[:FILTERS], challenge:YEAR[:PART], hub:OWNER/NAME, webdataset:PATTERN, parquet:PATTERN, folder:DIR, "
+    "prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path"
+)
+MANIFEST = "manifest.json"  # of a prepared folder
+MAX_NAMES = 100_000  # that braces may stand for
+
+_BRACES = re.compile(r"(?<!\$)\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+
+
+def parse_uri(uri: str, schemes: Collection[str]) -> tuple[str, str]:
+    """Scheme and target of a URI; a path without a scheme gets that of what it holds.
+
+    Raises:
+        DataError: the scheme is unknown, or the URI names nothing.
+    """
+    match = re.match(
+        r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", "isic-archive:" if uri == "isic-archive" else uri, re.DOTALL
+    )
+    scheme, target = (match[1].lower(), match[2]) if match else ("", uri)
+    if scheme and scheme not in schemes:
+        raise DataError(f"{uri!r} has the unknown scheme {scheme!r}. Expected {SCHEMES}.")
+    if not target.strip() and scheme != "isic-archive":
+        raise DataError(f"{uri!r} names nothing. Expected {SCHEMES}.")
+    return scheme or _scheme_of_path(target), target
+
+
+def _scheme_of_path(target: str) -> str:
+    """What a path without a scheme holds."""
+    path = expand_path(target)
+    if os.path.isfile(os.path.join(re.sub(r":(train|validation|test)$", "", path), MANIFEST)):
+        return "prepared"
+    if os.path.isdir(path) and not any(Path(path).glob("*.parquet")):
+        return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
+    return "webdataset" if path.endswith(".tar") else "parquet"
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a URI that names no local file where it should; what is elsewhere is not asked for.
+
+    Raises:
+        DataError: as `parse_uri`, or there is no such file or folder.
+    """
+    scheme, target = parse_uri(uri, re.findall(r"[a-z-]+(?=[\[:])", SCHEMES))
+    if scheme in LOCAL:
+        LOCAL[scheme](target)
+    elif scheme == "prepared":
+        folder = Path(re.sub(r":(train|validation|test)$", "", expand_path(target)))
+        if not (folder / MANIFEST).is_file():
+            raise DataError(
+                f"{folder.name} has no {MANIFEST}: expected a folder that isic-vq data prepare has finished"
+            )
+
+
+def find_folder(target: str) -> list[str]:
+    """The directory that folder:TARGET names.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = expand_path(target)
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"folder:{public_path(target)} is not a directory. Expected folder:DIR with images in DIR or below."
+        )
+    return [folder]
+
+
+def find_parquet(target: str) -> list[str]:
+    """The files that parquet:TARGET names, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = expand_path(target)
+    if os.path.isdir(path):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
+    else:
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    files = [file for file in files if os.path.isfile(file)]
+    if not files:
+        raise DataError(
+            f"Nothing matches parquet:{public_path(target)}. Expected a parquet file, a pattern or a directory of *.parquet "
+            "files."
+        )
+    return files
+
+
+def find_tars(target: str) -> list[str]:
+    """The files or http(s) addresses that webdataset:TARGET names, in order; {000..009} and {a,b} stand for several.
+
+    Raises:
+        DataError: it names no tar.
+    """
+    if is_url(target):
+        return expand_braces(target)
+    tars: list[str] = []
+    for pattern in expand_braces(expand_path(target)):
+        inside = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(inside, recursive=True))
+        if not found:
+            raise DataError(
+                f"Nothing matches {public_path(pattern)} of webdataset:{public_path(target)}. Expected a tar file, a pattern "
+                "such as shards/images-*.tar or images-{000..009}.tar, a directory of *.tar files, or an http(s) address."
+            )
+        tars += found
+    return tars
+
+
+LOCAL = {"folder": find_folder, "parquet": find_parquet, "webdataset": find_tars}
+
+
+def is_url(text: str) -> bool:
+    """Whether it is an http(s) address."""
+    return re.match(r"https?://", text, re.IGNORECASE) is not None
+
+
+def expand_path(path: str) -> str:
+    """Replace `~` and environment variables; unlike with `os.path.expandvars`, an unset one is an error.
+
+    Raises:
+        DataError: a variable is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        variable = match[1] or match[2]
+        if not os.environ.get(variable):
+            raise DataError(
+                f"{path!r} needs the environment variable {variable}, which is not set. Set it to a folder."
+            )
+        return os.environ[variable]
+
+    return os.path.expanduser(_VARIABLE.sub(value, path))
+
+
+def public_path(path: str) -> str:
+    """A path that tells nothing about the machine: without its folders, unless a variable stands for them."""
+    if _VARIABLE.match(path):
+        return path
+    return Path(path).name or Path(path).resolve().name
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Write out {000..009}, numbers of the width of the first, and {a,b}, in order, as a shell does.
+
+    Raises:
+        DataError: a range goes down, or stands for more than `MAX_NAMES` names.
+
+    Example:
+        >>> expand_braces("{train,test}-{08..10}.tar")[:4]
+        ['train-08.tar', 'train-09.tar', 'train-10.tar', 'test-08.tar']
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    choices = (match[3] or "").split(",")
+    if match[1] is not None:
+        first, last = int(match[1]), int(match[2])
+        if not 0 <= last - first < MAX_NAMES:
+            raise DataError(
+                f"{match[0]} stands for no range of up to {MAX_NAMES} names, such as {{000..009}}."
+            )
+        choices = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
+    rests = expand_braces(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{choice}{rest}" for choice in choices for rest in rests]

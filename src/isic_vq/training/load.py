@@ -1,0 +1,290 @@
+"""Recipes from YAML files and `key=value` overrides, all mistakes in one message, before torch is imported."""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+
+from isic_vq.data.errors import DataError
+from isic_vq.data.uri import check_uri
+from isic_vq.hub import resolve
+from isic_vq.training.recipe import DecoderRecipe, Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+# What is counted in steps from the beginning of a run, or from its end.
+WARM_UPS = (
+    "loop.warmup_steps",
+    "codebook_warmup_steps",
+    "frozen_norm_steps",
+    "adversarial_start",
+    "discriminator_warmup",
+)
+# Modules of `isic_vq.models` whose fields a recipe's `model` section may have, by stage.
+MODEL_CONFIGS = {
+    "vqvae": ("configuration_vqvae",),
+    "prior isic_pixelcnn": ("configuration_prior", "configuration_pixelcnn"),
+    "prior isic_var": ("configuration_prior", "configuration_var"),
+}
+
+
+RecipeClass = TypeVar("RecipeClass")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; this reads it as the number it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+# The resolver added last is asked last; integers must be asked first.
+for _first in list("-+0123456789"):
+    _Loader.yaml_implicit_resolvers[_first] = sorted(
+        _Loader.yaml_implicit_resolvers[_first], key=lambda pair: not pair[0].endswith(":int")
+    )
+
+
+def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides: list[str]) -> RecipeClass:
+    """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
+
+    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so.
+
+    Raises:
+        RecipeError: the file is missing or not a mapping; or keys are unknown or values wrong, all of which are named.
+    """
+    fields: dict[str, Any] = {}
+    if config is not None:
+        if not config.is_file():
+            raise RecipeError(
+                f"{config} is not a file: expected a YAML recipe, such as one of examples/configs"
+            )
+        try:
+            fields = yaml.load(config.read_text(), Loader=_Loader) or {}  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{config} is not YAML: {error}") from error
+        if not isinstance(fields, dict):
+            raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
+    stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
+    if fields.get("stage", stage) != stage:
+        raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
+    before = copy.deepcopy(fields)
+    problems = [problem for override in overrides if (problem := _override(fields, override))]
+    shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides})
+    return build_recipe(recipe_class, fields, problems)
+
+
+def check_places(recipe: Recipe) -> None:
+    """Refuse images, codes and models that a recipe names and that are not there, before torch is imported.
+
+    What is not named at all is left to the stage, which says what it needs.
+
+    Raises:
+        DataError, ModelError: the first of them.
+    """
+    data = getattr(recipe, "data", None)
+    for uri in (data.train, data.validation) if data is not None else ():
+        if uri:
+            check_uri(uri)
+    for name in ("train_codes", "validation_codes"):
+        path = getattr(recipe, name, "")
+        if path and not Path(path).is_file():
+            raise DataError(f"{name}: {path} is not a file: write it with isic-vq encode")
+    for name in ("tokenizer", "feature_model"):
+        if getattr(recipe, name, ""):
+            resolve(getattr(recipe, name))
+    if isinstance(recipe, DecoderRecipe) and recipe.model:
+        resolve(recipe.model)
+
+
+def _override(fields: dict[str, Any], override: str) -> str | None:
+    """Apply an override; returns what is wrong with it."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        return f"{override!r} is not an override: expected key=value, such as loop.max_steps=200"
+    node = fields
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            return f"{key!r} reaches inside {parent!r}, which is a value"
+    try:
+        node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError:
+        return f"{override!r} is not YAML after the =: put the value in quotes"
+    return None
+
+
+def shorten_warm_ups(
+    recipe_class: type, before: dict[str, Any], fields: dict[str, Any], overridden: Collection[str]
+) -> None:
+    """Shorten what a recipe counts in steps from its beginning or end where an override shortens the run.
+
+    Args:
+        recipe_class: the recipe.
+        before: its fields without overrides.
+        fields: with them; changed in place.
+        overridden: keys of the overrides, which stay as they are.
+    """
+    for key in overridden:
+        section = key.removesuffix("loop.max_steps")
+        if section == key:
+            continue
+        steps, base = _value(fields, key, None), recipe_class if not section else None
+        old_steps = _value(before, key, base)
+        if type(steps) is not int or type(old_steps) is not int or not 0 < steps < old_steps:
+            continue
+        changes = []
+        for name in WARM_UPS:
+            old = _value(before, section + name, base)
+            if section + name not in overridden and type(old) is int and old > 0:
+                new = min(steps - 1, max(int(name != "frozen_norm_steps"), old * steps // old_steps))
+                node = fields
+                for parent in (section + name).split(".")[:-1]:
+                    node = node.setdefault(parent, {})
+                node[name.split(".")[-1]] = new
+                changes.append(f"{section}{name} from {old} to {new}")
+        if changes:
+            logger.info("%s is %d, not %d: %s", key, steps, old_steps, ", ".join(changes))
+
+
+def _value(fields: Any, key: str, recipe_class: Any) -> Any:
+    """The value of a dotted key, by default that of the recipe's class; None where there is neither."""
+    default = recipe_class() if recipe_class is not None else None
+    for name in key.split("."):
+        fields = fields.get(name) if isinstance(fields, dict) else None
+        default = getattr(default, name, None)
+    return default if fields is None else fields
+
+
+def build_recipe(
+    cls: type[RecipeClass], fields: dict[str, Any], problems: Sequence[str] = (), prefix: str = ""
+) -> RecipeClass:
+    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
+
+    Args:
+        cls: the dataclass.
+        fields: its fields' values; those of a recipe inside it are a dictionary.
+        problems: what was wrong before.
+        prefix: what messages put before a field's name.
+
+    Raises:
+        RecipeError: unknown keys, or values of the wrong type or range; all are named in one message.
+    """
+    found = [*problems]
+    keys = [f"{prefix}{key}" for key in known_keys(cls, fields)]
+    recipe = _build(cls, fields, prefix, keys, found)
+    if len(found) == 1:
+        raise RecipeError(found[0])
+    if found:
+        raise RecipeError(f"{len(found)} mistakes in the recipe: {' | '.join(found)}")
+    return recipe
+
+
+def _build(
+    cls: type[RecipeClass], fields: dict[str, Any], prefix: str, keys: list[str], problems: list[str]
+) -> RecipeClass:
+    """A recipe of what fits; what does not is appended to `problems`."""
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    inner, values = {}, {}
+    for name, value in fields.items():
+        if name not in known:
+            problems.append(unknown_key(f"{prefix}{name}", keys))
+            continue
+        kind = known[name].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if isinstance(value, dict):
+                inner[name] = _build(kind, value, f"{prefix}{name}.", keys, problems)
+            else:
+                problems.append(f"{prefix}{name} is {value!r}: expected keys and values")
+            continue
+        values[name] = value
+        if name == "model" and isinstance(value, dict):
+            wrong = [key for key in value if f"{prefix}model.{key}" not in keys]
+            if any(key.startswith(f"{prefix}model.") for key in keys):
+                problems += [unknown_key(f"{prefix}model.{key}", keys) for key in wrong]
+    try:
+        return cls(**inner, **values)
+    except StrictDataclassError as error:
+        whole = strict_message(error, prefix, known)
+    alone = []
+    for name, value in values.items():
+        try:
+            cls(**inner, **{name: value})
+        except StrictDataclassError as error:
+            alone.append(strict_message(error, prefix, known))
+    problems += dict.fromkeys([*alone, *([] if alone else [whole])])
+    return cls()
+
+
+def strict_message(error: Exception, prefix: str, names: Collection[str]) -> str:
+    """What a value's check says, without the check's own name.
+
+    Args:
+        error: raised by a class that is `strict`.
+        prefix: of the names of fields, for messages.
+        names: of the fields.
+    """
+    cause = error.__cause__ or error
+    text = str(cause)
+    match = re.fullmatch(r"Field '(\w+)'(?: with value .*?)? (.*?)(?: \(value: (.*)\))?", text, re.DOTALL)
+    if match is not None:
+        got = "" if match[3] is None else f" ({match[3]})"
+        kinds = re.findall(r"' expected ([\w ]+), got (\w+)", match[2])  # of a union, each
+        told = f"expected {' or '.join(kind for kind, _ in kinds)}, got {kinds[0][1]}" if kinds else match[2]
+        return f"{prefix}{match[1]}: {told}{got}"
+    first = re.match(r"\w+", text)
+    return f"{prefix}{text}" if first is not None and first[0] in names else text
+
+
+def known_keys(cls: type, fields: dict[str, Any]) -> list[str]:
+    """All keys of a recipe with dots, those of its model's config among them where that is one of this package's."""
+    keys = []
+    for field in dataclasses.fields(cls):
+        keys.append(field.name)
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            keys += [f"{field.name}.{key}" for key in known_keys(field.type, {})]
+    model = fields.get("model")
+    kind = model.get("model_type", "isic_pixelcnn") if isinstance(model, dict) else "isic_pixelcnn"
+    stage = getattr(cls, "stage", None)
+    for module in MODEL_CONFIGS.get(f"{stage} {kind}" if stage == "prior" else str(stage), ()):
+        keys += [f"model.{name}" for name in _config_fields(module)]
+    if "model.num_codes" in keys:
+        keys.append("model.preset" if stage == "vqvae" else "model.model_type")
+    return keys
+
+
+def _config_fields(module: str) -> list[str]:
+    """Fields of a model's config by its source: importing it would import torch, only to tell of a misspelt key."""
+    tree = ast.parse((Path(__file__).parents[1] / "models" / f"{module}.py").read_text())
+    bodies = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    return [
+        statement.target.id
+        for body in bodies
+        for statement in body
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and not ast.unparse(statement.annotation).startswith("ClassVar")
+    ]
+
+
+def unknown_key(key: str, keys: Collection[str]) -> str:
+    """An unknown key, and the one that was meant."""
+    section, _, name = key.rpartition(".")
+    beside = [other for other in keys if other.rpartition(".")[0] == section]
+    close = [other for other in keys if other.rpartition(".")[2] == name]
+    for others, cutoff in ((beside, 0.6), (keys, 0.8)):
+        last = {other.rpartition(".")[2]: other for other in others}
+        close = close or [last[other] for other in difflib.get_close_matches(name, last, n=1, cutoff=cutoff)]
+    if close:
+        return f"unknown recipe key {key}: did you mean {' or '.join(close)}?"
+    return f"unknown recipe key {key}. Known: {', '.join(beside or keys)}"
