@@ -1,20 +1,25 @@
 """Decoders of one tokenizer's codes, measured alike: reconstructions and samples, beside noise and sharpening.
 
     python benchmarks/decoders.py shipped=model_cards/isic-vq-128 new=runs/decoder-f8/model \
-        --features derm-features=model_cards/isic-derm-features --features derm-resnet=FOLDER -o report.json
+        --features derm-features=model_cards/isic-derm-features --features derm-resnet=FOLDER
 
-Reconstructions of the 597 validation images of HAM10000, and images of codes that the first model's prior draws (597, seed 0,
-labels as in validation): all models decode the same codes. Controls are the first model's images plus white noise, and
-sharpened (unsharp masking, a Gaussian of 1 pixel), each as strong as to give the last model's texture. Images are rounded to
-8 bits first, as files hold them. A recipe chooses on images held out of the training files instead; see `held_out`.
+All models decode the same codes: those of the 597 validation images of HAM10000 ("reconstructions"), of as many training
+images of the same diagnoses ("others", as `isic-vq evaluate` takes them), and those that the first model's prior draws for
+the diagnoses of validation ("samples", seed 0). All are compared with the validation images. Controls are the first model's images
+plus white noise, and sharpened (unsharp masking, a Gaussian of 1 pixel), each as strong as to give the last model's texture.
+Images are rounded to 8 bits first, as files hold them. Recipes are chosen on images held out of the training files instead; see
+`held_out`. With --scales the last model decodes with that much of its refinement's noise, too.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from isic_vq.data.loading import DecodedImages, collate
@@ -22,10 +27,11 @@ from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.generation import matched_rows
 from isic_vq.evaluation.reconstruction import psnr, ssim
 from isic_vq.evaluation.report import environment
 from isic_vq.evaluation.texture import grid_power, octave_power, octaves, texture
-from isic_vq.files import write_atomically
+from isic_vq.files import write_atomically, write_tensors
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -67,12 +73,12 @@ def in_batches(function, values: Tensor) -> Tensor:
         return torch.cat([function(part) for part in values.split(BATCH)])
 
 
-def measure(images: Tensor, real: Tensor, features: dict[str, FeatureModel]) -> dict[str, object]:
+def measure(images: Tensor, real: Tensor, features: dict[str, FeatureModel]) -> dict[str, Any]:
     """Texture, grid, spectrum (of both sets) and distances of images from real ones, `(N, 3, 128, 128)` each."""
     grid = in_batches(lambda part: grid_power(part, PERIODS), images)
     power, expected = (in_batches(octave_power, pixels).mean(0) for pixels in (images, real))
     names = [f"{low}-{high}" for low, high in octaves(images.shape[-1])]
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "n": len(images),
         "texture": in_batches(texture, images).mean().item(),
         "grid_power": {
@@ -145,10 +151,36 @@ def open_tokenizer(folder: str) -> VQVAEModel:
     return (IsicVQModel.from_pretrained(folder).vqvae if whole else VQVAEModel.from_pretrained(folder)).eval()
 
 
-def draw_codes(folder: str, labels: list[str]) -> Tensor:
-    """Codes that a model's prior draws, one grid for each label, seed 0."""
+def drawn_codes(folder: str, labels: list[str], kept: Path | None) -> Tensor:
+    """Codes that a model's prior draws, one grid for each label, seed 0; kept in a file, if one is named."""
+    if kept is not None and kept.exists():
+        return load_file(kept)["codes"]
     model = IsicVQModel.from_pretrained(folder).eval()
-    return model.generate(len(labels), labels=labels, seed=0).codes
+    backend = model.prior.best_backend(-(-len(labels) // BATCH))
+    blocks = [
+        model.generate(len(part), part, seed=0, first_index=start, backend=backend).codes
+        for start, part in ((start, labels[start : start + BATCH]) for start in range(0, len(labels), BATCH))
+    ]
+    codes = torch.cat(blocks)
+    if kept is not None:
+        write_tensors(kept, {"codes": codes})
+    return codes
+
+
+def others(labels: list[str]) -> Tensor:
+    """Training images of the same diagnoses, which `isic-vq evaluate` draws with seed 0."""
+    records = open_source(f"{HAM}/train-*.parquet")
+    rows = matched_rows(records["diagnosis"], labels, 0)
+    return read(records.select(rows), len(rows))
+
+
+def with_noise(tokenizer: VQVAEModel, scale: float) -> VQVAEModel:
+    """A tokenizer whose refinement sees its noise that much stronger."""
+    changed = copy.deepcopy(tokenizer)
+    assert changed.decoder.refinement is not None, "the last model has no refinement"
+    with torch.no_grad():
+        changed.decoder.refinement.first.weight[:, -1] *= scale
+    return changed
 
 
 def main() -> None:
@@ -158,7 +190,8 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="+", help="NAME=FOLDER, the first a whole model")
     parser.add_argument("--features", action="append", default=[], help="NAME=FOLDER")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--scales", type=float, nargs="*", default=[], help="of the last model's noise")
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "reports/decoders.json")
     arguments = parser.parse_args()
     models = dict(text.split("=", 1) for text in arguments.models)
     spaces = {
@@ -168,21 +201,25 @@ def main() -> None:
     real, labels = open_validation()
     first, *_, last = models
     tokenizers = {name: open_tokenizer(folder) for name, folder in models.items()}
-    codes = {
-        "reconstructions": in_batches(tokenizers[first].encode, real),
-        "samples": draw_codes(models[first], labels),
+    for scale in arguments.scales:
+        tokenizers[f"{last}, noise x {scale:g}"] = with_noise(tokenizers[last], scale)
+    report: dict[str, Any] = {"environment": environment(), "rows": {"real": measure(real, real, {})}}
+    sets = {
+        "reconstructions": lambda: in_batches(tokenizers[first].encode, real),
+        "others": lambda: in_batches(tokenizers[first].encode, others(labels)),
+        "samples": lambda: drawn_codes(models[first], labels, arguments.codes),
     }
-    report = {"environment": environment(), "rows": {"real": measure(real, real, {})}}
-    for kind, grids in codes.items():
-        images = {name: decode(tokenizer, grids) for name, tokenizer in tokenizers.items()}
+    for kind, codes_of in sets.items():
+        codes = codes_of()
+        images = {name: decode(tokenizer, codes) for name, tokenizer in tokenizers.items()}
         wanted = in_batches(texture, images[last]).mean().item()
         images[f"{first} + noise"] = as_sharp(add_noise, images[first], wanted, 0.2)
         images[f"{first}, sharpened"] = as_sharp(sharpen, images[first], wanted, 20)
         for name, pixels in images.items():
             row = measure(pixels, real, spaces)
-            report["rows"][f"{kind}, {name}"] = (
-                row | paired(pixels, real) if kind == "reconstructions" else row
-            )
+            if kind == "reconstructions":
+                row |= paired(pixels, real)
+            report["rows"][f"{kind}, {name}"] = row
             print(kind, name, json.dumps(row), flush=True)
             write_atomically(arguments.output, (json.dumps(report, indent=2) + "\n").encode())
 
