@@ -88,3 +88,4 @@ def test_weights_as_a_pickle_are_not_run_either(run, tiny_run, tmp_path):
         code, _, stderr = run("generate", "-m", model, "-n", 1, "-o", tmp_path / "out")
         assert (code, marker.exists()) == (1, False)
         assert "Traceback" not in stderr
+        assert "safetensors" in stderr

@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
-from huggingface_hub import HfApi
+from repository_folder import contents
+
+from isic_vq.models.upload import upload_folder
 
 KILLS = 3
 # What differs from run to run by nature: ids, times, speeds.
@@ -67,12 +69,10 @@ def wait_for_change(process, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "encode", "prepare", "generate", "export", "compress", "pull"])
 def test_killed_at_random_and_run_again_it_ends_as_if_never_killed(
-    name, hub, hub_env, saved, tiny_run, tmp_path
+    name, online_hub, hub_env, saved, tiny_run, tmp_path
 ):
     if name == "pull":
-        api = HfApi(endpoint=hub.url, token=hub_env["HF_TOKEN"])
-        api.create_repo("user/tiny")
-        api.upload_folder(repo_id="user/tiny", folder_path=saved)
+        upload_folder(saved, contents(saved), "user/tiny", commit_message="First")
     command, moments = arguments(name, tiny_run), random.Random(name)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()

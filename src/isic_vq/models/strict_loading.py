@@ -1,4 +1,4 @@
-"""Loading that refuses weights which are not exactly the model's.
+"""Loading that refuses weights which are not exactly the model's, or not safetensors.
 
 transformers warns of missing and foreign tensors and goes on, the missing ones random; images would then be noise that
 nobody asked for. Differs: here both are errors, unless the caller asks for the loading info to judge for themselves.
@@ -27,7 +27,7 @@ class StrictLoading:
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does, and refuse missing and foreign tensors.
+        """Load as `PreTrainedModel.from_pretrained` does, and refuse pickles, and missing and foreign tensors.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
@@ -40,6 +40,7 @@ class StrictLoading:
             OSError: the files cannot be read; as a `HubError`, they cannot be downloaded.
         """
         name = pretrained_model_name_or_path
+        kwargs["use_safetensors"] = True
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:

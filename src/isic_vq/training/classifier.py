@@ -395,7 +395,9 @@ def choose_model(task: ClassifierTask, trainer: Trainer, source: SourceInfo) -> 
         trainer.processes.device, memory_format=torch.channels_last
     )
     task.model.load_state_dict(trained)
-    best = ResNetForImageClassification.from_pretrained(trainer.run.folder / "best").state_dict()
+    best = ResNetForImageClassification.from_pretrained(
+        trainer.run.folder / "best", use_safetensors=True
+    ).state_dict()
     candidates = {"raw": best}
     if trainer.averaged is not None:
         trainer.averaged.copy_to(task.model)
