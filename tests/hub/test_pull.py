@@ -86,6 +86,14 @@ def test_a_revision_is_pulled(pushed, saved, output):
     assert (output / "README.md").read_text() == f"{CARD}newer"
 
 
+def test_files_whose_names_look_like_patterns_are_pulled(pushed, output):
+    names = {"notes[1].txt", "sub/a*.txt"}
+    for path in names:
+        HfApi().upload_file(path_or_fileobj=path.encode(), path_in_repo=path, repo_id=REPO)
+    pull(REPO, output)
+    assert names < contents(output).keys()
+
+
 def test_nothing_that_is_pulled_is_run(pushed, output, tmp_path):
     code = f"open({str(tmp_path / 'was_run')!r}, 'w')\n".encode()
     for path in ("modes.py", "conftest.py", "sitecustomize.py", "vqvae/isic_vq.py"):
