@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import decode, held_out, in_batches, measure, open_tokenizer, open_validation, paired
+from decoders import Reference, decode, held_out, in_batches, measure, open_tokenizer, open_validation, paired
 
 from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.sources import open_source
@@ -216,14 +216,17 @@ def decoder_measure() -> Callable[[Path], dict[str, Any]]:
     yardstick = os.environ.get("ISIC_VQ_YARDSTICK")
     trained_on = {"derm-features": FeatureModel.from_pretrained(str(ROOT / "model_cards/isic-derm-features"))}
     other = {Path(yardstick).name: FeatureModel.from_pretrained(yardstick)} if yardstick else {}
-    sets = {"held_out": (held_out(), trained_on), "validation": (open_validation()[0], trained_on | other)}
+    sets = {
+        "held_out": Reference(held_out(), trained_on),
+        "validation": Reference(open_validation()[0], trained_on | other),
+    }
 
     def row(folder: Path) -> dict[str, Any]:
         tokenizer = open_tokenizer(str(folder / "model"))
         result = {}
-        for name, (real, features) in sets.items():
-            images = decode(tokenizer, in_batches(tokenizer.encode, real))
-            result[name] = measure(images, real, features) | paired(images, real)
+        for name, real in sets.items():
+            images = decode(tokenizer, in_batches(tokenizer.encode, real.images))
+            result[name] = measure(images, real) | paired(images, real.images)
         return result
 
     return row

@@ -25,6 +25,7 @@ from torch import Tensor
 from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
+from isic_vq.evaluation.appearance import worst_tenth
 from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.generation import matched_rows
@@ -73,10 +74,24 @@ def in_batches(function, values: Tensor) -> Tensor:
         return torch.cat([function(part) for part in values.split(BATCH)])
 
 
-def measure(images: Tensor, real: Tensor, features: dict[str, FeatureModel]) -> dict[str, Any]:
-    """Texture, grid, spectrum (of both sets) and distances of images from real ones, `(N, 3, 128, 128)` each."""
+class Reference:
+    """Real images, and what others are compared with.
+
+    Args:
+        images: `(N, 3, 128, 128)` in [0, 1].
+        models: feature spaces by name.
+    """
+
+    def __init__(self, images: Tensor, models: dict[str, FeatureModel]):
+        self.images, self.models = images, models
+        self.power = in_batches(octave_power, images).mean(0)
+        self.features = {name: in_batches(model, images) for name, model in models.items()}
+
+
+def measure(images: Tensor, real: Reference) -> dict[str, Any]:
+    """Texture, grid, spectrum and distances from real images of images `(N, 3, 128, 128)` in [0, 1]."""
     grid = in_batches(lambda part: grid_power(part, PERIODS), images)
-    power, expected = (in_batches(octave_power, pixels).mean(0) for pixels in (images, real))
+    power = in_batches(octave_power, images).mean(0)
     names = [f"{low}-{high}" for low, high in octaves(images.shape[-1])]
     row: dict[str, Any] = {
         "n": len(images),
@@ -86,13 +101,13 @@ def measure(images: Tensor, real: Tensor, features: dict[str, FeatureModel]) -> 
             for name, values in {
                 "mean": grid.mean(0),
                 "median": grid.median(0).values,
-                "worst_tenth": grid.quantile(0.9, dim=0),
+                "worst_tenth": torch.tensor([worst_tenth(column) for column in grid.double().T.numpy()]),
             }.items()
         },
-        "octaves_db": dict(zip(names, (10 * (power / expected).log10()).tolist(), strict=True)),
+        "octaves_db": dict(zip(names, (10 * (power / real.power).log10()).tolist(), strict=True)),
     }
-    for name, model in features.items():
-        ours, theirs = (in_batches(model, pixels) for pixels in (images, real))
+    for name, theirs in real.features.items():
+        ours = in_batches(real.models[name], images)
         row[f"frechet_distance[{name}]"] = frechet_distance(theirs, ours)
         row[f"recall[{name}]"] = precision_recall_density_coverage(theirs, ours)["recall"]
     return row
@@ -203,7 +218,8 @@ def main() -> None:
     tokenizers = {name: open_tokenizer(folder) for name, folder in models.items()}
     for scale in arguments.scales:
         tokenizers[f"{last}, noise x {scale:g}"] = with_noise(tokenizers[last], scale)
-    report: dict[str, Any] = {"environment": environment(), "rows": {"real": measure(real, real, {})}}
+    reference = Reference(real, spaces)
+    report: dict[str, Any] = {"environment": environment(), "rows": {"real": measure(real, reference)}}
     sets = {
         "reconstructions": lambda: in_batches(tokenizers[first].encode, real),
         "others": lambda: in_batches(tokenizers[first].encode, others(labels)),
@@ -216,7 +232,7 @@ def main() -> None:
         images[f"{first} + noise"] = as_sharp(add_noise, images[first], wanted, 0.2)
         images[f"{first}, sharpened"] = as_sharp(sharpen, images[first], wanted, 20)
         for name, pixels in images.items():
-            row = measure(pixels, real, spaces)
+            row = measure(pixels, reference)
             if kind == "reconstructions":
                 row |= paired(pixels, real)
             report["rows"][f"{kind}, {name}"] = row

@@ -214,6 +214,8 @@ def test_feature_matching_lowers_the_feature_distance(make_recipe, tmp_path):
     )
     assert report.value("feature_distance") < report.value("feature_distance_before")
     assert Report.load(tmp_path / "run" / "report.json").value("psnr") == report.value("psnr")
+    assert report.value("texture[reconstructions]") != report.value("texture[reconstructions_before]") > 0
+    assert report.value("grid_power_mean[reconstructions, 4 px]") > 0
 
 
 def test_the_report_starts_from_the_model_as_it_was(make_recipe, tmp_path):

@@ -6,6 +6,7 @@ neither sends its gradients into the other's weights.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from isic_vq.data.provenance import read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.agreement import DiagnosisClassifier
+from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
@@ -182,14 +184,21 @@ class DecoderTask(ImageTask):
         """Everything is learned by gradient."""
         return {}
 
-    def measure(self) -> tuple[Reconstruction, dict[str, float]]:
-        """Reconstruction and feature distances on validation."""
+    def measure(self) -> tuple[Reconstruction, dict[str, float], Appearance]:
+        """Reconstruction, feature distances and appearance on validation."""
         result = evaluate_reconstruction(self.tokenizer, self.images(self.validation_set))
-        return result, measure_features(self.features, self.pairs(self.tokenizer))
+        appearance = Appearance(self.tokenizer.config.downsampling)
+
+        def watched() -> Iterator[tuple[Tensor, Tensor]]:
+            for images, reconstructions in self.pairs(self.tokenizer):
+                appearance.add(reconstructions)
+                yield images, reconstructions
+
+        return result, measure_features(self.features, watched()), appearance
 
     def validate(self) -> dict[str, float]:
-        """Validation metrics; `loss` is what is minimised but for the discriminator's opinion."""
-        recipe, (result, distances) = self.recipe, self.measure()
+        """Validation metrics; `loss` is what is minimised without the terms of discriminator, logits and spectra."""
+        recipe, (result, distances, _) = self.recipe, self.measure()
         feature_loss = distances["feature_distance"]
         loss = recipe.l1_weight * result.l1 + recipe.mse_weight * result.mse
         loss += recipe.ssim_weight * (1 - result.ssim)
@@ -292,12 +301,13 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
 
 def measured_metrics(task: DecoderTask, dataset: str, suffix: str = "") -> list[Metric]:
     """The report's lines for the decoder as it is, `suffix` behind their names."""
-    result, distances = task.measure()
+    result, distances, appearance = task.measure()
     values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
-    return [
+    lines = [
         Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
         for name, unit in UNITS.items()
     ]
+    return lines + appearance.metrics(f"reconstructions{suffix}", "validation", dataset, task.loop.seed)
 
 
 def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
