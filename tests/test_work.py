@@ -4,13 +4,17 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from isic_vq import work
+from isic_vq.demo import server
 from isic_vq.files import beside, remove_leftovers
+from isic_vq.models.repository import staging_folder
 from isic_vq.work import InUseError, differences, hold, told
 
 HOLDER = """
@@ -145,6 +149,14 @@ def test_without_locks_of_the_file_system_the_text_decides(tmp_path, monkeypatch
     assert locks(tmp_path) == []
 
 
+def test_where_nobody_may_write_beside_a_folder_its_lock_lies_in_it(tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with hold(tmp_path / "mounted"):
+        assert (locks(tmp_path), locks(tmp_path / "mounted")) == ([], [".mounted.lock"])
+    assert locks(tmp_path / "mounted") == []
+
+
 def test_an_error_of_the_block_lets_go(tmp_path):
     with pytest.raises(KeyError), hold(tmp_path / "run"):
         raise KeyError
@@ -167,6 +179,36 @@ def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path):
     assert found == {f".c.{there}.tmp", ".notes.tmp", "d.tmp", living.name, "model", "kept"}
     assert (tmp_path / "model" / "weights").read_text() == f".model.{here}.old", "killed between two renames"
     assert (tmp_path / "kept" / "weights").read_text() == "kept"
+
+
+def test_a_model_that_is_saved_tidies_up_after_a_killed_process(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    host = socket.gethostname()
+    left, living, foreign = (
+        tmp_path / name
+        for name in (
+            f".saving-{host}-{gone.pid}-x",
+            f".saving-{host}-{os.getppid()}-x",
+            f".saving-other-{gone.pid}-x",
+        )
+    )
+    for folder in (left, living, foreign):
+        folder.mkdir()
+    with staging_folder(tmp_path) as staged:
+        assert staged.parent == tmp_path
+        assert sorted(tmp_path.iterdir()) == sorted([living, foreign, staged])
+    assert not staged.exists()
+
+
+def test_the_demo_removes_uploads_of_killed_servers(tmp_path, monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(server, "gettempdir", lambda: str(tmp_path))
+    for pid in (gone.pid, os.getppid()):
+        (tmp_path / f"{server.UPLOADS}{pid}-x" / "upload").mkdir(parents=True)
+    server.remove_old_uploads()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{server.UPLOADS}{os.getppid()}-x"]
 
 
 def test_differences_are_named_by_key():

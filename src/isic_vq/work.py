@@ -1,6 +1,6 @@
 """Work in a folder or file: who does it, and whether it was begun with the same settings.
 
-A lock is a file `.NAME.lock` (of several processes `.NAME.lock.RANK`) beside what it protects, held by `flock`, which the kernel drops when its process dies, however
+A lock is a file `.NAME.lock` (of several processes `.NAME.lock.RANK`) beside what it protects (in it, if nobody may write beside it), held by `flock`, which the kernel drops when its process dies, however
 it dies. Its text names the process for people, and for file systems that have no such locks.
 """
 
@@ -60,7 +60,9 @@ def hold(target: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
     """
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{target.name}.lock{'' if world == 1 else f'.{rank}'}")
+    # A folder that is mounted, say, may be ours where the one around it is not.
+    place = target.parent if os.access(target.parent, os.W_OK) or not target.is_dir() else target
+    path = place / f".{target.name}.lock{'' if world == 1 else f'.{rank}'}"
     _acquire(path, target)
     try:
         _check_other_launches(path, target)

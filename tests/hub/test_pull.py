@@ -18,6 +18,7 @@ from isic_vq.hub import ModelError
 from isic_vq.layout import is_safe
 from isic_vq.models.upload import HubError, upload_folder
 from isic_vq.transfer import pull
+from planted import plant
 
 REPO = "user/tiny"
 OTHERS_TOKEN = "hf_fake_other"
@@ -302,3 +303,16 @@ def test_a_report_that_somebody_added_to_a_pull_is_not_removed(pushed, output):
     with pytest.raises(ModelError, match="holds files that would be removed, such as reports/mine.json"):
         pull(REPO, output)
     assert (output / "reports" / "mine.json").is_file()
+
+
+def test_a_pickle_in_place_of_any_file_is_copied_and_never_run(online_hub, saved, tmp_path):
+    """The config alone is read, and a pickle is none."""
+    for number, name in enumerate(set(contents(saved)) - {"README.md"}):  # which an upload reads
+        folder, repo = shutil.copytree(saved, tmp_path / f"planted-{number}"), f"user/planted-{number}"
+        plant(folder / name, tmp_path / "ran")
+        upload_folder(folder, contents(folder), repo, commit_message="First")
+        if name == "config.json":
+            refused("is no model of isic-vq", repo, tmp_path / "out" / str(number))
+        else:
+            assert contents(pull(repo, tmp_path / "out" / str(number))) == contents(folder)
+        assert not (tmp_path / "ran").exists(), name

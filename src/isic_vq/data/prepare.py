@@ -283,7 +283,11 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
             leftover.unlink(missing_ok=True)
         return old
     strangers = (
-        sorted(path.name for path in output.glob("*") if old is None and path.name != WORK)
+        sorted(
+            path.name
+            for path in output.glob("*")
+            if old is None and path.name != WORK and path.suffix != ".lock"
+        )
         if output.is_dir()
         else []
     )
