@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="NAME=FOLDER, the first a whole model")
     parser.add_argument("--features", action="append", default=[], help="NAME=FOLDER")
     parser.add_argument("--scales", type=float, nargs="*", default=[], help="of the last model's noise")
+    parser.add_argument("--codes", type=Path, help="file that keeps the samples' codes")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "reports/decoders.json")
     arguments = parser.parse_args()
     models = dict(text.split("=", 1) for text in arguments.models)
