@@ -186,6 +186,15 @@ def test_a_model_outside_a_run_has_no_training_recorded(repository):
     assert not (repository / "figures").exists()
 
 
+def test_changes_of_a_recipe_are_recorded_with_it(tiny_run, runs):
+    path = runs / "prior" / "run.json"
+    changes = [{"after": "step-00000004", "key": "loop.max_steps", "from": 4, "to": 6}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "changes": changes}))
+    training = export_run(tiny_run, runs / "out")["training"]
+    assert training["prior"]["changes"] == changes
+    assert "changes" not in training["vqvae"]
+
+
 def test_both_stages_are_recorded_from_their_runs(tiny_run, runs):
     content = export_run(tiny_run, runs / "out")
     assert list(content["training"]) == ["vqvae", "prior"]

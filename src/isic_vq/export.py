@@ -289,10 +289,11 @@ def read_recipe(run: Path) -> dict[str, Any]:
 
 
 def training_record(run: Path) -> dict[str, Any]:
-    """What a run says of itself: recipe, environment, optimizer steps, hours in them, and which weights it kept."""
+    """What a run says of itself: recipe and changes to it, environment, optimizer steps, hours in them, and which weights it kept."""
     record: dict[str, Any] = {"recipe": read_recipe(run)}
     if (run / "run.json").is_file():
-        record["environment"] = json.loads((run / "run.json").read_text())["environment"]
+        began = json.loads((run / "run.json").read_text())
+        record |= {key: began[key] for key in ("environment", "changes") if key in began}
     if (run / METRICS_FILE).is_file():
         steps = Run(run).metrics["batch"]
         batch_size = record["recipe"]["loop"]["batch_size"]
