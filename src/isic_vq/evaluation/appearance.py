@@ -13,6 +13,7 @@ from isic_vq.evaluation.report import Metric
 from isic_vq.evaluation.texture import coherence, grid_power, octave_power, octaves, texture, third_colours
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
+Statistic = Callable[[NDArray[np.float64]], float]
 CHANNELS = ("red", "green", "blue")
 MIN_COHERENT = 3  # images: two have a correlation of 1 or -1 whatever they show
 
@@ -25,6 +26,13 @@ def worst_tenth(values: NDArray[np.float64]) -> float:
 def colour_correlation(colours: NDArray[np.float64]) -> float:
     """Correlation of the columns of `(N, 2)`, as `coherence` takes it for one channel."""
     return float(coherence(torch.from_numpy(colours)[..., None])[0])
+
+
+STATISTICS: dict[str, Statistic] = {  # of powers, which a few images may dominate
+    "mean": lambda values: float(values.mean()),
+    "median": lambda values: float(np.median(values)),
+    "worst_tenth": worst_tenth,
+}
 
 
 class Appearance:
@@ -63,20 +71,20 @@ class Appearance:
         sharpness, grids, powers, colours = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         number = len(sharpness)
 
-        def drawn(name: str, statistic: Callable[[NDArray[np.float64]], float], values: Tensor) -> Metric:
+        def drawn(name: str, statistic: Statistic, values: Tensor, unit: str = "1") -> Metric:
             rows = values.numpy()
             interval = list(bootstrap_interval(statistic, rows, seed=seed)) if number > 1 else None
-            return Metric(name, statistic(rows), "1", number, split, dataset, seed, interval)
+            return Metric(name, statistic(rows), unit, number, split, dataset, seed, interval)
 
         lines = [mean_metric(f"texture[{kind}]", sharpness, "grey levels", split, dataset, seed)]
         for period, values in zip(self.periods, grids.T, strict=True):
-            of = f"[{kind}, {period} px]"
-            lines.append(mean_metric(f"grid_power_mean{of}", values, "1", split, dataset, seed))
-            lines.append(drawn(f"grid_power_median{of}", lambda rows: float(np.median(rows)), values))
-            lines.append(drawn(f"grid_power_worst_tenth{of}", worst_tenth, values))
+            lines += [
+                drawn(f"grid_power_{name}[{kind}, {period} px]", statistic, values)
+                for name, statistic in STATISTICS.items()
+            ]
         for (low, high), values in zip(self.octaves, powers.T, strict=True):
-            name, unit = f"octave_power[{kind}, {low}-{high} px]", "squared grey levels"
-            lines.append(mean_metric(name, values, unit, split, dataset, seed))
+            name = f"octave_power[{kind}, {low}-{high} px]"
+            lines.append(drawn(name, STATISTICS["mean"], values, "squared grey levels"))
         if number >= MIN_COHERENT:
             for channel, values in zip(CHANNELS, colours.unbind(-1), strict=True):
                 lines.append(drawn(f"coherence[{kind}, {channel}]", colour_correlation, values))
