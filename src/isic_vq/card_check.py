@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from huggingface_hub import ModelCard
@@ -123,7 +124,7 @@ def numbers(text: str) -> list[str]:
 def link_problems(text: str, folder: Path) -> Iterator[str]:
     """Name local links to what is not a file of the folder."""
     for match in LINK.finditer(CODE_BLOCK.sub("", text)):
-        target = (match[1] or match[2]).partition("#")[0]
+        target = unquote((match[1] or match[2]).partition("#")[0])
         if not target or re.match(r"[a-z]+:", target):
             continue
         if target.startswith("/") or ".." in target.split("/"):

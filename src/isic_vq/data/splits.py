@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isic_vq.data.classes import UNKNOWN
+from isic_vq.data.classes import UNKNOWN, counted
 from isic_vq.data.schema import DataError
 
 logger = logging.getLogger(__name__)
@@ -251,13 +251,18 @@ def _keep_in_training(
         if group in drawn and row.get("diagnosis") not in (None, UNKNOWN):
             groups[row["diagnosis"]][group] += 1
     kept: set[Key] = set()
+    told: dict[str, int] = {}
     for name, members in groups.items():
         if all(drawn[group] != "train" and group not in kept for group in members):
             moved = members.keys() - bound
             kept |= moved
             if moved:
-                number = sum(members[group] for group in moved)
-                logger.info("%s: its %d image(s) stay in training, and are not measured", name, number)
+                told[name] = sum(members[group] for group in moved)
+    if told:
+        logger.info(
+            "in training, though drawn to be held out, because no other image of the class is: %s",
+            counted(told),
+        )
     return kept
 
 

@@ -1,6 +1,8 @@
 """Evaluate a checkpoint on data sets: reconstruction, codebook use, likelihood, generated images and cost."""
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from isic_vq.data.classes import Classes
+from isic_vq.data.classes import UNKNOWN, Classes, counted
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import Source, find_source
@@ -37,6 +39,9 @@ from isic_vq.hub import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
+logger = logging.getLogger(__name__)
+
+MAX_CLASSES = 100  # under each of which every image is scored
 TRAIN_SAMPLE = 1000  # training images, a seeded subset, whose likelihood stands beside the others'
 GROUPED = ("psnr", "ssim")  # and bits per code: what is told of every diagnosis, source, sex and site
 
@@ -158,12 +163,25 @@ def add_data_set(
     """Add a data set's lines and tables to the report."""
     model, report, name = evaluation.model, evaluation.report, measured.info.name
     config = model.config.vqvae_config
-    by_class = class_bits(model, measured.codes) if model.config.class_names else None
+    by_class = class_bits(model, measured.codes) if 0 < len(model.config.class_names) <= MAX_CLASSES else None
     bits = {"bits_per_code_unconditional": bits_per_code(model, measured.codes, None)}
     bits["bits_per_code"] = bits["bits_per_code_unconditional"].clone()
     if by_class is not None:  # an image without a diagnosis of the model's is scored without one
         known = measured.labels < by_class.shape[1]
         bits["bits_per_code"][known] = by_class[known].gather(1, measured.labels[known, None])[:, 0]
+    elif model.config.class_names:
+        logger.warning(
+            "what the class saves is not measured: the model has %d classes, more than %d",
+            len(model.config.class_names), MAX_CLASSES,
+        )  # fmt: skip
+        bits["bits_per_code"] = bits_per_code(model, measured.codes, measured.labels)
+    others = Counter(str(row["diagnosis"]) for row in measured.rows)
+    for known_name in (*model.config.class_names.values(), UNKNOWN):
+        del others[known_name]
+    if others and model.config.class_names:
+        logger.warning(
+            "%s: measured without a class, because the model has none of these: %s", name, counted(others)
+        )
     if train_counts is not None:
         bits["bits_per_code_unigram"] = unigram_bits(train_counts, measured.codes).flatten(1).mean(1)
     counts = code_counts(measured.codes, config.num_codes)

@@ -33,7 +33,9 @@ class PriorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
         # Without this transformers fills in two placeholder classes, LABEL_0 and LABEL_1.
-        self.id2label = {int(index): name for index, name in (self.id2label or {}).items()}
+        # In the order of the ids: a file has them in that of their digits.
+        names = {int(index): name for index, name in (self.id2label or {}).items()}
+        self.id2label = dict(sorted(names.items()))
         self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
 
