@@ -89,6 +89,8 @@ def encode(
         typer.echo(f"process {rank} of {world} is done; the last one writes {output}")
     else:
         typer.echo(f"wrote the codes of {number} images in {views} views to {output}")
+        if number < source.num_images:
+            typer.echo(f"left out, unreadable: {source.num_images - number} of {source.num_images} images")
 
 
 @train_app.command("prior", epilog="Example:\n\n  isic-vq train prior -c examples/configs/prior-f8.yaml")
