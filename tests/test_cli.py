@@ -484,7 +484,6 @@ def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, 
             "loop.batch_size is 4: expected a multiple of 3, 3 accumulated parts",
         ),
         (["loop.trackers=[mlflow]"], "trackers has ['mlflow']: expected any of wandb, tensorboard, trackio"),
-        (["--resume"], "has no readable checkpoint"),
     ],
 )
 def test_recipe_that_cannot_run_is_answered_in_one_line(fails, tiny_run, tmp_path, options, message):
