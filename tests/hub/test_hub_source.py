@@ -442,3 +442,29 @@ def test_real_images_arrive_as_they_lie_here(online, data_dir):
     assert list(there.metadata()) == list(here.metadata())
     asked = sum(last - first + 1 for first, last in _ranges(online))
     assert asked < 0.02 * sum(shard.stat().st_size for shard in shards)
+
+
+@pytest.mark.parametrize("kind", ["strings", "class ids", "integers"])
+def test_own_classes_are_declared_in_the_uri_or_stop(kind, online):
+    feature = {
+        "strings": Value("string"),
+        "class ids": ClassLabel(names=["eczema", "psoriasis"]),
+        "integers": Value("int64"),
+    }
+    labels = ["psoriasis", "eczema", "psoriasis"] if kind == "strings" else [1, 0, 1]
+    columns = {"image": [_png(row) for row in range(3)], "label": labels}
+    _serve(
+        online,
+        "a/own",
+        {"data/train.parquet": _parquet(columns, Features({"image": Image(), "label": feature[kind]}))},
+    )
+    for read in (lambda source: source.describe(), lambda source: source.dataset()):
+        with pytest.raises(DataError, match=r"\(2 images\), '(eczema|0)' \(1 image\) are no known classes"):
+            read(find_source("hub:a/own"))
+    for source in (
+        find_source("hub:a/own?classes=eczema,psoriasis"),
+        *([] if kind == "integers" else [find_source("hub:a/own?classes=auto")]),
+    ):
+        info = source.describe()
+        assert (info.diagnoses, info.classes) == ({"eczema": 1, "psoriasis": 2}, ["eczema", "psoriasis"])
+        assert source.dataset()["diagnosis"][:] == ["psoriasis", "eczema", "psoriasis"]

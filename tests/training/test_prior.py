@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from isic_vq.data.code_cache import CodeCache, read_code_cache, write_code_cache
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import describe_source
+from isic_vq.data.sources import SourceInfo, describe_source
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import ModelError, load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
@@ -21,7 +22,7 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.load import load_recipe
-from isic_vq.training.prior import CodeGrids, PriorTask, train_prior
+from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, train_prior
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 
@@ -269,3 +270,23 @@ def test_unknown_type_of_prior_is_refused(make_recipe):
 def test_keys_of_another_type_of_prior_are_refused(make_recipe):
     with pytest.raises(RecipeError, match="unknown recipe key model.num_heads"):
         train_prior(make_recipe("model.num_heads=2"))
+
+
+def _cache(path, names, classes=("a", "b", "c")):
+    info = SourceInfo("folder:x", "0" * 64, len(names), {}, [], dict(Counter(names)), classes=list(classes))
+    codes = np.zeros((len(names), 1, 4, 4), np.uint16)
+    return CodeCache(codes, [f"{path}{i}" for i in range(len(names))], list(names), 8, "h", info)
+
+
+def test_a_class_of_validation_alone_stops_or_is_left_out_and_counted(caplog):
+    caplog.set_level("INFO", "isic_vq")
+    train, validation = _cache("t", "aab"), _cache("v", ["a", "c", "c", "unknown"])
+    assert train.class_names() == ["a", "b"]
+    with pytest.raises(
+        DataError, match=r"no training image has: 'c' \(2 images\)\. Add .* drop_other_classes=true"
+    ):
+        known_to_training(validation, train.class_names(), False)
+    kept = known_to_training(validation, train.class_names(), True)
+    assert (kept.isic_ids, kept.diagnoses, kept.source.num_images) == (["v0", "v3"], ["a", "unknown"], 2)
+    assert "left out, validation images of classes that no training image has: 'c' (2 images)" in caplog.text
+    assert known_to_training(train, train.class_names(), False) is train
