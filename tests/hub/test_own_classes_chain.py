@@ -148,7 +148,7 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
     assert "![a/b: Ekzem é](previews/a%252Fb%253A%20Ekzem%20%C3%A9.png)" in card
     assert (folder / "previews" / "class unconditional.png").is_file()
     succeed("push", folder, REPO)
-    succeed("pull", REPO, tmp_path / "pulled")
+    succeed("pull", REPO, "-o", tmp_path / "pulled")
     assert (tmp_path / "pulled/README.md").read_bytes() == (folder / "README.md").read_bytes()
     from transformers import pipeline
 
