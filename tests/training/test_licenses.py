@@ -57,7 +57,7 @@ def test_a_tokenizer_learns_from_images_under_the_licence_alone(tiny_run, mixed_
 
 def test_a_run_is_not_resumed_on_images_under_other_licences(tiny_run, mixed_folder, tmp_path):
     train_vqvae(recipe_of(tiny_run, mixed_folder, tmp_path / "run", "data.licenses=[CC-0]"))
-    with pytest.raises(TrainingError, match="the train data differ from those the run began with"):
+    with pytest.raises(TrainingError, match=r"begun with data.licenses = \[.CC-0.\]"):
         train_vqvae(recipe_of(tiny_run, mixed_folder, tmp_path / "run"), resume=True)
 
 
