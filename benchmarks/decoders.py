@@ -8,7 +8,7 @@ images of the same diagnoses ("others", as `isic-vq evaluate` takes them), and t
 the diagnoses of validation ("samples", seed 0). All are compared with the validation images. Controls are the first model's images
 plus white noise, and sharpened (unsharp masking, a Gaussian of 1 pixel), each as strong as to give the last model's texture.
 Images are rounded to 8 bits first, as files hold them. Recipes are chosen on images held out of the training files instead; see
-`held_out`. With --scales the last model decodes with that much of its refinement's noise, too.
+`held_out`. With --scales the last model's reconstructions are made with that much of its refinement's noise, too.
 """
 
 import argparse
@@ -217,14 +217,12 @@ def main() -> None:
     real, labels = open_validation()
     first, *_, last = models
     tokenizers = {name: open_tokenizer(folder) for name, folder in models.items()}
-    for scale in arguments.scales:
-        tokenizers[f"{last}, noise x {scale:g}"] = with_noise(tokenizers[last], scale)
     reference = Reference(real, spaces)
     report: dict[str, Any] = {"environment": environment(), "rows": {"real": measure(real, reference)}}
     sets = {
         "reconstructions": lambda: in_batches(tokenizers[first].encode, real),
-        "others": lambda: in_batches(tokenizers[first].encode, others(labels)),
         "samples": lambda: drawn_codes(models[first], labels, arguments.codes),
+        "others": lambda: in_batches(tokenizers[first].encode, others(labels)),
     }
     for kind, codes_of in sets.items():
         codes = codes_of()
@@ -232,6 +230,8 @@ def main() -> None:
         wanted = in_batches(texture, images[last]).mean().item()
         images[f"{first} + noise"] = as_sharp(add_noise, images[first], wanted, 0.2)
         images[f"{first}, sharpened"] = as_sharp(sharpen, images[first], wanted, 20)
+        for scale in arguments.scales if kind == "reconstructions" else []:
+            images[f"{last}, noise x {scale:g}"] = decode(with_noise(tokenizers[last], scale), codes)
         for name, pixels in images.items():
             row = measure(pixels, reference)
             if kind == "reconstructions":
