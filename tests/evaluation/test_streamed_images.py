@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from isic_vq.data import sources
+from isic_vq.data import sources, uri
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
 from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
@@ -32,6 +32,7 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(StreamOnly, "read", counted)
     monkeypatch.setitem(sources.SOURCES, "streamonly", lambda target: StreamOnly())
+    monkeypatch.setattr(uri, "SCHEMES", f"{uri.SCHEMES}, streamonly:NAME")
     return counts
 
 

@@ -269,7 +269,7 @@ def test_codebook_start_is_the_same_on_every_call(make_task):
 
 
 def test_logged_perplexity_is_that_of_the_codes_of_the_step(make_vqvae_trainer, tmp_path):
-    trainer = make_vqvae_trainer("loop.max_steps=5", "loop.accumulation_steps=2")
+    trainer = make_vqvae_trainer("loop.max_steps=5", "loop.accumulation_steps=2", "codebook_warmup_steps=2")
     passes = []
     trainer.task.model.register_forward_hook(lambda module, args, output: passes.append(output.codes))
     for _ in trainer.steps():

@@ -212,18 +212,20 @@ def _build(
             wrong = [key for key in value if f"{prefix}model.{key}" not in keys]
             if any(key.startswith(f"{prefix}model.") for key in keys):
                 problems += [unknown_key(f"{prefix}model.{key}", keys) for key in wrong]
-    try:
-        return cls(**inner, **values)
-    except StrictDataclassError as error:
-        whole = strict_message(error, prefix, known)
-    alone = []
-    for name, value in values.items():
+    first = len(problems)
+    while True:
         try:
-            cls(**inner, **{name: value})
+            return cls(**inner, **values)
         except StrictDataclassError as error:
-            alone.append(strict_message(error, prefix, known))
-    problems += dict.fromkeys([*alone, *([] if alone else [whole])])
-    return cls()
+            problem = strict_message(error, prefix, known)
+        found = re.match(r"\w+", problem.removeprefix(prefix))
+        name = found[0] if found else ""
+        # A check of a default beside the recipe's values says nothing of the recipe, unless it is all there is to say.
+        if name in values or len(problems) == first:
+            problems.append(problem)
+        if name not in values:
+            return cls()
+        del values[name]
 
 
 def strict_message(error: Exception, prefix: str, names: Collection[str]) -> str:
