@@ -68,3 +68,32 @@ def test_the_checkpoints_are_small_enough_to_ship():
         assert 0 < sum(path.stat().st_size for path in weights) <= MAX_CHECKPOINT_BYTES
     every = list((ROOT / "model_cards").rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in every) <= MAX_TRACKED_WEIGHTS_BYTES
+
+
+OF_EXTRAS = (
+    *("accelerate", "constriction", "datasets", "diffusers", "gradio", "imagehash", "jinja2", "matplotlib"),
+    *("numba", "onnx", "onnxruntime", "pandas", "psutil", "pyarrow", "scipy", "sklearn", "torchmetrics"),
+)
+
+
+def test_generate_and_edit_need_no_extra(tiny_run, tmp_path):
+    model = str(tiny_run.prior / "model")
+    commands = [
+        ["generate", "-m", model, "-n", "2", "-o", str(tmp_path)],
+        ["generate", "-m", model, "-n", "2", "-o", str(tmp_path)],  # a folder that holds images
+        ["edit", str(tmp_path / "grid.png"), "-m", model, "--lower-half", "-o", str(tmp_path / "edited")],
+    ]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OF_EXTRAS}))  # an import of them fails
+from isic_vq import cli
+for command in {commands}:
+    sys.argv = ["isic-vq", *command]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid.png").is_file()

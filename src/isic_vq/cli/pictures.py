@@ -46,7 +46,7 @@ def read_named_images(
 
 def announce_other_images(folder: Path, names: Collection[str]) -> None:
     """Say which images are in a folder already that a command is about to write to and will not replace."""
-    from isic_vq.data.sources.files import IMAGE_SUFFIXES
+    from isic_vq.data.uri import IMAGE_SUFFIXES
 
     others = sorted(path.name for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     others = [name for name in others if name not in names]

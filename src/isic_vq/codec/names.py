@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from isic_vq.codec.container import CodecError
-from isic_vq.data.sources.files import IMAGE_SUFFIXES
+from isic_vq.data.uri import IMAGE_SUFFIXES
 
 
 def check_names(names: Sequence[str]) -> None:

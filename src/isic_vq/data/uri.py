@@ -16,6 +16,7 @@ SCHEMES = (
     "prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path"
 )
 MANIFEST = "manifest.json"  # of a prepared folder
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MAX_NAMES = 100_000  # that braces may stand for
 
 _BRACES = re.compile(r"(?<!\$)\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from isic_vq.data.classes import Reading
 from isic_vq.data.errors import DataError
+from isic_vq.data.uri import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 # What ISIC's archives put beside ISIC_0000001.jpg, and others beside images of any name.
 _COMPANION = re.compile(r"(.+?)[._](segmentation|superpixels|mask|seg|attribute_\w+)", re.IGNORECASE)
 _ISIC_ID = re.compile(r"ISIC_\d{7}", re.IGNORECASE)
