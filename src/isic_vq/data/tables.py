@@ -1,8 +1,8 @@
 """Tables that describe images, read strictly: CSV of any common delimiter, and JSON lines.
 
 Column names are compared without case and outer blanks. What cannot be read for sure is an error with file, row and
-column, all rows that are wrong together: pandas and pyarrow take an unclosed quote or a column that is there twice for
-data, so the parser is the standard library's, in its strict mode.
+column, all rows that are wrong together. pandas (3.1) takes rows that are too short or too long and a column that is there
+twice for data, pyarrow an unclosed quote, so the parser is the standard library's, in its strict mode.
 """
 
 import codecs
