@@ -611,7 +611,8 @@ def test_signal_to_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run,
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"*{stopped_at(stderr):08d}")
     step = json.loads((checkpoint / "progress.json").read_text())["step"]
     assert 2 < step < 200
-    assert run(*options[:-1], f"loop.max_steps={step + 2}", "--resume")[0] == 0
+    code, _, stderr = run(*options[:-1], f"loop.max_steps={step + 2}", "--resume")
+    assert code == 0, stderr
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

@@ -333,6 +333,24 @@ def test_warm_ups_keep_their_share_of_a_shorter_run_unless_they_are_named(tmp_pa
     )
 
 
+def test_a_resumed_run_keeps_the_warm_ups_it_was_begun_with(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'run'}\nloop: {{max_steps: 1000, warmup_steps: 100}}\ncodebook_warmup_steps: 200\n"
+    )
+    overrides = ["loop.max_steps=100"]
+    begun = load_recipe(VQVAERecipe, path, overrides)
+    assert load_recipe(VQVAERecipe, path, overrides, resume=True) == begun, "nothing is recorded yet"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(begun)))
+    assert load_recipe(VQVAERecipe, path, overrides, resume=True) == begun
+    shorter = load_recipe(VQVAERecipe, path, ["loop.max_steps=50"], resume=True)
+    assert (shorter.loop.warmup_steps, shorter.codebook_warmup_steps) == (10, 20)
+    assert load_recipe(VQVAERecipe, path, ["loop.max_steps=50"]).codebook_warmup_steps == 10
+    (tmp_path / "run" / "recipe.yaml").write_text("- damaged")
+    assert load_recipe(VQVAERecipe, path, overrides, resume=True) == begun
+
+
 def test_keys_of_model_sections_are_those_of_the_configs():
     for recipe_class, model, config_class in (
         (VQVAERecipe, {}, VQVAEConfig),

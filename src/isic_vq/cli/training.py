@@ -33,7 +33,7 @@ def train_vqvae(
     from isic_vq.training.load import check_places, load_recipe
     from isic_vq.training.recipe import VQVAERecipe
 
-    recipe = load_recipe(VQVAERecipe, config, overrides or [])
+    recipe = load_recipe(VQVAERecipe, config, overrides or [], resume)
     check_places(recipe)
     from isic_vq.training.vqvae import train_vqvae as train  # imports torch
 
@@ -101,7 +101,7 @@ def train_prior(
     from isic_vq.training.load import check_places, load_recipe
     from isic_vq.training.recipe import PriorRecipe
 
-    recipe = load_recipe(PriorRecipe, config, overrides or [])
+    recipe = load_recipe(PriorRecipe, config, overrides or [], resume)
     check_places(recipe)
     from isic_vq.training.prior import train_prior as train  # imports torch
 
@@ -126,7 +126,7 @@ def train_decoder(
     from isic_vq.training.load import check_places, load_recipe
     from isic_vq.training.recipe import DecoderRecipe
 
-    recipe = load_recipe(DecoderRecipe, config, overrides or [])
+    recipe = load_recipe(DecoderRecipe, config, overrides or [], resume)
     check_places(recipe)
     from isic_vq.training.decoder import train_decoder as train  # imports torch
 
@@ -155,7 +155,7 @@ def train_classifier(
     from isic_vq.training.load import check_places, load_recipe
     from isic_vq.training.recipe import ClassifierRecipe
 
-    recipe = load_recipe(ClassifierRecipe, config, overrides or [])
+    recipe = load_recipe(ClassifierRecipe, config, overrides or [], resume)
     check_places(recipe)
     from isic_vq.training.classifier import train_classifier as train  # imports torch
 

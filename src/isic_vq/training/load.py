@@ -54,10 +54,13 @@ for _first in list("-+0123456789"):
     )
 
 
-def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides: list[str]) -> RecipeClass:
+def load_recipe(
+    recipe_class: type[RecipeClass], config: Path | None, overrides: list[str], resume: bool = False
+) -> RecipeClass:
     """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
 
-    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so.
+    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a run that
+    is resumed keeps those it was begun with.
 
     Raises:
         RecipeError: the file is missing or not a mapping; or keys are unknown or values wrong, all of which are named.
@@ -79,7 +82,8 @@ def load_recipe(recipe_class: type[RecipeClass], config: Path | None, overrides:
         raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
     before = copy.deepcopy(fields)
     problems = [problem for override in overrides if (problem := _override(fields, override))]
-    shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides})
+    recorded = _recorded(recipe_class, fields) if resume else {}
+    shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides}, recorded)
     return build_recipe(recipe_class, fields, problems)
 
 
@@ -106,6 +110,16 @@ def check_places(recipe: Recipe) -> None:
         resolve(recipe.model)
 
 
+def _recorded(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that the run in the output folder was begun with; open_run says what is wrong with a damaged one."""
+    path = Path(str(_value(fields, "output_dir", recipe_class))) / "recipe.yaml"
+    try:
+        recorded = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def _override(fields: dict[str, Any], override: str) -> str | None:
     """Apply an override; returns what is wrong with it."""
     key, separator, text = override.partition("=")
@@ -125,7 +139,11 @@ def _override(fields: dict[str, Any], override: str) -> str | None:
 
 
 def shorten_warm_ups(
-    recipe_class: type, before: dict[str, Any], fields: dict[str, Any], overridden: Collection[str]
+    recipe_class: type,
+    before: dict[str, Any],
+    fields: dict[str, Any],
+    overridden: Collection[str],
+    recorded: dict[str, Any],
 ) -> None:
     """Shorten what a recipe counts in steps from its beginning or end where an override shortens the run.
 
@@ -134,6 +152,7 @@ def shorten_warm_ups(
         before: its fields without overrides.
         fields: with them; changed in place.
         overridden: keys of the overrides, which stay as they are.
+        recorded: fields of the run that is resumed, which are kept.
     """
     for key in overridden:
         section = key.removesuffix("loop.max_steps")
@@ -147,7 +166,9 @@ def shorten_warm_ups(
         for name in WARM_UPS:
             old = _value(before, section + name, base)
             if section + name not in overridden and type(old) is int and old > 0:
-                new = min(steps - 1, max(int(name != "frozen_norm_steps"), old * steps // old_steps))
+                new = _value(recorded, section + name, None)
+                if new is None:
+                    new = min(steps - 1, max(int(name != "frozen_norm_steps"), old * steps // old_steps))
                 node = fields
                 for parent in (section + name).split(".")[:-1]:
                     node = node.setdefault(parent, {})
