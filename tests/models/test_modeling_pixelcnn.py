@@ -171,6 +171,9 @@ def test_loss_is_the_mean_cross_entropy_in_nats(model):
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     picked = np.take_along_axis(log_probabilities, codes.numpy()[:, None], axis=1)
     assert output.loss.item() == pytest.approx(-picked.mean(), rel=1e-6)
+    targets = random_codes(3, model, seed=9)
+    picked = output.logits.double().log_softmax(1).gather(1, targets[:, None])
+    assert model(codes, labels, targets=targets).loss.item() == pytest.approx(-picked.mean().item(), rel=1e-6)
 
 
 @torch.no_grad()

@@ -92,6 +92,10 @@ def test_loss_is_the_mean_cross_entropy_in_nats(model, codes, context):
     output = model(codes, LABELS, context)
     probabilities = output.logits.double().softmax(1).gather(1, codes[:, None])[:, 0]
     assert output.loss.item() == pytest.approx(-probabilities.log().mean().item(), rel=1e-5)
+    targets = codes.flip(1)
+    probabilities = output.logits.double().softmax(1).gather(1, targets[:, None])
+    loss = model(codes, LABELS, context, targets=targets).loss
+    assert loss.item() == pytest.approx(-probabilities.log().mean().item(), rel=1e-5)
     assert (
         model(codes, None, context, return_dict=False)[0] == model(codes, torch.full((3,), 3), context).loss
     )

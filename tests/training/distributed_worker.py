@@ -185,4 +185,4 @@ def main(folder: Path, prior_recipe: Path) -> None:
     train_prior(load_recipe(PriorRecipe, prior_recipe, [f"output_dir={folder / 'prior'}", *NO_DROPOUT]))
 
 
-NO_DROPOUT = ["model.dropout=0", "model.class_dropout=0", "loop.max_steps=12"]
+NO_DROPOUT = ["model.dropout=0", "model.class_dropout=0", "loop.max_steps=12", "context_noise=0.5"]

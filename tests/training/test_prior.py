@@ -21,6 +21,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, train_prior
 from isic_vq.training.processes import Processes
@@ -134,7 +135,7 @@ def views_shown(task, epoch, indices=range(8), step=0):
     """The view of each image that the loss is computed on in an epoch."""
     shown = []
 
-    def model(codes, labels, context):
+    def model(codes, labels, context, targets):
         shown.append(codes[:, 0, 0])
         return PriorOutput(loss=codes.float().mean())
 
@@ -200,6 +201,59 @@ def test_two_steps_lower_the_loss_on_one_batch(make_task):
         loss.backward()
         optimizer.step()
     assert history[2] < history[0], history
+
+
+# Context noise
+
+
+def inputs_seen(task, step, indices=range(8)):
+    """What the prior of a task is given and compared with at a step, in the order of the indices."""
+    seen = []
+
+    def model(codes, labels, context, targets):
+        seen.extend([codes, targets])
+        return PriorOutput(loss=codes.float().mean())
+
+    task.losses(model, task.collate([task.train_set[index] for index in indices]), step)
+    return seen
+
+
+def test_context_noise_disturbs_inputs_by_seed_step_and_image_and_leaves_targets(make_task):
+    task = make_task(views=1)
+    task.recipe.context_noise = 1.0
+    inputs, targets = inputs_seen(task, step=3)
+    assert torch.equal(targets, task.train_set.codes[:, 0]), "clean"
+    assert not torch.equal(inputs, targets)
+    torch.manual_seed(7)
+    for part in ([6], [3, 1, 2], [7, 6, 5, 4, 3, 2, 1, 0]):
+        assert torch.equal(inputs_seen(task, 3, part)[0], inputs[list(part)]), "whatever the batch"
+    assert not torch.equal(inputs_seen(task, step=4)[0], inputs)
+    other = make_task(views=1, seed=1)
+    other.recipe.context_noise = 1.0
+    assert not torch.equal(inputs_seen(other, step=3)[0], inputs)
+    last = task.recipe.loop.max_steps
+    assert torch.equal(inputs_seen(task, step=math.ceil(0.75 * last))[0], targets), "none in the last quarter"
+    task.recipe.context_noise = 0.0
+    assert torch.equal(inputs_seen(task, step=3)[0], targets)
+
+
+def test_context_noise_replaces_the_share_it_says_by_uniform_codes():
+    codes, num_codes, share = torch.zeros(2000, 16, dtype=torch.long), 4, 0.6
+    noisy = disturb_context(codes, num_codes, share, seed=0, step=0, indices=range(2000))
+    moved = (noisy != 0).double().mean(1)  # a quarter of the replacements is the code itself
+    assert moved.mean().item() == pytest.approx(share / 2 * 3 / 4, abs=0.01), "the mean of U(0, r)"
+    # Var of a binomial's share with P ~ (3/4) U(0, r): E[P(1-P)] / n + Var P.
+    mean, square = 0.75 * share / 2, (0.75 * share) ** 2 / 3
+    assert moved.var().item() == pytest.approx((mean - square) / 16 + square - mean**2, rel=0.1)
+    counts = torch.bincount(noisy[noisy != 0], minlength=num_codes)[1:].double()
+    assert (counts / counts.sum() - 1 / 3).abs().max() < 0.02
+    assert torch.equal(disturb_context(codes, num_codes, 0.0, 0, 0, range(2000)), codes)
+
+
+def test_context_noise_falls_in_a_line():
+    shares = [annealed_share(0.4, 0.75, progress) for progress in (0, 0.375, 0.75, 0.9)]
+    assert shares == pytest.approx([0.4, 0.2, 0, 0])
+    assert annealed_share(0.4, 0, 0) == 0
 
 
 # Pictures

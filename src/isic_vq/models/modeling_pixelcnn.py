@@ -177,6 +177,7 @@ class PixelCNNModel(PriorModel):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         return_dict: bool | None = None,
+        targets: Tensor | None = None,
     ) -> PriorOutput | tuple[Tensor, ...]:
         """Predict every code from the earlier ones and measure how well.
 
@@ -187,6 +188,7 @@ class PixelCNNModel(PriorModel):
             labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             context: what coarser scales tell; a single grid has none, and it is not looked at.
             return_dict: False returns a tuple.
+            targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
 
         Raises:
             ValueError: codes of another grid, or labels that are not the model's.
@@ -206,7 +208,7 @@ class PixelCNNModel(PriorModel):
                 hidden = layer(hidden, labels)
         logits = self.head(hidden)
         rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
-        loss = F.cross_entropy(rows.float(), codes.flatten())
+        loss = F.cross_entropy(rows.float(), (codes if targets is None else targets).flatten())
         output = PriorOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 

@@ -169,6 +169,7 @@ class VARModel(PriorModel):
         labels: Tensor | None = None,
         context: Tensor | None = None,
         return_dict: bool | None = None,
+        targets: Tensor | None = None,
     ) -> PriorOutput | tuple[Tensor, ...]:
         """Predict every code from those of coarser scales and measure how well.
 
@@ -180,6 +181,7 @@ class VARModel(PriorModel):
             context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
                 scales, `VQVAEModel.context(codes)`.
             return_dict: False returns a tuple.
+            targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
 
         Raises:
             ValueError: codes or context of another shape, or labels that are not the model's.
@@ -196,7 +198,9 @@ class VARModel(PriorModel):
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
         logits = self.layers_and_head(given + self.position_embedding, classes, self.mask())
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), (codes if targets is None else targets).flatten()
+        )
         output = PriorOutput(loss=loss, logits=logits.transpose(1, 2))
         return output if return_dict is not False else output.to_tuple()
 

@@ -27,6 +27,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.prior import PriorModel
+from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
@@ -117,12 +118,17 @@ class PriorTask:
         """Nothing to prepare."""
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Cross-entropy in nats per code, each image in one random view."""
+        """Cross-entropy in nats per code, each image in one random view; inputs may be disturbed, targets are not."""
         codes, device = batch["codes"], self.model.device
         views = self.views[batch["indices"]] % codes.shape[1]
         chosen = codes[torch.arange(len(codes)), views].to(device, non_blocking=True)
-        context = self.whole.vqvae.context(chosen)
-        return {"loss": model(chosen, batch["labels"].to(device), context).loss}
+        recipe, inputs = self.recipe, chosen
+        progress = step / recipe.loop.max_steps
+        if share := annealed_share(recipe.context_noise, recipe.context_noise_until, progress):
+            num_codes, indices = self.model.config.num_codes, batch["indices"].tolist()
+            inputs = disturb_context(chosen, num_codes, share, recipe.loop.seed, step, indices)
+        context = self.whole.vqvae.context(inputs)
+        return {"loss": model(inputs, batch["labels"].to(device), context, targets=chosen).loss}
 
     def after_step(self) -> dict[str, Tensor]:
         """Everything is learned by gradient."""

@@ -229,6 +229,9 @@ class PriorRecipe:
         loop: how to train.
         model: fields of the prior's config, and its `model_type`: "isic_pixelcnn" where there is none, or "isic_var".
             What they share with the tokenizer's config comes from there, the classes from the code cache.
+        context_noise: largest share of an image's input codes that are replaced by random ones while targets stay, in
+            [0, 1]; see `disturb_context`. 0 leaves all as they are.
+        context_noise_until: share of `loop.max_steps` over which `context_noise` falls to 0, linearly.
         num_samples: images generated at the end, for the figures.
         drop_other_classes: leave out, and count, validation images of classes that no training image has; where own
             classes were declared, they stop the run otherwise.
@@ -241,11 +244,16 @@ class PriorRecipe:
     validation_codes: str = ""
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     model: dict = dataclasses.field(default_factory=dict)
+    context_noise: float | int = 0.0
+    context_noise_until: float | int = 0.75
     num_samples: int = 64
     drop_other_classes: bool = False
 
     def validate_ranges(self) -> None:
         """Check what the types do not say; called by `strict`."""
+        for name in ("context_noise", "context_noise_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a value in [0, 1]")
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}: expected at least 1")
 
