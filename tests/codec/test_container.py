@@ -1,6 +1,7 @@
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from isic_vq.codec.container import (
     write_container,
 )
 
-LAYOUT = Layout("p" * 16, 64, 1, "torch.float32", "eager", "2.0", 24, "c" * 16)
+LAYOUT = Layout("p" * 16, 3, 1, "torch.float32", "eager", "2.0", 24, "c" * 16)
 SETTINGS = Settings("t" * 16, 8, 4, 2, "s" * 16, LAYOUT)
 BLOCKS = [
     Block(["a.jpg", "b/c.png"], "prior", b"0123456789abcdef", 7),
@@ -63,12 +64,15 @@ def header_of(content):
             st.binary(max_size=40),
             st.integers(0, 2**32 - 1),
         ),
+        min_size=1,
         max_size=5,
     )
 )
 def test_what_is_written_is_read(blocks):
-    settings, entries, found = read_container(write_container(SETTINGS, blocks))
-    assert (settings, found) == (SETTINGS, blocks)
+    layout = replace(LAYOUT, lanes=max(len(block.names) for block in blocks))
+    written = replace(SETTINGS, layout=layout)
+    settings, entries, found = read_container(write_container(written, blocks))
+    assert (settings, found) == (written, blocks)
     assert [entry.num_images for entry in entries] == [len(block.names) for block in blocks]
 
 
@@ -149,16 +153,20 @@ def test_another_file_is_refused(content):
         {"blocks": [[1, 2, 5, 0, 0]]},
         {"blocks": [[1, 0, 5, 0]]},
         {"blocks": [["1", 0, 5, 0, 0]]},
-        {"blocks": [[65, 1, 5, 0, 0]]},
+        {"blocks": [[4, 1, 5, 0, 0]]},
+        {"blocks": [[6, 1, 5, 0, 0]], "layout": {**vars(LAYOUT), "lanes": 6}},
+        {"blocks": []},
+        {"blocks": [[1, 0, 5, 0, 0]] * 1000},
+        {"blocks": " " * 10**6},
         {"blocks": 3},
         {"blocks": [[1, 1, 5, 0, 0]], "layout": None},
-        {"layout": {"lanes": 64}},
+        {"layout": {"lanes": 3}},
         {"layout": {**vars(LAYOUT), "lanes": 10**9}},
         {"layout": {**vars(LAYOUT), "threads": -1}},
         {"tokenizer": 5},
         {"more": 1},
     ],
-    ids=repr,
+    ids=lambda change: repr(change)[:40],
 )
 def test_a_header_that_contradicts_itself_is_refused(change):
     header = header_of(write_container(SETTINGS, BLOCKS))
@@ -177,8 +185,18 @@ def test_a_newer_format_is_named():
         read_container(with_header(header | {"format": 2}))
 
 
+def test_joined_files_are_told_apart():
+    one, other = (write_container(SETTINGS, BLOCKS[start:]) for start in (0, 1))
+    cut = len(other) - len(one) // 2
+    for content, place in ((one + other, len(one)), (other[:cut] + one, cut), (one + one, len(one))):
+        with pytest.raises(CodecError, match=f"at byte {place} is another"):
+            read_container(content)
+    with pytest.raises(CodecError, match="at its end is another"):
+        read_container(one + other[len(MAGIC) :])
+
+
 def test_names_that_inflate_without_end_are_refused():
-    content = write_container(SETTINGS, [Block(["x" * 10**6], "static", b"", 0)])
+    content = write_container(replace(SETTINGS, layout=None), [Block(["x" * 10**6], "static", b"", 0)])
     _, _, (block,) = read_container(content)
     assert isinstance(block, Damage)
     assert "none that isic-vq writes" in block.reason

@@ -87,6 +87,7 @@ def decompress(
     from isic_vq.codec.container import CodecError
     from isic_vq.codec.names import png_paths
     from isic_vq.codec.tables import training_code_counts
+    from isic_vq.data.classes import NUM_LISTED, and_more
     from isic_vq.figures.png import write_png
     from isic_vq.hub import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -111,9 +112,8 @@ def decompress(
     intact = result.num_blocks - len(result.damage)
     typer.echo(f"wrote {len(paths)} images to {output}; {intact} of {result.num_blocks} blocks are intact")
     if result.damage:
-        raise CodecError(
-            f"{file.name} is damaged, and the images of these blocks are lost: {'; '.join(result.damage)}"
-        )
+        listed = "; ".join(result.damage[:NUM_LISTED]) + and_more(len(result.damage))
+        raise CodecError(f"{file.name} is damaged, and the images of these blocks are lost: {listed}")
     typer.echo(f"{len(content) / len(paths):.1f} bytes per image")
 
 

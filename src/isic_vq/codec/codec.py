@@ -148,12 +148,14 @@ def decompress(
 
     Raises:
         CodecError: the content is no such file, or was made with another model, or on a machine that computes
-            otherwise. A damaged block is not an error here: it is named in `damage`.
+            otherwise, or names an image twice or as no file may be. A damaged block is not an error here: it is named
+            in `damage`.
     """
     settings, entries, blocks = read_container(content)
     table = _table(code_counts, model.config.vqvae_config.num_codes)
     _check_settings(settings, model, table)
     intact = [block for block in blocks if isinstance(block, Block)]
+    check_names([name for block in intact for name in block.names])
     coder = None
     if settings.layout is not None and any(block.coder == "prior" for block in intact):
         coder = coder_of(settings.layout, model.prior, settings.label)

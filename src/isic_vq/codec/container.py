@@ -7,7 +7,8 @@ Its copy at the end serves if the first one is damaged. A block is the length of
 JSON, and the coded codes; nothing in it refers to another block. Numbers are little-endian. A block that is not at
 its place, because bytes are missing or were put in before it, is looked for at its distance from the end.
 
-Checksums are against accidents; whoever can write a file can make its checksums right, so names are checked apart.
+Checksums are against accidents; whoever can write a file can make its checksums right. So names are checked apart, and
+what a header claims is bounded by its own bytes: entries by the checksums in it, images by the bytes of their block.
 """
 
 import json
@@ -15,14 +16,16 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 MAGIC, END = b"\x89IVQ\r\n\x1a\n", b"\n\x1a\r\nQVI\x89"
 FORMAT = 1
 CODERS = ("static", "prior")
-MAX_IMAGES = 4096  # in a block
+MAX_IMAGES = 256  # in a block
 MAX_THREADS = 1024
-MAX_HEADER = 2**26  # bytes that a header may inflate to
+MAX_RATIO = 32  # a header inflates to a few times its bytes: checksums have no pattern
+MIN_ENTRY = 4  # bytes of a deflated header that the checksum of a block takes
 MAX_NAME = 4096  # bytes of JSON that an image's name may inflate to
 _FRAME, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
 
@@ -96,8 +99,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Entry:
-    """A block as the header lists it: its place in the file follows from those before it."""
+    """A block as the header lists it, and its first image's number: its place in the file follows from those before it."""
 
+    first: int
     num_images: int
     coder: str
     num_bytes: int
@@ -132,9 +136,16 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
         How it was coded, what it should hold, and each block or why it cannot be read.
 
     Raises:
-        CodecError: the content is no such file, or both copies of its header are damaged.
+        CodecError: the content is no such file, or two of them, or both copies of its header are damaged.
     """
-    header = _first_header(content) or _last_header(content)
+    first, last = _first_header(content), _last_header(content)
+    joined = content.find(MAGIC, 1)
+    if joined > 0 or (first and last and first != last):
+        raise CodecError(
+            f"{'at byte ' + str(joined) if joined > 0 else 'at its end'} is another .ivq file: cut them apart, and "
+            "decompress each"
+        )
+    header = first or last
     if header is None:
         known = content.startswith(MAGIC) or content.endswith(END)
         raise CodecError(
@@ -154,9 +165,9 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
 
 def block_name(entries: Sequence[Entry], number: int) -> str:
     """What messages call a block, such as "block 2 of 10 (images 65 to 128)"."""
-    first = 1 + sum(entry.num_images for entry in entries[:number])
-    last = first + entries[number].num_images - 1
-    return f"block {number + 1} of {len(entries)} (images {first} to {last})"
+    entry = entries[number]
+    last = entry.first + entry.num_images - 1
+    return f"block {number + 1} of {len(entries)} (images {entry.first} to {last})"
 
 
 def _body(block: Block) -> bytes:
@@ -205,21 +216,27 @@ def _checked(header: bytes, length: int, crc: int) -> bytes | None:
 
 def _parse(header: bytes) -> tuple[Settings, list[Entry]]:
     try:
-        record = _inflated(header, MAX_HEADER)
+        record = _inflated(header, 4096 + MAX_RATIO * len(header))
         if record.pop("format") != FORMAT:
             raise CodecError("the file has a newer format: read it with a newer isic-vq")
         rows = record.pop("blocks")
+        if not 1 <= len(rows) <= len(header) // MIN_ENTRY:
+            raise ValueError(f"it lists {len(rows)} blocks in {len(header)} bytes")
         layout = record.pop("layout")
         settings = Settings(layout=None if layout is None else Layout(**layout), **record)
-        entries = [Entry(number, CODERS[coder], *rest) for number, coder, *rest in rows]
+        firsts = accumulate((row[0] for row in rows), initial=1)
+        entries = [
+            Entry(first, number, CODERS[coder], *rest)
+            for first, (number, coder, *rest) in zip(firsts, rows, strict=False)
+        ]
         for part in (settings, settings.layout, *entries):
             if part is not None:
                 _check_types(part)
         _check_numbers(settings.layout, entries)
     except CodecError:
         raise
-    except (zlib.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CodecError(f"the header is none that isic-vq writes: {error}") from error
+    except (zlib.error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CodecError(f"the header is none that isic-vq writes: {str(error)[:200]}") from error
     return settings, entries
 
 
@@ -232,16 +249,14 @@ def _check_types(part: Any) -> None:
 def _check_numbers(layout: Layout | None, entries: Sequence[Entry]) -> None:
     by_prior = [entry for entry in entries if entry.coder == "prior"]
     if not all(
-        1 <= e.num_images <= MAX_IMAGES and min(e.num_bytes, e.crc, e.codes_crc) >= 0 for e in entries
+        1 <= e.num_images <= min(MAX_IMAGES, e.num_bytes) and min(e.crc, e.codes_crc) >= 0 for e in entries
     ):
         raise ValueError("a block's numbers are out of range")
     if layout is None:
         if by_prior:
             raise ValueError("blocks are coded by the prior, and it does not say how")
-    elif not (1 <= layout.lanes <= MAX_IMAGES and 1 <= layout.threads <= MAX_THREADS):
+    elif not (layout.lanes == max(e.num_images for e in entries) and 1 <= layout.threads <= MAX_THREADS):
         raise ValueError(f"{layout.lanes} lanes and {layout.threads} threads are out of range")
-    elif any(entry.num_images > layout.lanes for entry in by_prior):
-        raise ValueError("a block has more images than lanes")
 
 
 def _find_block(content: bytes, entry: Entry, start: int, shift: int) -> Block | Damage:
@@ -262,6 +277,6 @@ def _parse_block(body: bytes, entry: Entry) -> Block | Damage:
         names = _inflated(body[_LENGTH.size : _LENGTH.size + length], MAX_NAME * entry.num_images)
         if type(names) is not list or len(names) != entry.num_images or {type(n) for n in names} != {str}:
             raise ValueError("its names are not one per image")
-    except (zlib.error, struct.error, ValueError) as error:
+    except (zlib.error, struct.error, ValueError, RecursionError) as error:
         return Damage(f"it is none that isic-vq writes: {error}")
     return Block(names, entry.coder, body[_LENGTH.size + length :], entry.codes_crc)

@@ -7,6 +7,7 @@ and the decoder reads is the only difference between them.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -130,6 +131,10 @@ def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
             raise CodecError(f"the file was coded with {name} {getattr(layout, name)}: here it is {value}")
     if layout.prior != weights_hash(prior):
         raise CodecError("the file was coded with another prior: name the model that it was compressed with")
+    if layout.threads > (cores := os.cpu_count() or 1):
+        raise CodecError(
+            f"the file was coded on {layout.threads} threads, and here are {cores} cores: decompress it there"
+        )
     coder = PriorCoder(prior, label, layout.lanes, layout.threads)
     if coder.canary() != layout.canary:
         raise CodecError(

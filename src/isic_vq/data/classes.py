@@ -212,18 +212,18 @@ class Reading:
         if self.read_as:
             folded = self.read_as.most_common()
             told = [f'"{text}" -> {name}, {_images(n)}' for (text, name), n in folded[:NUM_LISTED]]
-            yield f"labels read as another name: {'; '.join(told)}{_and_more(len(folded))}"
+            yield f"labels read as another name: {'; '.join(told)}{and_more(len(folded))}"
         if self.classes.others == "take":
             own = ordered_classes(set(self.labels).difference(ISIC, self.classes.names, {UNKNOWN}))
             told = [f"{name} ({_images(self.labels[name])})" for name in own[:NUM_LISTED]]
             if own:
                 yield (
-                    f"classes taken as they are written: {', '.join(told)}{_and_more(len(own))}; aliases of ISIC's classes fold "
+                    f"classes taken as they are written: {', '.join(told)}{and_more(len(own))}; aliases of ISIC's classes fold "
                     "into these"
                 )
         missing = [] if self.classes.names == ISIC else [n for n in self.classes.names if not self.labels[n]]
         if missing and self.classes.others != "take":
-            yield f"declared classes without an image: {', '.join(missing[:NUM_LISTED])}{_and_more(len(missing))}"
+            yield f"declared classes without an image: {', '.join(missing[:NUM_LISTED])}{and_more(len(missing))}"
         if self.classes.others == "ignore":
             yield "labels are ignored: no image has a class"
         if self.others and self.classes.others == "drop":
@@ -247,7 +247,7 @@ def _other_labels(
     example = ",".join(wanted[:NUM_LISTED]) + (",..." if len(wanted) > NUM_LISTED else "")
     verb = "are no known classes" if len(names) > 1 else "is not a known class"
     return (
-        f"{listed} {verb} (known: {', '.join(classes.names[:NUM_LISTED])}{_and_more(len(classes.names))}).{hint} Declare "
+        f"{listed} {verb} (known: {', '.join(classes.names[:NUM_LISTED])}{and_more(len(classes.names))}).{hint} Declare "
         f"your classes, --classes {example!r} (in a recipe data.classes=[{example}]); or take every name as a class, "
         f"--classes {AUTO} (data.classes={AUTO})."
     )
@@ -265,14 +265,15 @@ def counted(counts: Mapping[str, int]) -> str:
     """Labels with their numbers of images, the most frequent first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = [f"{name!r} ({_images(number)})" for name, number in ranked[:NUM_LISTED]]
-    return f"{', '.join(listed)}{_and_more(len(ranked))}"
+    return f"{', '.join(listed)}{and_more(len(ranked))}"
 
 
 def _images(number: int) -> str:
     return f"{number} image{'s' * (number != 1)}"
 
 
-def _and_more(number: int) -> str:
+def and_more(number: int) -> str:
+    """The end of a list that names `NUM_LISTED` of so many."""
     return f" and {number - NUM_LISTED} more" if number > NUM_LISTED else ""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from isic_vq.data.classes import NUM_LISTED
+from isic_vq.data.classes import NUM_LISTED, and_more
 from isic_vq.data.errors import DataError
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -59,8 +59,7 @@ def raise_together(problems: Sequence[str], name: str) -> None:
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
-        more = len(problems) - NUM_LISTED
-        listed = " | ".join(problems[:NUM_LISTED]) + (f" | and {more} more" if more > 0 else "")
+        listed = " | ".join(problems[:NUM_LISTED]) + and_more(len(problems))
         raise DataError(f"{name}: {len(problems)} rows cannot be used: {listed}")
 
 
