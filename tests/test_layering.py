@@ -229,7 +229,7 @@ def test_only_the_plots_draw_with_matplotlib():
 
 
 def test_the_loop_knows_nothing_of_images_or_codes():
-    allowed = {"averaging", "checkpoints", "feed", "processes", "recipe", "run", "state", "tracking"}
+    allowed = {"averaging", "checkpoints", "feed", "processes", "recipe", "run", "state", "task", "tracking"}
     assert own("training.loop") <= {f"training.{name}" for name in allowed}, (
         "what is trained reaches the loop as a Task"
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from isic_vq.data import sources
-from isic_vq.data.parts import find_part, open_part
+from isic_vq.data.parts import licensed, open_part, split_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources.base import hash_ids
 from isic_vq.data.splits import components, in_validation
@@ -39,6 +39,13 @@ class Licensed(StreamOnly):
 def _schemes(monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "streamonly", lambda target: StreamOnly())
     monkeypatch.setitem(sources.SOURCES, "licensed", lambda target: Licensed())
+
+
+def find_part(uri, part="all", share=0.1, licenses=()):
+    source = sources.find_source(uri)
+    if part == "all":
+        return licensed(source, licenses)
+    return split_source(source, share, licenses)[part == "validation"]
 
 
 def ids(source):
@@ -117,4 +124,4 @@ def test_opening_gives_the_data_set_or_else_the_stream():
 
 def test_an_impossible_part_is_refused():
     with pytest.raises(ValueError, match="part is 'test', expected 'all', 'train' or 'validation'"):
-        find_part("synthetic:30:0", "test")
+        open_part("synthetic:30:0", "test")

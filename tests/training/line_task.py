@@ -15,9 +15,10 @@ from torch.utils.data import TensorDataset
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe
+from isic_vq.training.task import Task
 
 
-class LineTask:
+class LineTask(Task):
     """Fit y = 2x with a small net that has dropout, so that the global random state counts.
 
     Attributes:
@@ -38,24 +39,12 @@ class LineTask:
         self.seen: list[list[float]] = []
         self.before: Callable[[int], None] = lambda step: None
 
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.model]
-
-    def begin(self, processes: Processes) -> None:
-        self.processes = processes
-
     def feed(self, recipe: LoopRecipe, processes: Processes) -> RowFeed:
         return RowFeed(self.train_set, self.collate, recipe, processes)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:
         x, y = (torch.stack(column) for column in zip(*items, strict=True))
         return {"x": x, "y": y, "size": len(x)}
-
-    def check(self, batch: dict[str, Any]) -> None:
-        pass
-
-    def before_epoch(self, epoch: int) -> None:
-        pass
 
     def before_step(self, step: int) -> None:
         self.before(step)
@@ -64,9 +53,6 @@ class LineTask:
         self.seen.append(batch["x"].flatten().tolist())
         loss = (model(batch["x"]) - batch["y"]).square().mean()
         return {"loss": loss, "double_loss": 2 * loss}
-
-    def after_step(self) -> dict[str, torch.Tensor]:
-        return {}
 
     def validate(self) -> dict[str, float]:
         self.model.eval()

@@ -24,8 +24,8 @@ from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import RecipeError, VQVAERecipe
 from isic_vq.training.run import Run
+from isic_vq.training.stage import choose_best
 from isic_vq.training.vqvae import (
-    choose_model,
     refit_batch_norm,
     refit_codebook,
     rows_to_learn,
@@ -342,8 +342,8 @@ def test_the_model_with_the_lower_validation_error_is_chosen(make_vqvae_trainer,
         spoilt = VQVAEModel.from_pretrained(tmp_path / "best")
         nn.init.constant_(spoilt.decoder.to_pixels.bias, 10)
         spoilt.save_pretrained(tmp_path / "best")
-    variant, result = choose_model(task, trainer, find_source("synthetic:4:0").describe())
-    assert variant == better
+    task.sources = {"train": find_source("synthetic:4:0").describe()}
+    assert choose_best(task, trainer, "mse_loss", "vqvae") == better
     saved = load_model(VQVAEModel, str(tmp_path / "model"))
     bias = saved.decoder.to_pixels.bias
     expected = trainer.averaged.shadow["decoder.to_pixels.bias"]
@@ -353,14 +353,16 @@ def test_the_model_with_the_lower_validation_error_is_chosen(make_vqvae_trainer,
     assert bias.max() < 10
     pixels = torch.cat(list(task.images(task.validation_set)))
     mse = (saved.decode(saved.encode(pixels)) - pixels).square().mean().item()
-    assert result.mse == pytest.approx(mse, rel=1e-5), "the numbers returned are those of the model saved"
+    assert task.validated.mse == pytest.approx(mse, rel=1e-5), (
+        "the numbers returned are those of the model saved"
+    )
 
 
 def test_without_averaging_the_raw_model_is_chosen(make_vqvae_trainer):
     trainer = make_vqvae_trainer("loop.max_steps=3", "loop.average_decay=0")
     trainer.train()
-    source = find_source("synthetic:4:0").describe()
-    assert choose_model(trainer.task, trainer, source)[0] == "raw"
+    trainer.task.sources = {"train": find_source("synthetic:4:0").describe()}
+    assert choose_best(trainer.task, trainer, "mse_loss", "vqvae") == "raw"
 
 
 # Pictures

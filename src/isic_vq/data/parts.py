@@ -33,29 +33,13 @@ class SelectedSource(Source):
     info: SourceInfo
     keys: frozenset[Key]
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The source's, and what was selected."""
-        return self.info.name
-
-    @property
-    def snapshot(self) -> str | None:  # type: ignore[override]
-        """The source's."""
-        return self.info.snapshot
-
-    @property
-    def manifest_sha256(self) -> str | None:  # type: ignore[override]
-        """The source's."""
-        return self.info.manifest_sha256
-
-    @property
-    def classes(self) -> Classes:  # type: ignore[override]
-        """The source's."""
-        return self.source.classes
+    def __post_init__(self) -> None:
+        info = self.info
+        same = {"snapshot": info.snapshot, "manifest_sha256": info.manifest_sha256}
+        self.__dict__.update(name=info.name, classes=self.source.classes, **same)
 
     @property
     def has_random_access(self) -> bool:
-        """Whether the source has it."""
         return self.source.has_random_access
 
     def parts(self) -> list[Any]:
@@ -63,90 +47,79 @@ class SelectedSource(Source):
         return self.source.parts()
 
     def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The selected records of a part."""
         return (row for row in self.source.records_of(part, reading) if _key(row) in self.keys)
 
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The rows of the selected records."""
         return (row for row in self.source.rows(reading) if _key(row) in self.keys)
 
     def fingerprint(self) -> str:
         """The source's; `ids_sha256` of its description tells parts apart."""
         return self.info.fingerprint
 
-    def dataset(self) -> Dataset:
-        """The selected records."""
-        records = self.source.dataset()
+    def dataset(self, whole: Dataset | None = None) -> Dataset:
+        """The selected records, of `whole` if the source's were opened already."""
+        records = self.source.dataset() if whole is None else whole
         rows = records.select_columns(list(_KEY_COLUMNS)).to_list()
         return records.select([index for index, row in enumerate(rows) if _key(row) in self.keys])
 
     def describe(self) -> SourceInfo:
-        """What may be published about the selected records."""
         self.source.tell()
         return self.info
-
-
-def find_part(
-    uri: str,
-    part: str = "all",
-    share: float = 0.1,
-    licenses: Collection[str] = (),
-    classes: Classes | None = None,
-) -> Source:
-    """Find a source, or the training or validation part that `split_rows` (seed 0) makes of it.
-
-    Parts are taken of all images, before licences are looked at, so that those under one licence lie in the part in
-    which they lie without that.
-
-    Args:
-        uri: as for `find_source`.
-        part: "all", "train" or "validation".
-        share: expected share of the groups in validation.
-        licenses: images under one of these alone, however they are spelled; none takes all.
-        classes: as for `find_source`.
-
-    Raises:
-        ValueError: the part, the share or a licence is not one.
-        DataError: as `find_source` and `split_rows`, or no image has such a licence.
-    """
-    if part not in ("all", "train", "validation"):
-        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
-    source = find_source(uri, classes)
-    if part != "all":
-        return split_source(source, share, licenses)[part == "validation"]
-    return _selected(source, source.metadata(), source.name, licenses) if licenses else source
 
 
 def split_source(
     source: Source, share: float, licenses: Collection[str] = ()
 ) -> tuple[SelectedSource, SelectedSource]:
-    """Split a source into its training and its validation part, see `find_part`.
+    """Split a source into the training and the validation part that `split_rows` (seed 0) makes of it.
+
+    Parts are taken of all images, before licences are looked at, so that those under one licence lie in the part in
+    which they lie without that.
+
+    Args:
+        source: is read once.
+        share: expected share of the groups in validation.
+        licenses: as for `licensed`.
 
     Raises:
-        ValueError, DataError: as `find_part`.
+        ValueError: the share or a licence is not one.
+        DataError: as `split_rows`, or no image of a part has such a licence.
     """
-    rows = list(source.metadata())
+    rows, fingerprint = list(source.metadata()), source.fingerprint()
     train, validation = (
         _selected(
             source,
             [rows[index] for index in indices],
             f"{source.name} ({part} part, share {share:g})",
             licenses,
+            fingerprint,
         )
         for part, indices in zip(("train", "validation"), split_rows(rows, share, seed=0), strict=True)
     )
     return train, validation
 
 
+def licensed(source: Source, licenses: Collection[str]) -> Source:
+    """The images of a source under one of some licences, however these are spelled; none takes all.
+
+    Raises:
+        ValueError: a licence is not one.
+        DataError: no image has such a licence.
+    """
+    return _selected(source, source.metadata(), source.name, licenses) if licenses else source
+
+
 def _selected(
-    source: Source, rows: Iterable[dict[str, Any]], name: str, licenses: Collection[str]
+    source: Source,
+    rows: Iterable[dict[str, Any]],
+    name: str,
+    licenses: Collection[str],
+    fingerprint: str | None = None,
 ) -> SelectedSource:
-    """Those of some rows of a source that are under some licences; without any, all of these rows."""
     if licenses:
         rows = _with_licenses(rows, name, licenses)
         name = f"{name} (licence {', '.join(licenses)})"
     rows = list(rows)
-    return SelectedSource(source, describe_rows(source, rows, name), frozenset(map(_key, rows)))
+    return SelectedSource(source, describe_rows(source, rows, name, fingerprint), frozenset(map(_key, rows)))
 
 
 def open_part(
@@ -156,15 +129,29 @@ def open_part(
     licenses: Collection[str] = (),
     classes: Classes | None = None,
 ) -> tuple[Dataset | Source, SourceInfo]:
-    """Open what `find_part` finds.
+    """Open a source, or its training or validation part, see `split_source`.
+
+    Args:
+        uri: as for `find_source`.
+        part: "all", "train" or "validation".
+        share: as for `split_source`.
+        licenses: as for `licensed`.
+        classes: as for `find_source`.
 
     Returns:
         The records, or the source itself if it can only be streamed, and what may be published about them.
 
     Raises:
-        ValueError, DataError: as `find_part`.
+        ValueError: the part, the share or a licence is not one.
+        DataError: as `find_source`, `split_source` and `licensed`.
     """
-    source = find_part(uri, part, share, licenses, classes)
+    if part not in ("all", "train", "validation"):
+        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
+    source = find_source(uri, classes)
+    if part == "all":
+        source = licensed(source, licenses)
+    else:
+        source = split_source(source, share, licenses)[part == "validation"]
     info = source.describe()
     return source.dataset() if source.has_random_access else source, info
 

@@ -3,6 +3,8 @@
 Source: Polyak averaging with a warm-up, decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's
 ExponentialMovingAverage has it. Buffers are left out: BatchNorm statistics and a moving-average codebook
 belong to the parameters they were gathered under and are re-estimated with the averaged ones.
+Differs from torch's `AveragedModel`: it begins with the parameters before the first step, not after it; it copies no frozen
+part of a model, such as a feature model; and it swaps its parameters into the model itself, to validate that.
 """
 
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedParameters:
@@ -29,11 +32,8 @@ class AveragedParameters:
         """shadow <- decay_t shadow + (1 - decay_t) parameter, for every trainable parameter."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        parameters = dict(model.named_parameters())
-        names = list(self.shadow)
-        torch._foreach_lerp_(
-            [self.shadow[name] for name in names], [parameters[name].detach() for name in names], 1 - decay
-        )
+        parameters = [p.detach() for name, p in model.named_parameters() if name in self.shadow]
+        get_ema_multi_avg_fn(decay)(list(self.shadow.values()), parameters, None)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
@@ -69,18 +69,3 @@ class AveragedParameters:
         self.num_updates = int(state["num_updates"])
         for name, tensor in self.shadow.items():
             tensor.copy_(state[name])
-
-
-@contextmanager
-def gathered_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Replace BatchNorm's running statistics by plain averages over the batches that the block shows the model."""
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch: a cumulative average
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum

@@ -18,27 +18,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from isic_vq.data.classes import ordered_classes
 from isic_vq.data.loading import DecodedImages
+from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_interval
 from isic_vq.evaluation.likelihood import balanced_accuracy
 from isic_vq.evaluation.out_of_distribution import auroc
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.training.averaging import gathered_batch_norm
 from isic_vq.training.images import ImageTask, open_data
 from isic_vq.training.loop import Trainer
-from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import ClassifierRecipe
-from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
+from isic_vq.training.run import build_config, save_model
+from isic_vq.training.stage import choose_best, run_stage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,8 +128,6 @@ class ClassifierTask(ImageTask):
         recipe: the run's recipe.
     """
 
-    averages_directly = False
-
     def __init__(
         self,
         model: ResNetForImageClassification,
@@ -141,20 +138,14 @@ class ClassifierTask(ImageTask):
     ):
         super().__init__(processor, train_set, validation_set, recipe)
         self.model, self.recipe = model, recipe
+        self.left_out: dict[str, int] = {}  # images of no class, by split
         self.log_shares = class_log_shares(torch.tensor(train_set.labels), model.config.num_labels)
-
-    def compiled_parts(self) -> list[nn.Module]:
-        """The whole network."""
-        return [self.model]
 
     def before_epoch(self, epoch: int) -> None:
         """Draw the epoch's views and colours."""
         super().before_epoch(epoch)
         strength = self.recipe.colour_strength
         self.colours = random_colours(self.train_set.num_images, strength, self.loop.seed, epoch)
-
-    def before_step(self, step: int) -> None:
-        """Nothing to prepare."""
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Cross-entropy of a batch, and how many of it are named rightly."""
@@ -168,10 +159,6 @@ class ClassifierTask(ImageTask):
             "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 
-    def after_step(self) -> dict[str, Tensor]:
-        """Everything is learned by gradient."""
-        return {}
-
     def predict(self) -> tuple[Tensor, Tensor]:
         """Logits `(N, C)` and labels `(N,)` of the validation images, on the CPU."""
         batches = list(self.batches(self.validation_set))
@@ -180,29 +167,42 @@ class ClassifierTask(ImageTask):
 
     def validate(self) -> dict[str, float]:
         """Metrics of the model on the validation images; `loss` is what is minimised."""
-        logits, labels = self.predict()
+        logits, labels = self.validated = self.predict()
         loss = balanced_cross_entropy(logits, labels, self.log_shares).item()
         classes = list(self.model.config.id2label.values())
         found = measures(classes, labels)
         values = {name: found[name](logits, labels) for name in ("accuracy", "balanced_accuracy")}
         return {"loss": loss, **values}
 
-    def pictures(self) -> dict[str, Image.Image]:
-        """None: it makes no images."""
-        return {}
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
+        image_processor = preprocessor(self.recipe.image_size)
+        save_model(folder, self.model, image_processor, training_data=training_data)
 
-    def save(self, folder: Path) -> None:
-        """Save the classifier and how its images are prepared."""
-        save_model(folder, self.model, preprocessor(self.recipe.image_size))
-
-    @torch.no_grad()
     def refit_statistics(self) -> None:
-        """Re-estimate BatchNorm's statistics under the model's present parameters."""
         chosen = self.train_set.sample(REFIT_BATCHES * self.loop.batch_size, self.loop.seed + 1)
-        self.model.train()
-        with gathered_batch_norm(self.model):
-            for images in self.images(chosen):
-                self.model(normalised(images.to(self.model.device)))
+        update_bn(map(normalised, self.images(chosen)), self.model, self.model.device)
+
+    def conclude(self, trainer: Trainer) -> Report:
+        variant = choose_best(self, trainer, "loss", "classifier")
+        logits, labels = self.validated
+        config, dataset = self.model.config, self.sources["validation"].name
+        classes = list(config.id2label.values())
+        report = Report(
+            model={
+                "type": config.model_type,
+                "weights": variant,
+                "num_parameters": self.model.num_parameters(),
+            },
+            metrics=classifier_metrics(logits, labels, classes, self.log_shares, "validation", dataset),
+            tables={
+                "classes": classes,
+                "confusion": confusion(logits.argmax(1), labels, len(classes)),
+                "left_out": self.left_out,
+            },
+            environment=environment(),
+        )
+        report.save(trainer.run.folder / "report.json")
+        return report
 
 
 @torch.no_grad()
@@ -323,7 +323,41 @@ def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset"
     return records.select(rows)
 
 
-@holds_output_dir
+def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
+    """How often an image of a class (row) was called each class (column)."""
+    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes).tolist()
+
+
+def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
+    """The images of a recipe that have a class, and a new classifier.
+
+    Raises:
+        DataError: there are fewer than two classes, or the training images can only be streamed.
+    """
+    source, train, validation, sources = open_data(recipe.data)
+    if train is None:
+        raise DataError(
+            f"data.train={source.name} is streamed, and a classifier counts its classes first: write the images to "
+            "files with isic-vq data prepare"
+        )
+    classes = known_classes(train["diagnosis"], sources["train"].classes)
+    parts = {"train": train, "validation": validation}
+    kept = {name: labelled(records, classes, sources[name].name) for name, records in parts.items()}
+    processor = IsicVQImageProcessor(size=recipe.image_size)
+    label2id = {name: index for index, name in enumerate(classes)}
+    train_set, validation_set = (
+        DecodedImages(kept[name], processor, label2id, cache=recipe.data.cache) for name in parts
+    )
+    torch.manual_seed(recipe.loop.seed)
+    task = ClassifierTask(
+        build_classifier(recipe.model, classes), processor, train_set, validation_set, recipe
+    )
+    task.left_out = {name: len(parts[name]) - len(kept[name]) for name in parts}
+    task.sources, task.settings = sources, recipe.model
+    return task
+
+
 def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
     """Run a recipe from its images to `model/` and `report.json`.
 
@@ -333,87 +367,4 @@ def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report |
     Raises:
         DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
     """
-    train, validation, sources = open_data(recipe.data)
-    if isinstance(train, Source):
-        raise DataError(
-            f"data.train={train.name} is streamed, and a classifier counts its classes first: write the images to "
-            "files with isic-vq data prepare"
-        )
-    classes = known_classes(train["diagnosis"], sources["train"].classes)
-    parts = {"train": train, "validation": validation}
-    kept = {name: labelled(records, classes, sources[name].name) for name, records in parts.items()}
-    left_out = {name: len(parts[name]) - len(kept[name]) for name in parts}
-    processor = IsicVQImageProcessor(size=recipe.image_size)
-    label2id = {name: index for index, name in enumerate(classes)}
-    train_set, validation_set = (
-        DecodedImages(kept[name], processor, label2id, cache=recipe.data.cache) for name in parts
-    )
-    processes = Processes(recipe.loop, Path(recipe.output_dir))
-    run = open_run(recipe, sources, resume, processes)
-    torch.manual_seed(recipe.loop.seed)
-    model = build_classifier(recipe.model, classes)
-    task = ClassifierTask(model, processor, train_set, validation_set, recipe)
-    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **recipe.model})
-    if run.resumes:
-        trainer.resume()
-    trainer.train()
-    report = None
-    if processes.is_main:
-        variant = choose_model(task, trainer, sources["train"])
-        logits, labels = task.predict()
-        dataset = sources["validation"].name
-        report = Report(
-            model={
-                "type": model.config.model_type,
-                "weights": variant,
-                "num_parameters": task.model.num_parameters(),
-            },
-            metrics=classifier_metrics(logits, labels, classes, task.log_shares, "validation", dataset),
-            tables={
-                "classes": classes,
-                "confusion": confusion(logits.argmax(1), labels, len(classes)),
-                "left_out": left_out,
-            },
-            environment=environment(),
-        )
-        report.save(run.folder / "report.json")
-    trainer.finish()
-    return report
-
-
-def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
-    """How often an image of a class (row) was called each class (column)."""
-    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).tolist()
-
-
-def choose_model(task: ClassifierTask, trainer: Trainer, source: SourceInfo) -> str:
-    """Load the better of best raw and averaged parameters into `task.model`, save it as `model/` and name it."""
-    config, trained = task.model.config, task.model.state_dict()
-    # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
-    task.model = ResNetForImageClassification(config).to(
-        trainer.processes.device, memory_format=torch.channels_last
-    )
-    task.model.load_state_dict(trained)
-    best = ResNetForImageClassification.from_pretrained(
-        trainer.run.folder / "best", use_safetensors=True
-    ).state_dict()
-    candidates = {"raw": best}
-    if trainer.averaged is not None:
-        trainer.averaged.copy_to(task.model)
-        task.refit_statistics()
-        candidates["averaged"] = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    losses = {}
-    for name, state in candidates.items():
-        task.model.load_state_dict(state)
-        losses[name] = task.validate()["loss"]
-        logger.info("%s model: loss %.4f on validation", name, losses[name])
-    chosen = min(losses, key=lambda name: losses[name])
-    task.model.load_state_dict(candidates[chosen])
-    save_model(
-        trainer.run.folder / "model",
-        task.model,
-        preprocessor(task.recipe.image_size),
-        training_data={"classifier": source},
-    )
-    return chosen
+    return run_stage(open_task, recipe, resume)

@@ -5,7 +5,6 @@ what is trained is exactly what is later used. The discriminator is trained in t
 neither sends its gradients into the other's weights.
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from isic_vq.data.loading import DecodedImages
-from isic_vq.data.provenance import read_training_data
+from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.agreement import DiagnosisClassifier
@@ -26,7 +25,6 @@ from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.files import write_tensors
 from isic_vq.hub import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -37,9 +35,8 @@ from isic_vq.training.loop import Trainer
 from isic_vq.training.losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe, RecipeError
-from isic_vq.training.run import holds_output_dir, open_run, save_model
-
-logger = logging.getLogger(__name__)
+from isic_vq.training.run import save_model
+from isic_vq.training.stage import run_stage
 
 UNITS = {"psnr": "dB", "ssim": "1", "feature_distance": "1", "frechet_distance": "1"}
 
@@ -152,17 +149,22 @@ class DecoderTask(ImageTask):
     ):
         super().__init__(processor, train_set, validation_set, recipe)
         self.tokenizer, self.features, self.recipe = tokenizer.eval(), features, recipe
+        self.whole: IsicVQModel | VQVAEModel = tokenizer  # or the model that it is a part of
         self.model = DecoderWithCritics(tokenizer.decoder, features, classifier, recipe)
 
     def compiled_parts(self) -> list[nn.Module]:
         """The decoder; its critics run with frozen and with learning weights, which would compile twice."""
         return [self.tokenizer.decoder]
 
-    def before_step(self, step: int) -> None:
-        """Nothing to prepare."""
+    def begin(self, processes: Processes) -> None:
+        """Measure the decoder that the run starts from."""
+        super().begin(processes)
+        for module in (self.whole, *self.model.critics):
+            if module is not None:
+                module.to(processes.device)
+        self.before = self.measured_metrics("_before") if processes.is_main else []
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Losses of decoding the codes of a batch."""
         images = self.pixel_values(batch)
         noise, quantizer = self.recipe.code_noise, self.tokenizer.quantizer
         codes = self.tokenizer.encode(images)
@@ -179,10 +181,6 @@ class DecoderTask(ImageTask):
         with torch.no_grad():
             quantized = quantizer.lookup(codes)
         return model(quantized, quantizer.grids(codes)[-1], images, step)
-
-    def after_step(self) -> dict[str, Tensor]:
-        """Everything is learned by gradient."""
-        return {}
 
     def measure(self) -> tuple[Reconstruction, dict[str, float], Appearance]:
         """Reconstruction, feature distances and appearance on validation."""
@@ -213,34 +211,55 @@ class DecoderTask(ImageTask):
         }
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Validation images above their reconstructions."""
         pairs, _ = paired_grid(*self.shown_pairs(self.tokenizer).values())
         return {"reconstructions": pairs}
 
-    def save(self, folder: Path) -> None:
+    def measured_metrics(self, suffix: str = "") -> list[Metric]:
+        """The report's lines for the decoder as it is, `suffix` behind their names."""
+        dataset, (result, distances, appearance) = self.sources["validation"].name, self.measure()
+        values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
+        lines = [
+            Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
+            for name, unit in UNITS.items()
+        ]
+        return lines + appearance.metrics(f"reconstructions{suffix}", "validation", dataset, self.loop.seed)
+
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
         """Save the tokenizer with its decoder as it is, and its image processor."""
-        save_model(folder, self.tokenizer, self.processor)
+        save_model(folder, self.tokenizer, self.processor, training_data=training_data)
+
+    def conclude(self, trainer: Trainer) -> Report:
+        """As `Task` has it; the model of the last step is kept, averaged unless `loop.average_decay` is 0.
+
+        A discriminator moves on, and the lowest reconstruction error is no measure of looks.
+        """
+        if trainer.averaged is not None:
+            trainer.averaged.copy_to(self.model)
+        seen = {"vqvae": None, **read_training_data(Path(resolve(self.recipe.model)))}
+        training_data = {**seen, "decoder": self.sources["train"]}
+        save_model(trainer.run.folder / "model", self.whole, self.processor, training_data=training_data)
+        feature_model = Path(self.recipe.feature_model).name
+        report = Report(
+            model={"type": self.whole.config.model_type, "feature_model": feature_model},
+            metrics=[*self.measured_metrics(), *self.before],
+            environment=environment(),
+        )
+        report.save(trainer.run.folder / "report.json")
+        self.write_shown_pairs(self.tokenizer, trainer.run.folder)
+        return report
 
 
-@holds_output_dir
-def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
-    """Run a recipe to `model/` (whole again if it started from a whole model) and `report.json`.
-
-    The model of the last step is kept (averaged, unless `loop.average_decay` is 0): a discriminator moves on, and the
-    lowest reconstruction error is no measure of looks.
-
-    Returns:
-        The report, before and after, in the main process.
+def open_task(recipe: DecoderRecipe) -> DecoderTask:
+    """The model whose decoder is trained, its critics, and the images of a recipe.
 
     Raises:
-        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
-            docstrings say.
+        DataError, ModelError, RecipeError: one of them is not named, cannot be read, or does not fit.
     """
     torch.manual_seed(recipe.loop.seed)
     for name in ("model", "feature_model"):
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
-    model, tokenizer = open_model(recipe.model)
+    whole, tokenizer = open_model(recipe.model)
     try:
         features = FeatureModel.from_pretrained(recipe.feature_model)
         classifier = (
@@ -257,57 +276,24 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
         )
     if recipe.refinement_size:
         add_refinement(tokenizer, recipe.refinement_size)
-    idle = recipe.discriminator_warmup > 0
-    processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
-    run = open_run(recipe, sources, resume, processes)
-    model.to(processes.device)  # the tokenizer with it; it was opened on the same GPU in every process
-    task = DecoderTask(
-        tokenizer.to(memory_format=torch.channels_last),
-        features.to(processes.device),
-        classifier.to(processes.device) if classifier else None,
-        processor,
-        train_set,
-        validation_set,
-        recipe,
-    )
-    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage})
-    dataset = sources["validation"].name
-    before = measured_metrics(task, dataset, "_before") if processes.is_main else []
-    if run.resumes:
-        trainer.resume()
-    trainer.train()
-    if not processes.is_main:
-        trainer.finish()
-        return None
-    if trainer.averaged is not None:
-        trainer.averaged.copy_to(task.model)
-    training_data = {
-        "vqvae": None,
-        **read_training_data(Path(resolve(recipe.model))),
-        "decoder": sources["train"],
-    }
-    save_model(run.folder / "model", model, processor, training_data=training_data)
-    report = Report(
-        model={"type": model.config.model_type, "feature_model": Path(recipe.feature_model).name},
-        metrics=[*measured_metrics(task, dataset), *before],
-        environment=environment(),
-    )
-    report.save(run.folder / "report.json")
-    arrays = {name: torch.from_numpy(pixels) for name, pixels in task.shown_pairs(tokenizer).items()}
-    write_tensors(run.folder / "arrays" / "reconstructions.safetensors", arrays)
-    trainer.finish()
-    return report
+    tokenizer.to(memory_format=torch.channels_last)
+    task = DecoderTask(tokenizer, features, classifier, processor, train_set, validation_set, recipe)
+    task.whole, task.sources = whole, sources
+    task.idle_parameters = recipe.discriminator_warmup > 0
+    return task
 
 
-def measured_metrics(task: DecoderTask, dataset: str, suffix: str = "") -> list[Metric]:
-    """The report's lines for the decoder as it is, `suffix` behind their names."""
-    result, distances, appearance = task.measure()
-    values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
-    lines = [
-        Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
-        for name, unit in UNITS.items()
-    ]
-    return lines + appearance.metrics(f"reconstructions{suffix}", "validation", dataset, task.loop.seed)
+def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
+    """Run a recipe to `model/` (whole again if it started from a whole model) and `report.json`.
+
+    Returns:
+        The report, before and after, in the main process.
+
+    Raises:
+        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
+            docstrings say.
+    """
+    return run_stage(open_task, recipe, resume)
 
 
 def add_refinement(tokenizer: VQVAEModel, size: int) -> None:

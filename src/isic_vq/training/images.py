@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,17 +14,19 @@ from torch import Tensor
 from isic_vq.data.classes import UNKNOWN, Classes, counted, new_classes
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
 from isic_vq.data.order import epoch_order
-from isic_vq.data.parts import find_part, split_source
+from isic_vq.data.parts import SelectedSource, licensed, split_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.prepared import PreparedSource
 from isic_vq.data.streaming import StreamedImages, read_into_memory
+from isic_vq.files import write_tensors
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.feed import Feed, RowFeed
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import ClassifierRecipe, DataRecipe, DecoderRecipe, LoopRecipe, VQVAERecipe
 from isic_vq.training.stream_feed import StreamFeed
+from isic_vq.training.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
 
 
-class ImageTask:
+class ImageTask(Task):
     """Training and validation images, as the loop sees them.
 
     Args:
@@ -55,7 +58,7 @@ class ImageTask:
 
     def begin(self, processes: Processes) -> None:
         """Take this process's share of the images that may be corrupt."""
-        self.processes = processes
+        super().begin(processes)
         seen_here = (self.train_set.num_images + len(self.validation_set)) // processes.world
         self.skipped = SkipCounter(self.data.max_corrupt_share, seen_here)
 
@@ -85,7 +88,6 @@ class ImageTask:
             )
 
     def before_epoch(self, epoch: int) -> None:
-        """Draw the epoch's views."""
         self.views = self.train_set.views(self.loop.seed, epoch)
 
     def pixel_values(self, batch: dict[str, Any]) -> Tensor:
@@ -120,6 +122,11 @@ class ImageTask:
         pairs = {"originals": torch.cat(originals), "reconstructions": torch.cat(reconstructions)}
         return {name: self.processor.postprocess(value, output_type="np") for name, value in pairs.items()}
 
+    def write_shown_pairs(self, tokenizer: VQVAEModel, folder: Path) -> None:
+        """Write `shown_pairs` where the figures of a run look for them."""
+        arrays = {name: torch.from_numpy(pixels) for name, pixels in self.shown_pairs(tokenizer).items()}
+        write_tensors(folder / "arrays" / "reconstructions.safetensors", arrays)
+
 
 def open_images(
     recipe: DataRecipe, processor: IsicVQImageProcessor
@@ -129,39 +136,38 @@ def open_images(
     Raises:
         DataError: there are none to train on, or none to validate with, or they cannot be used.
     """
-    train, validation, infos = open_data(recipe)
+    source, train, validation, infos = open_data(recipe)
     validation_set = DecodedImages(validation, processor, cache=recipe.cache)
-    if isinstance(train, Source):
-        return StreamedImages(train, processor, infos["train"].num_images), validation_set, infos
-    source, shard_sizes = find_source(recipe.train, recipe.declared_classes), None
-    if isinstance(source, PreparedSource) and len(train) == sum(source.shard_sizes):  # all rows, not a part
-        shard_sizes = source.shard_sizes
+    if train is None:
+        return StreamedImages(source, processor, infos["train"].num_images), validation_set, infos
+    whole, shard_sizes = source.source if isinstance(source, SelectedSource) else source, None
+    if isinstance(whole, PreparedSource) and len(train) == sum(whole.shard_sizes):  # all rows, not a part
+        shard_sizes = whole.shard_sizes
     train_set = DecodedImages(train, processor, cache=recipe.cache, shard_sizes=shard_sizes)
     return train_set, validation_set, infos
 
 
-def open_data(recipe: DataRecipe) -> "tuple[Dataset | Source, Dataset, dict[str, SourceInfo]]":
-    """Training records, or their source if they are streamed, validation records, and what may be published of both."""
+def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dict[str, SourceInfo]]":
+    """Training source and, unless it is streamed, its records; validation records; what may be published of both."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
-    classes = recipe.declared_classes
-    train = find_part(recipe.train, licenses=recipe.licenses, classes=classes)
-    is_streamed = recipe.stream or not train.has_random_access
+    whole = find_source(recipe.train, recipe.declared_classes)
+    is_streamed = recipe.stream or not whole.has_random_access
     if is_streamed and not recipe.validation:
         raise DataError(
-            f"data.train={train.name} is streamed, so no part of it can be split off for validation: name "
+            f"data.train={whole.name} is streamed, so no part of it can be split off for validation: name "
             "data.validation, or write the images to files first, with isic-vq data prepare"
         )
-    if recipe.validation:
-        train_info = train.describe()
-        validation, validation_info = open_validation(recipe, train_info)
-    else:
-        whole = find_source(recipe.train, classes)
-        train, validation = split_source(whole, recipe.validation_share, recipe.licenses)
-        train_info, validation_info = train.describe(), validation.info
+    if not recipe.validation:
+        parts = split_source(whole, recipe.validation_share, recipe.licenses)
+        infos = {"train": parts[0].describe(), "validation": parts[1].info}
+        everything = whole.dataset()
+        return parts[0], parts[0].dataset(everything), parts[1].dataset(everything), infos
+    train = licensed(whole, recipe.licenses)
+    infos = {"train": train.describe()}
+    validation, infos["validation"] = open_validation(recipe, infos["train"])
     records = validation.dataset() if validation.has_random_access else read_into_memory(validation)
-    infos = {"train": train_info, "validation": validation_info}
-    return train if is_streamed else train.dataset(), records, infos
+    return train, None if is_streamed else train.dataset(), records, infos
 
 
 def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:
@@ -173,7 +179,7 @@ def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, Sour
     classes, declared = recipe.declared_classes, recipe.classes is not None
     if declared and recipe.drop_other_classes:
         classes = Classes(tuple(train.classes or ()), "drop")
-    source = find_part(str(recipe.validation), classes=classes)
+    source = find_source(str(recipe.validation), classes)
     info = source.describe()
     new = {name: number for name, number in info.diagnoses.items() if name not in {*train.diagnoses, UNKNOWN}}
     if new and declared:

@@ -13,23 +13,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 from accelerate.utils import set_seed
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from isic_vq.training.averaging import AveragedParameters
 from isic_vq.training.checkpoints import CheckpointError, Checkpoints, Progress
-from isic_vq.training.feed import Batch, Feed
+from isic_vq.training.feed import Batch
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
 from isic_vq.training.run import Run
 from isic_vq.training.state import TrainingState
+from isic_vq.training.task import Task
 from isic_vq.training.tracking import MetricLog
 
 logger = logging.getLogger(__name__)
@@ -39,49 +38,6 @@ PROFILED_STEPS = 5  # after three that warm up
 
 class InterruptedTraining(KeyboardInterrupt):
     """SIGINT or SIGTERM ended the run after a checkpoint was saved."""
-
-
-class Task(Protocol):
-    """What the loop asks of a stage."""
-
-    averages_directly: bool  # averaged parameters can be validated as they are (no statistics to re-estimate)
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    def compiled_parts(self) -> list[nn.Module]:
-        """What `loop.compile` compiles: modules without random choices of Python's or data-dependent branches."""
-
-    def begin(self, processes: Processes) -> None:
-        """Get ready; the model is on its device."""
-
-    def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
-        """This process's share of the training data; batch["size"] of each micro-batch tells how many images it holds."""
-
-    def check(self, batch: dict[str, Any]) -> None:
-        """Raise if a batch cannot be trained on."""
-
-    def before_epoch(self, epoch: int) -> None:
-        """Prepare for an epoch or the rest of one."""
-
-    def before_step(self, step: int) -> None:
-        """Prepare for a step."""
-
-    def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Scalars of a micro-batch, means over its images; `loss` is the one that is minimised."""
-
-    def after_step(self) -> dict[str, Tensor]:
-        """Learn what is not learned by gradient, once per optimizer step; returns more scalars to log."""
-
-    def validate(self) -> dict[str, float]:
-        """Validation metrics of `model` as it is, in the main process alone; `loss` is the one that selects."""
-
-    def pictures(self) -> dict[str, Image.Image]:
-        """What trackers show of the last validation."""
-
-    def save(self, folder: Path) -> None:
-        """Save `model` for others to load."""
 
 
 def learning_rate_scale(step: int, warmup_steps: int, max_steps: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isic_vq.data.augmentation import random_views
 from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
-from isic_vq.data.provenance import read_training_data
+from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
@@ -32,11 +32,12 @@ from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
-from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
+from isic_vq.training.run import build_config, save_model
+from isic_vq.training.stage import run_stage
+from isic_vq.training.task import Task
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_BATCH = 16
 SHOWN_SAMPLES = 16  # what trackers show at each validation
 
 
@@ -49,7 +50,7 @@ class CodeGrids(torch.utils.data.Dataset):
     """
 
     def __init__(self, cache: CodeCache, class_names: list[str]):
-        ids = {name: index for index, name in enumerate(class_names)}
+        self.cache, ids = cache, {name: index for index, name in enumerate(class_names)}
         self.codes = torch.from_numpy(cache.codes.astype("int64"))
         self.labels = torch.tensor([ids.get(name, len(class_names)) for name in cache.diagnoses])
 
@@ -60,7 +61,7 @@ class CodeGrids(torch.utils.data.Dataset):
         return self.codes[index], self.labels[index], index
 
 
-class PriorTask:
+class PriorTask(Task):
     """The prior stage, as the loop sees it.
 
     Args:
@@ -86,11 +87,10 @@ class PriorTask:
         self.train_set, self.validation_set = train_set, validation_set
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Every layer, and the head."""
         return [*self.model.layers, self.model.head]
 
     def begin(self, processes: Processes) -> None:
-        """Bring the tokenizer to where the prior is."""
+        super().begin(processes)
         self.whole.vqvae.to(processes.device)
 
     def collate(self, items: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
@@ -104,18 +104,10 @@ class PriorTask:
         }
 
     def feed(self, recipe: LoopRecipe, processes: Processes) -> RowFeed:
-        """Training codes, in a new order each epoch."""
         return RowFeed(self.train_set, self.collate, recipe, processes)
 
-    def check(self, batch: dict[str, Any]) -> None:
-        """Codes were checked when the cache was read."""
-
     def before_epoch(self, epoch: int) -> None:
-        """Draw the epoch's views."""
         self.views = random_views(len(self.train_set), self.recipe.loop.seed, epoch)
-
-    def before_step(self, step: int) -> None:
-        """Nothing to prepare."""
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Cross-entropy in nats per code, each image in one random view; inputs may be disturbed, targets are not."""
@@ -129,10 +121,6 @@ class PriorTask:
             inputs = disturb_context(chosen, num_codes, share, recipe.loop.seed, step, indices)
         context = self.whole.vqvae.context(inputs)
         return {"loss": model(inputs, batch["labels"].to(device), context, targets=chosen).loss}
-
-    def after_step(self) -> dict[str, Tensor]:
-        """Everything is learned by gradient."""
-        return {}
 
     def validate(self) -> dict[str, float]:
         """Conditional validation loss: `loss` in nats per code, and the same in bits."""
@@ -152,12 +140,75 @@ class PriorTask:
         processor = IsicVQImageProcessor(size=whole.config.vqvae_config.image_size)
         return {"samples": image_grid(processor.postprocess(pixels["pixel_values"], output_type="np"))}
 
-    def save(self, folder: Path) -> None:
-        """Save the prior."""
-        save_model(folder, self.model)
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
+        save_model(folder, self.model, training_data=training_data)
+
+    def conclude(self, trainer: Trainer) -> Report:
+        """Join the best prior with the tokenizer; write the whole, its report and samples of every class in turn."""
+        folder, recipe, tokenizer = trainer.run.folder, self.recipe, self.whole.vqvae
+        prior = type(self.model).from_pretrained(folder / "best")
+        model = IsicVQModel.from_parts(tokenizer, prior).to(self.processes.device)
+        processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
+        seen_by_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
+        training_data = {**seen_by_tokenizer, "prior": self.sources["train"]}
+        save_model(folder / "model", model, processor, training_data=training_data)
+        labels = cycled_classes(model, recipe.num_samples)
+        images = model.generate(recipe.num_samples, labels, seed=recipe.loop.seed)["pixel_values"]
+        pixels = torch.from_numpy(processor.postprocess(images, output_type="np"))
+        write_tensors(folder / "arrays" / "samples.safetensors", {"images": pixels, "labels": labels})
+        names = {**model.config.class_names, prior.config.unconditional_id: "unconditional"}
+        report = Report(
+            model={"type": "isic_vq", "prior": prior.config.model_type},
+            metrics=likelihood_metrics(
+                model,
+                self.train_set.cache.counts(),
+                self.validation_set.codes[:, 0],
+                self.validation_set.labels,
+                "validation",
+                self.sources["validation"].name,
+            ),
+            tables={"sample_labels": [names[label] for label in labels.tolist()]},
+            environment=environment(),
+        )
+        report.save(folder / "report.json")
+        return report
 
 
-@holds_output_dir
+def open_task(recipe: PriorRecipe) -> PriorTask:
+    """The codes of a recipe, and a new prior.
+
+    Raises:
+        DataError, ModelError, RecipeError: codes or tokenizer are not named, cannot be read, or do not fit.
+    """
+    for name in ("tokenizer", "train_codes", "validation_codes"):
+        if not getattr(recipe, name):
+            raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
+    tokenizer = load_model(VQVAEModel, recipe.tokenizer)
+    train, validation = (read_code_cache(Path(p)) for p in (recipe.train_codes, recipe.validation_codes))
+    check_tokenizer(train, tokenizer, "train_codes")
+    check_tokenizer(validation, tokenizer, "validation_codes")
+    class_names = train.class_names()
+    validation = known_to_training(validation, class_names, recipe.drop_other_classes)
+    for name, cache in (("train", train), ("validation", validation)):
+        without = sum(diagnosis not in class_names for diagnosis in cache.diagnoses)
+        counts = len(set(cache.class_names())), without, len(cache.isic_ids)
+        logger.info("%s: %d classes, %d of %d images without one", name, *counts)
+    config = build_prior_config(tokenizer.config, recipe.model)
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in enumerate(class_names)}
+    torch.manual_seed(recipe.loop.seed)
+    prior = PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last)
+    train_set, validation_set = (CodeGrids(cache, class_names) for cache in (train, validation))
+    task = PriorTask(prior, tokenizer, train_set, validation_set, recipe)
+    task.sources = {
+        "train": train.source,
+        "validation": validation.source,
+        "tokenizer": train.tokenizer_hash,
+    }
+    task.settings = config.to_diff_dict()
+    return task
+
+
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
 
@@ -168,56 +219,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
         DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
             docstrings say.
     """
-    for name in ("tokenizer", "train_codes", "validation_codes"):
-        if not getattr(recipe, name):
-            raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
-    tokenizer = load_model(VQVAEModel, recipe.tokenizer)
-    caches = {"train": read_code_cache(Path(recipe.train_codes))}
-    caches["validation"] = read_code_cache(Path(recipe.validation_codes))
-    for name, cache in caches.items():
-        check_tokenizer(cache, tokenizer, f"{name}_codes")
-    class_names = caches["train"].class_names()
-    caches["validation"] = known_to_training(caches["validation"], class_names, recipe.drop_other_classes)
-    for name, cache in caches.items():
-        without = sum(diagnosis not in class_names for diagnosis in cache.diagnoses)
-        logger.info(
-            "%s: %d classes, %d of %d images without one",
-            name,
-            len(set(cache.class_names())),
-            without,
-            len(cache.isic_ids),
-        )
-    config = build_prior_config(tokenizer.config, recipe.model)
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: index for index, name in enumerate(class_names)}
-    sources = {name: cache.source for name, cache in caches.items()}
-    processes = Processes(recipe.loop, Path(recipe.output_dir))
-    run = open_run(recipe, sources, resume, processes, {"tokenizer": caches["train"].tokenizer_hash})
-    torch.manual_seed(recipe.loop.seed)
-    task = PriorTask(
-        PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last),
-        tokenizer,
-        CodeGrids(caches["train"], class_names),
-        CodeGrids(caches["validation"], class_names),
-        recipe,
-    )
-    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
-    if run.resumes:
-        trainer.resume()
-    trainer.train()
-    if not processes.is_main:
-        trainer.finish()
-        return None
-    run_dir = run.folder
-    prior = PRIOR_MODELS[config.model_type].from_pretrained(run_dir / "best")
-    model = IsicVQModel.from_parts(tokenizer, prior).to(processes.device)
-    processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    seen_by_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
-    training_data = {**seen_by_tokenizer, "prior": sources["train"]}
-    save_model(run_dir / "model", model, processor, training_data=training_data)
-    report = write_results(model, task, caches, recipe, run_dir)
-    trainer.finish()
-    return report
+    return run_stage(open_task, recipe, resume)
 
 
 def known_to_training(cache: CodeCache, class_names: list[str], drop_others: bool) -> CodeCache:
@@ -262,36 +264,3 @@ def cycled_classes(model: IsicVQModel, number: int) -> Tensor:
     """Labels `(number,)`: every class in turn, then unconditional, and so on."""
     classes = [*model.config.class_names, model.prior.config.unconditional_id]
     return torch.tensor([classes[index % len(classes)] for index in range(number)])
-
-
-def write_results(
-    model: IsicVQModel, task: PriorTask, caches: dict[str, CodeCache], recipe: PriorRecipe, run_dir: Path
-) -> Report:
-    """Write `report.json` and `arrays/samples.safetensors`: images of every class in turn, then unconditional ones."""
-    validation = task.validation_set
-    labels = cycled_classes(model, recipe.num_samples)
-    images = [
-        model.generate(len(part), part, seed=recipe.loop.seed, first_index=index * SAMPLE_BATCH)[
-            "pixel_values"
-        ]
-        for index, part in enumerate(labels.split(SAMPLE_BATCH))
-    ]
-    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    pixels = torch.from_numpy(processor.postprocess(torch.cat(images), output_type="np"))
-    write_tensors(run_dir / "arrays" / "samples.safetensors", {"images": pixels, "labels": labels})
-    names = {**model.config.class_names, model.prior.config.unconditional_id: "unconditional"}
-    report = Report(
-        model={"type": "isic_vq", "prior": model.prior.config.model_type},
-        metrics=likelihood_metrics(
-            model,
-            caches["train"].counts(),
-            validation.codes[:, 0],
-            validation.labels,
-            "validation",
-            caches["validation"].source.name,
-        ),
-        tables={"sample_labels": [names[label] for label in labels.tolist()]},
-        environment=environment(),
-    )
-    report.save(run_dir / "report.json")
-    return report

@@ -1,13 +1,10 @@
 """A run's folder: its recipe, its name, where it was run, on what data, and the models it leaves for others."""
 
 import dataclasses
-import functools
 import json
 import logging
-import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +21,10 @@ from isic_vq.models.strict_loading import share_weights
 from isic_vq.training.load import strict_message, unknown_key
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
-from isic_vq.work import differences, flat, hold, told
+from isic_vq.work import differences, flat, told
 
 logger = logging.getLogger(__name__)
 
-Stage = TypeVar("Stage", bound=Callable[..., Any])
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
@@ -91,42 +87,25 @@ class Run:
     resumes: bool = False
 
 
-def holds_output_dir(train: Stage) -> Stage:
-    """Let a stage hold its run's folder: two runs never write to one. The main process holds it for all."""
-
-    @functools.wraps(train)
-    def holding(recipe: Recipe, resume: bool = False) -> Any:
-        is_main = os.environ.get("RANK", "0") == "0"
-        with hold(Path(recipe.output_dir)) if is_main else nullcontext():
-            return train(recipe, resume)
-
-    return holding  # type: ignore[return-value]
-
-
-def open_run(
-    recipe: Recipe,
-    sources: dict[str, Any],
-    resume: bool,
-    processes: Processes,
-    hashes: Mapping[str, str] | None = None,
-) -> Run:
+def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes: Processes) -> Run:
     """Begin a run's folder, or go on with the run in it if nothing has changed that decides what comes out.
 
     A folder without a checkpoint holds nothing to go on with: its run starts again.
 
     Args:
         recipe: the run's recipe.
-        sources: descriptions of its images, by part.
+        sources: by name, descriptions of its images, or the sha256 of what else it is trained on.
         resume: go on from the newest checkpoint.
         processes: the group.
-        hashes: what else it is trained on, by name.
 
     Raises:
         TrainingError: the folder holds a run and `resume` is off, or recipe or data are not those it was begun with.
     """
     folder = Path(recipe.output_dir)
-    data: dict[str, Any] = {name: dataclasses.asdict(info) for name, info in sources.items()}
-    data |= {name: {"sha256": value} for name, value in (hashes or {}).items()}
+    data = {
+        name: {"sha256": source} if isinstance(source, str) else dataclasses.asdict(source)
+        for name, source in sources.items()
+    }
     settings = public_recipe(recipe)
     began: dict[str, Any] = {"identifier": secrets.token_hex(4)}
     resumes = any((folder / "checkpoints").glob("step-*"))

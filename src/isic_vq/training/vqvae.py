@@ -5,7 +5,6 @@ BatchNorm statistics and codebook re-estimated under them. The better one become
 """
 
 import io
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,29 +13,27 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from isic_vq.data.loading import DecodedImages
+from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
-from isic_vq.data.sources import SourceInfo
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.files import write_tensors
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
-from isic_vq.training.averaging import gathered_batch_norm
 from isic_vq.training.codebook import SharedCodebook, SharedRows
 from isic_vq.training.images import ImageTask, open_images
 from isic_vq.training.loop import Trainer
 from isic_vq.training.losses import ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
-from isic_vq.training.run import build_config, holds_output_dir, open_run, save_model
-
-logger = logging.getLogger(__name__)
+from isic_vq.training.run import build_config, save_model
+from isic_vq.training.stage import choose_best, run_stage
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook
 REFIT_BATCHES = 64  # batches that re-estimate statistics under averaged parameters
@@ -53,8 +50,6 @@ class VQVAETask(ImageTask):
         recipe: the run's recipe.
     """
 
-    averages_directly = False
-
     def __init__(
         self,
         model: VQVAEModel,
@@ -67,11 +62,9 @@ class VQVAETask(ImageTask):
         self.model, self.recipe = model, recipe
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Encoder and decoder; the quantizer learns between them."""
         return [self.model.encoder, self.model.decoder]
 
     def begin(self, processes: Processes) -> None:
-        """Learn the codebook over all processes from now on."""
         super().begin(processes)
         self.codebook = SharedCodebook(self.model.quantizer, processes)
 
@@ -83,7 +76,6 @@ class VQVAETask(ImageTask):
             self.start_codebook()
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Reconstruction and quantizer losses of a batch."""
         pixel_values = self.pixel_values(batch)
         output = model(pixel_values, quantize=step >= self.recipe.codebook_warmup_steps)
         losses = {
@@ -127,9 +119,20 @@ class VQVAETask(ImageTask):
         histogram = png_bytes(codebook_usage(CodebookUse(tuple(self.validated.codebook_counts))))
         return {"reconstructions": pairs, "codebook": Image.open(io.BytesIO(histogram)).convert("RGB")}
 
-    def save(self, folder: Path) -> None:
-        """Save the tokenizer and its image processor."""
-        save_model(folder, self.model, self.processor)
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
+        save_model(folder, self.model, self.processor, training_data=training_data)
+
+    def conclude(self, trainer: Trainer) -> Reconstruction:
+        """As `Task` has it, and the arrays of the figures."""
+        variant = choose_best(self, trainer, "mse_loss", "vqvae")
+        Report(
+            model={"type": "isic_vqvae", "weights": variant},
+            metrics=reconstruction_metrics(self.validated, "validation", self.sources["validation"].name),
+            tables={"codebook_counts": self.validated.codebook_counts},
+            environment=environment(),
+        ).save(trainer.run.folder / "report.json")
+        self.write_shown_pairs(self.model, trainer.run.folder)
+        return self.validated
 
     @torch.no_grad()
     def start_codebook(self) -> None:
@@ -194,11 +197,22 @@ def freeze_batch_norm(model: nn.Module) -> None:
             module.eval()
 
 
+class _Normalized(nn.Module):
+    """The layers with BatchNorm, called as the whole model; its own mode, and so the quantizer's, stays what it is."""
+
+    def __init__(self, model: VQVAEModel):
+        super().__init__()
+        self.encoder, self.decoder, self.whole = model.encoder, model.decoder, (model,)
+
+    def forward(self, pixel_values: Tensor) -> None:
+        self.whole[0](pixel_values)
+
+
 def refit_batch_norm(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
-    """Replace BatchNorm's running statistics by plain averages over `batches`."""
-    with gathered_batch_norm(model), quantizer_frozen(model):
-        for batch in batches:
-            model(batch.to(model.device))
+    """Replace BatchNorm's running statistics by plain averages over `batches`; the model is left in eval mode."""
+    model.eval()  # a quantizer in train mode would learn
+    update_bn(batches, _Normalized(model), model.device)
+    model.eval()
 
 
 def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
@@ -216,7 +230,19 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     quantizer.start_from(codebook, counts / num_batches)
 
 
-@holds_output_dir
+def open_task(recipe: VQVAERecipe) -> VQVAETask:
+    """The images of a recipe, and a new tokenizer."""
+    config = build_config(VQVAEConfig, recipe.model)
+    processor = IsicVQImageProcessor(size=config.image_size)
+    train_set, validation_set, sources = open_images(recipe.data, processor)
+    torch.manual_seed(recipe.loop.seed)
+    model = VQVAEModel(config).to(memory_format=torch.channels_last)
+    task = VQVAETask(model, processor, train_set, validation_set, recipe)
+    task.idle_parameters = model.quantizer.learns_by_loss and recipe.codebook_warmup_steps > 0
+    task.sources, task.settings = sources, config.to_diff_dict()
+    return task
+
+
 def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | None:
     """Run a recipe from its images to `model/`, `report.json` and the arrays of the figures.
 
@@ -226,66 +252,4 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
     Raises:
         DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
     """
-    config = build_config(VQVAEConfig, recipe.model)
-    processor = IsicVQImageProcessor(size=config.image_size)
-    train_set, validation_set, sources = open_images(recipe.data, processor)
-    learns_by_loss = config.codebook_update == "gradient" or config.scales is not None
-    idle = learns_by_loss and recipe.codebook_warmup_steps > 0
-    processes = Processes(recipe.loop, Path(recipe.output_dir), idle_parameters=idle)
-    run = open_run(recipe, sources, resume, processes)
-    torch.manual_seed(recipe.loop.seed)
-    task = VQVAETask(
-        VQVAEModel(config).to(memory_format=torch.channels_last),
-        processor,
-        train_set,
-        validation_set,
-        recipe,
-    )
-    trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **config.to_diff_dict()})
-    if run.resumes:
-        trainer.resume()
-    trainer.train()
-    result = None
-    if processes.is_main:
-        variant, result = choose_model(task, trainer, sources["train"])
-        write_results(task, result, variant, sources, run.folder)
-    trainer.finish()
-    return result
-
-
-def choose_model(task: VQVAETask, trainer: Trainer, source: SourceInfo) -> tuple[str, Reconstruction]:
-    """Load the better of best raw and re-estimated averaged parameters into `task.model` and save it as `model/`."""
-    best = VQVAEModel.from_pretrained(trainer.run.folder / "best").state_dict()
-    # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
-    trained = task.model.state_dict()
-    task.model = VQVAEModel(task.model.config).to(trainer.processes.device, memory_format=torch.channels_last)
-    task.model.load_state_dict(trained)
-    candidates = {"raw": best}
-    if trainer.averaged is not None:
-        trainer.averaged.copy_to(task.model)
-        task.refit_statistics()
-        candidates["averaged"] = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    results = {}
-    for name, state in candidates.items():
-        task.model.load_state_dict(state)
-        results[name] = evaluate_reconstruction(task.model, task.images(task.validation_set))
-        logger.info("%s model: %.2f dB on %d images", name, results[name].psnr, results[name].num_images)
-    chosen = min(results, key=lambda name: results[name].mse)
-    task.model.load_state_dict(candidates[chosen])
-    save_model(trainer.run.folder / "model", task.model, task.processor, training_data={"vqvae": source})
-    return chosen, results[chosen]
-
-
-def write_results(
-    task: VQVAETask, result: Reconstruction, variant: str, sources: dict[str, SourceInfo], run_dir: Path
-) -> None:
-    """Write `report.json` and `arrays/reconstructions.safetensors`."""
-    dataset = sources["validation"].name
-    Report(
-        model={"type": "isic_vqvae", "weights": variant},
-        metrics=reconstruction_metrics(result, "validation", dataset),
-        tables={"codebook_counts": result.codebook_counts},
-        environment=environment(),
-    ).save(run_dir / "report.json")
-    arrays = {name: torch.from_numpy(pixels) for name, pixels in task.shown_pairs(task.model).items()}
-    write_tensors(run_dir / "arrays" / "reconstructions.safetensors", arrays)
+    return run_stage(open_task, recipe, resume)

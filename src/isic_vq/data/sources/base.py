@@ -188,13 +188,16 @@ def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]
         yield from source.read(part)
 
 
-def describe_rows(source: Source, rows: Iterable[dict[str, Any]], name: str | None = None) -> SourceInfo:
+def describe_rows(
+    source: Source, rows: Iterable[dict[str, Any]], name: str | None = None, fingerprint: str | None = None
+) -> SourceInfo:
     """What may be published about rows of a source.
 
     Args:
         source: the source.
         rows: with the columns of `FEATURES`; they are gone through once.
         name: what they are called, if they are not all of the source.
+        fingerprint: the source's, if it is known.
     """
     ids: list[str | None] = []
     licenses, attributions, diagnoses = Counter[str](), set(), Counter[str]()
@@ -205,7 +208,7 @@ def describe_rows(source: Source, rows: Iterable[dict[str, Any]], name: str | No
         attributions.add(row["attribution"])
     return SourceInfo(
         name=name or source.name,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.fingerprint() if fingerprint is None else fingerprint,
         num_images=len(ids),
         licenses=dict(sorted(licenses.items())),
         attributions=sorted(filter(None, attributions)),

@@ -1,0 +1,85 @@
+"""What the training loop asks of a stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from isic_vq.data.provenance import TrainingData
+from isic_vq.training.feed import Feed
+from isic_vq.training.processes import Processes
+from isic_vq.training.recipe import LoopRecipe
+
+
+class Task:
+    """A stage: its model, its data, its loss and its metrics. The methods without a default are the stage's own.
+
+    Attributes:
+        model: what is trained.
+        averages_directly: averaged parameters can be validated as they are (no statistics to re-estimate).
+        idle_parameters: some parameters get no gradient in some steps, which DDP has to be told.
+        sources: by name, the `SourceInfo` of the data, or the sha256 of what else it is trained on.
+        settings: flat settings that trackers show.
+        validated: all that the last `validate` measured.
+    """
+
+    model: Any  # an nn.Module
+    averages_directly = False
+    idle_parameters = False
+    sources: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
+    validated: Any = None
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `loop.compile` compiles: modules without random choices of Python's or data-dependent branches."""
+        return [self.model]
+
+    def begin(self, processes: Processes) -> None:
+        """Get ready; the model is on its device."""
+        self.processes = processes
+
+    def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
+        """This process's share of the training data; batch["size"] of each micro-batch tells how many images it holds."""
+        raise NotImplementedError
+
+    def check(self, batch: dict[str, Any]) -> None:
+        """Raise if a batch cannot be trained on."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Prepare for an epoch or the rest of one."""
+
+    def before_step(self, step: int) -> None:
+        """Prepare for a step."""
+
+    def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Scalars of a micro-batch, means over its images; `loss` is the one that is minimised."""
+        raise NotImplementedError
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Learn what is not learned by gradient, once per optimizer step; returns more scalars to log."""
+        return {}
+
+    def validate(self) -> dict[str, float]:
+        """Validation metrics of `model` as it is, in the main process alone; `loss` is the one that selects."""
+        raise NotImplementedError
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """What trackers show of the last validation."""
+        return {}
+
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
+        """Save `model` for others to load, and beside it what it was trained on."""
+        raise NotImplementedError
+
+    def refit_statistics(self) -> None:
+        """Re-estimate what averaging leaves out under the model's present parameters, before they are validated."""
+
+    def conclude(self, trainer: Any) -> Any:
+        """Choose the final model, save it as `model/`, measure it and write `report.json`; in the main process alone.
+
+        Returns:
+            What was measured.
+        """
+        raise NotImplementedError
