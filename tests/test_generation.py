@@ -22,7 +22,14 @@ import pytest
 import torch
 from PIL import Image
 
-from isic_vq import IsicVQConfig, IsicVQImageProcessor, IsicVQModel, __version__
+from isic_vq import (
+    IsicVQConfig,
+    IsicVQImageProcessor,
+    IsicVQModel,
+    PixelCNNConfig,
+    PixelCNNModel,
+    __version__,
+)
 from isic_vq.data.schema import DataError
 from isic_vq.data.shards import Sample, read_shard, to_png, write_shard
 from isic_vq.data.sources import describe_source, open_source
@@ -210,6 +217,24 @@ def test_sampling_settings_reach_the_model(model, tmp_path):
     sampling = {"temperature": 0.5, "top_k": 5, "guidance_scale": 2.0}
     expected = model.generate(16, "nevus", seed=3, backend="eager", **sampling).codes
     assert [sample.codes for sample in samples(tmp_path)] == expected.flatten(1).tolist()
+
+
+def test_a_cluster_is_a_setting_of_the_set(model, tmp_path):
+    config = PixelCNNConfig(**model.prior.config.to_diff_dict() | {"num_clusters": 2})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = PixelCNNModel(config)
+        for parameter in prior.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    clustered = IsicVQModel.from_parts(model.vqvae, prior)
+    make(clustered, tmp_path, num_images=16, labels="nevus", cluster=1)
+    expected = clustered.generate(16, "nevus", seed=3, backend="eager", cluster=1).codes
+    assert [sample.codes for sample in samples(tmp_path)] == expected.flatten(1).tolist()
+    with pytest.raises(ValueError, match="was begun with cluster = 1"):
+        make(clustered, tmp_path, num_images=16, labels="nevus")
+    with pytest.raises(ValueError, match="this prior has none"):
+        make(model, tmp_path / "other", cluster=1)
+    assert not (tmp_path / "other").exists()
 
 
 # Diagnoses that take turns

@@ -93,6 +93,7 @@ def generate_shards(
     rank: int = 0,
     world: int = 1,
     progress: bool = False,
+    cluster: int | None = None,
     **sampling: Any,
 ) -> tuple[int, int]:
     """Generate this process's shards of a set of images, but for those that are already there.
@@ -115,6 +116,7 @@ def generate_shards(
         rank: number of this process.
         world: number of processes.
         progress: show a progress bar if this is process 0; it counts that process's images.
+        cluster: of a prior with clusters, that of all images; drawn for each by default.
         sampling: `temperature`, `top_k`, `top_p` and `guidance_scale`, as `IsicVQModel.generate` has them.
 
     Returns:
@@ -139,6 +141,9 @@ def generate_shards(
         "format": format,
         "images_per_shard": images_per_shard,
     }
+    if cluster is not None:  # sets of older versions do not name it
+        model.cluster_ids(cluster, 1)
+        asked["cluster"] = cluster
     _check_settings(asked, model.config.vqvae_config.num_codes)
     generation = _Generation(model, output, {**asked, **_origin(model, asked["backend"])}, ids)
     with hold(output, rank, world), _one_thread():
@@ -304,7 +309,11 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
         block = indices[start : start + settings["block_size"]]
         labels = generation.labels[torch.tensor(block) % len(generation.labels)]
         output: Any = model.generate(
-            len(block), labels, first_index=block[0], **{key: settings[key] for key in passed_on}
+            len(block),
+            labels,
+            first_index=block[0],
+            cluster=settings.get("cluster"),
+            **{key: settings[key] for key in passed_on},
         )
         images = processor.postprocess(output.pixel_values, output_type="np")
         codes = output.codes.flatten(1).tolist()

@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from isic_vq.codec.codec import compress, decompress
 from isic_vq.codec.container import CodecError, read_container
+from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.likelihood import score_codes
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from tiny_repository import PRIOR
 
 COUNTS = [5, 0, 3, 2, 9, 1, 4, 8]
 
@@ -39,6 +43,36 @@ def test_the_prior_costs_its_cross_entropy(model, label):
     bits = score_codes(model, codes, labels).sum().item()
     constant = 2 * 64  # two blocks, each filled up to words of 32 bits
     assert bits - 1 <= 8 * file.payload_bytes <= 1.01 * bits + constant
+
+
+@pytest.fixture(scope="module")
+def clustered_model(model):
+    """A prior with clusters of unequal frequencies, in eval mode."""
+    config = PixelCNNConfig(**PRIOR | {"num_clusters": 5})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        prior = PixelCNNModel(config).eval()
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        prior.cluster_scores.copy_(torch.randn(prior.cluster_scores.shape))
+        prior.cluster_weights.copy_(torch.randint(1, 10**9, prior.cluster_weights.shape))
+    return IsicVQModel.from_parts(model.vqvae, prior)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 64])
+def test_codes_come_back_under_a_prior_with_clusters(clustered_model, codes, names, lanes):
+    for label in (None, 1):
+        file = compress(clustered_model, codes, names, label=label, lanes=lanes)
+        assert file.num_fallbacks == 0
+        assert torch.equal(decompress(clustered_model, file.content).codes, codes)
+
+
+def test_a_prior_with_clusters_costs_its_bound(clustered_model):
+    codes = torch.randint(8, (200, 4, 4), generator=torch.Generator().manual_seed(5))
+    assert len(clustered_model.prior.clusters_of(codes).unique()) > 2, "premise: several clusters occur"
+    file = compress(clustered_model, codes, [str(index) for index in range(200)], 1, lanes=100)
+    bits = score_codes(clustered_model, codes, torch.full((200,), 1)).sum().item()
+    assert bits - 1 <= 8 * file.payload_bytes <= 1.001 * bits + 2 * 64
 
 
 def test_the_static_table_costs_its_cross_entropy(model, codes, names):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +127,7 @@ class Biased(nn.Module):
         super().__init__()
         self.config = type("Config", (), {"class_names": dict(enumerate("ab"))})
         self.device = torch.device("cpu")
+        self.prior = SimpleNamespace(clusters_of=lambda codes: None)
         self.frequencies = torch.tensor(frequencies)
 
     def predict(self, codes, labels):

@@ -21,6 +21,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.training.clusters import fit_clusters
 from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, train_prior
@@ -254,6 +255,47 @@ def test_context_noise_falls_in_a_line():
     shares = [annealed_share(0.4, 0.75, progress) for progress in (0, 0.375, 0.75, 0.9)]
     assert shares == pytest.approx([0.4, 0.2, 0, 0])
     assert annealed_share(0.4, 0, 0) == 0
+
+
+# Clusters
+
+
+def test_clusters_are_those_of_the_mean_code_vectors_and_count_by_class():
+    codebook = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    means = torch.tensor([0, 0, 1, 1, 1, 2])  # of each image, its codes and its class
+    codes = means[:, None, None, None].expand(6, 2, 4, 4).contiguous()
+    codes[0, 0, 0, 0] = 1  # a little off
+    labels = torch.tensor([0, 0, 0, 1, 2, 1])  # 2 is no class
+    config = PixelCNNConfig(num_codes=3, grid_size=4, hidden_size=4, num_layers=1, num_clusters=3)
+    config.id2label = {0: "melanoma", 1: "nevus"}
+    prior = PixelCNNModel(config)
+    fit_clusters(prior, codebook, codes, labels, seed=0)
+    clusters = prior.clusters_of(codes[:, 0])
+    assert len(clusters.unique()) == 3
+    assert all(len(clusters[means == mean].unique()) == 1 for mean in range(3)), "those that are alike"
+    zero, one, two = (clusters[means == mean][0].item() for mean in range(3))
+    # Twelve views; n(y, c) + 8 n(c) / N in whole numbers, and 1.
+    weights = prior.cluster_weights
+    assert weights[0, [zero, one, two]].tolist() == [4 * 12 + 16 * 4 + 1, 2 * 12 + 16 * 6 + 1, 16 * 2 + 1]
+    assert weights[1, [zero, one, two]].tolist() == [16 * 4 + 1, 2 * 12 + 16 * 6 + 1, 2 * 12 + 16 * 2 + 1]
+    assert weights[2, [zero, one, two]].tolist() == [28 * 4 + 1, 28 * 6 + 1, 28 * 2 + 1], "given none, of all"
+
+
+def test_a_run_trains_a_prior_with_clusters_that_generates_and_scores(make_recipe, tmp_path):
+    overrides = ["model.num_clusters=3", "context_noise=0.3", "loop.max_steps=2", "num_samples=2"]
+    report = train_prior(make_recipe(*overrides))
+    model = load_model(IsicVQModel, str(tmp_path / "run" / "model"))
+    assert model.prior.cluster_scores.abs().sum() > 0
+    assert model.generate(3, seed=0).clusters.shape == (3,)
+    assert math.isfinite(report.value("bits_per_code"))
+
+
+def test_more_clusters_than_images_are_refused_before_the_run_begins(make_recipe, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"model.num_clusters is 9999: expected at most the \d+ training images"
+    ):
+        train_prior(make_recipe("model.num_clusters=9999"))
+    assert not (tmp_path / "run").exists()
 
 
 # Pictures

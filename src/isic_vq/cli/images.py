@@ -46,6 +46,10 @@ def generate(
         float | None, typer.Option(help="Keep the codes that hold this much probability.")
     ] = None,
     guidance_scale: Annotated[float, typer.Option(help="1 is off; larger follows the label more.")] = 1.0,
+    cluster: Annotated[
+        int | None,
+        typer.Option(help="Of a prior with clusters, the one of all images; drawn for each by default."),
+    ] = None,
     shards: Annotated[
         str | None, typer.Option(help="Write parquet or webdataset shards: for large sets.")
     ] = None,
@@ -91,6 +95,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             guidance_scale=guidance_scale,
+            cluster=cluster,
         )
         typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
         return
@@ -107,6 +112,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         guidance_scale=guidance_scale,
+        cluster=cluster,
         output_type="np",
         return_codes=True,
         progress=sys.stderr.isatty(),

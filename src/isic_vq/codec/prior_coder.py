@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isic_vq.codec.container import CodecError, Layout
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
-from isic_vq.codec.tables import PRECISION, Weights, integer_weights
+from isic_vq.codec.tables import PRECISION, Weights, integer_weights, static_weights
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modes import exactly
 from isic_vq.models.pixelcnn_cache import open_cache
@@ -53,16 +54,21 @@ class PriorCoder:
             raise ValueError(f"lanes is {lanes} and threads is {threads}: expected at least 1")
         self.prior, self.lanes, self.threads = prior, lanes, threads
         self.labels = prior.checked_labels(torch.full((lanes,), label), lanes)
+        self.cluster_weights: Weights | None = None  # given the class, by whole numbers alone
+        if prior.config.num_clusters:
+            self.cluster_weights = static_weights([n - 1 for n in prior.cluster_weights[label].tolist()])
 
     def encode(self, codes: Tensor) -> bytes:
-        """Payload of codes `(n, h, w)`, int64 in [0, K), n at most the number of lanes."""
-        known, encoder = codes.flatten(1).numpy(), CodeEncoder()
+        """Payload of codes `(n, h, w)`, int64 in [0, K), n at most the number of lanes; their clusters come first."""
+        known, encoder, clusters = codes.flatten(1).numpy(), CodeEncoder(), self.prior.clusters_of(codes)
+        if clusters is not None and self.cluster_weights is not None:
+            encoder.push(clusters.numpy(), self.cluster_weights)
 
         def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
             encoder.push(known[:, position], weights[: len(known)])
             return known[:, position]
 
-        self._walk(next_codes)
+        self._walk(next_codes, clusters)
         return encoder.payload()
 
     def decode(self, payload: bytes, num_images: int) -> Tensor:
@@ -72,13 +78,15 @@ class PriorCoder:
             CodecError: the payload was not coded under these probabilities, where that can be told at all.
         """
         decoder, grid = CodeDecoder(payload), self.prior.config.grid_size
-        codes = np.empty((num_images, grid * grid), dtype=np.int64)
+        codes, clusters = np.empty((num_images, grid * grid), dtype=np.int64), None
+        if self.cluster_weights is not None:
+            clusters = torch.from_numpy(decoder.pull(self.cluster_weights, num_images))
 
         def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
             codes[:, position] = decoder.pull(weights[:num_images])
             return codes[:, position]
 
-        self._walk(next_codes)
+        self._walk(next_codes, clusters)
         return torch.from_numpy(codes).view(num_images, grid, grid)
 
     def canary(self) -> str:
@@ -89,7 +97,8 @@ class PriorCoder:
             digest.update(weights.astype("<u4").tobytes())
             return (17 * position + 31 * lanes + position * position // 7) % self.prior.config.num_codes
 
-        self._walk(next_codes)
+        number = self.prior.config.num_clusters
+        self._walk(next_codes, torch.from_numpy(lanes % number) if number else None)
         return digest.hexdigest()[:16]
 
     def layout(self) -> Layout:
@@ -105,11 +114,13 @@ class PriorCoder:
             canary=self.canary(),
         )
 
-    def _walk(self, next_codes: NextCodes) -> None:
-        """Visit all positions in raster order; lanes without an image hold code 0."""
+    def _walk(self, next_codes: NextCodes, clusters: Tensor | None) -> None:
+        """Visit all positions in raster order; lanes without an image hold code 0 and are of cluster 0."""
         grid, codes = self.prior.config.grid_size, torch.zeros(self.lanes, dtype=torch.int64)
         with exactly(self.prior), torch.inference_mode(), torch_threads(self.threads):
-            cache = open_cache(self.prior, self.labels)
+            if clusters is not None:
+                clusters = F.pad(clusters, (0, self.lanes - len(clusters)))
+            cache = open_cache(self.prior, self.prior.conditions(self.labels, clusters))
             with open_rows(BACKEND, cache, Sampling()) as rows:
                 for row in range(grid):
                     rows.start_row(row)

@@ -62,6 +62,11 @@ class PixelCNNConfig(PriorConfig):
         return self.grid_size, self.grid_size
 
     @property
+    def sizes(self) -> list[int]:
+        """Codes of the one grid."""
+        return [self.grid_size**2]
+
+    @property
     def num_steps(self) -> int:
         """Rows of the grid."""
         return self.grid_size

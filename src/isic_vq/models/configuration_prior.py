@@ -19,6 +19,7 @@ class PriorConfig(PreTrainedConfig):
         dropout: dropout probability inside each layer.
         class_dropout: probability that a training label is replaced by the unconditional id, which is
             what guidance and unconditional sampling need.
+        num_clusters: clusters of whole images that it is conditioned on beside the class, see `clusters`; 0 for none.
 
     Attributes:
         of_tokenizer: fields that are the tokenizer's.
@@ -30,6 +31,7 @@ class PriorConfig(PreTrainedConfig):
     num_codes: int = 512
     dropout: float | int = 0.1
     class_dropout: float | int = 0.1
+    num_clusters: int = 0
 
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
         # Without this transformers fills in two placeholder classes, LABEL_0 and LABEL_1.
@@ -60,6 +62,11 @@ class PriorConfig(PreTrainedConfig):
         raise NotImplementedError
 
     @property
+    def sizes(self) -> list[int]:
+        """Codes of each grid."""
+        raise NotImplementedError
+
+    @property
     def num_positions(self) -> int:
         """Codes of an image."""
         return math.prod(self.code_shape)
@@ -79,3 +86,5 @@ class PriorConfig(PreTrainedConfig):
         for name in ("dropout", "class_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability in [0, 1)")
+        if self.num_clusters < 0:
+            raise ValueError(f"num_clusters is {self.num_clusters}: expected at least 0")

@@ -171,7 +171,8 @@ def redraw_codes(
 ) -> EditOutput:
     """Draw the masked codes from p(masked codes | kept codes, label); `pixel_values` is left to the caller.
 
-    Images are taken one by one, with the particles as the batch, so that none depends on its company.
+    Images are taken one by one, with the particles as the batch, so that none depends on its company. A prior with
+    clusters is given the image's own, that of all its codes.
 
     Args:
         model: the whole model, its prior in either mode.
@@ -189,16 +190,17 @@ def redraw_codes(
         raise ValueError(f"num_particles is {num_particles!r}: expected a whole number of at least 1")
     prior = model.prior
     labels = prior.checked_labels(labels, len(codes))
+    conditions = prior.conditions(labels, prior.clusters_of(codes))
     chosen, sets = [], []
     with exactly(prior), torch.inference_mode():
-        for image, masked, label, generator in zip(
-            codes.flatten(1), mask.flatten(1), labels, generators, strict=True
+        for image, masked, condition, generator in zip(
+            codes.flatten(1), mask.flatten(1), conditions, generators, strict=True
         ):
             is_exact = masked[masked.int().argmax() :].all()  # no kept code has anything to say about a draw
             # Streams that no call of `generate` with the same seed uses. One of them resamples.
             seed, count = generator.initial_seed(), 1 if is_exact else num_particles
             comb, *noise = position_uniforms(image_generators(seed, 1 + count), image.numel())
-            walk = prior.walk(label.repeat(count), model.vqvae.extend)
+            walk = prior.walk(condition.repeat(count), model.vqvae.extend)
             particles = filter_particles(walk, image, masked, torch.stack(noise), comb, on_step)
             chosen.append(particles.codes[draw(particles.log_weights[None], comb[-1:])])
             sets.append(particles)

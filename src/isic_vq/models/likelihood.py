@@ -5,6 +5,9 @@ positions: a map of where the image surprises the prior. It holds for the mixtur
 log p(x_<=t) is the log-sum-exp over classes of log pi_y + log p(x_<=t | y), and what it falls by from one position
 to the next is -log p(x_t | x_<t). Within a scale, whose codes are independent of each other given the coarser ones and
 the class, any order will do. Either way the bits of an image's positions sum to -log2 p(x).
+
+Of a prior with clusters p(x | y) = sum_c p(c | y) p(x | c, y); what is measured is the term of the image's own cluster, an
+upper bound on its bits. -log2 p(c | y) is shared out evenly among the positions.
 """
 
 import math
@@ -20,6 +23,7 @@ from transformers.utils import ModelOutput
 from .configuration_isic_vq import IsicVQConfig
 from .finite import check_finite, damaged_or_overflow
 from .modes import evaluating
+from .prior import PriorModel
 
 BATCH_SIZE = 32
 
@@ -29,6 +33,7 @@ class Scorer(Protocol):
 
     config: IsicVQConfig
     device: torch.device
+    prior: PriorModel
 
     def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `(B, K, *code shape)` of every code from earlier ones."""
@@ -40,7 +45,8 @@ class ScoreOutput(ModelOutput):
 
     Args:
         bits_per_code: `(B,)` float64, mean over an image's codes.
-        bits: float64 of the shape of `codes`, the bits of every one.
+        bits: float64 of the shape of `codes`, the bits of every one; under a prior with clusters an upper bound, with
+            those of the image's cluster.
         bits_map: `(B, h, w)` float64, where they lie: those of coarser scales are shared out over their area.
         codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`.
     """
@@ -110,7 +116,10 @@ def mixture_log_weights(class_weights: Tensor | None, num_classes: int) -> Tenso
 
 
 def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
-    """-log p(code | earlier codes, label) of every position, float64 of the shape of `codes`, on the CPU."""
+    """-log p(code | earlier codes, label) of every position, float64 of the shape of `codes`, on the CPU.
+
+    With its share of -log p(cluster | label), where the prior has clusters.
+    """
     nats = []
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size].to(model.device)
@@ -118,6 +127,11 @@ def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) 
         logits = model.predict(part, part_labels)
         check_finite(logits, "logits", damaged_or_overflow(logits.dtype))
         nats.append(F.cross_entropy(logits.float(), part, reduction="none").cpu().double())
+        clusters = model.prior.clusters_of(part)
+        if clusters is not None:
+            log_probabilities = model.prior.cluster_log_probabilities(part_labels, len(part))
+            own = -log_probabilities.gather(1, clusters[:, None]).cpu() / part[0].numel()
+            nats[-1] += own.view(-1, *[1] * (part.ndim - 1))
     return torch.cat(nats)
 
 

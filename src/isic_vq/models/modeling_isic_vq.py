@@ -56,11 +56,13 @@ class GenerationOutput(ModelOutput):
         pixel_values: `(B, 3, H, W)`, RGB in [0, 1].
         codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`.
         labels: `(B,)` int64, the class ids; the unconditional id where none was asked for.
+        clusters: `(B,)` int64, where the prior has clusters.
     """
 
     pixel_values: Tensor | None = None
     codes: Tensor | None = None
     labels: Tensor | None = None
+    clusters: Tensor | None = None
 
 
 class IsicVQModel(StrictLoading, PreTrainedModel):
@@ -124,7 +126,10 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         return self.vqvae.decode(codes)
 
     def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits `(B, K, *code shape)` of every code, from earlier ones and class ids `(B,)`; None is unconditional."""
+        """Logits `(B, K, *code shape)` of every code, from earlier ones and class ids `(B,)`; None is unconditional.
+
+        A prior with clusters is given those that the codes as a whole fall into.
+        """
         return self.prior(codes, labels, self.vqvae.context(codes)).logits
 
     def forward(
@@ -151,6 +156,21 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             )
         return torch.tensor([resolve_label(label, self.config.class_names) for label in labels])
 
+    def cluster_ids(self, cluster: int | Sequence[int] | Tensor | None, num_images: int) -> Tensor | None:
+        """Clusters `(num_images,)` from one for all images or one per image; None stays None: they are drawn.
+
+        Raises:
+            ValueError: the prior has no clusters, or not this one; or a sequence of another length.
+        """
+        if cluster is None:
+            return None
+        clusters = torch.as_tensor(cluster)
+        clusters = clusters.expand(num_images) if clusters.ndim == 0 else clusters
+        self.prior.conditions(
+            torch.zeros(num_images, dtype=torch.long), clusters
+        )  # refuses what does not fit
+        return clusters
+
     @torch.no_grad()
     def generate(
         self,
@@ -164,6 +184,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        cluster: int | Sequence[int] | Tensor | None = None,
         block_size: int = BLOCK_SIZE,
         backend: str = "auto",
         on_step: Callable[[], None] | None = None,
@@ -186,6 +207,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             top_k: keep this many most likely codes at each position.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
+            cluster: of a prior with clusters, one for all images or one per image; by default each is drawn by its
+                frequency given the class, from the image's noise.
             block_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
                 time for so many images, of those that this project has run on such a device (`run_on`).
@@ -204,14 +227,22 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
             block_size = min(block_size, num_images)  # nobody can ask for these images again
         ids = self.label_ids(labels, num_images)
+        clusters = self.cluster_ids(cluster, num_images)
         uniforms = self._noise(num_images, seed, first_index, generator)
+        if self.config.prior_config.num_clusters:
+            uniforms, own = uniforms[:, :-1], uniforms[:, -1]
+            clusters = self.prior.draw_clusters(ids, own) if clusters is None else clusters
         # Empty places before the first image and after the last make the blocks whole.
         skipped = first_index % block_size
         empty = -(skipped + num_images) % block_size
         uniforms = F.pad(uniforms, (0, 0, skipped, empty))
         padded_ids = F.pad(ids, (skipped, empty), value=self.prior.config.unconditional_id)
+        num_blocks = len(uniforms) // block_size
+        padded_clusters: Sequence[Tensor | None] = [None] * num_blocks
+        if clusters is not None:
+            padded_clusters = F.pad(clusters, (skipped, empty)).split(block_size)
         if backend == "auto":
-            backend = self.prior.best_backend(len(uniforms) // block_size)
+            backend = self.prior.best_backend(num_blocks)
         blocks = [
             self.prior.sample(
                 noise,
@@ -223,14 +254,18 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 backend,
                 on_step,
                 self.vqvae.extend,
+                block_clusters,
             )
-            for noise, block_ids in zip(uniforms.split(block_size), padded_ids.split(block_size), strict=True)
+            for noise, block_ids, block_clusters in zip(
+                uniforms.split(block_size), padded_ids.split(block_size), padded_clusters, strict=True
+            )
         ]
         kept = slice(skipped, skipped + num_images)
         return GenerationOutput(
             pixel_values=torch.cat([self.decode(codes) for codes in blocks])[kept],
             codes=torch.cat(blocks)[kept],
             labels=ids,
+            clusters=clusters,
         )
 
     def _noise(
@@ -240,8 +275,12 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         first_index: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> Tensor:
-        """Uniforms `(num_images, L)` of the images from `first_index` on, from a seed or else from generators."""
-        num_positions = self.config.prior_config.num_positions
+        """Uniforms `(num_images, L)` of the images from `first_index` on, from a seed or else from generators.
+
+        One more, the last, where the prior has clusters to draw from.
+        """
+        config = self.config.prior_config
+        num_positions = config.num_positions + (config.num_clusters > 0)
         if generator is None:
             return position_uniforms(image_generators(seed, num_images, first_index), num_positions)
         if isinstance(generator, torch.Generator):
@@ -347,7 +386,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
     ) -> ScoreOutput:
         """How many bits the prior needs for the codes of images, and where; fewer bits are likelier codes.
 
-        It measures codes, not pixels: what the tokenizer leaves out costs nothing, and smooth images cost little.
+        It measures codes, not pixels: what the tokenizer leaves out costs nothing, and smooth images cost little. Under a
+        prior with clusters it is an upper bound, the bits of the image's cluster among them.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].

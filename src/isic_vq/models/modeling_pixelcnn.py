@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .clusters import ConditionEmbedding
 from .code_convolution import convolve_codes
 from .configuration_pixelcnn import PixelCNNConfig
 from .modes import exactly
@@ -66,11 +67,11 @@ class PlainLayer(nn.Module):
         kernel_size = config.first_kernel_size if first else config.kernel_size
         self.conv = CausalConv2d(size_in, config.hidden_size, kernel_size, sees_itself=not first)
         self.norm = nn.BatchNorm2d(config.hidden_size)
-        self.class_bias = nn.Embedding(config.unconditional_id + 1, config.hidden_size)
+        self.class_bias = ConditionEmbedding(config, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        hidden = self.norm(self.conv(features)) + self.class_bias(labels)[:, :, None, None]
+    def forward(self, features: Tensor, conditions: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(features)) + self.class_bias(conditions)[:, :, None, None]
         hidden = self.dropout(hidden.relu())
         return hidden if self.first else features + hidden
 
@@ -93,18 +94,18 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * size, 2 * size, 1, bias=False)
         self.horizontal = nn.Conv2d(size, 2 * size, (1, depth))
         self.output = nn.Conv2d(size, size, 1)
-        self.class_bias = nn.Embedding(config.unconditional_id + 1, 4 * size)
+        self.class_bias = ConditionEmbedding(config, 4 * size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vertical: Tensor, horizontal: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
         above = self.vertical(F.pad(vertical, (self.reach, self.reach, self.reach, 0)))
         left = self.horizontal(F.pad(horizontal, (self.reach, 0)))
-        new_vertical, new_horizontal = self.gated(above, left, labels)
+        new_vertical, new_horizontal = self.gated(above, left, conditions)
         return vertical + new_vertical, horizontal + new_horizontal
 
-    def gated(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def gated(self, above: Tensor, left: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks' new features from what their convolutions saw."""
-        class_vertical, class_horizontal = self.class_bias(labels)[:, :, None, None].chunk(2, dim=1)
+        class_vertical, class_horizontal = self.class_bias(conditions)[:, :, None, None].chunk(2, dim=1)
         new_vertical = gate(above + class_vertical)
         new_horizontal = gate(left + self.vertical_to_horizontal(above) + class_horizontal)
         return new_vertical, self.dropout(self.output(new_horizontal))
@@ -116,11 +117,11 @@ class FirstGatedLayer(GatedLayer):
     def __init__(self, config: PixelCNNConfig):
         super().__init__(config, first=True)
 
-    def forward(self, codes: Tensor, embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, codes: Tensor, embedding: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
         reach = self.reach
         above = convolve_codes(codes, embedding, self.vertical, (reach, reach, reach, -1))
         left = convolve_codes(codes, embedding, self.horizontal, (reach, -1, 0, 0))
-        return self.gated(above, left, labels)
+        return self.gated(above, left, conditions)
 
 
 class PixelCNNModel(PriorModel):
@@ -178,6 +179,7 @@ class PixelCNNModel(PriorModel):
         context: Tensor | None = None,
         return_dict: bool | None = None,
         targets: Tensor | None = None,
+        clusters: Tensor | None = None,
     ) -> PriorOutput | tuple[Tensor, ...]:
         """Predict every code from the earlier ones and measure how well.
 
@@ -189,26 +191,28 @@ class PixelCNNModel(PriorModel):
             context: what coarser scales tell; a single grid has none, and it is not looked at.
             return_dict: False returns a tuple.
             targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
+            clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
 
         Raises:
             ValueError: codes of another grid, or labels that are not the model's.
         """
         self.checked_codes(codes)
-        labels = self.training_labels(labels, len(codes))
+        targets = codes if targets is None else targets
+        conditions = self.conditions_of(targets, labels, clusters)
         first, *others = self.layers
         if self.config.architecture == "gated":
-            vertical, hidden = first(codes, self.code_embedding.weight, labels)
+            vertical, hidden = first(codes, self.code_embedding.weight, conditions)
             vertical, hidden = vertical + self.position_embedding, hidden + self.position_embedding
             for layer in others:
-                vertical, hidden = layer(vertical, hidden, labels)
+                vertical, hidden = layer(vertical, hidden, conditions)
         else:
             embedded = self.code_embedding(codes).permute(0, 3, 1, 2)
-            hidden = first(embedded, labels) + self.position_embedding
+            hidden = first(embedded, conditions) + self.position_embedding
             for layer in others:
-                hidden = layer(hidden, labels)
+                hidden = layer(hidden, conditions)
         logits = self.head(hidden)
         rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
-        loss = F.cross_entropy(rows.float(), (codes if targets is None else targets).flatten())
+        loss = F.cross_entropy(rows.float(), targets.flatten())
         output = PriorOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 
@@ -227,6 +231,7 @@ class PixelCNNModel(PriorModel):
         backend: str = "eager",
         on_step: Callable[[], None] | None = None,
         extend: Extend | None = None,
+        clusters: Tensor | None = None,
     ) -> Tensor:
         """Fill empty grids code by code in raster order; exact, with cached features.
 
@@ -240,6 +245,7 @@ class PixelCNNModel(PriorModel):
             backend: "eager", "compiled" (CPU, needs numba) or "cuda_graph"; `run_on` tells where each was run.
             on_step: called after each finished row, for progress bars.
             extend: what tells of coarser scales; a single grid has none, and it is not called.
+            clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
 
         Returns:
             `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
@@ -250,11 +256,11 @@ class PixelCNNModel(PriorModel):
             ImportError: a backend that is not installed.
         """
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
-        labels = self.checked_labels(labels, len(uniforms))
+        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
         with exactly(self), torch.inference_mode():
-            codes = sample_codes(self, uniforms, labels, sampling, backend, on_step)
+            codes = sample_codes(self, uniforms, conditions, sampling, backend, on_step)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode
 
-    def walk(self, labels: Tensor, extend: Extend | None = None) -> RasterWalk:
-        """Begin images of the class ids `(B,)`; see `PriorModel.walk`."""
-        return RasterWalk(self, labels)
+    def walk(self, conditions: Tensor, extend: Extend | None = None) -> RasterWalk:
+        """Begin images of the conditions `(B,)`; see `PriorModel.walk`."""
+        return RasterWalk(self, conditions)

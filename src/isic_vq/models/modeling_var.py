@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .clusters import ConditionEmbedding
 from .configuration_var import VARConfig
 from .modes import evaluating
 from .prior import Extend, PriorModel, PriorOutput
@@ -133,7 +134,7 @@ class VARModel(PriorModel):
     def __init__(self, config: VARConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.class_embedding = nn.Embedding(config.unconditional_id + 1, size)
+        self.class_embedding = ConditionEmbedding(config, size)
         self.position_embedding = nn.Parameter(torch.empty(config.num_positions, size))
         self.features = nn.Linear(config.code_dim, size)
         self.modulation = nn.Linear(size, 6 * size)
@@ -170,6 +171,7 @@ class VARModel(PriorModel):
         context: Tensor | None = None,
         return_dict: bool | None = None,
         targets: Tensor | None = None,
+        clusters: Tensor | None = None,
     ) -> PriorOutput | tuple[Tensor, ...]:
         """Predict every code from those of coarser scales and measure how well.
 
@@ -182,6 +184,7 @@ class VARModel(PriorModel):
                 scales, `VQVAEModel.context(codes)`.
             return_dict: False returns a tuple.
             targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
+            clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
 
         Raises:
             ValueError: codes or context of another shape, or labels that are not the model's.
@@ -194,13 +197,12 @@ class VARModel(PriorModel):
             raise ValueError(
                 f"context has shape {found}: expected {expected}, what the tokenizer's context(codes) returns"
             )
-        classes = self.class_embedding(self.training_labels(labels, len(codes)))
+        targets = codes if targets is None else targets
+        classes = self.class_embedding(self.conditions_of(targets, labels, clusters))
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
         logits = self.layers_and_head(given + self.position_embedding, classes, self.mask())
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), (codes if targets is None else targets).flatten()
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         output = PriorOutput(loss=loss, logits=logits.transpose(1, 2))
         return output if return_dict is not False else output.to_tuple()
 
@@ -237,6 +239,7 @@ class VARModel(PriorModel):
         backend: str = "eager",
         on_step: Callable[[], None] | None = None,
         extend: Extend | None = None,
+        clusters: Tensor | None = None,
     ) -> Tensor:
         """Draw all scales, coarse to fine, with cached keys and values.
 
@@ -253,6 +256,7 @@ class VARModel(PriorModel):
             backend: "eager".
             on_step: called after each scale, for progress bars.
             extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`.
+            clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
 
         Returns:
             `torch.LongTensor` of shape `(B, L)`, in [0, K).
@@ -267,12 +271,12 @@ class VARModel(PriorModel):
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
-        labels = self.checked_labels(labels, len(uniforms))
+        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
         if sampling.guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.unconditional_id)])
+            conditions = torch.cat([conditions, self.without_class(conditions)])
         parts, total = [], torch.zeros((), dtype=torch.float64, device=self.device)
         with evaluating(self), torch.inference_mode():
-            walk = self.walk(labels, extend)
+            walk = self.walk(conditions, extend)
             for index, (group,) in enumerate(walk.steps):
                 share = index / max(len(walk.steps) - 1, 1)
                 parts.append(sampling.draw(walk.logits(group), uniforms[:, group], share, total))
@@ -282,15 +286,15 @@ class VARModel(PriorModel):
         sampling.check(math.isfinite(total.item()))
         return torch.cat(parts, dim=1).clone()  # a normal tensor: autograd refuses those of inference mode
 
-    def walk(self, labels: Tensor, extend: Extend | None = None) -> "ScaleWalk":
-        """Begin images of the class ids `(B,)`; see `PriorModel.walk`.
+    def walk(self, conditions: Tensor, extend: Extend | None = None) -> "ScaleWalk":
+        """Begin images of the conditions `(B,)`; see `PriorModel.walk`.
 
         Raises:
             ValueError: no `extend`.
         """
         if extend is None:
             raise ValueError("extend is None: expected the tokenizer's, such as model.vqvae.extend")
-        return ScaleWalk(self, labels, extend)
+        return ScaleWalk(self, conditions, extend)
 
 
 class ScaleWalk:
@@ -298,13 +302,13 @@ class ScaleWalk:
 
     Args:
         model: in eval mode.
-        labels: `(B,)` class ids.
+        conditions: `(B,)`, see `PriorModel.conditions`.
         extend: the tokenizer's.
     """
 
-    def __init__(self, model: VARModel, labels: Tensor, extend: Extend):
+    def __init__(self, model: VARModel, conditions: Tensor, extend: Extend):
         self.model, self.extend = model, extend
-        self.classes = model.class_embedding(labels)
+        self.classes = model.class_embedding(conditions)
         self.caches = [KeyValueCache() for _ in model.layers]
         self.features: Tensor | None = None
         self.context: Tensor | None = None  # what the next scale is given, but for the first

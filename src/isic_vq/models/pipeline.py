@@ -75,6 +75,7 @@ class IsicVQPipeline(DiffusionPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], Any] | None = None,
@@ -91,6 +92,7 @@ class IsicVQPipeline(DiffusionPipeline):
             top_k: keep this many most likely codes at each position.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; larger values follow the label more closely.
+            cluster: of a prior with clusters, one for all images or one per image; drawn by default.
             output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
                 "latent" (the codes, int64 `(N, h, w)`).
             return_dict: False returns the tuple `(images,)`.
@@ -126,6 +128,7 @@ class IsicVQPipeline(DiffusionPipeline):
                 top_k=top_k,
                 top_p=top_p,
                 guidance_scale=guidance_scale,
+                cluster=cluster,
                 on_step=on_step,
                 **settings,
             )

@@ -42,6 +42,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         num_images: int | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
         return_codes: bool = False,
         progress: bool = False,
@@ -57,7 +58,9 @@ class UnconditionalImageGenerationPipeline(Pipeline):
                 built with another.
             output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
                 `(N, 3, H, W)` in [0, 1].
-            return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`) and `labels`.
+            cluster: of a prior with clusters, one for all images or one per image; drawn by default.
+            return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`), `labels` and, of a prior with
+                clusters, `clusters`.
             progress: show a progress bar.
             sampling: `temperature` (below 1 sharpens, above 1 flattens the distributions), `top_k` (keep this many
                 most likely codes at each position), `top_p` (keep the most likely codes that hold this much
@@ -78,6 +81,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
                 f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
             )
         ids = self.model.label_ids(labels, num_images)
+        clusters = self.model.cluster_ids(cluster, num_images)
         if seed is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch
             batch_size = min(batch_size, num_images)  # nobody can ask for these images again
@@ -86,7 +90,12 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         with tqdm(total=steps, disable=not progress, unit="step", desc="sampling") as bar:
             chunks = [
                 super(UnconditionalImageGenerationPipeline, self).__call__(
-                    {"labels": ids[first : first + batch_size], "first_index": first, **shared},
+                    {
+                        "labels": ids[first : first + batch_size],
+                        "cluster": None if clusters is None else clusters[first : first + batch_size],
+                        "first_index": first,
+                        **shared,
+                    },
                     on_step=bar.update,
                     **sampling,
                 )
@@ -97,7 +106,10 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         images = processor.postprocess(pixel_values, output_type=output_type)
         if not return_codes:
             return images
-        return {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
+        result = {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
+        if self.model.config.prior_config.num_clusters:
+            result["clusters"] = torch.cat([chunk["clusters"] for chunk in chunks])
+        return result
 
     def _sanitize_parameters(self, **sampling: Any) -> tuple[dict, dict, dict]:
         unknown = sorted(set(sampling) - {*SAMPLING, "on_step"})

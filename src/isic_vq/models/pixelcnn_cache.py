@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .modeling_pixelcnn import GatedLayer, PixelCNNModel, PlainLayer
 
 
-def open_cache(model: "PixelCNNModel", labels: Tensor) -> "GatedCache | PlainCache":
-    """An empty cache for images of the class ids `(B,)`: `start_row`, then `logits` and `put` per column."""
-    return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, labels)
+def open_cache(model: "PixelCNNModel", conditions: Tensor) -> "GatedCache | PlainCache":
+    """An empty cache for images of the conditions `(B,)`: `start_row`, then `logits` and `put` per column."""
+    return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, conditions)
 
 
 class RasterWalk:
@@ -34,11 +34,11 @@ class RasterWalk:
 
     Args:
         model: in eval mode.
-        labels: `(B,)` class ids.
+        conditions: `(B,)`, see `PriorModel.conditions`.
     """
 
-    def __init__(self, model: "PixelCNNModel", labels: Tensor):
-        self.cache, self.grid = open_cache(model, labels), model.config.grid_size
+    def __init__(self, model: "PixelCNNModel", conditions: Tensor):
+        self.cache, self.grid = open_cache(model, conditions), model.config.grid_size
         starts = torch.arange(self.grid**2).view(self.grid, self.grid).tolist()
         self.steps: Sequence[Sequence[slice]] = [[slice(start, start + 1) for start in row] for row in starts]
 
@@ -173,11 +173,11 @@ def columns(weight: Tensor) -> list[Tensor]:
 class GatedCache(Cache):
     """The gated network's features."""
 
-    def __init__(self, model: "PixelCNNModel", labels: Tensor):
+    def __init__(self, model: "PixelCNNModel", conditions: Tensor):
         layers: list[GatedLayer] = list(model.layers)
         first, *later = layers
         size, taps = model.config.hidden_size, model.config.kernel_size // 2 + 1
-        super().__init__(model, len(labels), 2 * size, num_rows=taps, taps=taps)
+        super().__init__(model, len(conditions), 2 * size, num_rows=taps, taps=taps)
         halves = torch.ones(2 * size, 1, 1, 1, device=model.device, dtype=model.dtype)
         halves[size:] = 0.5  # where tanh serves as sigmoid
         self._see_codes(first.vertical.weight * halves, first.horizontal.weight * halves)
@@ -188,7 +188,7 @@ class GatedCache(Cache):
         self.across = [
             layer.vertical_to_horizontal.weight.flatten(1).t() / row[:, None] * row for layer in layers
         ]
-        classes = [layer.class_bias(labels).chunk(2, dim=1) for layer in layers]
+        classes = [layer.class_bias(conditions).chunk(2, dim=1) for layer in layers]
         self.vertical_biases = [
             (layer.vertical.bias + vertical) * row
             for layer, (vertical, _) in zip(layers, classes, strict=True)
@@ -247,11 +247,11 @@ class GatedCache(Cache):
 class PlainCache(Cache):
     """The plain network's features; BatchNorm is folded into the convolutions."""
 
-    def __init__(self, model: "PixelCNNModel", labels: Tensor):
+    def __init__(self, model: "PixelCNNModel", conditions: Tensor):
         layers: list[PlainLayer] = list(model.layers)
         first, *later = layers
         reach = model.config.kernel_size // 2
-        super().__init__(model, len(labels), model.config.hidden_size, num_rows=reach, taps=reach + 1)
+        super().__init__(model, len(conditions), model.config.hidden_size, num_rows=reach, taps=reach + 1)
         first_scale, *later_scales = scales = [batch_norm_scale(layer.norm) for layer in layers]
         self._see_codes(first.conv.above.weight * first_scale, first.conv.left.weight * first_scale)
         self.kernels, self.own = [], []
@@ -261,7 +261,7 @@ class PlainCache(Cache):
         self.biases = [
             (layer.conv.above.bias - layer.norm.running_mean) * scale.flatten()
             + layer.norm.bias
-            + layer.class_bias(labels)
+            + layer.class_bias(conditions)
             for layer, scale in zip(layers, scales, strict=True)
         ]
         # Inputs of layers 1 and up over the present row, which the next rows see.

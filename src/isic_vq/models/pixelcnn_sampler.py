@@ -53,12 +53,12 @@ def best_backend(model: "PixelCNNModel", num_blocks: int) -> str:
 def sample_codes(
     model: "PixelCNNModel",
     uniforms: Tensor,
-    labels: Tensor,
+    conditions: Tensor,
     sampling: Sampling,
     backend: str,
     on_step: Callable[[], None] | None,
 ) -> Tensor:
-    """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, the model is in eval mode."""
+    """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, `conditions` as `PriorModel.conditions` makes them; the model is in eval mode."""
     label_unrun(model.device.type, backend)
     grid, batch = model.config.grid_size, len(uniforms)
     if uniforms.shape != (batch, grid * grid):
@@ -67,8 +67,8 @@ def sample_codes(
         uniforms.to(model.device).view(batch, grid, grid).transpose(0, 1).contiguous()
     )  # (row, image, column)
     if sampling.guided:
-        labels = torch.cat([labels, torch.full_like(labels, model.config.unconditional_id)])
-    cache = open_cache(model, labels)
+        conditions = torch.cat([conditions, model.without_class(conditions)])
+    cache = open_cache(model, conditions)
     codes = []
     with open_rows(backend, cache, sampling) as rows:
         for row in range(grid):

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
+from .sampling import draw
 from .strict_loading import StrictLoading
 
 # Features so far (None at first), the codes `(B, n)` of a scale and its number, to the features with it and what the
@@ -55,7 +57,13 @@ class Walk(Protocol):
 
 
 class PriorModel(StrictLoading, PreTrainedModel):
-    """What is the same in every prior: how it is loaded, and its labels."""
+    """What is the same in every prior: how it is loaded, and what it is conditioned on.
+
+    Attributes:
+        cluster_scores: `(K, C)`, see `clusters.cluster_scores`; only a prior with clusters has it.
+        cluster_weights: `(num_classes + 1, C)` int64 of at least 1, frequencies of the clusters given each class, in
+            proportion; likewise.
+    """
 
     config: PriorConfig
     base_model_prefix = "prior"
@@ -63,6 +71,13 @@ class PriorModel(StrictLoading, PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules: list[str] = []
     _keys_to_ignore_on_load_unexpected = [r"^vqvae\."]
+
+    def __init__(self, config: PriorConfig):
+        super().__init__(config)
+        if number := config.num_clusters:
+            self.register_buffer("cluster_scores", torch.zeros(config.num_codes, number))
+            weights = torch.ones(config.unconditional_id + 1, number, dtype=torch.long)
+            self.register_buffer("cluster_weights", weights)
 
     def checked_codes(self, codes: Tensor) -> Tensor:
         """The codes.
@@ -103,6 +118,57 @@ class PriorModel(StrictLoading, PreTrainedModel):
             labels = labels.masked_fill(dropped, self.config.unconditional_id)
         return labels
 
-    def walk(self, labels: Tensor, extend: Extend | None = None) -> Walk:
-        """Begin images of the class ids `(B,)`, with the tokenizer's `extend` where there are scales; call it and what it returns in inference mode, in eval mode."""
+    def conditions(self, labels: Tensor, clusters: Tensor | None) -> Tensor:
+        """Class ids and clusters, `(B,)` each, as one number: class * C + cluster; the class alone where C is 0.
+
+        Raises:
+            ValueError: clusters that are not the prior's, or none where it has some.
+        """
+        number = self.config.num_clusters
+        if not number:
+            if clusters is not None:
+                raise ValueError("clusters are given: this prior has none, its num_clusters is 0")
+            return labels
+        if clusters is None or clusters.is_floating_point() or clusters.shape != labels.shape:
+            found = None if clusters is None else f"{clusters.dtype} of shape {tuple(clusters.shape)}"
+            raise ValueError(
+                f"clusters are {found}: expected whole numbers of shape {tuple(labels.shape)}, one per image"
+            )
+        if clusters.numel() and (clusters.min() < 0 or clusters.max() >= number):
+            raise ValueError(
+                f"clusters lie in [{clusters.min().item()}, {clusters.max().item()}]: expected numbers from 0 to "
+                f"{number - 1}"
+            )
+        return labels * number + clusters.to(labels.device)
+
+    def conditions_of(self, codes: Tensor, labels: Tensor | None, clusters: Tensor | None = None) -> Tensor:
+        """Conditions of codes, with dropped labels in train mode; clusters that are not given are the codes' own."""
+        if clusters is None:
+            clusters = self.clusters_of(codes)
+        return self.conditions(self.training_labels(labels, len(codes)), clusters)
+
+    def without_class(self, conditions: Tensor) -> Tensor:
+        """The same conditions, unconditional and of the same clusters: what guidance compares with."""
+        number = self.config.num_clusters
+        labels = torch.full_like(conditions, self.config.unconditional_id)
+        return labels * number + conditions % number if number else labels
+
+    def clusters_of(self, codes: Tensor) -> Tensor | None:
+        """The cluster `(B,)` that each image's codes fall into; None where the prior has none."""
+        if not self.config.num_clusters:
+            return None
+        frequencies = code_frequencies(codes, self.config.sizes, self.config.num_codes)
+        return (frequencies @ self.cluster_scores.to(codes.device).double()).argmax(1)
+
+    def cluster_log_probabilities(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """log p(cluster | class), `(B, C)` float64, of a prior with clusters."""
+        weights = self.cluster_weights[self.checked_labels(labels, batch_size)].double()
+        return (weights / weights.sum(1, keepdim=True)).log()
+
+    def draw_clusters(self, labels: Tensor | None, uniforms: Tensor) -> Tensor:
+        """Clusters `(B,)` by their frequencies given the class, from uniforms `(B,)` in [0, 1), float64."""
+        return draw(self.cluster_log_probabilities(labels, len(uniforms)), uniforms)
+
+    def walk(self, conditions: Tensor, extend: Extend | None = None) -> Walk:
+        """Begin images of the conditions `(B,)`, see `conditions`, with the tokenizer's `extend` where there are scales; call it and what it returns in inference mode, in eval mode."""
         raise NotImplementedError

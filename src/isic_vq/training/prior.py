@@ -27,6 +27,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.prior import PriorModel
+from isic_vq.training.clusters import fit_clusters
 from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
@@ -194,11 +195,18 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
         counts = len(set(cache.class_names())), without, len(cache.isic_ids)
         logger.info("%s: %d classes, %d of %d images without one", name, *counts)
     config = build_prior_config(tokenizer.config, recipe.model)
+    if config.num_clusters > len(train.isic_ids):
+        raise RecipeError(
+            f"model.num_clusters is {config.num_clusters}: expected at most the {len(train.isic_ids)} training images"
+        )
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in enumerate(class_names)}
     torch.manual_seed(recipe.loop.seed)
     prior = PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last)
     train_set, validation_set = (CodeGrids(cache, class_names) for cache in (train, validation))
+    fit_clusters(
+        prior, tokenizer.quantizer.codebook.cpu(), train_set.codes, train_set.labels, recipe.loop.seed
+    )
     task = PriorTask(prior, tokenizer, train_set, validation_set, recipe)
     task.sources = {
         "train": train.source,

@@ -1,0 +1,65 @@
+"""A global condition beside the class: the cluster that an image's codes fall into as a whole.
+
+The prior is told of an image's light and tint before its first code. A cluster is a k-means cluster of mean code vectors;
+the mean is linear in how often each code occurs, and so is the distance to a centre, but for a term that all centres share:
+a table with a score per code and cluster finds the nearest centre from codes alone. For several grids it is the mean of
+their means. The idea is that of Li et al., "Return of Unconditional Generation", arXiv 2312.03701, who draw a
+representation first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_prior import PriorConfig
+
+
+class ConditionEmbedding(nn.Embedding):
+    """A vector for each class, to which that of the cluster is added where the prior has clusters.
+
+    Args:
+        config: of the prior.
+        size: channels.
+    """
+
+    def __init__(self, config: PriorConfig, size: int):
+        super().__init__(config.unconditional_id + 1, size)
+        self.num_clusters = config.num_clusters
+        if config.num_clusters:
+            self.clusters = nn.Embedding(config.num_clusters, size)
+
+    def forward(self, conditions: Tensor) -> Tensor:
+        """Vectors `(B, size)` of conditions `(B,)`, see `PriorModel.conditions`."""
+        if not self.num_clusters:
+            return super().forward(conditions)
+        return super().forward(conditions // self.num_clusters) + self.clusters(
+            conditions % self.num_clusters
+        )
+
+
+def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Tensor:
+    """How often each code occurs in each image, `(B, K)` float64 with rows that sum to 1: the mean over its grids.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(B, ...)`): in [0, K).
+        sizes: codes of each grid.
+        num_codes: K.
+    """
+    flat = codes.flatten(1)
+    shares = torch.tensor([1 / (len(sizes) * size) for size in sizes], dtype=torch.float64)
+    shares = shares.repeat_interleave(torch.tensor(sizes)).to(codes.device)
+    frequencies = torch.zeros(len(codes), num_codes, dtype=torch.float64, device=codes.device)
+    return frequencies.scatter_add_(1, flat, shares.expand(flat.shape))
+
+
+def cluster_scores(codebook: Tensor, centres: Tensor) -> Tensor:
+    """Scores `(K, C)` of codes: the centre nearest to an image's mean code vector has the highest mean score.
+
+    |m - c|^2 = |m|^2 - 2 m c + |c|^2, and the mean m is that of its codes' vectors.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(K, D)`): vectors of the codes.
+        centres (`torch.Tensor` of shape `(C, D)`): of the clusters.
+    """
+    return codebook @ centres.T - centres.square().sum(1) / 2
