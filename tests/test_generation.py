@@ -394,7 +394,7 @@ def test_shards_that_are_not_of_the_set_are_not_mixed_in(model, tmp_path):
 def test_manifest_that_is_none_is_refused(model, tmp_path):
     for content in ("", "[1]", "{"):
         (tmp_path / "generation.json").write_text(content)
-        with pytest.raises(DataError, match="generation.json is no description of a set of images"):
+        with pytest.raises(DataError, match="generation.json does not hold settings"):
             make(model, tmp_path)
 
 

@@ -10,8 +10,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "isic_vq"
 # A part imports parts of a lower rank only; its own files import each other without a cycle.
 RANKS = {
     "allocator": 0,
-    "work": -1,  # beneath the files that it keeps others from
-    "files": 0,
+    "data.errors": -2,
+    "locks": -2,  # beneath the files that they keep others from
+    "files": -1,
+    "work": 0,
     "launch": 0,
     "registration": 0,  # holds the names of model classes and imports them when transformers is imported
     "models": 0,

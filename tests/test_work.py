@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from isic_vq import work
+from isic_vq import locks as locking
 from isic_vq.demo import server
 from isic_vq.files import beside, remove_leftovers
+from isic_vq.locks import InUseError, hold
 from isic_vq.models.repository import staging_folder
-from isic_vq.work import InUseError, differences, hold, told
+from isic_vq.work import differences, told
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from isic_vq.work import hold
+from isic_vq.locks import hold
 with hold(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])):
     if sys.argv[4] == "fork" and os.fork() == 0:
         print("held", flush=True)
@@ -70,8 +71,9 @@ def test_the_second_process_says_who_has_it_and_a_killed_one_has_it_no_more(hold
     first = holder(tmp_path / "run")
     with pytest.raises(InUseError) as error, hold(tmp_path / "run"):
         pytest.fail("held twice")
-    assert f"run is in use by process {first.pid} of host {work.HOST}: wait for it, end it, or choose" in str(
-        error.value
+    assert (
+        f"run is in use by process {first.pid} of host {locking.HOST}: wait for it, end it, or choose"
+        in str(error.value)
     )
     with hold(tmp_path / "other"):
         assert locks(tmp_path) == [".other.lock", ".run.lock"]
@@ -79,7 +81,7 @@ def test_the_second_process_says_who_has_it_and_a_killed_one_has_it_no_more(hold
     first.wait()
     assert locks(tmp_path) == [".run.lock"], "premise: a killed process leaves the file"
     with hold(tmp_path / "run"):
-        assert (tmp_path / ".run.lock").read_text().startswith(f"{os.getpid()} {work.HOST} ")
+        assert (tmp_path / ".run.lock").read_text().startswith(f"{os.getpid()} {locking.HOST} ")
     assert locks(tmp_path) == []
 
 
@@ -88,7 +90,7 @@ def test_a_process_may_hold_what_it_holds_until_the_last_block_ends(holder, tmp_
     with hold(target):
         with hold(tmp_path / "." / "run"):
             pass
-        script = "import sys; from pathlib import Path; from isic_vq.work import hold\nwith hold(Path(sys.argv[1])): pass"
+        script = "import sys; from pathlib import Path; from isic_vq.locks import hold\nwith hold(Path(sys.argv[1])): pass"
         done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True)
         assert f"in use by process {os.getpid()}" in done.stderr
     assert locks(tmp_path) == []
@@ -129,12 +131,12 @@ def test_without_locks_of_the_file_system_the_text_decides(tmp_path, monkeypatch
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(work.fcntl, "flock", no_locks)
+    monkeypatch.setattr(locking.fcntl, "flock", no_locks)
     gone = subprocess.Popen(["true"])
     gone.wait()
     lock = tmp_path / ".run.lock"
     for text, said in (
-        (f"{os.getppid()} {work.HOST} ", f"process {os.getppid()} of host {work.HOST}: wait for it"),
+        (f"{os.getppid()} {locking.HOST} ", f"process {os.getppid()} of host {locking.HOST}: wait for it"),
         (f"{gone.pid} elsewhere ", f"process {gone.pid} of host elsewhere: if it is gone, delete .run.lock"),
     ):
         lock.write_text(text)
@@ -142,7 +144,7 @@ def test_without_locks_of_the_file_system_the_text_decides(tmp_path, monkeypatch
             pytest.fail("held twice")
         assert lock.read_text() == text
     assert not caplog.text
-    lock.write_text(f"{gone.pid} {work.HOST} ")
+    lock.write_text(f"{gone.pid} {locking.HOST} ")
     with hold(tmp_path / "run"):
         assert lock.read_text().startswith(f"{os.getpid()} ")
     assert f"took over from process {gone.pid} of this host, which is gone" in caplog.text
@@ -166,7 +168,7 @@ def test_an_error_of_the_block_lets_go(tmp_path):
 def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here, there = f"{gone.pid}-{work.HOST}", f"{gone.pid}-elsewhere"
+    here, there = f"{gone.pid}-{locking.HOST}", f"{gone.pid}-elsewhere"
     for name in (f".a.png.{here}.tmp", f".b.png.{gone.pid}.tmp", f".c.{there}.tmp", ".notes.tmp", "d.tmp"):
         (tmp_path / name).write_text("half")
     living = beside(tmp_path / "e.png", "tmp")
@@ -253,12 +255,13 @@ def test_commands_say_who_is_at_their_output(run, tiny_run, tmp_path):
     }
     for name, command in commands.items():
         with (tmp_path / f".{name}.lock").open("w") as lock:
-            work.fcntl.flock(lock, work.fcntl.LOCK_EX)
-            lock.write(f"4321 {work.HOST} ")
+            locking.fcntl.flock(lock, locking.fcntl.LOCK_EX)
+            lock.write(f"4321 {locking.HOST} ")
             lock.flush()
             code, _, stderr = run(*command)
         assert code == 1, name
         assert (
-            f"error: {name} is in use by process 4321 of host {work.HOST}: wait for it, end it, or" in stderr
+            f"error: {name} is in use by process 4321 of host {locking.HOST}: wait for it, end it, or"
+            in stderr
         )
         assert not (tmp_path / name).exists(), name

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isic_vq.work import HOST, hold, is_running
+from isic_vq.locks import HOST, hold, is_running
 
 if TYPE_CHECKING:
     from torch import Tensor

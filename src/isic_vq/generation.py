@@ -1,13 +1,11 @@
-"""Large sets of images, generated in shards by one process or by many that never talk to each other.
+"""Large sets of images, generated in shards, the pieces of a `Work`.
 
-Shard k holds the images [k S, (k + 1) S) and is made by process k mod world; image i depends on the settings and i
-alone. So any number of processes makes the same files, and a run that was interrupted, even by kill -9, goes on
-where it stopped: a shard that is there is whole, because it arrives by a rename.
+Shard k holds the images [k S, (k + 1) S); image i depends on the settings and i alone, so that any number of processes
+makes the same files.
 """
 
 import fnmatch
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from isic_vq import __version__
 from isic_vq.data.schema import DataError
@@ -30,13 +27,13 @@ from isic_vq.data.shards import (
     to_png,
     write_shard,
 )
-from isic_vq.files import write_atomically
 from isic_vq.launch import check_process
+from isic_vq.locks import hold
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.pixelcnn_sampler import BACKENDS
 from isic_vq.models.sampling import Sampling
-from isic_vq.work import differences, hold, told
+from isic_vq.work import Work, settings_bytes
 
 MANIFEST = "generation.json"
 
@@ -47,31 +44,20 @@ class _Generation:
 
     Attributes:
         model: what generates.
-        folder: where the shards go.
+        work: its pieces are the shards.
         settings: all that decides a byte of them, as `generation.json` has it.
         labels: class ids `(L,)` int64; image i is of class `labels[i % L]`.
     """
 
     model: IsicVQModel
-    folder: Path
+    work: Work
     settings: dict[str, Any]
     labels: torch.Tensor
 
     @property
-    def manifest(self) -> bytes:
-        return f"{json.dumps(self.settings, indent=2)}\n".encode()
-
-    @property
     def run(self) -> str:
         """The settings as 16 hexadecimal digits."""
-        return hashlib.sha256(self.manifest).hexdigest()[:16]
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.settings["num_images"] // self.settings["images_per_shard"])
-
-    def path(self, shard: int) -> Path:
-        return self.folder / shard_name(shard, self.num_shards, self.settings["format"])
+        return hashlib.sha256(settings_bytes(self.settings)).hexdigest()[:16]
 
     def indices(self, shard: int) -> range:
         """Images of a shard."""
@@ -145,9 +131,12 @@ def generate_shards(
         model.cluster_ids(cluster, 1)
         asked["cluster"] = cluster
     _check_settings(asked, model.config.vqvae_config.num_codes)
-    generation = _Generation(model, output, {**asked, **_origin(model, asked["backend"])}, ids)
+    num_shards = -(-num_images // images_per_shard)
+    names = [shard_name(shard, num_shards, format) for shard in range(num_shards)]
+    work = Work(output, names, "shards", rank, world)
+    generation = _Generation(model, work, {**asked, **_origin(model, asked["backend"])}, ids)
     with hold(output, rank, world), _one_thread():
-        return _make_shards(generation, rank, world, progress)
+        return _make_shards(generation, progress)
 
 
 def _as_floats(sampling: dict[str, Any]) -> dict[str, Any]:
@@ -206,90 +195,47 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _make_shards(generation: _Generation, rank: int, world: int, progress: bool) -> tuple[int, int]:
+def _make_shards(generation: _Generation, progress: bool) -> tuple[int, int]:
     """Make the missing ones of a process's shards; returns how many, and how many were there."""
-    own = range(rank, generation.num_shards, world)
-    present = _open_folder(generation)
-    _remove_leftovers(generation, own, present)
-    kept = [shard for shard in own if generation.path(shard).name in present]
+    work, class_names = generation.work, list(generation.model.config.class_names.values())
+    _open_folder(generation)
+    missing = work.missing
+    kept = sorted(set(work.own) - set(missing))
     for shard in kept:
         _check_shard(generation, shard)
-    missing = sorted(set(own) - set(kept))
-    bar = tqdm(
-        total=sum(len(generation.indices(shard)) for shard in own),
-        initial=sum(len(generation.indices(shard)) for shard in kept),
-        disable=not progress or rank != 0,
-        unit="image",
-        desc="generating" if world == 1 else f"process 0 of {world}",
-        mininterval=1,
-    )
-    made = 0
-    with bar:
-        try:
-            for shard in missing:
-                samples = []
-                for sample in _samples(generation, shard):
-                    samples.append(sample)
-                    bar.update()
-                with _named(generation.path(shard)):
-                    write_shard(
-                        generation.path(shard), samples, list(generation.model.config.class_names.values())
-                    )
-                made += 1
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(
-                f"{len(kept) + made} of {len(own)} shards are finished; run the same command to go on"
-            ) from error
-    return made, len(kept)
+    total, initial = (sum(len(generation.indices(shard)) for shard in part) for part in (work.own, kept))
+    title = "generating" if work.world == 1 else f"process 0 of {work.world}"
+    with work.progress(total, initial, title, progress and work.rank == 0) as bar:
+        for shard in missing:
+            samples = []
+            for sample in _samples(generation, shard):
+                samples.append(sample)
+                bar.update()
+            with work.named(work.path(shard)):
+                write_shard(work.path(shard), samples, class_names)
+    return len(missing), len(kept)
 
 
-def _open_folder(generation: _Generation) -> set[str]:
-    """Begin the folder, or check that it was begun with the same settings; returns the names in it."""
-    generation.folder.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in generation.folder.iterdir()}
-    path = generation.folder / MANIFEST
-    ours: set[str] = set()
-    if MANIFEST in present:
-        _check_manifest(path, generation.settings)
-        ours = {generation.path(shard).name for shard in range(generation.num_shards)}
-    strangers = sorted(set(fnmatch.filter(present, SHARD_PATTERN)) - ours)
-    if strangers:
-        raise DataError(
-            f"{generation.folder} holds {strangers[0]}, which is not of this set of images: choose another folder, or "
-            "move the file away"
-        )
+def _open_folder(generation: _Generation) -> None:
+    """Begin the folder, or check that it was begun with the same settings."""
+    work = generation.work
+    work.folder.mkdir(parents=True, exist_ok=True)
+    present = {path.name for path in work.folder.iterdir()}
     if MANIFEST not in present:
         next(_samples(generation, 0))  # a setting that the model refuses must not become the folder's
-        with _named(path):  # every process writes the same
-            write_atomically(path, generation.manifest)
-    return present
-
-
-def _check_manifest(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse other settings than those of the manifest."""
-    try:
-        begun = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    others = set(fnmatch.filter(present, SHARD_PATTERN)) - set(work.names if MANIFEST in present else ())
+    if MANIFEST in present or not others:
+        work.begin(generation.settings, MANIFEST)
+    if others:
         raise DataError(
-            f"{path} is no description of a set of images ({error}): choose another folder"
-        ) from error
-    if different := differences(begun, settings):
-        raise ValueError(
-            f"{path.parent} was begun with {told(different)}: go on with the same settings, or choose another folder"
+            f"{work.folder} holds {min(others)}, which is not of this set of images: choose another folder, or "
+            "move the file away"
         )
-
-
-def _remove_leftovers(generation: _Generation, own: range, present: set[str]) -> None:
-    """Remove the halves of own shards that a killed process left behind, whatever its rank was."""
-    names = {generation.path(shard).name for shard in own}
-    for leftover in fnmatch.filter(present, f".{SHARD_PATTERN}.tmp"):
-        if leftover.removeprefix(".").rsplit(".", 2)[0] in names:  # without the process id
-            (generation.folder / leftover).unlink(missing_ok=True)
 
 
 def _check_shard(generation: _Generation, shard: int) -> None:
     """Refuse a file that is not the shard it is named like."""
-    path, way_out = generation.path(shard), "delete it and run the same command again"
+    path, way_out = generation.work.path(shard), "delete it and run the same command again"
     try:
         samples = read_shard(path)
     except DataError as error:
@@ -328,14 +274,3 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
                 isic_vq=settings["isic_vq"],
                 run=generation.run,
             )
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let an error of the disk name the file, which a full disk does not by itself."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; finished shards stay, the same command goes on", str(path)
-        ) from error

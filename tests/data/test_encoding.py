@@ -12,7 +12,7 @@ import torch
 
 from isic_vq.data import encoding as encoding_module
 from isic_vq.data.code_cache import read_code_cache
-from isic_vq.data.encoding import SETTINGS, Encoding, encode_source, encode_to_file
+from isic_vq.data.encoding import Encoding, encode_source, encode_to_file
 from isic_vq.data.parts import open_part
 from isic_vq.data.schema import DataError
 from isic_vq.models.configuration_vqvae import VQVAEConfig
@@ -121,7 +121,7 @@ def test_chunks_of_other_settings_are_refused(change, named, tmp_path):
     assert encode_to_file(make_encoding(), output, 0, 2) is None
     with pytest.raises(DataError, match=f"codes.parquet.parts was begun with {named}.*: go on with the same"):
         encode_to_file(make_encoding(**change), output, 1, 2)
-    assert json.loads((tmp_path / "codes.parquet.parts" / SETTINGS).read_text())["num_views"] == 2
+    assert json.loads((tmp_path / "codes.parquet.parts" / "settings.json").read_text())["num_views"] == 2
 
 
 def test_corrupt_images_are_counted_over_all_chunks(image_folder, tmp_path):

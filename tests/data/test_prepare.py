@@ -240,7 +240,7 @@ def test_a_begun_folder_is_not_gone_on_with_otherwise(sources, tmp_path, monkeyp
         prepare(tmp_path / "out", sources, SMALL)
     with pytest.raises(
         DataError,
-        match=r"out was begun with other settings or sources \(quality = 95, and this is 90\): go on with the same",
+        match=r"out/.work was begun with quality = 95, and this is 90: go on with the same",
     ):
         prepare(tmp_path / "out", sources, Preparation(size=32, rows_per_shard=10, quality=90))
 

@@ -45,8 +45,8 @@ def compress(
     from isic_vq.codec.tables import training_code_counts
     from isic_vq.files import write_atomically
     from isic_vq.hub import load_model
+    from isic_vq.locks import hold
     from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.work import hold
 
     quiet_transformers()
     loaded = load_model(IsicVQModel, model)

@@ -1,11 +1,8 @@
-"""Encode a data set in chunks, by one process or by several that never talk to each other, and join them in a cache.
+"""Encode a data set in chunks, the pieces of a `Work`, and join them in a cache.
 
-A chunk is a range of rows, or a part of a source that is streamed. Process r makes every chunk whose number is r modulo
-their number, and whoever finds all chunks finished joins them. So a run that was interrupted, even by kill -9, goes on
-where it stopped: a chunk that is there is whole, because it arrives by a rename.
+A chunk is a range of rows, or a part of a source that is streamed. Whoever finds all chunks finished joins them.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +23,12 @@ from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.sources.base import read_parts
 from isic_vq.files import write_atomically
+from isic_vq.locks import hold
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.work import differences, hold, told
+from isic_vq.work import Work
 
 CHUNK_SIZE = 256  # rows
-SETTINGS = "settings.json"
 _SCHEMA = pa.schema(
     [("isic_id", pa.string()), ("diagnosis", pa.string()), ("codes", pa.binary()), ("error", pa.string())]
 )
@@ -141,45 +138,38 @@ def encode_to_file(
         InUseError: another launch is at it.
         OSError: a file cannot be written; it is named.
     """
+    chunks, folder = encoding.chunks(), output.with_name(f"{output.name}.parts")
+    names = [f"chunk-{number:06d}.parquet" for number in range(len(chunks))]
+    work = Work(folder, names, "chunks", rank, world)
     with hold(output, rank, world):
-        return _encode_to_file(encoding, output, rank, world, progress)
-
-
-def _encode_to_file(encoding: Encoding, output: Path, rank: int, world: int, progress: bool) -> int | None:
-    work = output.with_name(f"{output.name}.parts")
-    if (number := _written(encoding, output, work)) is not None:
-        return number
-    _open_work(work, encoding)
-    chunks = encoding.chunks()
-    paths = [work / f"chunk-{number:06d}.parquet" for number in range(len(chunks))]
-    own = range(rank, len(chunks), world)
-    missing = [number for number in own if not paths[number].exists()]
-    there = sum(pq.read_metadata(paths[number]).num_rows for number in own if number not in missing)
-    share = -(-encoding.source.num_images // world)
-    counter = SkipCounter(encoding.max_corrupt_share, share)
-    with tqdm(total=share, initial=there, unit="image", desc="encoding", disable=not progress) as bar:
-        for done, number in enumerate(missing, len(own) - len(missing)):
-            try:
+        if (number := _written(encoding, output, folder)) is not None:
+            return number
+        work.begin(encoding.settings)
+        missing = work.missing
+        there = sum(
+            pq.read_metadata(work.path(number)).num_rows for number in work.own if number not in missing
+        )
+        share = -(-encoding.source.num_images // world)
+        counter = SkipCounter(encoding.max_corrupt_share, share)
+        with work.progress(share, there, "encoding", progress) as bar:
+            for number in missing:
                 table = _encode_chunk(encoding, chunks[number], counter)
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(
-                    f"{done} of {len(own)} chunks are finished; run the same command to go on"
-                ) from error
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd")
-            write_atomically(paths[number], sink.getvalue().to_pybytes())
-            bar.update(table.num_rows)
-    if not all(path.exists() for path in paths):
-        return _written(encoding, output, work)
-    try:
-        cache = _join(encoding, [pq.read_table(path) for path in paths])
-    except FileNotFoundError:
-        if (number := _written(encoding, output, work)) is None:
-            raise
-        return number
-    write_code_cache(cache, output)
-    shutil.rmtree(work, ignore_errors=True)  # which another process may be removing, too
-    return len(cache.isic_ids)
+                sink = pa.BufferOutputStream()
+                pq.write_table(table, sink, compression="zstd")
+                with work.named(work.path(number)):
+                    write_atomically(work.path(number), sink.getvalue().to_pybytes())
+                bar.update(table.num_rows)
+        try:
+            if not all((folder / name).exists() for name in names):
+                return _written(encoding, output, folder)
+            cache = _join(encoding, [pq.read_table(folder / name) for name in names])
+        except FileNotFoundError:  # another process has joined them in between
+            if (number := _written(encoding, output, folder)) is None:
+                raise
+            return number
+        write_code_cache(cache, output)
+        shutil.rmtree(folder, ignore_errors=True)  # which another process may be removing, too
+        return len(cache.isic_ids)
 
 
 def _written(encoding: Encoding, output: Path, work: Path) -> int | None:
@@ -193,18 +183,6 @@ def _written(encoding: Encoding, output: Path, work: Path) -> int | None:
         return None
     shutil.rmtree(work, ignore_errors=True)
     return len(cache.isic_ids)
-
-
-def _open_work(work: Path, encoding: Encoding) -> None:
-    """Begin the folder of chunks, or check that it was begun with the same settings."""
-    path = work / SETTINGS
-    if path.is_file():
-        begun = json.loads(path.read_text())
-        if different := differences(begun, encoding.settings):
-            raise DataError(
-                f"{work.name} was begun with {told(different)}: go on with the same, or remove the folder"
-            )
-    write_atomically(path, json.dumps(encoding.settings).encode())
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Prepare images for training: any sources in, shards at the training size out, with splits and a manifest.
 
-Work is done in units, one part of one source each, by any number of processes; a unit's file is whole or not there, so
-that a call that was interrupted, even by kill -9, goes on where it was. What follows needs all units and is quick:
-near-duplicates, splits, shards. The bytes of the result depend on the sources and settings alone.
+Images are read and resized in units, one part of one source each, the pieces of a `Work`, by any number of processes.
+What follows needs all units and is quick: near-duplicates, splits, shards. The bytes of the result depend on the sources
+and settings alone.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from PIL import Image
-from tqdm import tqdm
 
 from isic_vq import __version__
 from isic_vq.data.classes import Classes, ordered_classes
@@ -51,13 +50,14 @@ from isic_vq.data.sources.manifest import (
 )
 from isic_vq.data.splits import SPLITS, Assignment, Stratum, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
+from isic_vq.locks import hold
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
-from isic_vq.work import differences, hold, told
+from isic_vq.work import SETTINGS, Work, differences, told
 
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
-SETTINGS = "settings.json"
+FIXED = ("size", "encoding", "quality", "format")  # settings that a folder has one of, however it is extended
 UNREADABLE = "unreadable: "  # what the reason of an image begins with that could not be read
 _NO_IMAGE = "the record has no image"
 _UNIT = pyarrow.schema([*IMAGE_COLUMNS, ("image", pyarrow.binary())])
@@ -150,42 +150,41 @@ def prepare(
         OSError: a file cannot be written; it is named.
     """
     with hold(output):
-        return _prepare(output, sources, preparation, workers, extend, progress, classes)
+        found = [(split, find_source(uri, classes)) for split, uri in sources]
+        if not found:
+            raise ValueError("nothing to prepare: name at least one source")
+        units = {
+            f"{i:02d}-{j:06d}.parquet": (source, part)
+            for i, (_, source) in enumerate(found)
+            for j, part in enumerate(source.parts())
+        }
+        infos = [asdict(source.describe()) for _, source in found]
+        settings = _settings(preparation, found, infos)
+        old, work = _open_folder(output, settings, extend), Work(output / WORK, list(units), "parts")
+        if old is not None and old.settings == settings:
+            logger.info("%s is finished with these settings already", output.name)
+            begun = work.folder / SETTINGS
+            if not begun.is_file() or json.loads(begun.read_text()) == settings:
+                shutil.rmtree(work.folder, ignore_errors=True)  # killed while it removed its work
+            return old
+        work.begin(settings)
+        calls = [(*unit, work.folder / name, preparation) for name, unit in units.items()]
+        _make_units(work, calls, workers, sum(info["num_images"] for info in infos), progress)
+        return _finish(output, work, found, infos, settings, preparation, old)
 
 
-def _prepare(
+def _finish(
     output: Path,
-    sources: Sequence[tuple[str | None, str]],
+    work: Work,
+    sources: Sequence[tuple[str | None, Source]],
+    infos: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
     preparation: Preparation,
-    workers: int,
-    extend: bool,
-    progress: bool,
-    classes: Classes | None,
+    old: Manifest | None,
 ) -> Manifest:
-    found = [(split, find_source(uri, classes)) for split, uri in sources]
-    if not found:
-        raise ValueError("nothing to prepare: name at least one source")
-    parts = [source.parts() for _, source in found]
-    infos = [asdict(source.describe()) for _, source in found]
-    settings = _settings(preparation, found, infos)
-    old = _open_folder(output, settings, extend)
-    work = output / WORK
-    if old is not None and old.settings == settings:
-        logger.info("%s is finished with these settings already", output.name)
-        begun = work / SETTINGS
-        if (
-            not begun.is_file() or json.loads(begun.read_text()) == settings
-        ):  # killed while it removed its work
-            shutil.rmtree(work, ignore_errors=True)
-        return old
-    units = [
-        (source, part, work / f"{i:02d}-{j:06d}.parquet")
-        for i, (_, source) in enumerate(found)
-        for j, part in enumerate(parts[i])
-    ]
-    _make_units(units, preparation, workers, sum(info["num_images"] for info in infos), progress)
-    paths = [path for _, _, path in units]
-    rows, wanted = _read_rows(paths, [split for split, _ in found])
+    """Write shards and manifest once all units are there, and remove these."""
+    paths = [work.folder / name for name in work.names]
+    rows, wanted = _read_rows(paths, [split for split, _ in sources])
     _check_unreadable(rows, preparation.max_corrupt_share)
     old_rows = read_images(output) if old is not None else []
     pairs = _assign(rows, wanted, old_rows, preparation)
@@ -205,11 +204,11 @@ def _prepare(
         },
         strata=[asdict(stratum) for stratum in _strata(everything)],
         duplicates=report,
-        classes=_classes([source.classes for _, source in found], old, everything),
+        classes=_classes([source.classes for _, source in sources], old, everything),
     )
     write_atomically(output / IMAGES, images_bytes(everything))
     manifest.write(output)
-    shutil.rmtree(work)
+    shutil.rmtree(work.folder)
     return manifest
 
 
@@ -252,97 +251,58 @@ def _settings(
 
 
 def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Manifest | None:
-    """Begin the folder's work, or check that it was begun with the same settings; returns a finished one's manifest."""
+    """The manifest of a finished folder that is the one asked for, or may be extended; None of one that is not finished."""
     old = Manifest.read(output) if (output / MANIFEST).is_file() else None
-    if extend and old is None:
-        raise DataError(
-            f"{output.name} is not finished, so it cannot be extended: prepare it without --extend first"
-        )
-    if old is not None and old.settings == settings:
-        return old
-    if old is not None and not extend:
-        raise DataError(
-            f"{output.name} is finished and was prepared with other settings or sources "
-            f"({told(differences(old.settings, settings))}): choose another folder, or add to it with --extend"
-        )
-    if old is not None:
-        for key in ("size", "encoding", "quality", "format"):
-            if old.settings[key] != settings[key]:
-                raise DataError(
-                    f"{output.name} was prepared with {key} = {old.settings[key]!r}, and this is {settings[key]!r}: extend "
-                    "it with the same"
-                )
-    begun = output / WORK / SETTINGS
-    if begun.is_file():
-        if json.loads(begun.read_text()) != settings:
+    if old is None:
+        if extend:
             raise DataError(
-                f"{output.name} was begun with other settings or sources "
-                f"({told(differences(json.loads(begun.read_text()), settings))}): go on with the same, or remove {WORK} in it"
+                f"{output.name} is not finished, so it cannot be extended: prepare it without --extend first"
             )
-        for leftover in begun.parent.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        return old
-    strangers = (
-        sorted(
-            path.name
-            for path in output.glob("*")
-            if old is None and path.name != WORK and path.suffix != ".lock"
-        )
-        if output.is_dir()
-        else []
-    )
-    if strangers:
+        others = {path.name for path in output.glob("*") if path.name != WORK and path.suffix != ".lock"}
+        if others and not (output / WORK / SETTINGS).is_file():
+            raise DataError(
+                f"{output.name} holds {min(others)}, which is not of this preparation: choose an empty folder"
+            )
+        return None
+    different = differences(old.settings, settings)
+    if different and not extend:
         raise DataError(
-            f"{output.name} holds {strangers[0]}, which is not of this preparation: choose an empty folder"
+            f"{output.name} is finished and was prepared with other settings or sources ({told(different)}): choose "
+            "another folder, or add to it with --extend"
         )
-    write_atomically(begun, (json.dumps(settings, indent=2) + "\n").encode())
+    fixed = {key: values for key, values in different.items() if key in FIXED}
+    if fixed:
+        raise DataError(f"{output.name} was prepared with {told(fixed)}: extend it with the same")
     return old
 
 
 def _make_units(
-    units: Sequence[tuple[Source, Any, Path]],
-    preparation: Preparation,
-    workers: int,
-    num_images: int,
-    progress: bool,
+    work: Work, calls: Sequence[tuple[Any, ...]], workers: int, num_images: int, progress: bool
 ) -> None:
-    """Make the units that are not there yet."""
-    missing = [unit for unit in units if not unit[2].exists()]
-    there = sum(pyarrow.parquet.read_metadata(path).num_rows for _, _, path in units if path.exists())
-    done = len(units) - len(missing)
-    with tqdm(total=num_images, initial=there, unit="image", desc="preparing", disable=not progress) as bar:
-        try:
-            for number in _run([(_make_unit, (*unit, preparation)) for unit in missing], workers):
-                bar.update(number)
-                done += 1
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(
-                f"{done} of {len(units)} parts are finished; run the same command to go on"
-            ) from error
+    """Make the units that are not there yet; `calls` are the arguments of `_make_unit` for all of them."""
+    missing = work.missing
+    there = (work.path(number) for number in work.own if number not in missing)
+    initial = sum(pyarrow.parquet.read_metadata(path).num_rows for path in there)
+    with work.progress(num_images, initial, "preparing", progress) as bar:
+        for number in _run(_make_unit, [calls[number] for number in missing], workers):
+            bar.update(number)
 
 
-def _run(calls: Sequence[tuple[Callable[..., int], tuple[Any, ...]]], workers: int) -> Iterator[int]:
-    """Yield the results of calls as they come, from so many processes; two calls per process wait at most."""
+def _run(function: Callable[..., int], calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+    """Yield the results of calls as they come, from so many processes."""
     if workers <= 1:
-        yield from (function(*arguments) for function, arguments in calls)
+        yield from (function(*arguments) for arguments in calls)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    remaining, running = iter(calls), set[Future[int]]()
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_leave_with, initargs=(os.getpid(),)
     ) as pool:
         try:
-            while True:
-                while len(running) < 2 * workers and (call := next(remaining, None)) is not None:
-                    running.add(pool.submit(call[0], *call[1]))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+            futures = [pool.submit(function, *arguments) for arguments in calls]
+            yield from (future.result() for future in as_completed(futures))
         finally:
-            for future in running:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def _leave_with(parent: int) -> None:

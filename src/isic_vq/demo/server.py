@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from isic_vq.work import HOST, is_running
+from isic_vq.locks import HOST, is_running
 
 UPLOADS = f"isic-vq-demo-{HOST}-"  # and the server's process id: temporary folders of uploads
 

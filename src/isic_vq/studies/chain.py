@@ -18,15 +18,13 @@ from isic_vq.data.parts import open_part
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.studies.student import check_settings
 from isic_vq.training.load import build_recipe
 from isic_vq.training.prior import train_prior
 from isic_vq.training.recipe import PriorRecipe, Recipe, VQVAERecipe, public_recipe
 from isic_vq.training.vqvae import train_vqvae
+from isic_vq.work import begin
 
 logger = logging.getLogger(__name__)
-
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ class Chain:
             ValueError: the folder was begun with other settings.
             DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
         """
-        self._check_settings()
+        recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
+        settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
+        begin(self.folder, {**settings, "views": self.views})
         tokenizer, codes = self._tokenizer_recipe(), self.folder / "vqvae" / "model"
         if not (self.folder / "vqvae" / "report.json").is_file():
             train_vqvae(tokenizer, resume=True)
@@ -93,12 +93,6 @@ class Chain:
         }
         loop = {**self.prior.get("loop", {}), "seed": self.seed}
         return build_recipe(PriorRecipe, {**self.prior, **places, "loop": loop})
-
-    def _check_settings(self) -> None:
-        """Note the settings in the folder, or compare them with those that it was begun with."""
-        recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
-        settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
-        check_settings(self.folder / SETTINGS, {**settings, "views": self.views})
 
 
 def _encode(tokenizer: Path, uri: str, output: Path, views: int) -> None:

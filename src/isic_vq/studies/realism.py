@@ -31,11 +31,11 @@ from isic_vq.studies.student import (
     ImageReader,
     LabelledImages,
     Student,
-    check_settings,
     study_records,
     tested_logits,
     two_level_interval,
 )
+from isic_vq.work import begin
 
 PAIRS = (("real", "reconstructions"), ("reconstructions", "samples"), ("real", "samples"))
 PARTS = ("train", "test")
@@ -82,7 +82,7 @@ def evaluate_realism(
     train_records, classes, train_about = study_records(train, None, limit, generated)
     test_records, _, test_about = study_records(test, classes, limit, generated)
     settings = {"train": train_about, "test": test_about, "student": asdict(student)}
-    check_settings(work_dir / "settings.json", settings)
+    begin(work_dir, settings)
     read = ImageReader(student.image_size, classes)
     sets: dict[str, dict[str, Tensor]] = {}
     for seed, (part, records) in enumerate(zip(PARTS, (train_records, test_records), strict=True)):

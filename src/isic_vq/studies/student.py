@@ -38,7 +38,6 @@ from isic_vq.training.classifier import (
     recoloured,
 )
 from isic_vq.training.loop import learning_rate_scale
-from isic_vq.work import differences, told
 
 logger = logging.getLogger(__name__)
 
@@ -240,17 +239,3 @@ def study_records(
 def _float_batches(pixels: Tensor, size: int) -> Iterator[Tensor]:
     """Batches of images in [0, 1] of images `(N, 3, H, W)` uint8."""
     return (batch.float() / 255 for batch in pixels.split(size))
-
-
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Note a study's settings in its folder, or compare them with those that it was begun with.
-
-    Raises:
-        ValueError: they differ.
-    """
-    different = differences(json.loads(path.read_text()), settings) if path.is_file() else {}
-    if different:
-        raise ValueError(
-            f"{path.parent.name} was begun with {told(different)}: choose another work folder, or remove this one"
-        )
-    write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())

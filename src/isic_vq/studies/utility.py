@@ -32,12 +32,12 @@ from isic_vq.studies.student import (
     LabelledImages,
     Statistic,
     Student,
-    check_settings,
     study_records,
     tested_logits,
     two_level_interval,
 )
 from isic_vq.training.classifier import Measure, measures
+from isic_vq.work import begin
 
 ARMS = ("real", "synthetic", "real+synthetic")
 
@@ -90,7 +90,7 @@ def evaluate_utility(
     if missing := [name for name in auc_of or () if name not in classes]:
         raise ValueError(f"auc_of names {', '.join(missing)}: expected some of {', '.join(classes)}")
     settings = {"train": train_about, "test": test_about, "student": asdict(student)}
-    check_settings(work_dir / "settings.json", settings)
+    begin(work_dir, settings)
     read = ImageReader(student.image_size, classes)
     real, tested = read(train_records), read(test_records)
 

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from isic_vq.locks import hold
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import Recipe
 from isic_vq.training.run import open_run
 from isic_vq.training.task import Task
-from isic_vq.work import hold
 
 logger = logging.getLogger(__name__)
 
