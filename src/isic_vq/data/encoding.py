@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from isic_vq.data.augmentation import NUM_VIEWS, dihedral
 from isic_vq.data.code_cache import CodeCache, read_code_cache, tokenizer_hash, write_code_cache
-from isic_vq.data.loading import NUM_NAMED_SKIPS, SkipCounter, decoded_batches
+from isic_vq.data.loading import SkipCounter, check_share, decoded_batches
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.sources.base import read_parts
@@ -217,12 +217,7 @@ def _join(encoding: Encoding, tables: list[pa.Table]) -> CodeCache:
     errors = [error for error in table["error"].to_pylist() if error is not None]
     if len(errors) == table.num_rows:
         raise DataError(f"{encoding.source.name} holds no readable image")
-    if len(errors) > encoding.max_corrupt_share * table.num_rows:
-        raise DataError(
-            f"{len(errors)} of {table.num_rows} images are corrupt, more than the allowed share of "
-            f"{encoding.max_corrupt_share:g}, for example {'; '.join(errors[:NUM_NAMED_SKIPS])}. Replace or remove them, "
-            "or allow a larger share."
-        )
+    check_share(errors, len(errors), table.num_rows, encoding.max_corrupt_share)
     sound = table.filter(pa.compute.is_valid(table["codes"]))
     return CodeCache(
         codes=_codes(sound["codes"].to_pylist(), encoding.shape),

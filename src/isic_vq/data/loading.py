@@ -169,11 +169,18 @@ class SkipCounter:
     def _check(self, num_images: int) -> None:
         """Raise if more than the allowed share of this many images is corrupt."""
         if self.num_skipped > self.max_share * num_images:
-            examples = "; ".join(list(self._logged.values())[:NUM_NAMED_SKIPS])
-            raise DataError(
-                f"{self.num_skipped} of {self.num_images} images are corrupt, more than the allowed share of "
-                f"{self.max_share:g}, for example {examples}. Replace or remove them, or allow a larger share."
-            )
+            check_share(list(self._logged.values()), self.num_skipped, self.num_images, self.max_share)
+
+
+def check_share(
+    reasons: Sequence[str], num_bad: int, num_images: int, max_share: float, word: str = "corrupt"
+) -> None:
+    """Raise DataError if more than a share of images cannot be used; some of the reasons are named."""
+    if num_bad > max_share * num_images:
+        raise DataError(
+            f"{num_bad} of {num_images} images are {word}, more than the allowed share of {max_share:g}, for example "
+            f"{'; '.join(reasons[:NUM_NAMED_SKIPS])}. Replace or remove them, or allow a larger share."
+        )
 
 
 def collate(items: list[dict[str, Any]], views: Views | None = None) -> Batch:

@@ -12,6 +12,9 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -21,6 +24,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import torch
 from PIL import Image
 
 from isic_vq import __version__
@@ -33,6 +37,7 @@ from isic_vq.data.duplicates import (
     signature,
 )
 from isic_vq.data.licenses import license_id
+from isic_vq.data.loading import check_share
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import Source, find_source
 from isic_vq.data.sources.manifest import (
@@ -50,7 +55,7 @@ from isic_vq.data.sources.manifest import (
 )
 from isic_vq.data.splits import SPLITS, Assignment, Stratum, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
-from isic_vq.locks import hold
+from isic_vq.locks import HOST, hold, is_running
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.work import SETTINGS, Work, differences, told
 
@@ -59,7 +64,6 @@ logger = logging.getLogger(__name__)
 WORK = ".work"
 FIXED = ("size", "encoding", "quality", "format")  # settings that a folder has one of, however it is extended
 UNREADABLE = "unreadable: "  # what the reason of an image begins with that could not be read
-_NO_IMAGE = "the record has no image"
 _UNIT = pyarrow.schema([*IMAGE_COLUMNS, ("image", pyarrow.binary())])
 
 
@@ -111,11 +115,8 @@ class Preparation:
     def encode(self, square: Any) -> bytes:
         """A PNG or JPEG file of pixels (height, width, 3)."""
         buffer = io.BytesIO()
-        picture = Image.fromarray(square)
-        if self.encoding == "png":
-            picture.save(buffer, format="PNG", optimize=False)
-        else:
-            picture.save(buffer, format="JPEG", quality=self.quality, subsampling=0)
+        options = {"quality": self.quality, "subsampling": 0} if self.encoding == "jpeg" else {}
+        Image.fromarray(square).save(buffer, format=self.encoding, **options)
         return buffer.getvalue()
 
 
@@ -183,9 +184,17 @@ def _finish(
     old: Manifest | None,
 ) -> Manifest:
     """Write shards and manifest once all units are there, and remove these."""
-    paths = [work.folder / name for name in work.names]
-    rows, wanted = _read_rows(paths, [split for split, _ in sources])
-    _check_unreadable(rows, preparation.max_corrupt_share)
+    paths, rows, wanted = [work.folder / name for name in work.names], [], []
+    for path in paths:
+        unit = pyarrow.parquet.read_table(path, columns=IMAGE_COLUMNS.names).to_pylist()
+        rows += unit
+        wanted += [sources[int(path.name.partition("-")[0])][0]] * len(unit)  # the source's split
+    bad = [
+        f"{r['isic_id']}: {r['reason'].removeprefix(UNREADABLE)}" for r in rows if r["split"] == "excluded"
+    ]
+    if len(bad) == len(rows):
+        raise DataError("no image is left to prepare: check the sources and the licences")
+    check_share(bad, len(bad), len(rows), preparation.max_corrupt_share, "unreadable")
     old_rows = read_images(output) if old is not None else []
     pairs = _assign(rows, wanted, old_rows, preparation)
     shards = _write_shards(output, paths, rows, preparation, old.shards if old is not None else [])
@@ -229,25 +238,19 @@ def _settings(
     infos: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """All that decides the bytes of the folder."""
-    named = [
-        {"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}}
-        | (
-            {}
-            if source.classes.is_default
-            else {"classes": [list(source.classes.names), source.classes.others]}
-        )
-        for (split, source), info in zip(sources, infos, strict=True)
-    ]
-    versions = {
-        "isic_vq": __version__,
-        **{name: metadata.version(name) for name in ("pillow", "pyarrow", "ImageHash")},
-    }
-    plain = {
+    named = []
+    for (split, source), info in zip(sources, infos, strict=True):
+        named.append({"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}})
+        if not source.classes.is_default:
+            named[-1]["classes"] = [list(source.classes.names), source.classes.others]
+    versions = {name: metadata.version(name) for name in ("pillow", "pyarrow", "ImageHash")}
+    return {
         **asdict(preparation),
         "shares": dict(preparation.shares),
         "licenses": list(preparation.licenses),
+        "sources": named,
+        "versions": {"isic_vq": __version__, **versions},
     }
-    return {**plain, "sources": named, "versions": versions}
 
 
 def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Manifest | None:
@@ -295,9 +298,7 @@ def _run(function: Callable[..., int], calls: Sequence[tuple[Any, ...]], workers
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_leave_with, initargs=(os.getpid(),)
-    ) as pool:
+    with ProcessPoolExecutor(workers, context, _leave_with, (os.getpid(),)) as pool:
         try:
             futures = [pool.submit(function, *arguments) for arguments in calls]
             yield from (future.result() for future in as_completed(futures))
@@ -307,22 +308,13 @@ def _run(function: Callable[..., int], calls: Sequence[tuple[Any, ...]], workers
 
 def _leave_with(parent: int) -> None:
     """Let a worker end when the process that wants its work is gone, killed even, and leave Ctrl-C to that one."""
-    import signal
-    import threading
-    import time
-
-    import torch
-
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while True:
+        while is_running(parent, HOST):
             time.sleep(1)
-            try:
-                os.kill(parent, 0)
-            except OSError:
-                os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -333,9 +325,8 @@ def _make_unit(source: Source, part: Any, path: Path, preparation: Preparation) 
     wanted = {license_id(name) for name in preparation.licenses} - {"unknown"}
     rows = []
     for record in source.read(part):
-        if preparation.licenses and (not record["license"] or license_id(record["license"]) not in wanted):
-            continue
-        rows.append(_prepared_row(record, source.name, processor, preparation))
+        if not preparation.licenses or (record["license"] and license_id(record["license"]) in wanted):
+            rows.append(_prepared_row(record, source.name, processor, preparation))
     table = pyarrow.Table.from_pylist(rows, schema=_UNIT)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="none")
@@ -350,7 +341,7 @@ def _prepared_row(
     row: dict[str, Any] = {name: record[name] for name in FEATURES if name != "image"} | {"origin": origin}
     content = _image_bytes(record["image"])
     if content is None:
-        return {**row, "split": "excluded", "reason": f"{UNREADABLE}{_NO_IMAGE}"}
+        return {**row, "split": "excluded", "reason": f"{UNREADABLE}the record has no image"}
     row["sha256"] = hashlib.sha256(content).hexdigest()
     try:
         square = processor.to_square(content, name=str(row["isic_id"]))
@@ -366,32 +357,6 @@ def _image_bytes(image: Any) -> bytes | None:
     if isinstance(image, (str, Path)):
         return Path(image).read_bytes() if Path(image).is_file() else None
     return image
-
-
-def _read_rows(
-    paths: Sequence[Path], splits: Sequence[str | None]
-) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """The rows of all units, without images, and the split that the source of each comes with."""
-    rows: list[dict[str, Any]] = []
-    wanted: list[str | None] = []
-    for path in paths:
-        unit = pyarrow.parquet.read_table(path, columns=IMAGE_COLUMNS.names).to_pylist()
-        rows += unit
-        wanted += [splits[int(path.name.partition("-")[0])]] * len(unit)
-    return rows, wanted
-
-
-def _check_unreadable(rows: Sequence[Mapping[str, Any]], max_share: float) -> None:
-    """Refuse to go on with too many images that could not be read, or with none."""
-    bad = [row for row in rows if row["split"] == "excluded"]
-    if not rows or len(bad) == len(rows):
-        raise DataError("no image is left to prepare: check the sources and the licences")
-    if len(bad) > max_share * len(rows):
-        examples = "; ".join(f"{row['isic_id']}: {row['reason'].removeprefix(UNREADABLE)}" for row in bad[:5])
-        raise DataError(
-            f"{len(bad)} of {len(rows)} images are unreadable, more than the allowed share of {max_share:g}, for example "
-            f"{examples}. Replace or remove them, or allow a larger share."
-        )
 
 
 def _strata(rows: Sequence[Mapping[str, Any]]) -> list[Stratum]:
@@ -456,34 +421,30 @@ def _write_shards(
     old: Sequence[Shard],
 ) -> list[Shard]:
     """Write the images of each split in order, one unit and at most one shard per split in memory."""
-    shards = list(old)
-    waiting: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {split: [] for split in SPLITS[:3]}
+    shards, suffix = list(old), "png" if preparation.encoding == "png" else "jpg"
+    waiting: dict[str, list[tuple[dict[str, Any], bytes]]] = {split: [] for split in SPLITS[:3]}
 
     def flush(split: str) -> None:
-        held = waiting[split]
-        if not held:
-            return
         number = sum(shard.split == split for shard in shards)
         path = output / f"{split}-{number:05d}{SUFFIXES[preparation.format]}"
-        write_shard(path, [record for _, record in held])
-        for place, (row, _) in enumerate(held):
+        records = []
+        for place, (row, image) in enumerate(waiting[split]):
+            stored = {"bytes": image, "path": f"{Path(str(row['isic_id'])).name}.{suffix}"}
+            records.append({"image": stored, **{name: row[name] for name in FEATURES if name != "image"}})
             row |= {"shard": path.name, "row": place}
-        shards.append(shard_of(path, split, len(held)))
-        held.clear()
+        write_shard(path, records)
+        shards.append(shard_of(path, split, len(records)))
+        waiting[split].clear()
 
-    suffix = "png" if preparation.encoding == "png" else "jpg"
     following = iter(rows)
     for path in paths:
         for image in pyarrow.parquet.read_table(path, columns=["image"])["image"].to_pylist():
             row = next(following)
-            if row["split"] == "excluded":
-                continue
-            stored = {"bytes": image, "path": f"{Path(str(row['isic_id'])).name}.{suffix}"}
-            waiting[row["split"]].append(
-                (row, {"image": stored, **{name: row[name] for name in FEATURES if name != "image"}})
-            )
-            if len(waiting[row["split"]]) == preparation.rows_per_shard:
-                flush(row["split"])
+            if row["split"] != "excluded":
+                waiting[row["split"]].append((row, image))
+                if len(waiting[row["split"]]) == preparation.rows_per_shard:
+                    flush(row["split"])
     for split in waiting:
-        flush(split)
+        if waiting[split]:
+            flush(split)
     return shards
