@@ -8,108 +8,70 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-from isic_vq.data.schema import DataError
 from isic_vq.files import beside, tidy_once
 
 DIGEST_BYTES = 32
 
 
 class ByteCache:
-    """Contents by key.
+    """Contents by key; methods raise OSError if the folder cannot be read or written.
 
     Args:
         folder: made if needed.
         limit: bytes of all files together. Each process looks at what others wrote when it has written a twentieth
             of it, so that for a moment there may be so much more for each process.
-
-    Raises:
-        DataError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        with self._explained():
-            folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._written = 0  # since the last look at the folder
-        self._size = sum(size for _, size, _ in self._files())
+        self._room = 0  # bytes that may be written before the next look at the folder
 
     def get(self, key: str) -> bytes | None:
-        """The content of a key, which becomes the most recently used; None if it is not there.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """The content of a key, which becomes the most recently used; None if it is not there."""
         path = self._path(key)
-        with self._explained():
-            try:
-                stored = path.read_bytes()
-                os.utime(path)
-            except FileNotFoundError:
-                return None
+        try:
+            stored = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
         digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
         return content if hashlib.sha256(content).digest() == digest else None
 
     def put(self, key: str, content: bytes) -> None:
-        """Keep a content, and drop the least recently used ones if they are too many now.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Keep a content, and drop the least recently used ones if they are too many now."""
         path = self._path(key)
         stored = hashlib.sha256(content).digest() + content
-        if len(stored) > self.limit:
-            return
         temporary = beside(path.with_name(f"{path.name}.{threading.get_ident()}"), "tmp")
-        with self._explained():
-            tidy_once(path.parent)
-            try:
-                temporary.write_bytes(stored)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        tidy_once(path.parent)
+        try:
+            temporary.write_bytes(stored)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         with self._lock:
-            self._written += len(stored)
-            if self._size + self._written > self.limit or self._written > self.limit / 20:
+            self._room -= len(stored)
+            if self._room < 0:
                 self._shrink()
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / name[:2] / name
 
-    def _files(self) -> list[tuple[float, int, Path]]:
-        """Time of last use, size and path of every file."""
-        found = []
-        for path in self.folder.glob("??/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue  # another process dropped it
-            found.append((stat.st_mtime, stat.st_size, path))
-        return found
-
     def _shrink(self) -> None:
         """If there is more than the limit, drop the least recently used files until nine tenths of it are left."""
-        files = sorted(self._files())
-        self._written = 0
-        self._size = sum(size for _, size, _ in files)
-        if self._size <= self.limit:
-            return
-        for _, size, path in files:
-            if self._size <= 0.9 * self.limit:
+        files = []
+        for path in self.folder.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process dropped it
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        goal = self.limit if total <= self.limit else 0.9 * self.limit
+        for _, size, path in sorted(files):
+            if total <= goal:
                 break
             path.unlink(missing_ok=True)
-            self._size -= size
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"the cache {self.folder.name!r} cannot be used ({error.strerror}): point ISIC_VQ_CACHE to another "
-                "folder, or unset it to do without"
-            ) from error
+            total -= size
+        self._room = min(self.limit - total, self.limit // 20)

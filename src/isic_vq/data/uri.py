@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from isic_vq.data.errors import DataError
 
@@ -149,7 +150,10 @@ def expand_path(path: str) -> str:
 
 
 def public_path(path: str) -> str:
-    """A path that tells nothing about the machine: without its folders, unless a variable stands for them."""
+    """A path without its folders, unless a variable stands for them; an address without user, password and query."""
+    if is_url(path):
+        parts = urlsplit(path)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     if _VARIABLE.match(path):
         return path
     return Path(path).name or Path(path).resolve().name

@@ -15,7 +15,6 @@ Thumbnails are JPEG of quality 75: they bound the detail that a model can learn.
 
 import functools
 import hashlib
-import io
 import logging
 import re
 from collections import Counter
@@ -28,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 
 from isic_vq.data.classes import Reading
-from isic_vq.data.http import RemoteError, RemoteSettings, Request, client
+from isic_vq.data.http import RangeFile, RemoteError, RemoteSettings, Request, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.sidecar import flatten
@@ -38,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_PER_PART = 64
 ROWS_AT_ONCE = 10_000
+READ_SIZE = 4 << 20  # bytes of the snapshot that are asked for at once
 PAGE_SIZE = 100  # the API gives no more
 LICENSES = ("CC-0", "CC-BY", "CC-BY-NC")
 IMAGE_PATHS = {"thumbnail": "thumbnails/{}_thumbnail.jpg", "full": "images/{}.jpg"}
@@ -273,11 +273,9 @@ def _find(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pyarrow.Ta
 
 def _open_snapshot(settings: RemoteSettings) -> pyarrow.parquet.ParquetFile:
     """The bucket's metadata of all images."""
-    url, http = f"{settings.bucket_url}/{SNAPSHOT}", client()
-    # By its version, so that a cache does not keep one snapshot for ever.
-    content = http.get(url, version=http.head(url).etag)
+    url = f"{settings.bucket_url}/{SNAPSHOT}"
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        file = pyarrow.parquet.ParquetFile(RangeFile(url), buffer_size=READ_SIZE, pre_buffer=False)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{url} is not a parquet file: {error}") from error
     missing = {"isic_id", "copyright_license", "attribution", "image_manipulation"} - set(

@@ -25,13 +25,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+from zipfile import ZipInfo
 
 from isic_vq.data.classes import Reading
-from isic_vq.data.http import RemoteSettings, client
+from isic_vq.data.http import RemoteSettings, Request, client
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.range_zip import Member, RangeZip, is_remote, public_name
+from isic_vq.data.sources.range_zip import RangeZip
 from isic_vq.data.tables import read_table
+from isic_vq.data.uri import is_url, public_path
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +171,11 @@ class ChallengeSource(Source):
 
     def parts(self) -> list[tuple[int, int]]:
         """Ranges of images that lie next to each other in the zip archive, by number."""
-        images, parts, start = self._contents().images, [], 0
+        contents, parts, start = self._contents(), [], 0
+        images, ends = contents.images, contents.archive.ends
         for stop in range(1, len(images) + 1):
-            is_full = stop - start == PART_MEMBERS or images[stop - 1].end - images[start].start >= PART_BYTES
+            num_bytes = ends[images[stop - 1].header_offset] - images[start].header_offset
+            is_full = stop - start == PART_MEMBERS or num_bytes >= PART_BYTES
             if is_full or stop == len(images):
                 parts.append((start, stop))
                 start = stop
@@ -192,15 +196,15 @@ class ChallengeSource(Source):
         for name in contents.left_out:
             reading.leave_out("no photograph of the challenge", name)
         for member in contents.images:
-            if self.release.tables and contents.ids[member.name] not in contents.rows:
-                reading.note("images in no table", contents.ids[member.name])
+            if self.release.tables and contents.ids[member.filename] not in contents.rows:
+                reading.note("images in no table", contents.ids[member.filename])
             yield self._row(member, contents, reading)
 
     def fingerprint(self) -> str:
         """Of names, sizes and checksums in the archive's directory, and of the rows."""
         images = self._contents().images
         rows = [
-            json.dumps([*row.values(), member.size, member.crc])
+            json.dumps([*row.values(), member.file_size, member.CRC])
             for member, row in zip(images, self.metadata(), strict=True)
         ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
@@ -208,9 +212,9 @@ class ChallengeSource(Source):
     def _contents(self) -> "_Contents":
         return _open(self.name, self.release, RemoteSettings.from_environment())
 
-    def _row(self, member: Member, contents: "_Contents", reading: Reading) -> dict[str, Any]:
+    def _row(self, member: ZipInfo, contents: "_Contents", reading: Reading) -> dict[str, Any]:
         """The row of an image, as the tables have it."""
-        name, release = contents.ids[member.name], self.release
+        name, release = contents.ids[member.filename], self.release
         about = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
         about |= {"license": release.license, "attribution": release.attribution}
         return normalise(about, self.name, reading=reading)
@@ -228,7 +232,7 @@ class _Contents(NamedTuple):
     """
 
     archive: RangeZip
-    images: tuple[Member, ...]
+    images: tuple[ZipInfo, ...]
     ids: Mapping[str, str]
     rows: Mapping[str, dict[str, Any]]
     left_out: tuple[str, ...]
@@ -239,16 +243,16 @@ def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
     """Look through the files of a release, once in a process."""
     archive = RangeZip.open(_locate(release, release.images, settings))
     rows = _read_tables([_locate(release, path, settings) for path in release.tables])
-    named = {member.name: found for member in archive.members if (found := _image_id(member.name))}
-    images, ids = tuple(m for m in archive.members if m.name in named), set(named.values())
+    named = {m.filename: found for m in archive.members if (found := _image_id(m.filename))}
+    images, ids = tuple(m for m in archive.members if m.filename in named), set(named.values())
     if not ids:
         raise DataError(
-            f"{name}: no file in {public_name(archive.location)} is called like ISIC_0000000.jpg. Expected the "
+            f"{name}: no file in {public_path(archive.location)} is called like ISIC_0000000.jpg. Expected the "
             "challenge's images."
         )
     if len(ids) != len(images):
         raise DataError(
-            f"{name}: {len(images) - len(ids)} images of {public_name(archive.location)} have the id of another one. "
+            f"{name}: {len(images) - len(ids)} images of {public_path(archive.location)} have the id of another one. "
             "Keep one of each."
         )
     if release.tables:
@@ -256,7 +260,7 @@ def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
             "%s: %d images; %d of them are in no table, %d rows have no image",
             *(name, len(ids), len(ids - rows.keys()), len(rows.keys() - ids)),
         )
-    left_out = tuple(m.name for m in archive.members if m.name not in named and not m.name.endswith("/"))
+    left_out = tuple(m.filename for m in archive.members if m.filename not in named)
     return _Contents(archive, images, named, rows, left_out)
 
 
@@ -275,7 +279,7 @@ def _locate(release: Release, path: str, settings: RemoteSettings) -> str:
     base = settings.challenge_url
     if base.startswith("file://"):
         return str(Path(url2pathname(urlsplit(base).path)) / path)
-    if not is_remote(base):
+    if not is_url(base):
         return str(Path(base).expanduser() / path)
     if release.in_archive_bucket and base == RemoteSettings.challenge_url:
         return f"{settings.bucket_url}/challenges/{path}"
@@ -300,23 +304,23 @@ def _read_tables(locations: list[str]) -> dict[str, dict[str, Any]]:
 
 def _read_csv(location: str) -> list[dict[str, str]]:
     """The rows of a CSV file, which a zip archive may hold; those of 2016 have no header."""
-    if is_remote(location):
-        content = client().get(location)
+    if is_url(location):
+        content = client().get(Request(location))
     else:
         try:
             content = Path(location).read_bytes()
         except FileNotFoundError as error:
             raise DataError(
-                f"{public_name(location)} is not there: it belongs to the challenge's images"
+                f"{public_path(location)} is not there: it belongs to the challenge's images"
             ) from error
     if location.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (name,) = [n for n in archive.namelist() if n.lower().endswith(".csv") and "__MACOSX" not in n]
             content = archive.read(name)
     header = None if not re.match(rb"ISIC_\d+,", content) else ("image", "benign_malignant")
-    rows = read_table(content, public_name(location).removesuffix(".zip"), header)
+    rows = read_table(content, public_path(location).removesuffix(".zip"), header)
     if not set(NAME_COLUMNS) & set(rows[0]):
         raise DataError(
-            f"{public_name(location)} has no column image, image_id or image_name: expected a challenge's CSV"
+            f"{public_path(location)} has no column image, image_id or image_name: expected a challenge's CSV"
         )
     return rows

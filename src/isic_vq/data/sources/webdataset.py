@@ -12,20 +12,19 @@ No name of a member is ever used as a path.
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from datasets import Dataset
 
 from isic_vq.data.classes import UNKNOWN, Reading
-from isic_vq.data.http import RangeFile, client, public_url
+from isic_vq.data.http import RangeFile
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.cached import cached_dataset
@@ -56,8 +55,7 @@ class WebDatasetSource(Source):
         Raises:
             DataError: it names no tar.
         """
-        shown = public_url(target) if is_url(target) else public_path(target)
-        return cls(f"webdataset:{shown}", tuple(find_tars(target)))
+        return cls(f"webdataset:{public_path(target)}", tuple(find_tars(target)))
 
     @property
     def is_listed_cheaply(self) -> bool:  # type: ignore[override]
@@ -149,23 +147,17 @@ def _digest(tar: str) -> str:
     """The sha256 of a tar's content, or of what stands for it."""
     if not is_url(tar):
         return file_digest(Path(tar))
-    remote = client().head(tar)
-    return hashlib.sha256(json.dumps([_file_name(tar), remote.size, remote.etag]).encode()).hexdigest()
+    with RangeFile(tar) as remote:
+        return hashlib.sha256(json.dumps([_file_name(tar), remote.size, remote.etag]).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _opened(tar: str) -> Iterator[io.BufferedIOBase]:
+def _opened(tar: str) -> IO[bytes]:
     """A tar's bytes, seekable."""
-    if not is_url(tar):
-        with open(tar, "rb") as file:
-            yield file
-        return
-    with io.BufferedReader(RangeFile(tar)) as remote:
-        yield remote
+    return RangeFile(tar) if is_url(tar) else open(tar, "rb")
 
 
 def _samples(
-    file: io.BufferedIOBase, file_name: str, with_images: bool, reading: Reading
+    file: IO[bytes], file_name: str, with_images: bool, reading: Reading
 ) -> Iterator[tuple[str, Sample]]:
     """The samples of a tar: folders and name up to the last dot, and contents by suffix."""
     key, sample, seen = "", Sample(), {""}
