@@ -29,7 +29,7 @@ from decoders import Reference, decode, held_out, in_batches, measure, open_toke
 from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.reconstruction import psnr
+from isic_vq.evaluation.measures import psnr
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.files import write_atomically
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor

@@ -32,8 +32,9 @@ from isic_vq.codec.codec import Compressed, compress, decompress
 from isic_vq.codec.tables import PRECISION, static_weights, training_code_counts
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.intervals import mean_interval, mean_metric
-from isic_vq.evaluation.reconstruction import image_metrics
+from isic_vq.evaluation.cost import MODEL
+from isic_vq.evaluation.intervals import MeasuredOn, mean_interval
+from isic_vq.evaluation.measures import image_metrics
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.comparisons import Curve, curves
 from isic_vq.files import write_atomically
@@ -147,14 +148,15 @@ def mixed(points: list[Measured], axis: str, target: float, wanted: str) -> Tens
 
 
 def compare(
-    ours: Measured, coder: str, points: list[Measured], name: str, dataset: str
+    ours: Measured, coder: str, points: list[Measured], name: str, on: MeasuredOn
 ) -> tuple[list[Metric], list[dict[str, str]]]:
     """Differences of this codec, with one of its coders, from another codec, and the verdict on each."""
     metrics, verdicts = [], []
 
-    def judge(what: str, difference: Tensor, unit: str, sign: int = 1, note: str = "") -> None:
-        metrics.append(mean_metric(what, difference, unit, SPLIT, dataset))
-        verdicts.append({"measured": what, "verdict": verdict(sign * difference) + note})
+    def judge(what: str, difference: Tensor, unit: str, sign: int = 1, note: str = "", **more: str) -> None:
+        labels = {"coder": coder, "codec": name, **more}
+        metrics.append(on.mean(f"{what}_difference", difference, unit, **labels))
+        verdicts.append({"measured": metrics[-1].text, "verdict": verdict(sign * difference) + note})
 
     for axis, counted in COUNTED.items():
         have = ours.mean(axis)
@@ -166,15 +168,9 @@ def compare(
                 note = (
                     f", at {have:.0f} bytes against {nearest.mean(axis):.0f}, the nearest that {name} reaches"
                 )
-            judge(
-                f"{label}[{coder}] minus {name}'s at {at}, {counted}",
-                getattr(ours, label) - theirs,
-                unit,
-                1,
-                note,
-            )
+            judge(label, getattr(ours, label) - theirs, unit, 1, note, counted=counted, at=at)
         difference = getattr(ours, axis) - bytes_at(ours.mean("psnr"), points, axis, name)
-        judge(f"bytes[{coder}] minus {name}'s at equal PSNR, {counted}", difference, "bytes per image", -1)
+        judge("bytes", difference, "bytes per image", -1, counted=counted, at="equal PSNR")
     return metrics, verdicts
 
 
@@ -210,7 +206,7 @@ def timed(action: Callable[[], Any]) -> Tensor:
 
 
 @torch.inference_mode()
-def speed(model: IsicVQModel, images: Tensor, counts: list[int] | None, dataset: str) -> list[Metric]:
+def speed(model: IsicVQModel, images: Tensor, counts: list[int] | None, on: MeasuredOn) -> list[Metric]:
     """Images per second from pixels to file and back, at so many images per block; the first run is counted, too."""
     metrics = []
     for batch in BATCHES:
@@ -229,8 +225,8 @@ def speed(model: IsicVQModel, images: Tensor, counts: list[int] | None, dataset:
             content = write().content
             for name, action in (("encode", write), ("decode", partial(read, content))):
                 rates = len(part) / timed(action)
-                what = f"images_per_second[{name}, {coder}, batch={batch}]"
-                metrics.append(mean_metric(what, rates, "images per second", SPLIT, dataset))
+                labels = {"action": name, "coder": coder, "batch": str(batch)}
+                metrics.append(on.mean("images_per_second", rates, "images per second", **labels))
     return metrics
 
 
@@ -249,25 +245,25 @@ def sizes(model: IsicVQModel) -> list[Metric]:
         numbers = sum(tensor.numel() for tensor in tensors.values())
         stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         metrics += [
-            Metric(f"decoder_parameters[{name}]", numbers, "parameters", 1, "model", "model"),
-            Metric(f"decoder_bytes[{name}]", stored, "bytes", 1, "model", "model"),
+            MODEL.metric("decoder_parameters", numbers, "parameters", 1, part=name),
+            MODEL.metric("decoder_bytes", stored, "bytes", 1, part=name),
         ]
     return metrics
 
 
 def lone_metric(
-    model: IsicVQModel, codes: Tensor, counts: list[int] | None, portable: bool, dataset: str
+    model: IsicVQModel, codes: Tensor, counts: list[int] | None, portable: bool, on: MeasuredOn
 ) -> Metric:
     """Bytes of files that hold one image each, of the first few images."""
     found = [
         len(compress(model, grid, ["image.jpg"], None, counts, portable).content)
         for grid in codes[:LONE_IMAGES].split(1)
     ]
-    name = f"bytes_of_a_file_of_one_image[{'unigram' if portable else 'prior'}]"
-    return mean_metric(name, torch.tensor(found, dtype=torch.float64), "bytes per image", SPLIT, dataset)
+    sizes, coder = torch.tensor(found, dtype=torch.float64), "unigram" if portable else "prior"
+    return on.mean("bytes_of_a_file_of_one_image", sizes, "bytes per image", coder=coder)
 
 
-def size_metrics(files: dict[str, Compressed], dataset: str) -> list[Metric]:
+def size_metrics(files: dict[str, Compressed], on: MeasuredOn) -> list[Metric]:
     """Bytes per image of each coder, and of them what is not codes."""
     metrics = []
     for name, file in files.items():
@@ -278,17 +274,15 @@ def size_metrics(files: dict[str, Compressed], dataset: str) -> list[Metric]:
             "overhead_bytes_per_image": len(file.content) - file.payload_bytes,
         }
         metrics += [
-            Metric(f"{part}[{name}]", value / number, "bytes per image", number, SPLIT, dataset)
+            on.metric(part, value / number, "bytes per image", number, coder=name)
             for part, value in parts.items()
         ]
-        metrics.append(
-            Metric(f"fallback_blocks[{name}]", file.num_fallbacks, "blocks", number, SPLIT, dataset)
-        )
+        metrics.append(on.metric("fallback_blocks", file.num_fallbacks, "blocks", number, coder=name))
     return metrics
 
 
 def repaid(
-    ours: Measured, points: dict[str, list[Measured]], decoder: list[Metric], dataset: str
+    ours: Measured, points: dict[str, list[Measured]], decoder: list[Metric], on: MeasuredOn
 ) -> list[Metric]:
     """How many images it takes until the bytes saved at equal PSNR are those of the decoder's weights."""
     weights = sum(metric.value for metric in decoder if metric.unit == "bytes")
@@ -297,9 +291,11 @@ def repaid(
         saved = bytes_at(ours.mean("psnr"), points[name], "num_bytes", name).mean().item() - ours.mean(
             "num_bytes"
         )
-        what = f"images until the decoder is repaid, against {name}"
         if saved > 0:
-            metrics.append(Metric(what, weights / saved, "images", len(ours.psnr), SPLIT, dataset))
+            number = len(ours.psnr)
+            metrics.append(
+                on.metric("images_that_repay_the_decoder", weights / saved, "images", number, codec=name)
+            )
     return metrics
 
 
@@ -341,7 +337,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPORTS)
     arguments = parser.parse_args()
     model = load_model(IsicVQModel).cpu()
-    counts, dataset = training_code_counts(), find_source(arguments.data).name
+    counts, on = training_code_counts(), MeasuredOn(SPLIT, find_source(arguments.data).name)
     names, images = read_images(arguments.data, model, arguments.limit)
     with torch.inference_mode():
         codes = torch.cat([model.encode(part) for part in images.split(32)])
@@ -363,27 +359,27 @@ def main() -> None:
         "unigram": (PRECISION - frequencies.log2()[codes]).flatten(1).sum(1) / 8,
     }
     ours = {name: shared_out(files[name], costs, scores) for name, costs in ideal.items()}
-    metrics = size_metrics(files, dataset)
+    metrics = size_metrics(files, on)
     metrics += [
-        mean_metric(f"ideal_code_bytes_per_image[{name}]", costs, "bytes per image", SPLIT, dataset)
+        on.mean("ideal_code_bytes_per_image", costs, "bytes per image", coder=name)
         for name, costs in ideal.items()
     ]
     units = {"psnr": "dB", "ssim": "1"}
-    metrics += [mean_metric(name, scores[name], unit, SPLIT, dataset) for name, unit in units.items()]
+    metrics += [on.mean(name, scores[name], unit) for name, unit in units.items()]
     points, verdicts = {"isic-vq": list(ours.values())}, []
     for name, (_, qualities) in OTHERS.items():
         points[name] = [measure_other(images, name, quality) for quality in qualities]
         for axis, counted in COUNTED.items():
             needed = bytes_at(scores["psnr"].mean().item(), points[name], axis, name)
-            what = f"bytes of {name} at equal PSNR, {counted}"
-            metrics.append(mean_metric(what, needed, "bytes per image", SPLIT, dataset))
+            labels = {"codec": name, "counted": counted}
+            metrics.append(on.mean("bytes_at_equal_psnr", needed, "bytes per image", **labels))
         for coder, measured in ours.items():
-            found, said = compare(measured, coder, points[name], name, dataset)
+            found, said = compare(measured, coder, points[name], name, on)
             metrics, verdicts = metrics + found, verdicts + said
         print(f"{name} is measured", flush=True)
-    metrics += [lone_metric(model, codes, counts, portable, dataset) for portable in (False, True)]
-    metrics += repaid(ours["prior"], points, sizes(model), dataset) + sizes(model)
-    metrics += speed(model, images, counts, dataset)
+    metrics += [lone_metric(model, codes, counts, portable, on) for portable in (False, True)]
+    metrics += repaid(ours["prior"], points, sizes(model), on) + sizes(model)
+    metrics += speed(model, images, counts, on)
     report = Report(
         model={"name": "isic-vq-128", "type": "isic_vq", "prior": model.config.prior_config.model_type},
         metrics=metrics,
@@ -398,7 +394,7 @@ def main() -> None:
         interval = (
             "" if metric.interval is None else f"  [{metric.interval[0]:.4g}, {metric.interval[1]:.4g}]"
         )
-        print(f"{metric.value:12.4f}{interval}  {metric.unit}  {metric.name}")
+        print(f"{metric.value:12.4f}{interval}  {metric.unit}  {metric.text}")
     for row in verdicts:
         print(f"{row['measured']}: {row['verdict']}")
     if arguments.limit is None:

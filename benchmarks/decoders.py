@@ -29,7 +29,7 @@ from isic_vq.evaluation.appearance import worst_tenth
 from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.generation import matched_rows
-from isic_vq.evaluation.reconstruction import psnr, ssim
+from isic_vq.evaluation.measures import psnr, ssim
 from isic_vq.evaluation.report import environment
 from isic_vq.evaluation.texture import grid_power, octave_power, octaves, texture
 from isic_vq.files import write_atomically, write_tensors
@@ -106,10 +106,10 @@ def measure(images: Tensor, real: Reference) -> dict[str, Any]:
         },
         "octaves_db": dict(zip(names, (10 * (power / real.power).log10()).tolist(), strict=True)),
     }
-    for name, theirs in real.features.items():
-        ours = in_batches(real.models[name], images)
-        row[f"frechet_distance[{name}]"] = frechet_distance(theirs, ours)
-        row[f"recall[{name}]"] = precision_recall_density_coverage(theirs, ours)["recall"]
+    ours = {name: in_batches(model, images) for name, model in real.models.items()}
+    pairs = {name: (real.features[name], features) for name, features in ours.items()}
+    row["frechet_distance"] = {name: frechet_distance(*pair) for name, pair in pairs.items()}
+    row["recall"] = {name: precision_recall_density_coverage(*pair)["recall"] for name, pair in pairs.items()}
     return row
 
 

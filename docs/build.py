@@ -40,13 +40,8 @@ LINES = {
     "conditioning_gain": "what the diagnosis saves, bits per image",
 }
 COMPARED = {"floor": "other real images", "reconstructions": "reconstructions", "samples": "samples"}
+MELANOMA = {"positive": "melanoma"}
 ARMS = {"real": "real images", "synthetic": "generated images", "real+synthetic": "both"}
-
-
-def cells(report: Report, names: list[str], splits: list[str]) -> list[str]:
-    """The values of metrics, by name and then by split; every one of them is there."""
-    found = {(metric.name, metric.split): metric for metric in report.metrics}
-    return [metric_cell(found[name, split]) for name in names for split in splits]
 
 
 def readme_section(reports: dict[str, Report]) -> str:
@@ -54,15 +49,15 @@ def readme_section(reports: dict[str, Report]) -> str:
     evaluation, utility = reports["evaluation.json"], reports["utility.json"]
     head = [f"{title} (n = {evaluation.tables[key]['data']['num_images']:,})" for key, title in SETS.items()]
     yardsticks = evaluation.tables["generation"]["yardsticks"]
-    # Reports of older versions name the area under the curve of melanoma alone.
-    is_old = any(metric.name == "melanoma_auc[real]" for metric in utility.metrics)
-    auc = "melanoma_auc[{}]" if is_old else "auc[{}, melanoma]"
-    measures = {"balanced_accuracy[{}]": "balanced accuracy", auc: "AUC of melanoma"}
+    measures = {"balanced accuracy": ("balanced_accuracy", {}), "AUC of melanoma": ("auc", MELANOMA)}
     return "\n\n".join(
         [
             markdown_table(
                 ["", *head],
-                [[title, *cells(evaluation, [name], list(SETS))] for name, title in LINES.items()],
+                [
+                    [title, *(metric_cell(evaluation.find(name, split)) for split in SETS)]
+                    for name, title in LINES.items()
+                ],
             ),
             "Generated images, as many as the held-out files have and of the same diagnoses: Frechet distance to those, beside "
             "what other real images and perfect use of the tokenizer reach.",
@@ -71,10 +66,9 @@ def readme_section(reports: dict[str, Report]) -> str:
                 [
                     [
                         yardstick,
-                        *cells(
-                            evaluation,
-                            [f"frechet_distance[{kind}, {yardstick}]" for kind in COMPARED],
-                            ["validation"],
+                        *(
+                            metric_cell(evaluation.find("frechet_distance", images=kind, yardstick=yardstick))
+                            for kind in COMPARED
                         ),
                     ]
                     for yardstick in yardsticks
@@ -82,9 +76,15 @@ def readme_section(reports: dict[str, Report]) -> str:
             ),
             "A small classifier, tested on the held-out files:",
             markdown_table(
-                ["trained on", *measures.values()],
+                ["trained on", *measures],
                 [
-                    [title, *cells(utility, [measure.format(arm) for measure in measures], ["validation"])]
+                    [
+                        title,
+                        *(
+                            metric_cell(utility.find(name, arm=arm, **labels))
+                            for name, labels in measures.values()
+                        ),
+                    ]
                     for arm, title in ARMS.items()
                 ],
             ),
@@ -95,38 +95,44 @@ def readme_section(reports: dict[str, Report]) -> str:
 
 def codec_section(report: Report) -> str:
     """The codec's bytes, what others need, and what coding takes."""
-    (split,) = {metric.split for metric in report.metrics if metric.name == "psnr"}
     coders = {"prior": "by the prior", "unigram": "portable", "flat": "not coded"}
     columns = ("bytes_per_image", "code_bytes_per_image", "overhead_bytes_per_image")
-    number = {metric.name: metric.n for metric in report.metrics}["psnr"]
-    psnr, ssim = cells(report, ["psnr", "ssim"], [split])
+    psnr, ssim = report.find("psnr"), report.find("ssim")
     verdicts = {row["measured"]: row["verdict"] for row in report.tables["verdicts"]}
     rows = []
     for name in ("WebP", "AVIF", "JPEG"):
         for counted in ("whole files", "without headers"):
-            needed, measured = f"bytes of {name} at equal PSNR, {counted}", f"psnr[prior] minus {name}'s at "
-            (found,) = (key for key in verdicts if key.startswith(measured) and key.endswith(counted))
-            rows.append([f"{name}, {counted}", *cells(report, [needed, found], [split]), verdicts[found]])
-    values = {metric.name: metric_cell(metric) for metric in report.metrics}
+            labels = {"codec": name, "counted": counted}
+            needed = report.find("bytes_at_equal_psnr", **labels)
+            (gain,) = (
+                m
+                for m in report.metrics
+                if m.name == "psnr_difference" and m.labels.items() >= (labels | {"coder": "prior"}).items()
+            )
+            rows.append([f"{name}, {counted}", metric_cell(needed), metric_cell(gain), verdicts[gain.text]])
     speed = [
         [
             f"{what}, {batch} at a time",
-            *(values[f"images_per_second[{what}, {coder}, batch={batch}]"] for coder in ("prior", "static")),
+            *(
+                metric_cell(report.find("images_per_second", action=what, coder=coder, batch=str(batch)))
+                for coder in ("prior", "static")
+            ),
         ]
         for what in ("encode", "decode")
         for batch in (1, 64)
     ]
     decoder = [
-        [part, values[f"decoder_parameters[{part}]"], values[f"decoder_bytes[{part}]"]]
+        [part, *(metric_cell(report.find(f"decoder_{what}", part=part)) for what in ("parameters", "bytes"))]
         for part in ("tokenizer's decoder and codebook", "prior")
     ]
     return "\n\n".join(
         [
-            f"{number:,} held-out HAM10000 images at 128 pixels, the shipped checkpoint: PSNR {psnr} dB, SSIM {ssim}.",
+            f"{psnr.n:,} held-out HAM10000 images at 128 pixels, the shipped checkpoint: PSNR {metric_cell(psnr)} dB, SSIM "
+            f"{metric_cell(ssim)}.",
             markdown_table(
                 ["bytes per image", "in the file", "of it codes", "names, checksums, headers"],
                 [
-                    [title, *cells(report, [f"{name}[{coder}]" for name in columns], [split])]
+                    [title, *(metric_cell(report.find(name, coder=coder)) for name in columns)]
                     for coder, title in coders.items()
                 ],
             ),
@@ -166,15 +172,12 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         folders: repositories of the VAR and of the PixelCNN.
         speed: the report of benchmarks/next_scale.py, of the same two.
     """
-    found = [
-        {(metric.name, metric.split): metric for metric in read_reports(folder)["evaluation.json"].metrics}
-        for folder in folders
-    ]
+    found = [read_reports(folder)["evaluation.json"] for folder in folders]
     origins = [read_provenance(folder) for folder in folders]
     rows = []
 
-    def measured(title: str, name: str, split: str, most: bool) -> None:
-        metrics = tuple(metrics_of[name, split] for metrics_of in found)
+    def measured(title: str, name: str, split: str, most: bool, **labels: str) -> None:
+        metrics = tuple(report.find(name, split, **labels) for report in found)
         rows.append([title, *map(metric_cell, metrics), better(metrics, most)])
 
     def told(title: str, values: list[float], text: str = "{:,.4g}") -> None:
@@ -184,22 +187,23 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
 
     told(
         "bits per image, codes stored as they are",
-        [8 * m["bytes_per_image_flat", "model"].value for m in found],
+        [8 * report.value("bytes_per_image_flat") for report in found],
     )
-    told("bits per image, coded by the prior", [8 * m["bytes_per_image_prior", "model"].value for m in found])
+    told(
+        "bits per image, coded by the prior", [8 * report.value("bytes_per_image_prior") for report in found]
+    )
     measured("bits per pixel, coded by the prior", "bits_per_pixel", "validation", False)
     for split, title in SETS.items():
         measured(f"reconstruction, PSNR in dB, {title}", "psnr", split, True)
         measured(f"reconstruction, SSIM, {title}", "ssim", split, True)
-    for yardstick in read_reports(folders[0])["evaluation.json"].tables["generation"]["yardsticks"]:
+    for yardstick in found[0].tables["generation"]["yardsticks"]:
         for distance, title in (
             ("frechet_distance", "Frechet distance"),
             ("kernel_distance", "kernel distance"),
         ):
             for kind, what in COMPARED.items():
-                measured(
-                    f"{title}, {yardstick}: {what}", f"{distance}[{kind}, {yardstick}]", "validation", False
-                )
+                labels = {"images": kind, "yardstick": yardstick}
+                measured(f"{title}, {yardstick}: {what}", distance, "validation", False, **labels)
             rows[-3][-1] = "the same images"
     names = ("VAR, images", "PixelCNN, compiled, images")
     races = {race["batch"]: race for race in speed["races"]}
@@ -217,7 +221,7 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
     for part in ("prior", "vqvae"):
         told(
             f"parameters, {part}",
-            [metrics_of[f"parameters[{part}]", "model"].value for metrics_of in found],
+            [report.value("parameters", part=part) for report in found],
             "{:,.0f}",
         )
     for part, title in (("vqvae", "tokenizer"), ("prior", "prior")):

@@ -37,8 +37,8 @@ def report(repository):
     return Report.load(repository / "reports" / "validation.json")
 
 
-def metric(name="psnr", value=30.0, unit="dB", n=5, split="test", dataset="folder:skin", seed=None):
-    return Metric(name, value, unit, n, split, dataset, seed)
+def metric(name="psnr", value=30.0, unit="dB", n=5, split="test", dataset="folder:skin", seed=None, **labels):
+    return Metric(name, value, unit, n, split, dataset, seed, labels=labels)
 
 
 def add_report(folder, name, metrics, **tables):
@@ -70,14 +70,16 @@ def test_every_metric_of_the_report_is_in_the_model_index_exactly(repository, re
         for result in results
     }
     assert published == {
-        (m.name, m.split, m.seed): (m.value, m.n, m.interval) for m in report.metrics if m.group is None
+        (m.text, m.split, m.seed): (m.value, m.n, m.interval) for m in report.metrics if m.group is None
     }
     assert len(published) == len(results)
     assert {result.dataset_name for result in results} == {"synthetic images", "model"}
 
 
 def test_numbers_of_parts_of_the_images_stay_in_the_report(repository):
-    add_report(repository, "parts", [metric(f"psnr[{column}=x]", 3.25) for column in ("sex", "diagnosis")])
+    add_report(
+        repository, "parts", [metric("psnr", 3.25, **{column: "x"}) for column in ("sex", "diagnosis")]
+    )
     text = render_card(repository, "tiny")
     assert "3.25" not in text
     assert "psnr[sex" not in text
@@ -99,7 +101,7 @@ def test_the_metric_table_shows_the_reports_numbers_and_no_others(report):
     for m in report.metrics:
         if m.group is None:
             seed = [] if m.seed is None else [m.seed]
-            row, column = m.name, column_title(m)
+            row, column = m.text, column_title(m)
             if kind := re.fullmatch(r"((?:texture|grid_power|octave_power|coherence)\w*)\[(\w+)(.*)\]", row):
                 row, column = kind[1] + kind[3], f"{kind[2]}: {column}"  # real images beside reconstructions
             expected[row, column] = pytest.approx([m.value, *(m.interval or []), *seed], rel=1e-3)
@@ -126,7 +128,10 @@ def test_the_metric_table_has_a_column_per_data_set_and_tells_seeds():
 
 def test_floor_reconstructions_and_samples_stand_beside_each_other():
     kinds = {"floor": 1.0, "reconstructions": 2.0, "samples": 4.0}
-    metrics = [metric(f"frechet_distance[{kind}, eye]", value, "1", seed=0) for kind, value in kinds.items()]
+    metrics = [
+        metric("frechet_distance", value, "1", seed=0, images=kind, yardstick="eye")
+        for kind, value in kinds.items()
+    ]
     assert metric_table([Report(model={}, metrics=metrics)]).splitlines()[2:] == [
         "| metric | unit | floor: skin, test (n = 5) | reconstructions: skin, test (n = 5) | samples: skin, test (n = 5) |",
         "|---|---|---:|---:|---:|",
@@ -268,7 +273,11 @@ def test_an_audit_without_a_verdict_is_refused(repository):
 def test_a_metric_of_generated_images_takes_back_the_sentence_that_there_is_none(repository):
     sentence = "No metric here compares generated images with real ones"
     assert sentence in render_card(repository, "tiny")
-    add_report(repository, "generation", [metric("kernel_distance[samples, eye]", 0.5, "1", seed=0)])
+    add_report(
+        repository,
+        "generation",
+        [metric("kernel_distance", 0.5, "1", seed=0, images="samples", yardstick="eye")],
+    )
     assert sentence not in render_card(repository, "tiny")
 
 
@@ -343,7 +352,7 @@ def test_two_numbers_of_the_table_that_changed_places_are_found(repository, repo
 
 
 def test_a_report_that_is_newer_than_the_card_is_found(repository, report):
-    others = [m for m in report.metrics if m.name != "psnr"]
+    others = [m for m in report.metrics if m.text != "psnr"]
     psnr = metric(value=77.25, n=6, split="validation", dataset="synthetic:6:1")
     Report(model={}, metrics=[psnr, *others]).save(repository / "reports" / "validation.json")
     problems = " / ".join(check_card(repository))
@@ -495,7 +504,7 @@ def test_a_shipped_card_holds_exactly_the_shipped_reports(folder):
     published = {(r.metric_type, r.dataset_split): r.metric_value for r in card.data.eval_results}
     reports = [Report.load(path) for path in sorted((folder / "reports").glob("*.json"))]
     metrics = [metric for report in reports for metric in report.metrics if metric.group is None]
-    assert published == {(m.name, m.split): m.value for m in metrics}
+    assert published == {(m.text, m.split): m.value for m in metrics}
     assert len(published) == len(metrics) == len(card.data.eval_results)
     assert card.data.license == "cc-by-nc-4.0"
     assert {result.dataset_name for result in card.data.eval_results} == {

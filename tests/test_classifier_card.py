@@ -53,7 +53,7 @@ def test_the_card_has_every_number_of_the_report(exported):
     text = (exported / "README.md").read_text()
     for metric in Report.load(exported / REPORT).metrics:
         low, high = metric.interval
-        assert f"| {metric.name} | {metric.value:.3f} | {low:.3f} to {high:.3f} |" in text
+        assert f"| {metric.text} | {metric.value:.3f} | {low:.3f} to {high:.3f} |" in text
     assert "license: cc0-1.0" in text
     assert "24 images" in text
 

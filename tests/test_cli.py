@@ -231,10 +231,10 @@ def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path):
     found = Report.load(output)
     for stage in ("vqvae", "prior"):
         for metric in Report.load(getattr(tiny_run, stage) / "report.json").metrics:
-            assert found.value(metric.name, "validation") == pytest.approx(metric.value, rel=1e-5), (
-                metric.name
+            assert found.value(metric.text, "validation") == pytest.approx(metric.value, rel=1e-5), (
+                metric.text
             )
-            assert metric.name in stdout
+            assert metric.text in stdout
     source = read_code_cache(tiny_run.codes["validation"]).source
     assert found.tables["validation"]["data"]["diagnoses"] == source.diagnoses
 

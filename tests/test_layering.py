@@ -20,6 +20,7 @@ RANKS = {
     "hub": 1,
     "data": 1,
     "evaluation.report": 1,  # the form in which numbers leave the project; computes none
+    "evaluation.measures": 1,  # functions of tensors, which figures show, too
     "evaluation.report_tables": 2,
     "evaluation": 3,
     "layout": 3,

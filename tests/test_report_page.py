@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import number_text
 from isic_vq.figures.report_page import PagePicture, write_report_page
@@ -44,25 +45,21 @@ class Page(HTMLParser):
 
 def evaluation_report():
     """Two data sets, one of which was named by somebody who means harm."""
+    test = MeasuredOn("test", "folder:a")
     metrics = [
         Metric("psnr", 31.25, "dB", 40, "test", "folder:a", None, [31.0, 31.5]),
         Metric("psnr", 29.5, "dB", 30, HOSTILE, "folder:b"),
         Metric("bits_per_code", 5.125, "bits per code", 40, "test", "folder:a", 0, [5.0, 5.25]),
         *(
-            Metric(
-                f"octave_power[{kind}, {low}-{2 * low} px]",
-                value,
-                "squared grey levels",
-                40,
-                "test",
-                "folder:a",
+            test.metric(
+                "octave_power", value, "squared grey levels", 40, images=kind, octave=f"{low}-{2 * low} px"
             )
             for kind, values in (("real", (8.0, 16.0)), ("samples", (2.0, 0)))
             for low, value in zip((2, 4), values, strict=True)
         ),
-        Metric("parameters[vqvae]", 1234567, "parameters", 1, "model", "model"),
+        MeasuredOn("model", "model").metric("parameters", 1234567, "parameters", 1, part="vqvae"),
         *(
-            Metric(f"psnr[sex={sex}]", value, "dB", 20, "test", "folder:a", None, [value - 1, value + 1])
+            test.metric("psnr", value, "dB", 20, None, [value - 1, value + 1], sex=sex)
             for sex, value in ((HOSTILE, 30.0), ("male", 32.5))
         ),
     ]
@@ -168,13 +165,13 @@ def evaluated(tmp_path_factory, tiny_run, classifier):
 def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cost(evaluated):
     folder, stdout = evaluated
     report = Report.load(folder / "report.json")
-    names = {(metric.name, metric.split) for metric in report.metrics}
+    names = {(metric.text, metric.split) for metric in report.metrics}
     for name in ("psnr", "ssim", "perplexity", "bits_per_code", "bits_per_code_unigram", "conditioning_gain"):
         assert {(name, "test"), (name, "other")} <= names
     assert ("bits_per_code", "train") in names
     kinds = ("floor", "reconstructions", "disturbed", "samples")
     for name in ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"):
-        found = [m for kind in kinds for m in report.metrics if m.name == f"{name}[{kind}, eye]"]
+        found = [m for kind in kinds for m in report.metrics if m.text == f"{name}[{kind}, eye]"]
         assert [m.n for m in found] == [40] * 4
         assert all(m.interval is not None and m.seed == 0 for m in found)
     for kind in ("real", "reconstructions", "samples"):

@@ -180,9 +180,9 @@ def test_ood_writes_its_report_and_the_histograms_beside_it(run, tiny_run, tmp_p
     assert code == 0, stderr
     assert files(tmp_path / "reports") == ["ood.json", "ood.png"]
     report = Report.load(output)
-    assert {metric.n for metric in report.metrics if metric.name.startswith("auroc_bits")} == {10, 35}
+    assert {metric.n for metric in report.metrics if metric.text.startswith("auroc[bits")} == {10, 35}
     assert {metric.split for metric in report.metrics} == {"train", "test"}
-    assert "auroc_complexity_corrected_non_skin" in stdout
+    assert "auroc[complexity_corrected, non_skin]" in stdout
     with Image.open(tmp_path / "reports" / "ood.png") as picture:
         assert picture.width > 1000
 
@@ -200,8 +200,8 @@ def test_the_readme_shows_the_reports_areas():
         if len(cells := [cell.strip(" `") for cell in line.strip("|").split("|")]) == 1 + len(SCORES)
     }
     for kind in (*CORRUPTIONS, "non_skin"):
-        expected = [f"{report.value(f'auroc_{score}_{kind}'):.2f}" for score in SCORES]
+        expected = [f"{report.value('auroc', score=score, images=kind):.2f}" for score in SCORES]
         assert rows[kind] == expected, kind
-    blur = report.value("auroc_bits_per_code_blur")
+    blur = report.value("auroc", score="bits_per_code", images="blur")
     assert blur < 0.5, "or the section's words about blur no longer hold"
     assert re.search(rf"blurred images.*{blur:.2f}", " ".join(section.split()))

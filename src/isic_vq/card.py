@@ -74,7 +74,7 @@ def render_card(folder: Path, name: str) -> str:
         library_name="transformers",
         pipeline_tag=TASK,
         tags=card_tags(folder, config),
-        metrics=list(dict.fromkeys(metric.name for metric in metrics)),
+        metrics=list(dict.fromkeys(metric.text for metric in metrics)),
         model_name=name,
         eval_results=[eval_result(metric) for metric in metrics],
     )
@@ -165,8 +165,8 @@ def eval_result(metric: Metric) -> EvalResult:
         dataset_type=slug(title),
         dataset_name=title,
         dataset_split=metric.split,
-        metric_type=metric.name,
-        metric_name=f"{metric.name} ({metric.unit})",
+        metric_type=metric.text,
+        metric_name=f"{metric.text} ({metric.unit})",
         metric_value=metric.value,
         metric_args={"n": metric.n, **{key: value for key, value in known.items() if value is not None}},
     )

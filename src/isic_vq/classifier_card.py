@@ -159,7 +159,7 @@ def _table(metrics: list[Metric]) -> str:
         interval = " to ".join(f"{bound:.3f}" for bound in metric.interval or [])
         images = f"{metric.n} of {dataset_title(metric.dataset)}, {metric.split}"
         unit = "" if metric.unit == "1" else metric.unit
-        lines.append(f"| {metric.name} | {metric.value:.3f} | {interval} | {unit} | {images} |")
+        lines.append(f"| {metric.text} | {metric.value:.3f} | {interval} | {unit} | {images} |")
     return "\n".join(lines)
 
 

@@ -81,12 +81,12 @@ def test_training_images_as_samples_are_their_own_neighbours(copied, train):
 def test_the_report_has_every_line_with_its_count_and_survives_a_round_trip(copied, tmp_path):
     report = copied.report
     for channel in ("codes", "tiny-features"):
-        assert report.value(f"nearest_distance[{channel}]", split="samples") == pytest.approx(0, abs=1e-9)
-        near = next(metric for metric in report.metrics if metric.name == f"near_samples[{channel}]")
+        assert report.value("nearest_distance", "samples", channel=channel) == pytest.approx(0, abs=1e-9)
+        near = next(metric for metric in report.metrics if metric.text == f"near_samples[{channel}]")
         assert (near.n, near.value) == (16, copied.excess[channel].count)
         assert near.interval[0] <= near.value <= near.interval[1]
-        assert report.value(f"near_samples_by_chance[{channel}]") == pytest.approx(16 / 17)
-        assert report.value(f"held_out_neighbours_by_chance[{channel}]") == 1 / 2
+        assert report.value("near_samples_by_chance", channel=channel) == pytest.approx(16 / 17)
+        assert report.value("held_out_neighbours_by_chance", channel=channel) == 1 / 2
     assert len(report.tables["closest_pairs"]["codes"]) == 16
     assert any(of["verdict"] for of in report.tables["excess"].values()) == copied.verdict
     words = "Training images are repeated" if copied.verdict else "No repeated training images were detected"
@@ -134,7 +134,7 @@ def test_features_are_those_of_decoded_codes_in_every_view(model, features, trai
 
 
 def test_membership_is_the_area_of_scikit_learn_and_the_gap_the_difference_of_means(model, train, held_out):
-    metrics = {metric.name: metric for metric in membership_metrics(model, train, held_out, limit=16, seed=0)}
+    metrics = {metric.text: metric for metric in membership_metrics(model, train, held_out, limit=16, seed=0)}
     ids = {name: index for index, name in model.config.class_names.items()}
     bits = [
         score_codes(model, first_views(cache), torch.tensor([ids[name] for name in cache.diagnoses]))
@@ -222,7 +222,7 @@ def test_the_command_writes_a_report_and_pictures_and_says_what_it_decided(tiny_
     )
     assert code == 0, err
     report = Report.load(tmp_path / "report.json")
-    assert report.value("near_samples[codes]") in range(7)
+    assert report.value("near_samples", channel="codes") in range(7)
     assert f"verdict: {'more' if report.tables['verdict'].startswith('Training') else 'no more'}" in out
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["codes.png", "tiny-features.png"]
     with Image.open(tmp_path / "pairs" / "codes.png") as picture:

@@ -15,6 +15,7 @@ from isic_vq.evaluation.codebook import (
     counts_by_diagnosis,
 )
 from isic_vq.evaluation.images import MIN_GROUP
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
@@ -29,7 +30,7 @@ def test_counts_are_numpys_of_each_image():
 
 
 def test_usage_perplexity_and_dead_codes_are_of_all_images_together():
-    found = {m.name: m for m in codebook_metrics(code_counts(CODES, NUM_CODES), "test", "x")}
+    found = {m.text: m for m in codebook_metrics(code_counts(CODES, NUM_CODES), MeasuredOn("test", "x"))}
     total = np.bincount(CODES.flatten().numpy(), minlength=NUM_CODES)
     assert found["usage"].value == pytest.approx((total > 0).mean())
     assert found["perplexity"].value == pytest.approx(np.exp(scipy.stats.entropy(total)), rel=1e-5)
@@ -40,14 +41,17 @@ def test_usage_perplexity_and_dead_codes_are_of_all_images_together():
 def test_intervals_hold_the_value_and_end_where_values_do():
     same = torch.full((20, 4), 5)
     for counts in (code_counts(CODES, NUM_CODES), same, torch.eye(20, dtype=torch.int64)):
-        for metric in codebook_metrics(counts, "test", "x"):
+        for metric in codebook_metrics(counts, MeasuredOn("test", "x")):
             low, high = metric.interval
-            most = 1 if metric.name == "usage" else counts.shape[1]
-            assert 0 <= low <= metric.value <= high <= most, metric.name
+            most = 1 if metric.text == "usage" else counts.shape[1]
+            assert 0 <= low <= metric.value <= high <= most, metric.text
 
 
 def test_few_images_have_no_interval():
-    assert all(m.interval is None for m in codebook_metrics(code_counts(CODES[:3], NUM_CODES), "test", "x"))
+    assert all(
+        m.interval is None
+        for m in codebook_metrics(code_counts(CODES[:3], NUM_CODES), MeasuredOn("test", "x"))
+    )
 
 
 def test_diagnoses_are_counted_apart_and_rare_ones_not_at_all():

@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    return {metric.name: metric for metric in cost_metrics(model, bits_per_code=2.5)}
+    return {metric.text: metric for metric in cost_metrics(model, bits_per_code=2.5)}
 
 
 def test_parameters_and_bytes_are_those_of_the_saved_file(model, found, tmp_path):

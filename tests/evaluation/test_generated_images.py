@@ -27,8 +27,8 @@ from isic_vq.evaluation.generation import (
     evaluate_generation,
     generated_images,
     matched_rows,
-    metric_name,
 )
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.texture import grid_power, texture
 from isic_vq.hub import load_model
@@ -134,26 +134,25 @@ def test_every_distance_has_its_lines_side_by_side(evaluated):
     metrics, _ = evaluated
     for name in ("skin", "headless"):
         expected = [f"{distance}[{kind}, {name}]" for distance in DISTANCES for kind in KINDS]
-        assert [m.name for m in metrics if m.name.split("[")[0] in DISTANCES and name in m.name] == expected
-    assert metric_name("recall", "floor", "skin") == "recall[floor, skin]"
+        assert [m.text for m in metrics if m.text.split("[")[0] in DISTANCES and name in m.text] == expected
 
 
 def test_every_line_says_how_many_images_which_seed_and_how_sure(evaluated, sources):
     metrics, _ = evaluated
     for metric in metrics:
-        num_images = 14 if "agreement" in metric.name else 16  # the classifier knows seven of eight diagnoses
-        assert (metric.n, metric.seed) == (num_images, 3), metric.name
+        num_images = 14 if "agreement" in metric.text else 16  # the classifier knows seven of eight diagnoses
+        assert (metric.n, metric.seed) == (num_images, 3), metric.text
         assert (metric.split, metric.dataset) == ("validation", sources[0].name)
-        assert metric.interval[0] <= metric.value <= metric.interval[1], metric.name
+        assert metric.interval[0] <= metric.value <= metric.interval[1], metric.text
 
 
 def test_no_interval_leaves_what_its_number_can_be(evaluated):
     for metric in evaluated[0]:
-        name = metric.name.split("[")[0]
+        name = metric.text.split("[")[0]
         if name in ("precision", "recall", "coverage", "agreement"):
-            assert metric.interval[1] <= 1, metric.name
+            assert metric.interval[1] <= 1, metric.text
         if name not in ("kernel_distance", "coherence"):
-            assert metric.interval[0] >= 0, metric.name
+            assert metric.interval[0] >= 0, metric.text
 
 
 def test_distances_are_those_of_images_made_by_hand(evaluated, by_hand, yardsticks):
@@ -169,22 +168,26 @@ def test_distances_are_those_of_images_made_by_hand(evaluated, by_hand, yardstic
                 "kernel_distance": kernel_distance(*pair),
                 **precision_recall_density_coverage(*pair),
             }
-            got = {name: report.value(metric_name(name, kind, yardstick.name)) for name in expected}
+            got = {name: report.value(name, images=kind, yardstick=yardstick.name) for name in expected}
             assert got == pytest.approx(expected, rel=1e-4, abs=1e-9), (kind, yardstick.name)
 
 
 def test_floor_reconstructions_and_samples_are_told_apart(evaluated):
     report = Report({}, evaluated[0])
-    values = {report.value(metric_name("frechet_distance", kind, "headless")) for kind in KINDS}
+    values = {report.value("frechet_distance", images=kind, yardstick="headless") for kind in KINDS}
     assert len(values) == len(KINDS)
 
 
 def test_the_look_of_samples_is_measured(evaluated, by_hand):
     report, samples = Report({}, evaluated[0]), by_hand[0]["samples"]
-    assert report.value("texture[samples]") == pytest.approx(texture(samples).mean().item(), rel=1e-4)
+    assert report.value("texture", images="samples") == pytest.approx(
+        texture(samples).mean().item(), rel=1e-4
+    )
     grids = grid_power(samples, (4, 2))
-    assert report.value("grid_power_median[samples, 2 px]") == pytest.approx(np.median(grids[:, 1]), rel=1e-3)
-    assert report.value("grid_power_worst_tenth[samples, 4 px]") == pytest.approx(
+    assert report.value("grid_power_median", images="samples", period="2 px") == pytest.approx(
+        np.median(grids[:, 1]), rel=1e-3
+    )
+    assert report.value("grid_power_worst_tenth", images="samples", period="4 px") == pytest.approx(
         grids[:, 0].sort().values[-2:].mean().item(), rel=1e-3
     )
 
@@ -203,13 +206,13 @@ def test_agreement_is_counted_by_hand(evaluated, by_hand, folders):
         with torch.no_grad():
             predicted = classifier((images[made] - 0.5) / 0.5).logits.argmax(1).tolist()
         expected = np.mean([names[predicted[row]] == diagnoses[row] for row in known])
-        line = next(m for m in evaluated[0] if m.name == f"agreement[{kind}, skin]")
+        line = next(m for m in evaluated[0] if m.text == f"agreement[{kind}, skin]")
         assert line.value == pytest.approx(expected)
         assert line.n == len(known)
 
 
 def test_a_model_without_diagnoses_has_no_agreement(evaluated):
-    assert not [m.name for m in evaluated[0] if "agreement" in m.name and "headless" in m.name]
+    assert not [m.text for m in evaluated[0] if "agreement" in m.text and "headless" in m.text]
 
 
 def test_lines_and_table_fit_a_report(evaluated, tmp_path):
@@ -224,7 +227,7 @@ def test_lines_and_table_fit_a_report(evaluated, tmp_path):
 def test_another_seed_makes_other_samples_of_the_same_real_images(evaluated, model, yardsticks, sources):
     """All others are needed, so that the seed has none to draw."""
     first, (second, _) = evaluated[0], evaluate_generation(model, yardsticks, *sources, "validation", seed=4)
-    values = [{m.name: m.value for m in metrics} for metrics in (first, second)]
+    values = [{m.text: m.value for m in metrics} for metrics in (first, second)]
     changed = {re.split(r"[\[,\]]", name)[1] for name in values[0] if values[0][name] != values[1][name]}
     assert changed == {"disturbed", "samples"}
 
@@ -254,7 +257,7 @@ def test_an_image_of_no_class_is_matched_by_an_unlabelled_sample(model, yardstic
     samples = eight_bits(model.generate(16, labels, seed=3).pixel_values)
     with torch.no_grad():
         expected = frechet_distance(*(yardsticks[1].features(images).numpy() for images in (real, samples)))
-    got = Report({}, metrics).value(metric_name("frechet_distance", "samples", "headless"))
+    got = Report({}, metrics).value("frechet_distance", images="samples", yardstick="headless")
     assert got == pytest.approx(expected, rel=1e-4)
 
 
@@ -345,8 +348,10 @@ def test_what_names_no_diagnoses_is_no_classifier_of_them(name, folders):
 def test_agreement_counts_known_diagnoses_over_all_and_in_parts_of_ten():
     asked = ["melanoma"] * 10 + ["nevus"] * 9 + ["unknown"] * 3
     named = {"samples": ["melanoma"] * 7 + ["nevus"] * 12 + ["melanoma"] * 3}
-    lines = agreement_metrics(named, asked, {"melanoma", "nevus"}, "skin", "validation", "data", 5)
-    got = {line.name: (line.value, line.n, line.seed) for line in lines}
+    lines = agreement_metrics(
+        named, asked, {"melanoma", "nevus"}, "skin", MeasuredOn("validation", "data"), 5
+    )
+    got = {line.text: (line.value, line.n, line.seed) for line in lines}
     assert got == {
         "agreement[samples, skin]": (16 / 19, 19, 5),
         "agreement[samples, skin, diagnosis=melanoma]": (0.7, 10, 5),
@@ -355,4 +360,7 @@ def test_agreement_counts_known_diagnoses_over_all_and_in_parts_of_ten():
 
 
 def test_agreement_of_unknown_diagnoses_is_left_out():
-    assert agreement_metrics({"samples": ["nevus"]}, ["unknown"], {"nevus"}, "skin", "s", "d", 0) == []
+    assert (
+        agreement_metrics({"samples": ["nevus"]}, ["unknown"], {"nevus"}, "skin", MeasuredOn("s", "d"), 0)
+        == []
+    )

@@ -8,6 +8,7 @@ from PIL import Image
 
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import image_metrics
 from isic_vq.evaluation.texture import (
     coherence,
@@ -101,7 +102,10 @@ def test_the_look_of_images_and_of_what_came_back_is_measured_in_8_bits(model, f
     images = torch.cat([processor(name, return_tensors="pt")["pixel_values"] for name in files])
     decoded = (model.decode(model.encode(images)) * 255).round() / 255
     for kind, pixels in (("real", images), ("reconstructions", decoded)):
-        lines = {line.name: line for line in measured.appearance[kind].metrics(kind, "test", "here", 0)}
+        lines = {
+            line.text: line
+            for line in measured.appearance[kind].metrics(MeasuredOn("test", "here"), 0, images=kind)
+        }
         assert all(line.n == len(READ) and line.interval is not None for line in lines.values())
         wanted = {f"texture[{kind}]": texture(pixels).mean()}
         for column, period in enumerate((8, 4, 2)):
@@ -132,7 +136,10 @@ def test_the_perceptual_distance_is_asked_for_originals_and_reconstructions(mode
 
 def test_groups_have_their_own_mean_and_students_interval(measured):
     psnr = measured.reconstruction.values["psnr"]
-    found = {metric.name: metric for metric in group_metrics(measured, {"psnr": psnr}, "test")}
+    found = {
+        metric.text: metric
+        for metric in group_metrics(measured, {"psnr": psnr}, MeasuredOn("test", measured.info.name))
+    }
     members = [place for place, index in enumerate(READ) if index < MIN_GROUP + 3]
     own = psnr[members].numpy()
     metric = found["psnr[sex=female]"]
@@ -150,7 +157,10 @@ def test_groups_have_their_own_mean_and_students_interval(measured):
 
 def test_small_groups_and_columns_of_one_group_are_left_out(measured):
     psnr = measured.reconstruction.values["psnr"]
-    names = {metric.name for metric in group_metrics(measured, {"psnr": psnr}, "test")}
+    names = {
+        metric.text
+        for metric in group_metrics(measured, {"psnr": psnr}, MeasuredOn("test", measured.info.name))
+    }
     assert "psnr[diagnosis=nevus]" in names
     assert not any("vascular_lesion" in name for name in names), "fewer than MIN_GROUP images"
     assert not any("melanoma" in name for name in names), "one of them could not be read"

@@ -8,12 +8,13 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import (
     bits_per_code,
     class_bits,
     conditioning_metrics,
     likelihood_metrics,
-    unigram_bits_per_code,
+    unigram_bits,
 )
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -113,29 +114,35 @@ def test_uniform_prior_needs_log2_k_bits(model, codes, scale):
 
 def test_unigram_by_hand():
     counts = torch.tensor([3, 1, 0, 0])  # one is added to each: 4/8, 2/8, 1/8, 1/8
-    assert unigram_bits_per_code(counts, torch.tensor([[0, 0], [1, 2]])) == pytest.approx((1 + 1 + 2 + 3) / 4)
+    assert unigram_bits(counts, torch.tensor([[0, 0], [1, 2]])).mean().item() == pytest.approx(
+        (1 + 1 + 2 + 3) / 4
+    )
 
 
 def test_code_that_training_never_saw_costs_finitely_many_bits():
     counts = torch.tensor([10**6, 0])
-    bits = unigram_bits_per_code(counts, torch.tensor([1]))
+    bits = unigram_bits(counts, torch.tensor([1])).item()
     assert bits == pytest.approx(math.log2(10**6 + 2), rel=1e-9)
 
 
 def test_unigram_of_even_counts_is_the_flat_code():
-    assert unigram_bits_per_code(torch.full((NUM_CODES,), 7), torch.arange(NUM_CODES)) == pytest.approx(3.0)
+    assert unigram_bits(torch.full((NUM_CODES,), 7), torch.arange(NUM_CODES)).mean().item() == pytest.approx(
+        3.0
+    )
 
 
 def test_report_lines_hold_bits_and_their_yardsticks(model, codes):
     counts = torch.arange(NUM_CODES)
-    metrics = {m.name: m for m in likelihood_metrics(model, counts, codes, LABELS, "test", "folder:mine")}
+    metrics = {
+        m.text: m for m in likelihood_metrics(model, counts, codes, LABELS, MeasuredOn("test", "folder:mine"))
+    }
     conditional = np.mean(bits_by_hand(model.prior, codes, LABELS))
     expected = {
         "bits_per_code": (conditional, "bits per code"),
         "bits_per_code_unconditional": (np.mean(bits_by_hand(model.prior, codes, None)), "bits per code"),
         "bits_per_pixel": (conditional / 16, "bits per pixel"),
         "bits_per_code_flat": (3.0, "bits per code"),
-        "bits_per_code_unigram": (unigram_bits_per_code(counts, codes), "bits per code"),
+        "bits_per_code_unigram": (unigram_bits(counts, codes).mean().item(), "bits per code"),
     }
     assert set(metrics) == set(expected)
     for name, (value, unit) in expected.items():
@@ -144,8 +151,8 @@ def test_report_lines_hold_bits_and_their_yardsticks(model, codes):
 
 
 def test_without_training_counts_there_is_no_unigram_line(model, codes):
-    metrics = likelihood_metrics(model, None, codes, LABELS, "test", "folder:mine")
-    assert "bits_per_code_unigram" not in {metric.name for metric in metrics}
+    metrics = likelihood_metrics(model, None, codes, LABELS, MeasuredOn("test", "folder:mine"))
+    assert "bits_per_code_unigram" not in {metric.text for metric in metrics}
 
 
 def test_bits_of_each_class_are_those_of_its_label(model, codes):
@@ -172,7 +179,9 @@ def test_conditioning_is_paired_by_image_in_bits_of_the_whole_image():
     gain = torch.tensor([0.1, -0.2, 0.3, 0.4, 9.0, 0.0], dtype=torch.float64)
     by_class, unconditional = made(labels, gain, predicted)
     by_class[1, 1] = unconditional[1] + 0.2  # the diagnosis misleads; still the likeliest
-    found = {m.name: m for m in conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")}
+    found = {
+        m.text: m for m in conditioning_metrics(by_class, unconditional, labels, 16, MeasuredOn("test", "x"))
+    }
     kept = np.array([0.1, -0.2, 0.3, 0.4, 0.0]) * 16
     assert found["conditioning_gain"].value == pytest.approx(kept.mean()), (
         "the image of another diagnosis is left out"
@@ -188,7 +197,7 @@ def test_the_accuracy_of_the_likeliest_diagnosis_is_scikit_learns():
     predicted = torch.from_numpy(np.where(generator.random(60) < 0.6, labels, generator.integers(0, 3, 60)))
     by_class, unconditional = made(labels, torch.zeros(60, dtype=torch.float64), predicted)
     assert torch.equal(by_class.argmin(1), predicted)
-    metric = conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")[1]
+    metric = conditioning_metrics(by_class, unconditional, labels, 16, MeasuredOn("test", "x"))[1]
     assert metric.value == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert 0 < metric.interval[0] < metric.value < metric.interval[1] < 1
 
@@ -196,10 +205,15 @@ def test_the_accuracy_of_the_likeliest_diagnosis_is_scikit_learns():
 def test_an_accuracy_of_one_image_per_diagnosis_has_no_interval():
     labels = torch.tensor([0, 1])
     by_class, unconditional = made(labels, torch.zeros(2, dtype=torch.float64), labels)
-    gain, accuracy = conditioning_metrics(by_class, unconditional, labels, 16, "test", "x")
+    gain, accuracy = conditioning_metrics(by_class, unconditional, labels, 16, MeasuredOn("test", "x"))
     assert accuracy.interval is None
     assert gain.interval is not None
 
 
 def test_images_of_other_diagnoses_alone_say_nothing():
-    assert conditioning_metrics(torch.ones(2, 3), torch.ones(2), torch.tensor([3, 3]), 16, "test", "x") == []
+    assert (
+        conditioning_metrics(
+            torch.ones(2, 3), torch.ones(2), torch.tensor([3, 3]), 16, MeasuredOn("test", "x")
+        )
+        == []
+    )

@@ -11,7 +11,7 @@ from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import describe_source, open_source
-from isic_vq.evaluation import out_of_distribution
+from isic_vq.evaluation import images as evaluation_images
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
 from isic_vq.evaluation.out_of_distribution import (
     NUM_BINS,
@@ -78,7 +78,7 @@ def test_without_scikit_learn_the_way_out_is_named(monkeypatch):
 def tiny_report(tiny_run):
     """Of fifteen of sixteen synthetic images, with the training images of the run as what shows no skin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(out_of_distribution, "BATCH_SIZE", 4)  # so that there are several
+        patch.setattr(evaluation_images, "BATCH_SIZE", 4)  # so that there are several
         return evaluate_out_of_distribution(
             str(tiny_run.prior / "model"),
             f"folder:{tiny_run.images['validation']}",
@@ -90,16 +90,16 @@ def tiny_report(tiny_run):
 
 
 def test_the_report_has_one_line_per_score_and_kind(tiny_report, tmp_path):
-    found = {metric.name: metric for metric in tiny_report.metrics}
-    areas = {f"auroc_{score}_{kind}" for score in SCORES for kind in KINDS}
-    means = {f"bits_per_code_{kind}" for kind in ("training", "clean", *KINDS)}
+    found = {metric.text: metric for metric in tiny_report.metrics}
+    areas = {f"auroc[{score}, {kind}]" for score in SCORES for kind in KINDS}
+    means = {f"bits_per_code[{kind}]" for kind in ("training", "clean", *KINDS)}
     assert len(found) == len(tiny_report.metrics)
     assert set(found) == areas | means
     for name in areas:
         assert (found[name].unit, found[name].n, found[name].split) == ("AUROC", 30, "validation")
         assert 0 <= found[name].value <= 1
         assert (found[name].dataset, found[name].seed) == ("folder:validation", 4)
-    assert (found["bits_per_code_training"].split, found["bits_per_code_training"].n) == ("train", 16)
+    assert (found["bits_per_code[training]"].split, found["bits_per_code[training]"].n) == ("train", 16)
     tiny_report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == tiny_report
     assert set(tiny_report.tables["unusual_images"]) == set(KINDS)
@@ -116,9 +116,9 @@ def test_the_report_measures_what_can_be_measured_by_hand(tiny_run, tiny_report)
         score_codes(model, model.encode(pixels)).flatten(1).mean(1)
         for pixels in (images, corrupt("noise", images, seed=4))
     )
-    assert tiny_report.value("bits_per_code_clean") == pytest.approx(clean.mean().item(), rel=1e-6)
-    assert tiny_report.value("bits_per_code_noise") == pytest.approx(noisy.mean().item(), rel=1e-6)
-    area = tiny_report.value("auroc_bits_per_code_noise")
+    assert tiny_report.value("bits_per_code", images="clean") == pytest.approx(clean.mean().item(), rel=1e-6)
+    assert tiny_report.value("bits_per_code", images="noise") == pytest.approx(noisy.mean().item(), rel=1e-6)
+    area = tiny_report.value("auroc", score="bits_per_code", images="noise")
     assert area == pytest.approx(auroc_by_hand(clean, noisy), abs=1e-6)
 
 
@@ -155,9 +155,11 @@ def test_the_shipped_checkpoint_tells_real_images_from_shuffled_inverted_and_noi
     report = evaluate_out_of_distribution(
         None, f"parquet:{data_dir}/ham10000/validation-*.parquet", tmp_path / "codes.parquet", limit=24
     )
-    assert report.value("auroc_bits_per_code_shuffled") > 0.9
-    assert report.value("auroc_complexity_corrected_shuffled") > 0.95
-    assert report.value("auroc_complexity_corrected_inverted") > 0.95
-    assert report.value("auroc_bits_per_code_inverted") < 0.4, "inverted images cost fewer bits, not more"
-    assert report.value("auroc_bits_per_code_noise") > 0.7
-    assert report.value("auroc_complexity_corrected_noise") > 0.7
+    assert report.value("auroc", score="bits_per_code", images="shuffled") > 0.9
+    assert report.value("auroc", score="complexity_corrected", images="shuffled") > 0.95
+    assert report.value("auroc", score="complexity_corrected", images="inverted") > 0.95
+    assert report.value("auroc", score="bits_per_code", images="inverted") < 0.4, (
+        "inverted images cost fewer bits, not more"
+    )
+    assert report.value("auroc", score="bits_per_code", images="noise") > 0.7
+    assert report.value("auroc", score="complexity_corrected", images="noise") > 0.7

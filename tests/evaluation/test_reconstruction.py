@@ -9,13 +9,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import MS_SSIM_MIN_SIZE, MS_SSIM_WEIGHTS, ms_ssim, psnr
 from isic_vq.evaluation.reconstruction import (
-    MS_SSIM_MIN_SIZE,
-    MS_SSIM_WEIGHTS,
     batch_statistics,
     evaluate_reconstruction,
-    ms_ssim,
-    psnr,
     psnr_by_batch_statistics,
     reconstruction_metrics,
 )
@@ -120,7 +118,9 @@ def test_nothing_to_measure_is_an_error(model):
 
 def test_report_lines_carry_unit_count_split_and_data_set(model, pixel_values):
     result = evaluate_reconstruction(model, [pixel_values])
-    metrics = {metric.name: metric for metric in reconstruction_metrics(result, "test", "folder:mine")}
+    metrics = {
+        metric.text: metric for metric in reconstruction_metrics(result, MeasuredOn("test", "folder:mine"))
+    }
     assert {name: metric.unit for name, metric in metrics.items()} == {
         "psnr": "dB",
         "ssim": "1",

@@ -43,15 +43,16 @@ def test_a_saved_report_reads_back_equal(report, tmp_path):
     assert path.read_bytes() == first
 
 
-def test_the_file_is_sorted_indented_json(report, tmp_path):
+def test_the_file_is_indented_json_in_the_order_of_the_report(report, tmp_path):
     report.save(tmp_path / "report.json")
     text = (tmp_path / "report.json").read_text()
     content = json.loads(text)
-    assert text == json.dumps(content, indent=2, sort_keys=True) + "\n"
-    assert list(content) == ["environment", "metrics", "model", "tables"]
+    assert text == json.dumps(content, indent=2) + "\n"
+    assert list(content) == ["model", "metrics", "tables", "environment"]
     assert content["metrics"][2] == {
         "dataset": "ham10000",
         "interval": [0.25, 0.5],
+        "labels": {},
         "n": 200,
         "name": "fid",
         "seed": 7,
@@ -96,6 +97,9 @@ def test_value_distinguishes_data_sets(report):
         ({"value": True}, "got bool"),
         ({"n": 0}, "at least 1, got 0"),
         ({"n": 2.0}, "n must be an int"),
+        ({"name": "psnr[sex=female]"}, "has brackets: expected labels beside it.*measure it again"),
+        ({"labels": {"sex": ""}}, "labels must be non-empty str by str"),
+        ({"labels": {"batch": 1}}, "labels must be non-empty str by str"),
         ({"unit": ""}, "Metric.unit must be a non-empty str"),
         ({"split": None}, "Metric.split must be"),
         ({"seed": np.int64(1)}, "seed must be an int or None, got numpy.int64"),
@@ -183,8 +187,8 @@ def edited(report, tmp_path, edit):
     ("edit", "message"),
     [
         (
-            lambda c: c.pop("tables"),
-            r"report.json is not a report: the report must have.*missing \['tables'\]",
+            lambda c: c.pop("model"),
+            r"report.json is not a report: the report must have.*missing \['model'\]",
         ),
         (lambda c: c.update(extra=1), r"unknown \['extra'\]"),
         (lambda c: c["metrics"][1].pop("n"), r"metrics\[1\] must have.*missing \['n'\]"),

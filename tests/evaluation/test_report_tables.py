@@ -13,32 +13,40 @@ from isic_vq.evaluation.report_tables import (
 )
 
 
-def metric(name, value=1.0, split="test", unit="1", seed=None):
-    return Metric(name, value, unit, 5, split, "x", seed)
+def metric(name, value=1.0, split="test", **labels):
+    return Metric(name, value, "1", 5, split, "x", labels=labels)
 
 
-@pytest.mark.parametrize(
-    ("name", "group", "whole"),
-    [
-        ("psnr", None, "psnr"),
-        ("psnr[sex=female]", ("sex", "female"), "psnr"),
-        ("psnr[site=head/neck]", ("site", "head/neck"), "psnr"),
-        ("agreement[samples, eye, diagnosis=nevus]", ("diagnosis", "nevus"), "agreement[samples, eye]"),
-        ("seconds_per_image[generate, batch=1]", None, "seconds_per_image[generate, batch=1]"),
-        ("frechet_distance[samples, eye]", None, "frechet_distance[samples, eye]"),
-        ("psnr[source=a, b]", ("source", "a, b"), "psnr"),
-    ],
-)
-def test_a_name_tells_the_part_of_the_images(name, group, whole):
-    assert metric(name).group == group
-    assert metric(name).whole_name == whole
+def test_labels_tell_the_part_of_the_images():
+    of_samples = {"images": "samples", "yardstick": "eye"}
+    for labels, text, group, whole in (
+        ({}, "m", None, "m"),
+        ({"sex": "female"}, "m[sex=female]", ("sex", "female"), "m"),
+        ({"site": "head/neck"}, "m[site=head/neck]", ("site", "head/neck"), "m"),
+        ({"source": "a, b[c=d]"}, "m[source=a, b[c=d]]", ("source", "a, b[c=d]"), "m"),
+        (of_samples, "m[samples, eye]", None, "m[samples, eye]"),
+        (
+            of_samples | {"diagnosis": "nevus"},
+            "m[samples, eye, diagnosis=nevus]",
+            ("diagnosis", "nevus"),
+            "m[samples, eye]",
+        ),
+        (
+            {"action": "generate", "batch": "1"},
+            "m[generate, batch=1]",
+            None,
+            "m[generate, batch=1]",
+        ),
+    ):
+        found = metric("m", **labels)
+        assert (found.text, found.group, found.of_all.text) == (text, group, whole)
 
 
 def test_every_metric_of_whole_sets_is_in_one_table_and_one_cell():
     metrics = [
         metric("psnr"),
         metric("psnr", split="other"),
-        metric("psnr[sex=female]"),
+        metric("psnr", sex="female"),
         metric("odd"),
         metric("usage"),
     ]
@@ -51,12 +59,19 @@ def test_every_metric_of_whole_sets_is_in_one_table_and_one_cell():
 
 
 def test_kinds_of_images_are_columns():
-    metrics = [metric(f"recall[{kind}, eye, too]") for kind in ("floor", "reconstructions", "samples")]
+    metrics = [
+        metric("recall", images=kind, yardstick="eye, too")
+        for kind in ("floor", "reconstructions", "samples")
+    ]
     (table,) = report_tables(metrics, lambda m: m.split)
     assert table.title == GENERATED
     assert list(table.rows) == [("recall, eye, too", "")]
     assert table.columns == ["floor: test", "reconstructions: test", "samples: test"]
-    metrics = [metric(name) for name in ("texture[real]", "texture[samples]", "coherence[real, red]")]
+    metrics = [
+        metric("texture", images="real"),
+        metric("texture", images="samples"),
+        metric("coherence", images="real", colour="red"),
+    ]
     (table,) = report_tables(metrics, lambda m: m.split)
     assert table.title == APPEARANCE
     assert list(table.rows) == [("texture", ""), ("coherence, red", "")]
@@ -79,9 +94,9 @@ def test_numbers_are_rounded_and_integers_are_not(value, text):
 @pytest.mark.parametrize(
     ("name", "topic"),
     [
-        ("likelihood_gap[x]", "Memorisation"),
+        ("likelihood_gap", "Memorisation"),
         ("likelihood_balanced_accuracy", "Likelihood"),
-        ("sensitivity[real]", "Worth to a classifier"),
+        ("sensitivity", "Worth to a classifier"),
     ],
 )
 def test_topics_are_told_apart_by_the_beginning_of_a_name(name, topic):

@@ -43,7 +43,7 @@ def test_a_stream_is_evaluated_like_files_and_read_once(model, reads):
     assert set(reads.values()) == {1}
     assert len(reads) == NUM_IMAGES
     lines, expected = (
-        [(m.name, m.value, m.n, m.interval) for m in report.metrics if m.split == "test"]
+        [(m.text, m.value, m.n, m.interval) for m in report.metrics if m.split == "test"]
         for report in (streamed, stored)
     )
     assert lines == expected
@@ -55,7 +55,7 @@ def test_a_stream_is_evaluated_like_files_and_read_once(model, reads):
 def test_corrupt_images_of_a_stream_are_left_out_and_too_many_are_an_error(model, reads, monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "streamonly", lambda target: StreamOnly(corrupt=3))
     report = evaluate_checkpoint(model, [DataSet("test", STREAM)], max_corrupt_share=0.1).report
-    assert {m.n for m in report.metrics if m.split == "test" and "=" not in m.name} == {NUM_IMAGES - 1}
+    assert {m.n for m in report.metrics if m.split == "test" and "=" not in m.text} == {NUM_IMAGES - 1}
     with pytest.raises(DataError, match=f"1 of {NUM_IMAGES} images are corrupt"):
         evaluate_checkpoint(model, [DataSet("test", STREAM)], max_corrupt_share=0.01)
 
@@ -65,8 +65,8 @@ def test_a_subset_of_a_stream_is_drawn_by_seed_and_no_image_is_read_twice(tiny_r
         report = evaluate_out_of_distribution(
             model, STREAM, tiny_run.codes["train"], non_skin="synthetic:4:5", limit=10, seed=seed
         )
-        (clean,) = (metric for metric in report.metrics if metric.name == "bits_per_code_clean")
-        return clean.n, clean.value, {metric.name for metric in report.metrics if "auroc" in metric.name}
+        (clean,) = (metric for metric in report.metrics if metric.text == "bits_per_code[clean]")
+        return clean.n, clean.value, {metric.text for metric in report.metrics if "auroc" in metric.text}
 
     number, value, areas = bits(seed=1)
     assert number == 10

@@ -136,7 +136,7 @@ def test_seeds_that_disagree_on_augmentation_say_so():
 def test_the_shift_is_scikit_learns_auroc_within_its_interval():
     generator = np.random.default_rng(0)
     own, other = generator.normal(0, 1, 80), generator.normal(0.7, 1, 60)
-    metric = shift_metric("x", torch.from_numpy(own), torch.from_numpy(other), "clinic", 0)
+    metric = shift_metric({"domain": "x"}, torch.from_numpy(own), torch.from_numpy(other), "clinic", 0)
     assert metric.value == pytest.approx(roc_auc_score([0] * 80 + [1] * 60, np.concatenate([own, other])))
     low, high = metric.interval
     assert 0.5 < low < metric.value < high < 0.9
@@ -173,7 +173,7 @@ def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
         for name in report.tables["differences"]
     )
     assert all(f"- {finding}" in page and finding in out for finding in report.tables["findings"])
-    names = {(m.name, m.dataset) for m in report.metrics}
+    names = {(m.text, m.dataset) for m in report.metrics}
     assert ("shift_auroc[north, plain]", "south") in names
     assert {data for name, data in names if name == "shift_auroc[all, plain]"} == {"clinic"}
     assert {data for name, data in names if name == "shift_auroc[north, plain]"} == {"south", "clinic"}

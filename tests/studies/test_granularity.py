@@ -112,13 +112,13 @@ def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sour
     report, page = Report.load(tmp_path / "out" / "report.json"), (tmp_path / "out" / "README.md").read_text()
     assert report.model["smoke"] is True
     assert SMOKE in page.splitlines()[0]
-    assert {(m.seed, m.name.partition("[")[2]) for m in report.metrics} == {
+    assert {(m.seed, m.text.partition("[")[2]) for m in report.metrics} == {
         (seed, f"f4, {k} codes]") for seed in (0, 1) for k in (4, 8)
     }
     model = load_model(IsicVQModel, str(tmp_path / "study-smoke" / "f4-4-seed0" / "prior" / "model"))
-    flat = report.metrics[[m.name for m in report.metrics].index("flat_bytes[f4, 4 codes]")].value
+    flat = report.metrics[[m.text for m in report.metrics].index("flat_bytes[f4, 4 codes]")].value
     assert flat == model.config.vqvae_config.grid_size**2 * 2 / 8
-    bits = {m.name: m.value for m in report.metrics if m.seed == 0}
+    bits = {m.text: m.value for m in report.metrics if m.seed == 0}
     assert bits["coded_bytes[f4, 8 codes]"] == pytest.approx(16 * bits["bits_per_code[f4, 8 codes]"] / 8)
     for finding in report.tables["findings"]:
         assert finding in page

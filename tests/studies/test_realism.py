@@ -9,6 +9,7 @@ import torch
 from coloured_images import NET
 from sklearn.metrics import roc_auc_score
 
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.studies.realism import (
@@ -30,7 +31,7 @@ def study(coloured_sets, noise_generator, tmp_path_factory):
     lines = evaluate_realism(
         noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
-    return folder, {line.name: line for line in lines}
+    return folder, {line.text: line for line in lines}
 
 
 def test_an_untrained_tokenizer_is_found_out_and_its_prior_is_not_to_blame_for_it(study):
@@ -54,7 +55,7 @@ def test_two_sets_of_one_kind_cannot_be_told_apart():
         classifier = train_student(train, ("one", "other"), STUDENT, seed).eval()
         with torch.inference_mode():
             logits.append(classifier((test.pixels.float() / 255 - 0.5) / 0.5).logits)
-    accuracy, auc = realism_metrics(("one", "other"), logits, test.labels, "test", "noise")
+    accuracy, auc = realism_metrics(("one", "other"), logits, test.labels, MeasuredOn("test", "noise"))
     for line in (accuracy, auc):
         assert line.interval[0] < 0.5 < line.interval[1]
 
@@ -65,7 +66,9 @@ def test_numbers_are_the_means_over_seeds_of_accuracy_and_area(study):
     logits = [
         torch.randn(60, 2, generator=generator) + labels[:, None] * torch.tensor([0.0, 1.0]) for _ in range(3)
     ]
-    accuracy, auc = realism_metrics(("real", "samples"), logits, labels, "test", "x", resamples=200)
+    accuracy, auc = realism_metrics(
+        ("real", "samples"), logits, labels, MeasuredOn("test", "x"), resamples=200
+    )
     right = [(each.numpy().argmax(1) == labels.numpy()).mean() for each in logits]
     areas = [roc_auc_score(labels.numpy(), (each[:, 1] - each[:, 0]).numpy()) for each in logits]
     assert accuracy.value == pytest.approx(np.mean(right))
@@ -111,7 +114,7 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
     lines = evaluate_realism(
         noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
-    assert {line.name: line for line in lines} == found
+    assert {line.text: line for line in lines} == found
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
 
 

@@ -37,7 +37,7 @@ def study(coloured_sets, noise_generator, skin, tmp_path_factory):
     """A finished study: its folder and its lines by name."""
     folder, yardsticks = tmp_path_factory.mktemp("sampling"), [Yardstick.from_pretrained(str(skin))]
     lines = evaluate_sampling(noise_generator, yardsticks, coloured_sets[1], SETTINGS, folder, seed=3)
-    return folder, {line.name: line for line in lines}
+    return folder, {line.text: line for line in lines}
 
 
 def test_settings_are_named_by_what_differs_from_the_plain_one():
@@ -55,11 +55,11 @@ def test_numbers_are_those_of_the_evaluation(study, coloured_sets, noise_generat
         lines, _ = evaluate_generation(
             noise_generator, yardsticks, test, find_source(others), "validation", seed=3, sampling=sampling
         )
-        of_samples = [line for line in lines if "[samples, skin" in line.name]
+        of_samples = [line for line in lines if "[samples, skin" in line.text]
         assert len(of_samples) > 6
         for line in of_samples:
-            named = found[line.name.replace("[samples, ", f"[{setting_name(sampling)}, ")]
-            assert named.value == pytest.approx(line.value, rel=1e-4, abs=1e-6), line.name
+            named = found[line.text.replace("[samples, ", f"[{setting_name(sampling)}, ")]
+            assert named.value == pytest.approx(line.value, rel=1e-4, abs=1e-6), line.text
             assert (named.n, named.split, named.seed) == (line.n, "validation", 3)
 
 
@@ -86,7 +86,7 @@ def test_what_is_generated_is_kept_and_not_made_again(study, coloured_sets, nois
     }  # fmt: skip
     yardsticks = [Yardstick.from_pretrained(str(skin))]
     lines = evaluate_sampling(noise_generator, yardsticks, coloured_sets[1], SETTINGS, folder, seed=3)
-    assert {line.name: line for line in lines} == found
+    assert {line.text: line for line in lines} == found
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from coloured_images import COLOURS, NET, STUDENT
 
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
 from isic_vq.studies.student import LabelledImages, Student, train_student, two_level_interval
 from isic_vq.studies.utility import ARMS, evaluate_utility, utility_metrics
@@ -21,7 +22,7 @@ def study(coloured_sets, noise_generator, tmp_path_factory):
     lines = evaluate_utility(
         noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
-    return folder, {line.name: line for line in lines}
+    return folder, {line.text: line for line in lines}
 
 
 # What it finds
@@ -83,7 +84,7 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
     lines = evaluate_utility(
         noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
     )
-    assert {line.name: line for line in lines} == found
+    assert {line.text: line for line in lines} == found
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, (
         "what is there is not done again"
     )
@@ -188,8 +189,10 @@ def test_images_that_every_seed_gets_right_leave_the_seeds_to_decide():
     logits = {arm: [right, right] for arm in ARMS}
     logits["synthetic"] = [right, -right]
     found = {
-        line.name: line
-        for line in utility_metrics(logits, labels, ["melanoma", "nevus"], "test", "x", resamples=200)
+        line.text: line
+        for line in utility_metrics(
+            logits, labels, ["melanoma", "nevus"], MeasuredOn("test", "x"), resamples=200
+        )
     }
     assert found["balanced_accuracy[real]"].interval == [1.0, 1.0]
     assert found["balanced_accuracy[synthetic]"].value == 0.5
@@ -221,5 +224,5 @@ def test_the_command_writes_a_report(run, coloured_sets, noise_generator, tmp_pa
     report = Report.load(tmp_path / "utility.json")
     assert report.model["limit"] == 20
     assert report.model["classifier"]["steps"] == 2
-    assert {metric.n for metric in report.metrics if "sensitivity" not in metric.name} == {20}
+    assert {metric.n for metric in report.metrics if "sensitivity" not in metric.text} == {20}
     assert "balanced_accuracy_gain[synthetic]" in out

@@ -14,6 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import classifier_measures
 from isic_vq.evaluation.report import Report
 from isic_vq.figures import write_figures
 from isic_vq.models.diagnosis import DIAGNOSES
@@ -23,7 +25,6 @@ from isic_vq.training.classifier import (
     build_classifier,
     class_log_shares,
     classifier_metrics,
-    measures,
     normalised,
     random_colours,
     recoloured,
@@ -122,39 +123,40 @@ def test_measures_are_those_of_scikit_learn():
     labels = torch.randint(0, 4, (60,))
     logits = torch.randn(60, 4) + 1.5 * torch.nn.functional.one_hot(labels, 4)
     classes = list(DIAGNOSES[:4])
-    found = {name: measure(logits, labels) for name, measure in measures(classes, labels).items()}
+    found = {name: measure(logits, labels) for name, measure in classifier_measures(classes, labels).items()}
     predicted = logits.argmax(1)
-    assert found["accuracy"] == pytest.approx((predicted == labels).double().mean().item())
-    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert found["accuracy", None] == pytest.approx((predicted == labels).double().mean().item())
+    assert found["balanced_accuracy", None] == pytest.approx(balanced_accuracy_score(labels, predicted))
     for index, name in enumerate(classes):
         expected = roc_auc_score(labels == index, logits.softmax(1)[:, index])
-        assert found[f"auc[{name}]"] == pytest.approx(expected, rel=1e-5)
+        assert found["auc", name] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_class_without_images_or_without_others_has_no_area_under_the_curve():
-    assert set(measures(["a", "b"], torch.tensor([0, 0]))) == {"accuracy", "balanced_accuracy"}
-    found = set(measures(["a", "b", "c"], torch.tensor([0, 1])))
-    assert found == {"accuracy", "balanced_accuracy", "auc[a]", "auc[b]"}
+    of_all = {("accuracy", None), ("balanced_accuracy", None)}
+    assert set(classifier_measures(["a", "b"], torch.tensor([0, 0]))) == of_all
+    found = set(classifier_measures(["a", "b", "c"], torch.tensor([0, 1])))
+    assert found == of_all | {("auc", "a"), ("auc", "b")}
 
 
 def test_rare_classes_are_measured_together_but_not_reported_singly():
     labels = torch.tensor([0] * 12 + [1] * 9)
     logits = torch.nn.functional.one_hot(labels, 2).float()
-    lines = classifier_metrics(logits, labels, ["melanoma", "nevus"], torch.zeros(2), "test", "x")
-    found = {line.name: line for line in lines}
+    lines = classifier_metrics(logits, labels, ["melanoma", "nevus"], torch.zeros(2), MeasuredOn("test", "x"))
+    found = {line.text: line for line in lines}
     assert found["recall[diagnosis=melanoma]"].n == 12
     assert "recall[diagnosis=nevus]" not in found
     assert found["balanced_accuracy"].n == 21
     assert found["balanced_accuracy"].value == 1
     for line in lines:
-        assert line.interval[0] <= line.value <= line.interval[1], line.name
+        assert line.interval[0] <= line.value <= line.interval[1], line.text
 
 
 def test_one_image_of_each_class_gives_numbers_without_an_interval():
     lines = classifier_metrics(
-        torch.eye(3), torch.arange(3), list(DIAGNOSES[:3]), torch.zeros(3), "test", "x"
+        torch.eye(3), torch.arange(3), list(DIAGNOSES[:3]), torch.zeros(3), MeasuredOn("test", "x")
     )
-    found = {line.name: line for line in lines}
+    found = {line.text: line for line in lines}
     assert found["balanced_accuracy"].value == 1
     assert found["balanced_accuracy"].interval is None
 

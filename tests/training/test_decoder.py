@@ -203,7 +203,7 @@ def test_the_ssim_term_is_added_with_its_weight_and_raises_ssim(make_recipe, tmp
     report = train_decoder(make_recipe(*only, "loop.max_steps=40", "loop.learning_rate=1e-2"))
     (first, *_) = records(tmp_path / "run", "batch")
     assert first["loss"] == pytest.approx(0.01 * first["mse_loss"] + 2 * first["ssim_loss"], rel=1e-5)
-    assert report.value("ssim") > report.value("ssim_before")
+    assert report.value("ssim") > report.value("ssim", state="before")
 
 
 def test_feature_matching_lowers_the_feature_distance(make_recipe, tmp_path):
@@ -212,10 +212,11 @@ def test_feature_matching_lowers_the_feature_distance(make_recipe, tmp_path):
             "adversarial_weight=0", "feature_weight=5", "loop.max_steps=40", "loop.learning_rate=1e-2"
         )
     )
-    assert report.value("feature_distance") < report.value("feature_distance_before")
+    assert report.value("feature_distance") < report.value("feature_distance", state="before")
     assert Report.load(tmp_path / "run" / "report.json").value("psnr") == report.value("psnr")
-    assert report.value("texture[reconstructions]") != report.value("texture[reconstructions_before]") > 0
-    assert report.value("grid_power_mean[reconstructions, 4 px]") > 0
+    before = report.value("texture", images="reconstructions", state="before")
+    assert report.value("texture", images="reconstructions") != before > 0
+    assert report.value("grid_power_mean", images="reconstructions", period="4 px") > 0
 
 
 def test_the_report_starts_from_the_model_as_it_was(make_recipe, tmp_path):
@@ -224,7 +225,7 @@ def test_the_report_starts_from_the_model_as_it_was(make_recipe, tmp_path):
         train_decoder(make_recipe(f"loop.max_steps={steps}", folder)) for steps, folder in lengths.items()
     )
     for name in ("psnr", "ssim", "feature_distance", "frechet_distance"):
-        assert short.value(name + "_before") == long.value(name + "_before"), name
+        assert short.value(name, state="before") == long.value(name, state="before"), name
 
 
 @pytest.mark.slow

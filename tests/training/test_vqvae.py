@@ -396,7 +396,7 @@ def test_report_holds_reconstruction_and_codebook_use(tiny_run):
     report = Report.load(tiny_run.vqvae / "report.json")
     assert report.model["type"] == "isic_vqvae"
     assert report.model["weights"] in ("raw", "averaged")
-    assert {metric.name for metric in report.metrics} == {"psnr", "ssim", "l1", "mse", "usage", "perplexity"}
+    assert {metric.text for metric in report.metrics} == {"psnr", "ssim", "l1", "mse", "usage", "perplexity"}
     assert {(metric.n, metric.split, metric.dataset) for metric in report.metrics} == {
         (16, "validation", "folder:validation")
     }

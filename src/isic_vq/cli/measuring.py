@@ -224,10 +224,10 @@ def ood(
 def print_report(report: "Report") -> None:
     """Print a report's metrics as a table; those of parts of a data set are in the file."""
     shown = [metric for metric in report.metrics if metric.group is None]
-    width = max(28, *(len(metric.name) for metric in shown))
+    width = max(28, *(len(metric.text) for metric in shown))
     for metric in shown:
         low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
         typer.echo(
-            f"  {metric.name:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, "
+            f"  {metric.text:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, "
             f"n = {metric.n}"
         )

@@ -135,7 +135,7 @@ def train_decoder(
     if report is None:
         return  # the main process tells
     changes = [
-        f"{words} {report.value(name + '_before'):.4g} -> {report.value(name):.4g}"
+        f"{words} {report.value(name, state='before'):.4g} -> {report.value(name):.4g}"
         for name, words in (
             ("frechet_distance", "Frechet distance"),
             ("feature_distance", "feature distance"),

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from isic_vq.data.classes import NUM_LISTED, Classes
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.images import MIN_GROUP
-from isic_vq.evaluation.intervals import share_interval
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
 
 logger = logging.getLogger(__name__)
@@ -118,47 +118,40 @@ def agreement_metrics(
     asked: Sequence[str],
     known: set[str],
     yardstick: str,
-    split: str,
-    dataset: str,
+    on: MeasuredOn,
     seed: int,
 ) -> list[Metric]:
     """The share of images that the classifier names as asked, over all and per diagnosis of at least `MIN_GROUP` images.
-
-    Lines are called "agreement[SET, YARDSTICK]" and "agreement[SET, YARDSTICK, diagnosis=NAME]".
 
     Args:
         named: what the classifier called each of N images, by name of their set.
         asked: the diagnosis that each of the N images has, or was generated for; the same for all sets.
         known: diagnoses that count: those of the classifier and of the model. Others are left out.
         yardstick: name of the classifier.
-        split: of the real images.
-        dataset: theirs.
+        on: split and data set of the real images.
         seed: of the samples.
 
     Returns:
         The lines; none where no image has a known diagnosis.
     """
     rows = [row for row, diagnosis in enumerate(asked) if diagnosis in known]
-    groups = {"": rows}
+    if not rows:
+        return []
+    groups: list[tuple[dict[str, str], list[int]]] = [({}, rows)]
     for diagnosis in sorted({asked[row] for row in rows}):
         members = [row for row in rows if asked[row] == diagnosis]
         if len(members) >= MIN_GROUP:
-            groups[f", diagnosis={diagnosis}"] = members
-    metrics = []
-    for name, predictions in named.items():
-        for group, members in groups.items():
-            if members:
-                right = sum(predictions[row] == asked[row] for row in members)
-                metrics.append(
-                    Metric(
-                        f"agreement[{name}, {yardstick}{group}]",
-                        right / len(members),
-                        "1",
-                        len(members),
-                        split,
-                        dataset,
-                        seed,
-                        list(share_interval(right, len(members))),
-                    )
-                )
-    return metrics
+            groups.append(({"diagnosis": diagnosis}, members))
+    return [
+        on.share(
+            "agreement",
+            sum(predictions[row] == asked[row] for row in members),
+            len(members),
+            seed,
+            images=name,
+            yardstick=yardstick,
+            **labels,
+        )
+        for name, predictions in named.items()
+        for labels, members in groups
+    ]

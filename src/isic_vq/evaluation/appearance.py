@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
 from isic_vq.evaluation.report import Metric
 from isic_vq.evaluation.texture import coherence, grid_power, octave_power, octaves, texture, third_colours
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
 Statistic = Callable[[NDArray[np.float64]], float]
-CHANNELS = ("red", "green", "blue")
+COLOURS = ("red", "green", "blue")
 MIN_COHERENT = 3  # images: two have a correlation of 1 or -1 whatever they show
 
 
@@ -59,33 +59,32 @@ class Appearance:
         )
         self.parts.append(tuple(value.double().cpu() for value in values))
 
-    def metrics(self, kind: str, split: str, dataset: str, seed: int) -> list[Metric]:
-        """The report's lines: `texture[kind]`, `grid_power_mean[kind, 8 px]` and so on.
+    def metrics(self, on: MeasuredOn, seed: int, **labels: str) -> list[Metric]:
+        """The report's lines: `texture`, `grid_power_mean` by period and so on.
 
         Args:
-            kind: what the images are: "real", "reconstructions" or "samples".
-            split: as for `Metric`.
-            dataset: as for `Metric`.
+            on: split and data set.
             seed: of the intervals' draws.
+            labels: what the images are, such as `images="samples"`.
         """
         sharpness, grids, powers, colours = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         number = len(sharpness)
 
-        def drawn(name: str, statistic: Statistic, values: Tensor, unit: str = "1") -> Metric:
+        def drawn(name: str, statistic: Statistic, values: Tensor, unit: str = "1", **more: str) -> Metric:
             rows = values.numpy()
-            interval = list(bootstrap_interval(statistic, rows, seed=seed)) if number > 1 else None
-            return Metric(name, statistic(rows), unit, number, split, dataset, seed, interval)
+            interval = bootstrap_interval(statistic, rows, seed=seed) if number > 1 else None
+            return on.metric(name, statistic(rows), unit, number, seed, interval, **labels, **more)
 
-        lines = [mean_metric(f"texture[{kind}]", sharpness, "grey levels", split, dataset, seed)]
+        lines = [on.mean("texture", sharpness, "grey levels", seed, **labels)]
         for period, values in zip(self.periods, grids.T, strict=True):
             lines += [
-                drawn(f"grid_power_{name}[{kind}, {period} px]", statistic, values)
+                drawn(f"grid_power_{name}", statistic, values, period=f"{period} px")
                 for name, statistic in STATISTICS.items()
             ]
         for (low, high), values in zip(self.octaves, powers.T, strict=True):
-            name = f"octave_power[{kind}, {low}-{high} px]"
-            lines.append(drawn(name, STATISTICS["mean"], values, "squared grey levels"))
+            octave, unit = f"{low}-{high} px", "squared grey levels"
+            lines.append(drawn("octave_power", STATISTICS["mean"], values, unit, octave=octave))
         if number >= MIN_COHERENT:
-            for channel, values in zip(CHANNELS, colours.unbind(-1), strict=True):
-                lines.append(drawn(f"coherence[{kind}, {channel}]", colour_correlation, values))
+            for colour, values in zip(COLOURS, colours.unbind(-1), strict=True):
+                lines.append(drawn("coherence", colour_correlation, values, colour=colour))
         return lines

@@ -31,8 +31,9 @@ from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_interval
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval, share_interval
 from isic_vq.evaluation.likelihood import bits_per_code
+from isic_vq.evaluation.measures import auroc
 from isic_vq.evaluation.memorization import (
     LEVEL,
     Excess,
@@ -43,8 +44,7 @@ from isic_vq.evaluation.memorization import (
     tail_p_values,
 )
 from isic_vq.evaluation.neighbours import CodeIndex, Nearest, nearest_by_features
-from isic_vq.evaluation.out_of_distribution import auroc
-from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
@@ -197,15 +197,7 @@ def audit_checkpoint(
     for name, folder in zip(names, features, strict=True):
         extractor = FeatureModel.from_pretrained(folder).to(loaded.device)
         channels.append(compare_features(name, loaded, extractor, samples.codes, train, held_out, progress))
-    report = Report(
-        model={
-            "name": Path(resolve(model)).name,
-            "type": "isic_vq",
-            "prior": loaded.config.prior_config.model_type,
-        },
-        metrics=[],
-        environment=environment(str(loaded.device)),
-    )
+    report = model_report(Path(resolve(model)).name, loaded)
     audit = Audit(loaded, train, samples, *judge(channels), report)
     for channel in channels:
         report.metrics += channel_metrics(audit, channel, held_out, seed)
@@ -355,32 +347,31 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
     """The report's lines for a channel: distances, near samples beside chance, pairs found, and whose neighbours."""
     samples, excess, name = audit.samples, audit.excess[channel.name], channel.name
     total = len(samples.names)
-    near = share_interval(excess.count, total)
     found = sum(pair.found for pair in audit.pairs[name])
     num_train, num_held_out = len(audit.train.isic_ids), len(held_out.isic_ids)
     others = held_out_neighbours(channel.neighbours, num_train, num_held_out, seed=seed)
+    near = [bound * total for bound in share_interval(excess.count, total)]
     share = share_interval(round(others.share * total), total)
-    unit = "share of codes" if name == CODES else "1 - cos"
-    sample_distances = torch.from_numpy(channel.samples.distances)
-    held_out_distances = torch.from_numpy(channel.held_out.distances)
-    key = f"nearest_distance[{name}]"
-    values: list[tuple[str, float, str, list[float] | None]] = [
-        ("near_samples", excess.count, "samples", [bound * total for bound in near]),
+    unit, of_samples = "share of codes" if name == CODES else "1 - cos", "share of samples"
+    values: list[tuple[str, float | None, str, Sequence[float] | None]] = [
+        ("near_samples", excess.count, "samples", near),
         ("near_samples_by_chance", excess.expected, "samples", None),
+        ("near_samples_threshold", excess.threshold, "samples", None),
         ("near_samples_p_value", excess.p_value, "1", None),
         ("pairs_found", found, "samples", None),
-        ("held_out_neighbours", others.share, "share of samples", list(share)),
-        ("held_out_neighbours_by_chance", others.expected, "share of samples", None),
+        ("held_out_neighbours", others.share, of_samples, share),
+        ("held_out_neighbours_by_chance", others.expected, of_samples, None),
         ("held_out_neighbours_p_value", others.p_value, "1", None),
     ]
-    if excess.threshold is not None:
-        values.insert(2, ("near_samples_threshold", excess.threshold, "samples", None))
+    on, on_held_out = MeasuredOn("samples", samples.source), MeasuredOn("held-out", held_out.source.name)
+    nearest, apart = torch.from_numpy(channel.samples.distances), torch.from_numpy(channel.held_out.distances)
     return [
-        mean_metric(key, sample_distances, unit, "samples", samples.source, samples.seed),
-        mean_metric(key, held_out_distances, unit, "held-out", held_out.source.name),
+        on.mean("nearest_distance", nearest, unit, samples.seed, channel=name),
+        on_held_out.mean("nearest_distance", apart, unit, channel=name),
         *(
-            Metric(f"{what}[{name}]", value, of, total, "samples", samples.source, seed, interval)
-            for what, value, of, interval in values
+            on.metric(what, value, unit_of, total, seed, interval, channel=name)
+            for what, value, unit_of, interval in values
+            if value is not None
         ),
     ]
 
@@ -400,6 +391,7 @@ def membership_metrics(
         bits.append(bits_per_code(model, first_views(cache)[rows], class_ids(model, cache)[rows]))
     is_held_out = np.repeat([0, 1], [len(part) for part in bits])
     joined = torch.cat(bits).numpy()
+    on = MeasuredOn("train and held-out", f"{train.source.name} and {held_out.source.name}")
     metrics = []
     for name, unit, statistic in (
         ("membership_auc", "AUROC", auroc),
@@ -410,19 +402,7 @@ def membership_metrics(
             return statistic(torch.from_numpy(values[groups == 0]), torch.from_numpy(values[groups == 1]))
 
         interval = bootstrap_interval(of_rows, is_held_out, joined, strata=is_held_out, seed=seed)
-        value = of_rows(is_held_out, joined)
-        metrics.append(
-            Metric(
-                name,
-                value,
-                unit,
-                len(joined),
-                "train and held-out",
-                f"{train.source.name} and {held_out.source.name}",
-                seed,
-                list(interval),
-            )
-        )
+        metrics.append(on.metric(name, of_rows(is_held_out, joined), unit, len(joined), seed, interval))
     return metrics
 
 

@@ -1,10 +1,12 @@
 """How a codebook is used: over a data set, by diagnosis, and what each code draws by itself."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
 from isic_vq.evaluation.images import MIN_GROUP, MeasuredImages
-from isic_vq.evaluation.intervals import subsample_intervals
+from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity
@@ -18,16 +20,16 @@ def code_counts(codes: Tensor, num_codes: int) -> Tensor:
     return flat.new_zeros(len(flat), num_codes).scatter_add(1, flat, torch.ones_like(flat))
 
 
-def codebook_metrics(counts: Tensor, split: str, dataset: str, seed: int = 0) -> list[Metric]:
+def codebook_metrics(counts: Tensor, on: MeasuredOn, seed: int = 0, **labels: str) -> list[Metric]:
     """The report's lines for how images use the codebook.
 
     Intervals come from halves drawn without replacement: images drawn twice would use fewer codes.
 
     Args:
         counts: `(N, K)`, uses of each code by each image.
-        split: of the images.
-        dataset: theirs.
+        on: the images' split and data set.
         seed: of the halves.
+        labels: of the lines.
     """
 
     def statistics(part: Tensor) -> dict[str, float]:
@@ -46,17 +48,18 @@ def codebook_metrics(counts: Tensor, split: str, dataset: str, seed: int = 0) ->
     for name, value in statistics(counts).items():
         unit, least, most = kinds[name]
         interval = [min(max(bound, least), most) for bound in intervals[name]] if intervals else None
-        metrics.append(Metric(name, value, unit, number, split, dataset, seed, interval))
+        metrics.append(on.metric(name, value, unit, number, seed, interval, **labels))
     return metrics
 
 
 def counts_by_diagnosis(measured: MeasuredImages, counts: Tensor) -> dict[str, list[int]]:
     """Uses of each code, K integers, by diagnosis of at least `MIN_GROUP` images."""
     names = [row["diagnosis"] or "unknown" for row in measured.rows]
-    rows = {
-        name: [index for index, other in enumerate(names) if other == name] for name in sorted(set(names))
+    return {
+        name: counts[[other == name for other in names]].sum(0).tolist()
+        for name, number in sorted(Counter(names).items())
+        if number >= MIN_GROUP
     }
-    return {name: counts[of].sum(0).tolist() for name, of in rows.items() if len(of) >= MIN_GROUP}
 
 
 @torch.inference_mode()
@@ -67,16 +70,9 @@ def code_atlas(tokenizer: VQVAEModel) -> Tensor:
         `(K, 3, 2 f, 2 f)` float32 in [0, 1], f the downsampling: the area of two by two codes.
     """
     tokenizer.eval()
-    side, cell = 2 + 2 * ATLAS_CONTEXT, tokenizer.config.downsampling
-    parts = []
-    for codes in torch.arange(tokenizer.config.num_codes, device=tokenizer.device).split(64):
-        images = tokenizer.decode_alone(codes, side).float()
-        parts.append(
-            images[
-                :,
-                :,
-                ATLAS_CONTEXT * cell : -ATLAS_CONTEXT * cell,
-                ATLAS_CONTEXT * cell : -ATLAS_CONTEXT * cell,
-            ]
-        )
+    border = ATLAS_CONTEXT * tokenizer.config.downsampling
+    parts = [
+        tokenizer.decode_alone(codes, 2 + 2 * ATLAS_CONTEXT).float()[..., border:-border, border:-border]
+        for codes in torch.arange(tokenizer.config.num_codes, device=tokenizer.device).split(64)
+    ]
     return torch.cat(parts).cpu()

@@ -10,23 +10,22 @@ from functools import partial
 
 import torch
 
-from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.modeling_isic_vq import PARTS, IsicVQModel
 
 REPEATS = 5
 BATCH_SIZES = (1, 16)
-SPLIT, DATASET = "model", "model"  # no images of anybody
+MODEL = MeasuredOn("model", "model")  # no images of anybody
 
 
 def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> list[Metric]:
     """The report's lines for what the model costs.
 
-    * `parameters[PART]` and `weight_bytes[PART]`, in memory;
+    * `parameters` and `weight_bytes` of each part, in memory;
     * `bytes_per_image_flat`, codes stored as they are, and `bytes_per_image_prior`, what an ideal entropy coder driven
       by the prior reaches, of the images that `bits_per_code` was measured on;
-    * `seconds_per_image[generate, batch=B]`, and for `encode` and `decode`, the mean of `REPEATS` runs after one that
-      warms up.
+    * `seconds_per_image` to generate, encode and decode, by batch size: the mean of `REPEATS` runs after one that warms up.
 
     Args:
         model: in eval mode.
@@ -37,15 +36,14 @@ def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> lis
     positions = config.num_positions
     metrics = []
     for part in PARTS:
-        of = getattr(model, part)
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in of.state_dict().values())
+        module = getattr(model, part)
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
         metrics += [
-            Metric(f"parameters[{part}]", of.num_parameters(), "parameters", 1, SPLIT, DATASET),
-            Metric(f"weight_bytes[{part}]", stored, "bytes", 1, SPLIT, DATASET),
+            MODEL.metric("parameters", module.num_parameters(), "parameters", 1, part=part),
+            MODEL.metric("weight_bytes", stored, "bytes", 1, part=part),
         ]
     for name, bits in (("flat", math.log2(config.num_codes)), ("prior", bits_per_code)):
-        value = positions * bits / 8
-        metrics.append(Metric(f"bytes_per_image_{name}", value, "bytes per image", 1, SPLIT, DATASET))
+        metrics.append(MODEL.metric(f"bytes_per_image_{name}", positions * bits / 8, "bytes per image", 1))
     for batch in BATCH_SIZES:
         images = torch.rand(batch, 3, config.image_size, config.image_size, device=model.device)
         codes = model.encode(images)
@@ -54,17 +52,11 @@ def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> lis
             "encode": partial(model.encode, images),
             "decode": partial(model.decode, codes),
         }
-        metrics += [
-            mean_metric(
-                f"seconds_per_image[{name}, batch={batch}]",
-                seconds(action, model.device) / batch,
-                "s per image",
-                SPLIT,
-                DATASET,
-                seed if name == "generate" else None,
-            )
-            for name, action in actions.items()
-        ]
+        for name, action in actions.items():
+            times = seconds(action, model.device) / batch
+            drawn = seed if name == "generate" else None
+            labels = {"action": name, "batch": str(batch)}
+            metrics.append(MODEL.mean("seconds_per_image", times, "s per image", drawn, **labels))
     return metrics
 
 

@@ -24,7 +24,7 @@ from isic_vq.evaluation.images import (
     measure_images,
     sampled_images,
 )
-from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import (
     bits_metrics,
     bits_per_code,
@@ -32,9 +32,10 @@ from isic_vq.evaluation.likelihood import (
     conditioning_metrics,
     unigram_bits,
 )
+from isic_vq.evaluation.measures import UNITS
 from isic_vq.evaluation.perceptual import PerceptualDistance
-from isic_vq.evaluation.reconstruction import UNITS, evaluate_reconstruction, psnr_by_batch_statistics
-from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.reconstruction import evaluate_reconstruction, psnr_by_batch_statistics
+from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -124,15 +125,9 @@ def evaluate_checkpoint(
     if train_codes is not None:
         cache = read_code_cache(train_codes)
         check_tokenizer(cache, loaded.vqvae, train_codes.name)
-    report = Report(
-        model={
-            "name": Path(resolve(model)).name,
-            "type": "isic_vq",
-            "prior": loaded.config.prior_config.model_type,
-        },
-        metrics=[] if cache is None else train_metrics(loaded, cache, seed),
-        environment=environment(str(loaded.device)),
-    )
+    report = model_report(Path(resolve(model)).name, loaded)
+    if cache is not None:
+        report.metrics += train_metrics(loaded, cache, seed)
     evaluation = Evaluation(loaded, report, {})
     classes = Classes.of_model(names)
     for dataset in data:
@@ -162,7 +157,7 @@ def add_data_set(
 ) -> None:
     """Add a data set's lines and tables to the report."""
     model, report, name = evaluation.model, evaluation.report, measured.info.name
-    config = model.config.vqvae_config
+    on = MeasuredOn(split, name)
     by_class = class_bits(model, measured.codes) if 0 < len(model.config.class_names) <= MAX_CLASSES else None
     bits = {"bits_per_code_unconditional": bits_per_code(model, measured.codes, None)}
     bits["bits_per_code"] = bits["bits_per_code_unconditional"].clone()
@@ -184,27 +179,22 @@ def add_data_set(
         )
     if train_counts is not None:
         bits["bits_per_code_unigram"] = unigram_bits(train_counts, measured.codes).flatten(1).mean(1)
-    counts = code_counts(measured.codes, config.num_codes)
+    counts = code_counts(measured.codes, model.config.vqvae_config.num_codes)
     values = measured.reconstruction.values
     report.metrics += [
-        *(mean_metric(key, values[key], unit, split, name) for key, unit in UNITS.items() if key in values),
-        *codebook_metrics(counts, split, name, seed),
-        *bits_metrics(model, bits, split, name),
+        *(on.mean(key, values[key], unit) for key, unit in UNITS.items() if key in values),
+        *codebook_metrics(counts, on, seed),
+        *bits_metrics(model, bits, on),
     ]
     for kind, appearance in measured.appearance.items():
-        report.metrics += appearance.metrics(kind, split, name, seed)
+        report.metrics += appearance.metrics(on, seed, images=kind)
     if by_class is not None:
+        unconditional, num_positions = bits["bits_per_code_unconditional"], measured.codes[0].numel()
         report.metrics += conditioning_metrics(
-            by_class,
-            bits["bits_per_code_unconditional"],
-            measured.labels,
-            measured.codes[0].numel(),
-            split,
-            name,
-            seed,
+            by_class, unconditional, measured.labels, num_positions, on, seed
         )
     grouped = {key: values[key] for key in GROUPED} | {"bits_per_code": bits["bits_per_code"]}
-    report.metrics += group_metrics(measured, grouped, split)
+    report.metrics += group_metrics(measured, grouped, on)
     report.tables[split] = {
         "data": dataclasses.asdict(measured.info),
         "codebook_counts": counts.sum(0).tolist(),
@@ -224,11 +214,12 @@ def gap_metrics(
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     images = sampled_images(train, processor, TRAIN_SAMPLE, seed, max_corrupt_share)
     seen = evaluate_reconstruction(model.vqvae, images).values
-    lines = [mean_metric(name, seen[name], UNITS[name], "train", train.name, seed) for name in GROUPED]
+    on = MeasuredOn("train", train.name)
+    lines = [on.mean(name, seen[name], UNITS[name], seed) for name in GROUPED]
     if model.config.vqvae_config.norm == "batch":
         batches = iter_batches(measured.source.records(), processor, BATCH_SIZE, None, max_corrupt_share)
         values = psnr_by_batch_statistics(model.vqvae, (batch["pixel_values"] for batch in batches))
-        lines.append(mean_metric("psnr_batch_statistics", values, "dB", split, measured.info.name))
+        lines.append(MeasuredOn(split, measured.info.name).mean("psnr_batch_statistics", values, "dB"))
     return lines
 
 
@@ -244,5 +235,5 @@ def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metri
         "bits_per_code_unconditional": bits_per_code(model, codes, None),
         "bits_per_code_unigram": unigram_bits(cache.counts(), codes).flatten(1).mean(1),
     }
-    metrics = bits_metrics(model, bits, "train", cache.source.name)
+    metrics = bits_metrics(model, bits, MeasuredOn("train", cache.source.name))
     return [dataclasses.replace(metric, seed=seed) for metric in metrics if metric.interval]

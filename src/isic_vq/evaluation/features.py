@@ -1,8 +1,8 @@
 """Distances in the feature space of an image model that the user supplies: no weights are downloaded.
 
 Sources: paired distance, Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
-arXiv 1801.03924, eq. 1 with every channel weighted alike; Frechet distance between sets, Heusel et al., arXiv
-1706.08500, eq. 6, computed by torchmetrics. Both depend on the model: compare them within one model only.
+arXiv 1801.03924, eq. 1 with every channel weighted alike; Frechet distance between sets, see `distances`. Both depend on
+the model: compare them within one model only.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from isic_vq.evaluation.distances import frechet_distance
 
 
 class FeatureModel(nn.Module):
@@ -105,15 +106,15 @@ def measure_features(model: FeatureModel, pairs: Iterable[tuple[Tensor, Tensor]]
     Raises:
         ValueError: there are fewer than two pairs, and so no covariance.
     """
-    # One process measures alone: a metric that waited for the others would wait for ever.
-    frechet = FrechetInceptionDistance(feature=model, normalize=True, sync_on_compute=False)
-    distances = []
-    for images, reconstructions in pairs:
-        frechet.to(images.device)
-        distances.append(feature_distance(model, images, reconstructions))
-        frechet.update(images, real=True)
-        frechet.update(reconstructions, real=False)
-    joined = torch.cat(distances) if distances else torch.zeros(0)
-    if len(joined) < 2:
-        raise ValueError(f"{len(joined)} images have no covariance: expected at least two")
-    return {"feature_distance": joined.mean().item(), "frechet_distance": frechet.compute().item()}
+    distances: list[Tensor] = []
+    features: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        distances.append(feature_distance(model, *pair))
+        features.append((model(pair[0]).cpu(), model(pair[1]).cpu()))
+    if sum(map(len, distances)) < 2:
+        raise ValueError(f"{sum(map(len, distances))} images have no covariance: expected at least two")
+    real, reconstructed = (torch.cat(parts) for parts in zip(*features, strict=True))
+    return {
+        "feature_distance": torch.cat(distances).mean().item(),
+        "frechet_distance": frechet_distance(real, reconstructed),
+    }

@@ -41,7 +41,7 @@ from isic_vq.evaluation.distances import (
     precision_recall_density_coverage,
 )
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.intervals import subsample_intervals
+from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
@@ -69,7 +69,7 @@ class Yardstick:
     """What images are compared by.
 
     Attributes:
-        name: of the folder or on the Hub; part of every metric's name.
+        name: of the folder or on the Hub; a label of every metric.
         features: gives each image's place.
         classifier: the same weights with their head, if its classes are diagnoses.
     """
@@ -124,11 +124,6 @@ class EmbeddedImages:
     def joined(self, yardstick: str) -> NDArray[np.float32]:
         """Features `(N, D)` of all images."""
         return torch.cat(self.features[yardstick]).numpy()
-
-
-def metric_name(name: str, images: str, yardstick: str) -> str:
-    """What a number of some images is called in the report: "frechet_distance[samples, derm-resnet]"."""
-    return f"{name}[{images}, {yardstick}]"
 
 
 def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str, float]:
@@ -219,8 +214,8 @@ def evaluate_generation(
         progress: show a bar.
 
     Returns:
-        The report's lines (`frechet_distance`, `kernel_distance`, `precision`, `recall`, `density` and `coverage` as
-        `metric_name` calls them; `agreement`, where a yardstick is a classifier, of the reference, of its
+        The report's lines (`frechet_distance`, `kernel_distance`, `precision`, `recall`, `density` and `coverage`, with
+        the labels `images` and `yardstick`; `agreement`, where a yardstick is a classifier, of the reference, of its
         reconstructions and of samples; those of `Appearance` of samples) and a table of what was compared.
 
     Raises:
@@ -242,9 +237,10 @@ def evaluate_generation(
     )
     diagnoses = sets["reference"].diagnoses
     compared = {kind: sets[kind] for kind in ("floor", "reconstructions", "disturbed", "samples")}
-    metrics = appearance.metrics("samples", split, reference.name, seed)
+    on = MeasuredOn(split, reference.name)
+    metrics = appearance.metrics(on, seed, images="samples")
     for yardstick in yardsticks:
-        metrics += distance_metrics(sets["reference"], compared, yardstick.name, split, reference.name, seed)
+        metrics += distance_metrics(sets["reference"], compared, yardstick.name, on, seed)
         if yardstick.classifier is not None:
             named = {
                 "reference": sets["reference"].named[yardstick.name],
@@ -253,7 +249,7 @@ def evaluate_generation(
             }
             classes = model.config.class_names.values()
             known = shared_classes(yardstick.classifier, classes, yardstick.name)
-            metrics += agreement_metrics(named, diagnoses, known, yardstick.name, split, reference.name, seed)
+            metrics += agreement_metrics(named, diagnoses, known, yardstick.name, on, seed)
     table = {
         "reference": reference.name,
         "others": others.name,
@@ -330,18 +326,16 @@ def distance_metrics(
     reference: EmbeddedImages,
     sets: Mapping[str, EmbeddedImages],
     yardstick: str,
-    split: str,
-    dataset: str,
+    on: MeasuredOn,
     seed: int,
 ) -> list[Metric]:
     """The lines of some sets by one yardstick, each distance's lines beside each other.
 
     Args:
         reference: what distances are to.
-        sets: what they are of, by the name that `metric_name` gives them.
+        sets: what they are of, by the label `images`.
         yardstick: one of both's.
-        split: of the reference.
-        dataset: its.
+        on: split and data set of the reference.
         seed: of the intervals' halves and of what was drawn.
     """
     features = reference.joined(yardstick)
@@ -351,6 +345,6 @@ def distance_metrics(
         intervals = subsample_intervals(set_distances, features, images, strata=strata, seed=seed)
         for name, value in set_distances(features, images).items():
             interval = np.clip(intervals[name], *RANGES[name]).tolist()
-            named = metric_name(name, kind, yardstick)
-            by_name[name].append(Metric(named, value, "1", len(images), split, dataset, seed, interval))
+            labels = {"images": kind, "yardstick": yardstick}
+            by_name[name].append(on.metric(name, value, "1", len(images), seed, interval, **labels))
     return [metric for lines in by_name.values() for metric in lines]

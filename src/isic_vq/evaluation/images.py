@@ -12,15 +12,10 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.appearance import Appearance
-from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import MS_SSIM_MIN_SIZE, UNITS, ms_ssim
 from isic_vq.evaluation.perceptual import PerceptualDistance
-from isic_vq.evaluation.reconstruction import (
-    MS_SSIM_MIN_SIZE,
-    UNITS,
-    Reconstruction,
-    evaluate_reconstruction,
-    ms_ssim,
-)
+from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import GROUP_COLUMNS, Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -71,26 +66,26 @@ def measure_images(
     size = model.config.vqvae_config.image_size
     processor = IsicVQImageProcessor(size=size)
     label2id = {name: index for index, name in model.config.class_names.items()}
-    codes, labels, indices = [], [], []
+    all_codes, labels, indices = [], [], []
     more: dict[str, list[Tensor]] = defaultdict(list)
     real, reconstructed = (Appearance(model.config.vqvae_config.downsampling) for _ in range(2))
 
     def pixel_values() -> Iterator[Tensor]:
         for batch in iter_batches(source.records(), processor, BATCH_SIZE, label2id, max_corrupt_share):
-            images = batch["pixel_values"].to(model.device)
-            codes.append(model.encode(images).cpu())
             labels.append(batch["labels"])
             indices.append(batch["indices"])
-            decoded = model.decode(codes[-1].to(model.device))
-            real.add(images)
-            reconstructed.add(decoded)
-            if size >= MS_SSIM_MIN_SIZE:
-                more["ms_ssim"].append(ms_ssim(images, decoded).cpu())
-            if perceptual is not None:
-                more["lpips"].append(perceptual(images, decoded))
-            yield images
+            yield batch["pixel_values"]
 
-    reconstruction = evaluate_reconstruction(model.vqvae, pixel_values())
+    def measure(images: Tensor, codes: Tensor, decoded: Tensor) -> None:
+        all_codes.append(codes.cpu())
+        real.add(images)
+        reconstructed.add(decoded)
+        if size >= MS_SSIM_MIN_SIZE:
+            more["ms_ssim"].append(ms_ssim(images, decoded).cpu())
+        if perceptual is not None:
+            more["lpips"].append(perceptual(images, decoded))
+
+    reconstruction = evaluate_reconstruction(model.vqvae, pixel_values(), measure)
     for name, values in more.items():
         reconstruction.values[name] = torch.cat(values).double()
     rows, read = list(source.metadata()), torch.cat(indices).tolist()
@@ -100,7 +95,7 @@ def measure_images(
         indices=read,
         rows=[rows[index] for index in read],
         labels=torch.cat(labels),
-        codes=torch.cat(codes),
+        codes=torch.cat(all_codes),
         reconstruction=reconstruction,
         appearance={"real": real, "reconstructions": reconstructed},
     )
@@ -143,8 +138,8 @@ def _streamed_sample(
             yield batch
 
 
-def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], split: str) -> list[Metric]:
-    """Means of values `(N,)` over the images of each diagnosis, source, sex and site, as "psnr[sex=female]".
+def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], on: MeasuredOn) -> list[Metric]:
+    """Means of values `(N,)` over the images of each diagnosis, source, sex and site, which labels name.
 
     What is missing is the group "unknown". Groups of fewer than `MIN_GROUP` images are left out, and so is a column
     that has one group only.
@@ -152,7 +147,7 @@ def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], split: st
     Args:
         measured: the images.
         values: by name: those that `UNITS` has, and bits per code.
-        split: of the images.
+        on: the images' split and data set.
     """
     metrics = []
     for column in GROUP_COLUMNS:
@@ -164,14 +159,8 @@ def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], split: st
         for group, indices in sorted(members.items()):
             if len(indices) >= MIN_GROUP:
                 metrics += [
-                    mean_metric(
-                        f"{name}[{column}={group}]",
-                        of[indices],
-                        UNITS.get(name, "bits per code"),
-                        split,
-                        measured.info.name,
-                    )
-                    for name, of in values.items()
+                    on.mean(name, numbers[indices], UNITS.get(name, "bits per code"), None, **{column: group})
+                    for name, numbers in values.items()
                 ]
     return metrics
 

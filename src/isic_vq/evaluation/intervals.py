@@ -18,11 +18,13 @@ All are for independent rows: images of one lesion or patient are not, and make 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, stdtrit
+from scipy.stats import binomtest
 from torch import Tensor
 
 from isic_vq.evaluation.report import Metric
@@ -50,38 +52,50 @@ def mean_interval(values: ArrayLike) -> tuple[float, float]:
     return float(numbers.mean() - half), float(numbers.mean() + half)
 
 
-def mean_metric(
-    name: str, values: Tensor, unit: str, split: str, dataset: str, seed: int | None = None
-) -> Metric:
-    """A mean over images with Student's interval, of at least two images.
-
-    Args:
-        name: as for `Metric`.
-        values: `(N,)`, one number per image, in `unit`.
-        unit: as for `Metric`.
-        split: as for `Metric`.
-        dataset: as for `Metric`.
-        seed: as for `Metric`.
-
-    Raises:
-        ValueError: as `Metric`.
-    """
-    interval = list(mean_interval(values)) if len(values) > 1 else None
-    return Metric(name, values.mean().item(), unit, len(values), split, dataset, seed, interval)
-
-
 def share_interval(count: int, total: int) -> tuple[float, float]:
     """Wilson's interval, within [0, 1], of the share `count / total`.
 
     Raises:
         ValueError: `count` is not in 0 to `total`, or `total` is not positive.
     """
-    if not 0 <= count <= total or total == 0:
-        raise ValueError(f"{count} of {total} is no share: expected 0 to total of at least 1")
-    share, square = count / total, float(ndtri(TAILS[1])) ** 2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = (square * (share * (1 - share) / total + square / (4 * total**2))) ** 0.5 / (1 + square / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = binomtest(count, total).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """The images that metrics are measured on; its methods make a report's lines.
+
+    Attributes:
+        split: as for `Metric`.
+        dataset: as for `Metric`.
+    """
+
+    split: str
+    dataset: str
+
+    def metric(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        n: int,
+        seed: int | None = None,
+        interval: Sequence[float] | None = None,
+        **labels: str,
+    ) -> Metric:
+        """A line with these fields; see `Metric`."""
+        bounds = None if interval is None else list(interval)
+        return Metric(name, value, unit, n, self.split, self.dataset, seed, bounds, labels)
+
+    def mean(self, name: str, values: Tensor, unit: str, seed: int | None = None, **labels: str) -> Metric:
+        """The mean of values `(N,)` in `unit`, one per image, with Student's interval of two or more."""
+        interval = mean_interval(values) if len(values) > 1 else None
+        return self.metric(name, values.mean().item(), unit, len(values), seed, interval, **labels)
+
+    def share(self, name: str, count: int, total: int, seed: int | None = None, **labels: str) -> Metric:
+        """The share `count / total` with Wilson's interval."""
+        return self.metric(name, count / total, "1", total, seed, share_interval(count, total), **labels)
 
 
 def bootstrap_interval(

@@ -7,12 +7,11 @@ the unigram cross-entropy (an entropy coder that knows how often each code occur
 
 import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.measures import balanced_accuracy
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.likelihood import BATCH_SIZE, Scorer, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -48,11 +47,6 @@ def unigram_bits(train_counts: Tensor, codes: Tensor) -> Tensor:
     return -(smoothed / smoothed.sum()).log2()[codes]
 
 
-def unigram_bits_per_code(train_counts: Tensor, codes: Tensor) -> float:
-    """Cross-entropy in bits per code of `codes` under the code frequencies of the training set."""
-    return unigram_bits(train_counts, codes).mean().item()
-
-
 def own_entropy(codes: Tensor) -> Tensor:
     """Entropy in bits per code of each image's own code frequencies: what its codes cost without their order.
 
@@ -68,7 +62,7 @@ def own_entropy(codes: Tensor) -> Tensor:
 
 
 def likelihood_metrics(
-    model: IsicVQModel, train_counts: Tensor | None, codes: Tensor, labels: Tensor, split: str, dataset: str
+    model: IsicVQModel, train_counts: Tensor | None, codes: Tensor, labels: Tensor, on: MeasuredOn
 ) -> list[Metric]:
     """The report's lines for what the prior makes of unseen codes `(N, ...)` with class ids `(N,)`."""
     bits = {
@@ -77,20 +71,18 @@ def likelihood_metrics(
     }
     if train_counts is not None:
         bits["bits_per_code_unigram"] = unigram_bits(train_counts, codes).flatten(1).mean(1)
-    return bits_metrics(model, bits, split, dataset)
+    return bits_metrics(model, bits, on)
 
 
-def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], split: str, dataset: str) -> list[Metric]:
+def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) -> list[Metric]:
     """The report's lines for bits per code of each image, `(N,)` by name, and for what follows from `bits_per_code`."""
     config = model.config.vqvae_config
     num_images = len(bits["bits_per_code"])
     per_pixel = bits["bits_per_code"] * config.num_positions / config.image_size**2
     return [
-        *(mean_metric(name, values, "bits per code", split, dataset) for name, values in bits.items()),
-        mean_metric("bits_per_pixel", per_pixel, "bits per pixel", split, dataset),
-        Metric(
-            "bits_per_code_flat", math.log2(config.num_codes), "bits per code", num_images, split, dataset
-        ),
+        *(on.mean(name, values, "bits per code") for name, values in bits.items()),
+        on.mean("bits_per_pixel", per_pixel, "bits per pixel"),
+        on.metric("bits_per_code_flat", math.log2(config.num_codes), "bits per code", num_images),
     ]
 
 
@@ -113,8 +105,7 @@ def conditioning_metrics(
     unconditional: Tensor,
     labels: Tensor,
     num_positions: int,
-    split: str,
-    dataset: str,
+    on: MeasuredOn,
     seed: int = 0,
 ) -> list[Metric]:
     """What knowing the diagnosis buys, of the images whose diagnosis the model has.
@@ -129,8 +120,7 @@ def conditioning_metrics(
         unconditional: `(N,)` bits per code.
         labels: `(N,)` class ids; others than those of the classes are left out.
         num_positions: codes of an image.
-        split: of the images.
-        dataset: theirs.
+        on: the images' split and data set.
         seed: of the accuracy's bootstrap, within diagnoses.
 
     Returns:
@@ -144,20 +134,9 @@ def conditioning_metrics(
     predicted = by_class.argmin(1)
     interval = None  # where no diagnosis has two images nothing tells how sure the accuracy is
     if len(labels) > len(labels.unique()):
-        interval = list(bootstrap_interval(balanced_accuracy, labels, predicted, strata=labels, seed=seed))
-    accuracy = Metric(
-        "likelihood_balanced_accuracy",
-        balanced_accuracy(labels.numpy(), predicted.numpy()),
-        "1",
-        len(labels),
-        split,
-        dataset,
-        seed,
-        interval,
-    )
-    return [mean_metric("conditioning_gain", gain, "bits per image", split, dataset), accuracy]
-
-
-def balanced_accuracy(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
-    """Mean, over the classes that occur in `labels`, of the share of each that is predicted as itself."""
-    return float(np.mean([(predicted[labels == label] == label).mean() for label in np.unique(labels)]))
+        interval = bootstrap_interval(balanced_accuracy, labels, predicted, strata=labels, seed=seed)
+    accuracy = balanced_accuracy(labels.numpy(), predicted.numpy())
+    return [
+        on.mean("conditioning_gain", gain, "bits per image"),
+        on.metric("likelihood_balanced_accuracy", accuracy, "1", len(labels), seed, interval),
+    ]

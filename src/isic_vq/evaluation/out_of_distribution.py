@@ -1,8 +1,7 @@
 """How well a model's scores tell its kind of images from others: the area under the ROC curve for each other kind.
 
-The area (AUROC) is the probability that an unusual image scores higher than a usual one, ties counting half: 0.5 is
-chance, and below 0.5 the score calls the unusual images *more* usual. See `scores` for the scores and `corruptions`
-for what is done to the images; all are scored unconditionally.
+Below 0.5 a score calls the unusual images *more* usual. See `scores` for the scores and `corruptions` for what is done to
+the images; all are scored unconditionally.
 """
 
 import itertools
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,24 +18,17 @@ from isic_vq.data.classes import AUTO, Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
 from isic_vq.evaluation.images import sampled_images
-from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import auroc
+from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.evaluation.scores import SCORES, image_scores, read_reference
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 USUAL, NON_SKIN = "clean", "non_skin"
-BATCH_SIZE = 32
 TILE_SIDE = 128
 NUM_BINS = 30
-
-
-def auroc(usual: Tensor, unusual: Tensor) -> float:
-    """Area under the ROC curve, in [0, 1], of scores `(N,)` and `(M,)` that should be higher for the unusual."""
-    ranks = rankdata(torch.cat([usual, unusual]).numpy())[len(usual) :]
-    # The area is Mann and Whitney's U: how many pairs of one of each are in the right order, ties counting half.
-    pairs = ranks.sum() - len(unusual) * (len(unusual) + 1) / 2
-    return float(pairs / (len(usual) * len(unusual)))
 
 
 def photograph_tiles() -> list[np.ndarray]:
@@ -89,14 +80,15 @@ def evaluate_out_of_distribution(
         progress: show a bar.
 
     Returns:
-        A report with `auroc_SCORE_KIND` for each score and kind of unusual images, `bits_per_code_KIND` for each
-        kind, and tables with the scores' histograms.
+        A report with `auroc` for each score and kind of unusual images, `bits_per_code` for each kind (labels `score` and
+        `images`), and tables with the scores' histograms.
 
     Raises:
         ImportError: scikit-learn is needed and not installed.
         ModelError, DataError: as their docstrings say.
     """
     loaded = load_model(IsicVQModel, model)
+    report = model_report(Path(resolve(model)).name, loaded)
     processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
     if non_skin is None:
         tiles, non_skin_name = photograph_tiles(), "tiles of scikit-learn's sample photographs"
@@ -106,80 +98,47 @@ def evaluate_out_of_distribution(
         non_skin_name = other_source.name
         others = list(sampled_images(other_source, processor, limit, seed, max_corrupt_share))
     source = find_source(uri, Classes.parse(AUTO))
-    num_images = source.describe().num_images
     reference = read_reference(train_codes, loaded, seed=seed)
     copies = _spoiled_copies(sampled_images(source, processor, limit, seed, max_corrupt_share), seed)
-    parts: dict[str, dict[str, list[Tensor]]] = {
-        kind: {score: [] for score in SCORES} for kind in (USUAL, *CORRUPTIONS, NON_SKIN)
-    }
-    total = min(limit, num_images) * (1 + len(CORRUPTIONS)) + sum(map(len, others))
+    total = min(limit, source.describe().num_images) * (1 + len(CORRUPTIONS)) + sum(map(len, others))
+    parts: dict[str, list[dict[str, Tensor]]] = {kind: [] for kind in (USUAL, *CORRUPTIONS, NON_SKIN)}
     with tqdm(total=total, unit="image", desc="scoring", disable=not progress) as bar:
         for kind, pixel_values in itertools.chain(copies, zip(itertools.repeat(NON_SKIN), others)):
             output = loaded.score(pixel_values)
-            for score, values in image_scores(output["bits"], output["codes"], reference).items():
-                parts[kind][score].append(values)
+            parts[kind].append(image_scores(output["bits"], output["codes"], reference))
             bar.update(len(pixel_values))
-    scores = {kind: {name: torch.cat(values) for name, values in of.items()} for kind, of in parts.items()}
-    training = Metric(
-        "bits_per_code_training",
-        reference.bits_per_code,
-        "bits per code",
-        reference.num_images,
-        "train",
-        reference.source,
-        seed,
-    )
-    return Report(
-        model={
-            "name": Path(resolve(model)).name,
-            "type": "isic_vq",
-            "prior": loaded.config.prior_config.model_type,
-        },
-        metrics=[training, *score_metrics(scores, split, source.name, seed)],
-        tables={
-            "unusual_images": {
-                **{name: corruption.description for name, corruption in CORRUPTIONS.items()},
-                NON_SKIN: non_skin_name,
-            },
-            "histograms": score_histograms(scores),
-        },
-        environment=environment(str(loaded.device)),
-    )
+    scores = {
+        kind: {name: torch.cat([part[name] for part in found]) for name in SCORES}
+        for kind, found in parts.items()
+    }
+    bits, number, unit = reference.bits_per_code, reference.num_images, "bits per code"
+    training = MeasuredOn("train", reference.source)
+    report.metrics += [
+        training.metric("bits_per_code", bits, unit, number, seed, images="training"),
+        *score_metrics(scores, MeasuredOn(split, source.name), seed),
+    ]
+    spoiled = {name: corruption.description for name, corruption in CORRUPTIONS.items()}
+    report.tables["unusual_images"] = {**spoiled, NON_SKIN: non_skin_name}
+    report.tables["histograms"] = score_histograms(scores)
+    return report
 
 
-def score_metrics(scores: dict[str, dict[str, Tensor]], split: str, dataset: str, seed: int) -> list[Metric]:
+def score_metrics(scores: dict[str, dict[str, Tensor]], on: MeasuredOn, seed: int) -> list[Metric]:
     """The report's lines for scores `(N,)` by kind of image and name: means of the bits, then every AUROC.
 
     An AUROC's n counts the usual and the unusual images.
     """
     usual = scores[USUAL]
-    means = [
-        Metric(
-            f"bits_per_code_{kind}",
-            of["bits_per_code"].mean().item(),
-            "bits per code",
-            len(of["bits_per_code"]),
-            split,
-            dataset,
-            seed,
-        )
-        for kind, of in scores.items()
-    ]
-    areas = [
-        Metric(
-            f"auroc_{name}_{kind}",
-            auroc(usual[name], scores[kind][name]),
-            "AUROC",
-            len(usual[name]) + len(scores[kind][name]),
-            split,
-            dataset,
-            seed,
-        )
-        for name in SCORES
-        for kind in scores
-        if kind != USUAL
-    ]
-    return means + areas
+    lines = []
+    for kind, found in scores.items():
+        bits = found["bits_per_code"]
+        mean = bits.mean().item()
+        lines.append(on.metric("bits_per_code", mean, "bits per code", len(bits), seed, images=kind))
+    for name in SCORES:
+        for kind in [kind for kind in scores if kind != USUAL]:
+            area, number = auroc(usual[name], scores[kind][name]), len(usual[name]) + len(scores[kind][name])
+            lines.append(on.metric("auroc", area, "AUROC", number, seed, score=name, images=kind))
+    return lines
 
 
 def score_histograms(scores: dict[str, dict[str, Tensor]]) -> dict[str, Any]:

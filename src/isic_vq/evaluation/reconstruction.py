@@ -1,39 +1,21 @@
 """How well a tokenizer reconstructs images it has not seen, and how it uses its codebook.
 
-PSNR is 10 log10(1 / MSE) per image, SSIM is Wang et al. 2004 with an 11-pixel Gaussian window (sigma 1.5)
-on pixel values in [0, 1], computed by torchmetrics at every pixel with the border mirrored (scikit-image leaves
-the outermost 5 pixels out: about 0.001 apart); both are averaged over images. MS-SSIM is Wang et al. 2003 with the
-first four of its five scales, their weights scaled to sum to 1: the fifth would need 161 pixels. Perplexity and usage
-are taken over all codes of the data set, not per batch, where they would depend on the batch size.
+Measures of `measures` are averaged over images. Perplexity and usage are taken over all codes of the data set, not per
+batch, where they would depend on the batch size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
-from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import UNITS, image_metrics, psnr
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity
-
-UNITS = {
-    "psnr": "dB",
-    "ssim": "1",
-    "ms_ssim": "1",
-    "lpips": "1",
-    "l1": "pixel value in [0, 1]",
-    "mse": "squared pixel value in [0, 1]",
-}
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363)
-MS_SSIM_MIN_SIZE = 99  # pixels: what torchmetrics demands of four scales with an 11-pixel window
 
 
 @dataclass(frozen=True)
@@ -79,46 +61,18 @@ class Reconstruction:
         return self.values["mse"].mean().item()
 
 
-def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, one value per image `(B,)`, of images `(B, 3, H, W)` in [0, 1]."""
-    return -10 * torch.log10((images - reconstructions).square().mean(dim=(1, 2, 3)))
-
-
-def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity `(B,)`, in [-1, 1], of images `(B, 3, H, W)` in [0, 1]."""
-    values = structural_similarity_index_measure(reconstructions, images, data_range=1.0, reduction="none")
-    return cast(Tensor, values).reshape(-1)
-
-
-def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Multi-scale structural similarity `(B,)` of images `(B, 3, H, W)` in [0, 1], of `MS_SSIM_MIN_SIZE` pixels or more."""
-    total = sum(MS_SSIM_WEIGHTS)
-    values = multiscale_structural_similarity_index_measure(
-        reconstructions,
-        images,
-        data_range=1.0,
-        reduction="none",
-        betas=tuple(weight / total for weight in MS_SSIM_WEIGHTS),
-    )
-    return values.reshape(-1)
-
-
-def image_metrics(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """PSNR, SSIM, mean absolute and mean squared error, `(B,)` each, of images `(B, 3, H, W)` in [0, 1]."""
-    difference = images - reconstructions
-    return {
-        "psnr": psnr(images, reconstructions),
-        "ssim": ssim(images, reconstructions),
-        "l1": difference.abs().mean(dim=(1, 2, 3)),
-        "mse": difference.square().mean(dim=(1, 2, 3)),
-    }
-
-
 @torch.inference_mode()
-def evaluate_reconstruction(model: VQVAEModel, batches: Iterable[Tensor]) -> Reconstruction:
-    """Reconstruct every image of `batches` (`(B, 3, H, W)` in [0, 1]) through its codes and measure it.
+def evaluate_reconstruction(
+    model: VQVAEModel,
+    batches: Iterable[Tensor],
+    on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> Reconstruction:
+    """Reconstruct every image through its codes and measure it.
 
-    The model is put into eval mode and left there.
+    Args:
+        model: put into eval mode and left there.
+        batches: images `(B, 3, H, W)` in [0, 1].
+        on_batch: called with the images, codes and reconstructions of each batch, for further measures.
 
     Raises:
         ValueError: there are no images.
@@ -130,7 +84,10 @@ def evaluate_reconstruction(model: VQVAEModel, batches: Iterable[Tensor]) -> Rec
         images = batch.to(model.device)
         codes = model.encode(images)
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
-        parts.append(image_metrics(images, model.decode(codes).float()))
+        decoded = model.decode(codes).float()
+        parts.append(image_metrics(images, decoded))
+        if on_batch is not None:
+            on_batch(images, codes, decoded)
     if not parts:
         raise ValueError("there are no images to reconstruct")
     usage, perplexity = usage_and_perplexity(counts)
@@ -175,11 +132,10 @@ def psnr_by_batch_statistics(model: VQVAEModel, batches: Iterable[Tensor]) -> Te
     return torch.cat(values).double()
 
 
-def reconstruction_metrics(result: Reconstruction, split: str, dataset: str) -> list[Metric]:
+def reconstruction_metrics(result: Reconstruction, on: MeasuredOn) -> list[Metric]:
     """The report's lines for a reconstruction measurement."""
-    means = [mean_metric(name, values, UNITS[name], split, dataset) for name, values in result.values.items()]
-    of_codes = {"usage": (result.usage, "share of codes"), "perplexity": (result.perplexity, "codes")}
-    return means + [
-        Metric(name, value, unit, result.num_images, split, dataset)
-        for name, (value, unit) in of_codes.items()
+    return [
+        *(on.mean(name, values, UNITS[name]) for name, values in result.values.items()),
+        on.metric("usage", result.usage, "share of codes", result.num_images),
+        on.metric("perplexity", result.perplexity, "codes", result.num_images),
     ]

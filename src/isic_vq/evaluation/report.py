@@ -1,8 +1,8 @@
 """The evaluation report: every number that leaves the project, with unit, count, split, data set and seed.
 
 One `report.json` per evaluated model is the only source of numbers for the figures and the model card: a number that
-is not in it cannot appear there. The file is plain JSON (sorted keys, finite numbers only), written atomically, and
-reading it back gives an equal `Report`. Values must be Python's own types: a tensor or NumPy scalar is refused
+is not in it cannot appear there. The file is plain JSON (finite numbers only), written atomically, and reading it back
+gives an equal `Report`. Values must be Python's own types: a tensor or NumPy scalar is refused
 rather than converted, because rounding belongs to whoever computed the number.
 
 Privacy: a report is published, so a string that looks like an absolute path is refused anywhere in it, and
@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,8 @@ ABSOLUTE_PATH = re.compile(
     r"""(?:^|[\s"'`=(\[{,;:|])(?:/[\w.~-]|~/|~[A-Za-z_][\w.-]*/|[A-Za-z]:[\\/]|\\\\\w)|file://"""
 )
 
-GROUP_COLUMNS = (
-    "diagnosis",
-    "source",
-    "sex",
-    "site",
-)  # of records, by which parts of a data set are told apart
-_GROUP = re.compile(rf"(?:\[|, )(?P<column>{'|'.join(GROUP_COLUMNS)})=(?P<value>[^\]]*)\]$")
+GROUP_COLUMNS = ("diagnosis", "source", "sex", "site")  # labels of a part of the images
+NAMED_LABELS = (*GROUP_COLUMNS, "batch")  # labels that are written with their key
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,11 @@ class Metric:
         dataset: Data set the items come from.
         seed: Seed of whatever was random in the measurement; `None` if nothing was.
         interval: The 95 % interval `[low, high]` of `value`, in `unit`; `None` where there is none to give.
+        labels: What tells it from other metrics of its name, for example `{"images": "samples"}`, in the order in which
+            they are written; a label of `GROUP_COLUMNS` says that it is of a part of the images.
 
     Raises:
-        ValueError: A field has the wrong type, is empty or not finite.
+        ValueError: A field has the wrong type, is empty or not finite; the name has brackets.
     """
 
     name: str
@@ -67,13 +64,23 @@ class Metric:
     dataset: str
     seed: int | None = None
     interval: list[float] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("name", "unit", "split", "dataset"):
             text = getattr(self, key)
             if type(text) is not str or not text:
                 raise ValueError(f"Metric.{key} must be a non-empty str, got {text!r} (unit of a ratio: '1')")
+        if "[" in self.name:
+            raise ValueError(
+                f"the name {self.name!r} has brackets: expected labels beside it, such as "
+                "name 'psnr' and labels {'sex': 'female'}; measure it again if an older isic-vq wrote this report"
+            )
         label = f"metric {self.name!r}"
+        if type(self.labels) is not dict or not all(
+            type(text) is str and text for pair in self.labels.items() for text in pair
+        ):
+            raise ValueError(f"{label}: labels must be non-empty str by str, got {self.labels!r}")
         if type(self.value) not in (int, float):
             raise ValueError(f"{label}: value must be an int or float, got {_kind(self.value)}")
         if not math.isfinite(self.value):
@@ -90,15 +97,20 @@ class Metric:
                 raise ValueError(f"{label}: interval must be [low, high] or None, got {self.interval!r}")
 
     @property
-    def group(self) -> tuple[str, str] | None:
-        """Column and value of the part of the images that it is of, as in "psnr[sex=female]"; None of all of them."""
-        found = _GROUP.search(self.name)
-        return (found["column"], found["value"]) if found else None
+    def text(self) -> str:
+        """Name and labels as people read them, such as "agreement[samples, derm-resnet, diagnosis=nevus]"."""
+        shown = [f"{key}={text}" if key in NAMED_LABELS else text for key, text in self.labels.items()]
+        return f"{self.name}[{', '.join(shown)}]" if shown else self.name
 
     @property
-    def whole_name(self) -> str:
-        """Its name for all images: "psnr" for "psnr[sex=female]", "a[b]" for "a[b, sex=female]"."""
-        return _GROUP.sub(lambda found: "" if found[0].startswith("[") else "]", self.name)
+    def group(self) -> tuple[str, str] | None:
+        """Column and value of the part of the images that it is of, such as ("sex", "female"); None of all of them."""
+        return next((pair for pair in self.labels.items() if pair[0] in GROUP_COLUMNS), None)
+
+    @property
+    def of_all(self) -> "Metric":
+        """The metric with the name and labels that it has for all images."""
+        return replace(self, labels={k: text for k, text in self.labels.items() if k not in GROUP_COLUMNS})
 
 
 @dataclass
@@ -117,13 +129,14 @@ class Report:
     tables: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def value(self, name: str, split: str | None = None, dataset: str | None = None) -> float:
-        """Look up the one metric of that name, in the unit the metric names.
+    def find(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> Metric:
+        """Look up the one metric of that name and exactly these labels.
 
         Args:
             name: Name of the metric.
             split: Only this split; needed where several splits have the metric.
             dataset: Only this data set; needed where several data sets have the metric.
+            labels: All its labels.
 
         Raises:
             KeyError: No metric matches, or more than one does; the message lists what exists.
@@ -132,16 +145,21 @@ class Report:
         found = [
             metric
             for metric in self.metrics
-            if all(text is None or getattr(metric, key) == text for key, text in wanted.items())
+            if metric.labels == labels
+            and all(text is None or getattr(metric, key) == text for key, text in wanted.items())
         ]
         if len(found) == 1:
-            return found[0].value
-        asked = ", ".join(f"{key}={text!r}" for key, text in wanted.items() if text is not None)
+            return found[0]
+        asked = ", ".join(f"{key}={text!r}" for key, text in (wanted | labels).items() if text is not None)
         listed = "; ".join(
-            f"{m.name} (split {m.split}, data set {m.dataset}, seed {m.seed})" for m in found or self.metrics
+            f"{m.text} (split {m.split}, data set {m.dataset}, seed {m.seed})" for m in found or self.metrics
         )
         problem = f"{len(found)} metrics match" if found else "no metric matches"
         raise KeyError(f"{problem} {asked}. {'They' if found else 'The report'}: {listed or 'empty'}")
+
+    def value(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> float:
+        """The value of the metric that `find` finds, in its unit."""
+        return self.find(name, split, dataset, **labels).value
 
     def save(self, path: Path) -> None:
         """Write the report as JSON, atomically: a failure leaves the old file as it was.
@@ -150,9 +168,7 @@ class Report:
             ValueError: A value is not plain JSON, not finite, or looks like an absolute path.
         """
         _check_report(self)
-        text = json.dumps(
-            dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False
-        )
+        text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
         write_atomically(path, (text + "\n").encode())
 
     @classmethod
@@ -174,6 +190,12 @@ class Report:
         except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise ValueError(f"{path} is not a report: {error}") from error
         return report
+
+
+def model_report(name: str, model: Any) -> Report:
+    """A report on a whole model (an `IsicVQModel`) of that name, still without metrics."""
+    about = {"name": name, "type": "isic_vq", "prior": model.config.prior_config.model_type}
+    return Report(about, [], environment=environment(str(model.device)))
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
@@ -284,7 +306,11 @@ def _check_keys(record: Any, owner: type, place: str) -> None:
     if type(record) is not dict:
         raise ValueError(f"{place} must be an object, got {_kind(record)}")
     fields = {item.name for item in dataclasses.fields(owner)}
-    optional = {item.name for item in dataclasses.fields(owner) if item.default is not dataclasses.MISSING}
+    optional = {
+        item.name
+        for item in dataclasses.fields(owner)
+        if {item.default, item.default_factory} != {dataclasses.MISSING}
+    }
     if not fields - optional <= set(record) <= fields:
         missing, unknown = sorted(fields - optional - set(record)), sorted(set(record) - fields)
         raise ValueError(f"{place} must have the keys {sorted(fields)}: missing {missing}, unknown {unknown}")

@@ -1,6 +1,5 @@
 """A report's numbers in tables for people, a table per topic; pages and model cards draw them."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -10,10 +9,10 @@ APPEARANCE = "Sharpness, grids and coherence"
 GENERATED = "Generated images"
 TOPICS = {  # titles, and how the names of their metrics begin
     "Reconstruction": ("psnr", "ssim", "ms_ssim", "l1", "mse", "lpips"),
-    APPEARANCE: ("texture[", "grid_power_", "octave_power[", "coherence["),
+    APPEARANCE: ("texture", "grid_power_", "octave_power", "coherence"),
     "Codebook": ("usage", "perplexity", "dead_codes"),
     "Likelihood": ("bits_per_", "conditioning_", "likelihood_balanced_accuracy"),
-    GENERATED: ("frechet_", "kernel_", "precision[", "recall[", "density[", "coverage[", "agreement["),
+    GENERATED: ("frechet_", "kernel_", "precision", "recall", "density", "coverage", "agreement"),
     "Memorisation": (
         "nearest_",
         "near_samples",
@@ -27,7 +26,6 @@ TOPICS = {  # titles, and how the names of their metrics begin
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }
 OTHER = "Other measurements"
-IMAGES = re.compile(r"(?P<name>\w+)\[(?P<images>\w+)(?P<more>, .+)?\]")  # what kind of images was measured
 
 
 @dataclass
@@ -59,7 +57,8 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
     """Arrange metrics of whole data sets by topic; those of parts of the images (`Metric.group`) are left out.
 
     Images of different kinds that one yardstick measures, such as floor, reconstructions and samples, stand beside each
-    other: `frechet_distance[samples, NAME]` is in the row `frechet_distance, NAME` and a column of the samples.
+    other: `frechet_distance` with the labels images=samples and yardstick=NAME is in the row `frechet_distance, NAME` and a
+    column of the samples.
 
     Args:
         metrics: any.
@@ -75,14 +74,15 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
     for metric in metrics:
         if metric.group is not None:
             continue
-        name, column = metric.name, measured_on(metric)
+        name, column = metric.text, measured_on(metric)
         table = tables[topic_of(metric)]
-        if table.title in (APPEARANCE, GENERATED) and (parts := IMAGES.fullmatch(name)):
-            name, column = f"{parts['name']}{parts['more'] or ''}", f"{parts['images']}: {column}"
+        if table.title in (APPEARANCE, GENERATED) and "images" in metric.labels:
+            more = [text for key, text in metric.labels.items() if key != "images"]
+            name, column = ", ".join([metric.name, *more]), f"{metric.labels['images']}: {column}"
         row = table.rows.setdefault((name, "" if metric.unit == "1" else metric.unit), {})
         if column in row:
             raise ValueError(
-                f"there are two values of {metric.name} of {column}: keep one of the two reports"
+                f"there are two values of {metric.text} of {column}: keep one of the two reports"
             )
         row[column] = metric
         if column not in table.columns:

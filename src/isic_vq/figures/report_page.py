@@ -124,20 +124,21 @@ def report_plots(report: Report) -> list[Plot]:
 
     found = []
     grouped: dict[tuple[str, str], list[Metric]] = {}
+    whole = {(m.text, m.split): m.value for m in report.metrics if m.group is None}
     for metric in report.metrics:
         if metric.group is not None:
-            grouped.setdefault((metric.whole_name, metric.split), []).append(metric)
+            grouped.setdefault((metric.of_all.text, metric.split), []).append(metric)
     for (name, split), metrics in grouped.items():
         points: dict[str, list[Point]] = {}
         for metric in metrics:
             column, value = metric.group or ("", "")
             point = Point(value.replace("_", " "), metric.value, metric.interval, metric.n)
             points.setdefault(column.capitalize(), []).append(point)
-        whole = next((m.value for m in report.metrics if (m.name, m.split) == (name, split)), None)
+        mean = whole.get((name, split))
         title, unit = f"{name} of parts of {split}", metrics[0].unit
         caption = f"{title}, with 95 % intervals"
-        caption += "." if whole is None else "; the dotted line is the mean over all images."
-        figure = dots(points, title, name if unit == "1" else unit, whole)
+        caption += "." if mean is None else "; the dotted line is the mean over all images."
+        figure = dots(points, title, name if unit == "1" else unit, mean)
         found.append(Plot(topic_of(metrics[0]), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
     found += spectra(report)
     for split, table in report.tables.items():
@@ -157,9 +158,11 @@ def spectra(report: Report) -> list[Plot]:
 
     values: dict[str, dict[str, dict[int, float]]] = {}
     for metric in report.metrics:
-        if parts := re.fullmatch(r"octave_power\[(\w+), (\d+)-\d+ px\]", metric.name):
+        if metric.name == "octave_power":
             decibels = 10 * math.log10(max(metric.value, 1e-6))
-            values.setdefault(metric.split, {}).setdefault(parts[1], {})[int(parts[2])] = decibels
+            shortest = int(metric.labels["octave"].partition("-")[0])
+            kinds = values.setdefault(metric.split, {})
+            kinds.setdefault(metric.labels["images"], {})[shortest] = decibels
     found = []
     for split, kinds in values.items():
         drawn = [Curve(kind, list(powers), list(powers.values())) for kind, powers in kinds.items()]

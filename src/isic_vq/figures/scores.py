@@ -89,6 +89,10 @@ def write_score_histograms(report: Report, path: Path) -> None:
     from .plots import png_bytes, score_histograms
 
     histograms, kinds = report.tables["histograms"], list(report.tables["unusual_images"])
-    areas = {(score, kind): report.value(f"auroc_{score}_{kind}") for score in histograms for kind in kinds}
+    areas = {
+        (score, kind): report.value("auroc", score=score, images=kind)
+        for score in histograms
+        for kind in kinds
+    }
     (usual,) = set(next(iter(histograms.values()))["counts"]) - set(kinds)
     write_atomically(path, png_bytes(score_histograms(histograms, areas, usual)))

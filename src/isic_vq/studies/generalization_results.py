@@ -11,8 +11,8 @@ from torch import Tensor
 
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric
-from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.measures import auroc, psnr
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.studies.generalization import GeneralizationRecipe, Setting, domain_file, settings
@@ -49,16 +49,22 @@ class Measured:
     disjoint: frozenset[str]
 
     @property
+    def labels(self) -> dict[str, str]:
+        """The setting as labels of metrics."""
+        augmentation = "augmented" if self.setting.augment else "plain"
+        return {"domain": self.setting.domain, "augmentation": augmentation}
+
+    @property
     def label(self) -> str:
-        """What the report calls the setting."""
-        return f"{self.setting.domain}, {'augmented' if self.setting.augment else 'plain'}"
+        """What tables and findings call the setting."""
+        return ", ".join(self.labels.values())
 
     @cached_property
     def shift(self) -> dict[str, Metric]:
         """By every disjoint data set, how well bits per code tell its images from the model's own."""
         own = self.values[self.setting.domain]["bits_per_code"]
         return {
-            name: shift_metric(self.label, own, values["bits_per_code"], name, self.setting.seed)
+            name: shift_metric(self.labels, own, values["bits_per_code"], name, self.setting.seed)
             for name, values in self.values.items()
             if name in self.disjoint
         }
@@ -89,7 +95,8 @@ def generalization_page(recipe: GeneralizationRecipe, smoke: bool = False) -> St
     webp = {name: webp_psnr(uri) for name, uri in sets.items()}
     page = StudyPage("generalization", "What happens on images of another source?", QUESTION, smoke=smoke)
     for name, quality in webp.items():
-        page.metrics.append(mean_metric(f"psnr[WebP, quality {WEBP_QUALITY}]", quality, "dB", name, name))
+        labels = {"codec": "WebP", "quality": f"quality {WEBP_QUALITY}"}
+        page.metrics.append(MeasuredOn(name, name).mean("psnr", quality, "dB", None, **labels))
     for one in measured:
         page.metrics += model_metrics(one)
     page.tables = [
@@ -112,32 +119,31 @@ def webp_psnr(uri: str) -> Tensor:
         for pixels in processor.postprocess(batch["pixel_values"], output_type="np"):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
-            decoded = np.asarray(Image.open(buffer), dtype=np.float64)
-            found.append(-10 * np.log10(np.square((decoded - pixels) / 255).mean()))
-    return torch.tensor(found, dtype=torch.float64)
+            pair = (torch.tensor(np.asarray(image))[None].double() for image in (pixels, Image.open(buffer)))
+            found.append(psnr(*(image / 255 for image in pair)))
+    return torch.cat(found)
 
 
 def model_metrics(measured: Measured) -> list[Metric]:
     """The report's lines for one model; the seed is that of its training."""
     seed, metrics = measured.setting.seed, []
     for name, values in measured.values.items():
+        on = MeasuredOn(name, name)
         metrics += [
-            mean_metric(f"{key}[{measured.label}]", values[key], unit, name, name, seed)
-            for key, (_, unit, _) in NAMES.items()
+            on.mean(key, values[key], unit, seed, **measured.labels) for key, (_, unit, _) in NAMES.items()
         ]
     return [*metrics, *measured.shift.values()]
 
 
-def shift_metric(label: str, own: Tensor, other: Tensor, name: str, seed: int) -> Metric:
+def shift_metric(labels: dict[str, str], own: Tensor, other: Tensor, name: str, seed: int) -> Metric:
     """How well bits per code `(N,)` of own images are told from those `(M,)` of others."""
     is_other = torch.arange(len(own) + len(other)) >= len(own)
-    low, high = bootstrap_interval(
+    interval = bootstrap_interval(
         lambda is_other, bits: auroc(torch.from_numpy(bits[~is_other]), torch.from_numpy(bits[is_other])),
         is_other, torch.cat([own, other]), strata=is_other, seed=seed,
     )  # fmt: skip
-    return Metric(
-        f"shift_auroc[{label}]", auroc(own, other), "1", len(is_other), name, name, seed, [low, high]
-    )
+    area, on = auroc(own, other), MeasuredOn(name, name)
+    return on.metric("shift_auroc", area, "1", len(is_other), seed, interval, **labels)
 
 
 def table(groups: Groups, webp: dict[str, Tensor], key: str) -> str:
@@ -187,7 +193,7 @@ def figures(groups: Groups, mark: str | None) -> list[tuple[str, str, bytes]]:
         for models in groups.values():
             for one in models:
                 for name, values in one.values.items():
-                    metric = mean_metric(key, values[key], unit, name, name)
+                    metric = MeasuredOn(name, name).mean(key, values[key], unit)
                     label = f"{one.label}, seed {one.setting.seed}"
                     points.setdefault(f"on {name}", []).append(Point(label, metric.value, metric.interval))
         figure = dots(points, title, unit)

@@ -13,8 +13,8 @@ from torch import Tensor
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.codebook import code_counts, codebook_metrics
-from isic_vq.evaluation.cost import seconds
-from isic_vq.evaluation.intervals import mean_metric
+from isic_vq.evaluation.cost import MODEL, seconds
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import unigram_bits
 from isic_vq.evaluation.report import Metric
 from isic_vq.hub import load_model
@@ -53,9 +53,14 @@ class Measured:
     seconds: Tensor
 
     @property
+    def labels(self) -> dict[str, str]:
+        """The setting as labels of metrics."""
+        return {"grid": self.setting.grid, "codebook": f"{self.setting.num_codes} codes"}
+
+    @property
     def label(self) -> str:
-        """What the report calls the setting."""
-        return f"{self.setting.grid}, {self.setting.num_codes} codes"
+        """What differences between settings are called by."""
+        return ", ".join(self.labels.values())
 
 
 def measure_setting(setting: Setting, uri: str) -> Measured:
@@ -99,7 +104,7 @@ def granularity_page(recipe: GranularityRecipe, smoke: bool = False) -> StudyPag
     name = find_source(recipe.validation).name
     page = StudyPage("granularity", "How fine should images be quantized?", QUESTION, smoke=smoke)
     for one in measured:
-        page.metrics += setting_metrics(one, name)
+        page.metrics += setting_metrics(one, MeasuredOn(DATA, name))
     page.tables = [
         ("Models", models_table(measured, recipe)),
         ("How they were trained", recipe_table(recipe.vqvae, recipe.prior)),
@@ -117,22 +122,19 @@ UNITS = {
 }
 
 
-def setting_metrics(measured: Measured, dataset: str) -> list[Metric]:
+def setting_metrics(measured: Measured, on: MeasuredOn) -> list[Metric]:
     """The report's lines for one model; the seed is that of its training."""
-    seed, label = measured.setting.seed, measured.label
+    seed, labels = measured.setting.seed, measured.labels
     means = {**PER_IMAGE, "unigram_bytes": "bytes per image"}
-    used = codebook_metrics(measured.code_counts, DATA, dataset)
+    used = codebook_metrics(measured.code_counts, on, 0, **labels)
     return [
+        *(on.mean(name, measured.values[name], unit, seed, **labels) for name, unit in means.items()),
+        *(dataclasses.replace(metric, seed=seed) for metric in used),
         *(
-            mean_metric(f"{name}[{label}]", measured.values[name], unit, DATA, dataset, seed)
-            for name, unit in means.items()
-        ),
-        *(dataclasses.replace(metric, name=f"{metric.name}[{label}]", seed=seed) for metric in used),
-        *(
-            Metric(f"{name}[{label}]", measured.numbers[name], unit, 1, "model", "model", seed)
+            MODEL.metric(name, measured.numbers[name], unit, 1, seed, None, **labels)
             for name, unit in UNITS.items()
         ),
-        mean_metric(f"sampling_seconds[{label}]", measured.seconds, "s per image", "model", "model", seed),
+        MODEL.mean("sampling_seconds", measured.seconds, "s per image", seed, **labels),
     ]
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from isic_vq.data.classes import Classes
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import auroc
 from isic_vq.evaluation.report import Metric
 from isic_vq.generation import generate_shards
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -68,7 +69,7 @@ def evaluate_realism(
         resamples: bootstrap draws.
 
     Returns:
-        For each of `PAIRS`, "two_sample_accuracy[ONE, OTHER]" and "two_sample_auc[ONE, OTHER]", means over the seeds;
+        For each of `PAIRS` (labels `images` and `others`) `two_sample_accuracy` and `two_sample_auc`, means over the seeds;
         0.5 where the two cannot be told apart. Intervals: `two_level_interval`.
 
     Raises:
@@ -103,7 +104,9 @@ def evaluate_realism(
             tested_logits(work_dir / f"{name}-seed{seed}.json", images, pair, student, seed, tested.pixels)
             for seed in range(seeds)
         ]
-        metrics += realism_metrics(pair, logits, tested.labels, split, test_about["name"], resamples)
+        metrics += realism_metrics(
+            pair, logits, tested.labels, MeasuredOn(split, test_about["name"]), resamples
+        )
     return metrics
 
 
@@ -128,8 +131,7 @@ def realism_metrics(
     pair: tuple[str, str],
     logits: list[Tensor],
     labels: Tensor,
-    split: str,
-    dataset: str,
+    on: MeasuredOn,
     resamples: int = 1000,
 ) -> list[Metric]:
     """The two lines of a pair.
@@ -138,8 +140,7 @@ def realism_metrics(
         pair: names of the two sets.
         logits: `(N, 2)` of the test images for each seed.
         labels: `(N,)` int64: 0 for the first set, 1 for the second.
-        split: of the test images.
-        dataset: theirs.
+        on: split and data set of the test images.
         resamples: bootstrap draws.
     """
 
@@ -154,8 +155,8 @@ def realism_metrics(
     for name, statistic in (("two_sample_accuracy", accuracy), ("two_sample_auc", auc)):
         rows = torch.arange(len(labels))
         low, high, mean = two_level_interval(statistic, len(logits), labels, rows, resamples)
-        line = Metric(f"{name}[{', '.join(pair)}]", mean, "1", len(labels), split, dataset, 0, [low, high])
-        metrics.append(line)
+        shown = dict(zip(("images", "others"), pair, strict=True))
+        metrics.append(on.metric(name, mean, "1", len(labels), 0, [low, high], **shown))
     return metrics
 
 

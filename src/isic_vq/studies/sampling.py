@@ -20,6 +20,7 @@ from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.agreement import agreement_metrics, shared_classes
 from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
 from isic_vq.generation import generate_shards
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -76,7 +77,7 @@ def evaluate_sampling(
 
     Returns:
         For each setting and yardstick the lines of `distance_metrics`, and of `agreement_metrics` where the yardstick is a
-        classifier, named by `setting_name`.
+        classifier, with `setting_name` as the label `images`.
 
     Raises:
         ValueError: no yardsticks or settings, two settings alike, or a folder of another model or seed.
@@ -114,14 +115,12 @@ def evaluate_sampling(
         )
         shards = find_source(f"parquet:{folder / 'images-*.parquet'}", classes).dataset()
         sets[name] = embedded(iter_batches(shards, processor, BATCH_SIZE))
-    metrics = []
+    metrics, on = [], MeasuredOn(split, source.name)
     for yardstick in yardsticks:
-        metrics += distance_metrics(real, sets, yardstick.name, split, source.name, seed)
+        metrics += distance_metrics(real, sets, yardstick.name, on, seed)
         if yardstick.classifier is not None:
             named = {"real": real.named[yardstick.name]}
             named |= {name: images.named[yardstick.name] for name, images in sets.items()}
             known = shared_classes(yardstick.classifier, model.config.class_names.values(), yardstick.name)
-            metrics += agreement_metrics(
-                named, real.diagnoses, known, yardstick.name, split, source.name, seed
-            )
+            metrics += agreement_metrics(named, real.diagnoses, known, yardstick.name, on, seed)
     return metrics

@@ -24,6 +24,8 @@ from torch import Tensor
 from isic_vq.data.classes import Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import MIN_GROUP
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import Measure, classifier_measures
 from isic_vq.evaluation.report import Metric
 from isic_vq.generation import generate_shards
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -36,7 +38,6 @@ from isic_vq.studies.student import (
     tested_logits,
     two_level_interval,
 )
-from isic_vq.training.classifier import Measure, measures
 from isic_vq.work import begin
 
 ARMS = ("real", "synthetic", "real+synthetic")
@@ -71,10 +72,9 @@ def evaluate_utility(
         auc_of: classes whose AUC against all others is reported; None reports all of at least `MIN_GROUP` test images.
 
     Returns:
-        For each arm "balanced_accuracy[ARM]" and, for each class of `auc_of`, "auc[ARM, CLASS]", means over the
-        seeds; how much more they are than with real images, "balanced_accuracy_gain[ARM]" and so on, paired by
-        seed and test image; and "sensitivity[ARM, diagnosis=NAME]" of the diagnoses of at least `MIN_GROUP` test images.
-        Intervals: `two_level_interval`.
+        For each arm (label `arm`) `balanced_accuracy` and, for each class of `auc_of` (label `positive`), `auc`, means over
+        the seeds; how much more they are than with real images, `balanced_accuracy_gain` and so on, paired by seed and
+        test image; and `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
 
     Raises:
         ValueError: fewer than two seeds, a class of `auc_of` that is not there, or the folder was begun with other
@@ -108,15 +108,15 @@ def evaluate_utility(
         for arm in ARMS:
             path, images = work_dir / f"{arm}-seed{seed}.json", partial(training_images, arm, folder)
             logits[arm].append(tested_logits(path, images, classes, student, seed, tested.pixels))
-    return utility_metrics(logits, tested.labels, classes, split, test_about["name"], resamples, auc_of)
+    on = MeasuredOn(split, test_about["name"])
+    return utility_metrics(logits, tested.labels, classes, on, resamples, auc_of)
 
 
 def utility_metrics(
     logits: dict[str, list[Tensor]],
-    labels: Tensor,
+    test_labels: Tensor,
     classes: Sequence[str],
-    split: str,
-    dataset: str,
+    on: MeasuredOn,
     resamples: int = 1000,
     auc_of: Sequence[str] | None = None,
 ) -> list[Metric]:
@@ -124,39 +124,35 @@ def utility_metrics(
 
     Args:
         logits: by arm, "real" first, `(N, C)` of the test images for each seed.
-        labels: `(N,)` int64, theirs.
+        test_labels: `(N,)` int64, theirs.
         classes: name of each class.
-        split: of the test images.
-        dataset: theirs.
+        on: split and data set of the test images.
         resamples: bootstrap draws.
         auc_of: as for `evaluate_utility`.
     """
     real, *others = logits
     metrics = []
 
-    def add(name: str, statistic: Statistic, rows: Tensor) -> None:
-        low, high, mean = two_level_interval(statistic, len(logits[real]), labels, rows, resamples)
-        metrics.append(Metric(name, mean, "1", len(rows), split, dataset, 0, [low, high]))
+    def add(name: str, statistic: Statistic, rows: Tensor, **labels: str) -> None:
+        low, high, mean = two_level_interval(statistic, len(logits[real]), test_labels, rows, resamples)
+        metrics.append(on.metric(name, mean, "1", len(rows), 0, [low, high], **labels))
 
-    every, known = torch.arange(len(labels)), measures(classes, labels)
-    wanted = auc_of
-    if wanted is None:
-        wanted = [name for index, name in enumerate(classes) if (labels == index).sum() >= MIN_GROUP]
-    for measure, part in (("balanced_accuracy", None), *(("auc", name) for name in wanted)):
-        key, more = (measure, "") if part is None else (f"auc[{part}]", f", {part}")
-        if key not in known:
+    every, known = torch.arange(len(test_labels)), classifier_measures(classes, test_labels)
+    members = {name: torch.nonzero(test_labels == index).flatten() for index, name in enumerate(classes)}
+    large = [name for name in classes if len(members[name]) >= MIN_GROUP]
+    for name, positive in known:
+        if name == "accuracy" or not (positive is None or positive in (large if auc_of is None else auc_of)):
             continue
-        statistics = {arm: _of_images(known[key], logits[arm], labels) for arm in logits}
+        shown = {} if positive is None else {"positive": positive}
+        statistics = {arm: _of_images(known[name, positive], logits[arm], test_labels) for arm in logits}
         for arm, statistic in statistics.items():
-            add(f"{measure}[{arm}{more}]", statistic, every)
+            add(name, statistic, every, arm=arm, **shown)
         for arm in others:
-            add(f"{measure}_gain[{arm}{more}]", _difference(statistics[arm], statistics[real]), every)
-    for index, diagnosis in enumerate(classes):
-        members = torch.nonzero(labels == index).flatten()
-        if len(members) >= MIN_GROUP:
-            for arm in logits:
-                sensitivity = _of_images(known["accuracy"], logits[arm], labels)
-                add(f"sensitivity[{arm}, diagnosis={diagnosis}]", sensitivity, members)
+            add(f"{name}_gain", _difference(statistics[arm], statistics[real]), every, arm=arm, **shown)
+    for diagnosis in large:
+        for arm in logits:
+            sensitivity = _of_images(known["accuracy", None], logits[arm], test_labels)
+            add("sensitivity", sensitivity, members[diagnosis], arm=arm, diagnosis=diagnosis)
     return metrics
 
 

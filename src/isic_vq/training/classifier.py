@@ -11,7 +11,6 @@ them. As in the tokenizer's stage, the better of the best raw model and the aver
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,8 @@ from isic_vq.data.loading import DecodedImages
 from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.images import MIN_GROUP
-from isic_vq.evaluation.intervals import bootstrap_interval, mean_metric, share_interval
-from isic_vq.evaluation.likelihood import balanced_accuracy
-from isic_vq.evaluation.out_of_distribution import auroc
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.measures import classifier_measures
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.images import ImageTask, open_data
@@ -170,8 +168,8 @@ class ClassifierTask(ImageTask):
         logits, labels = self.validated = self.predict()
         loss = balanced_cross_entropy(logits, labels, self.log_shares).item()
         classes = list(self.model.config.id2label.values())
-        found = measures(classes, labels)
-        values = {name: found[name](logits, labels) for name in ("accuracy", "balanced_accuracy")}
+        found = classifier_measures(classes, labels)
+        values = {name: found[name, None](logits, labels) for name in ("accuracy", "balanced_accuracy")}
         return {"loss": loss, **values}
 
     def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
@@ -193,7 +191,9 @@ class ClassifierTask(ImageTask):
                 "weights": variant,
                 "num_parameters": self.model.num_parameters(),
             },
-            metrics=classifier_metrics(logits, labels, classes, self.log_shares, "validation", dataset),
+            metrics=classifier_metrics(
+                logits, labels, classes, self.log_shares, MeasuredOn("validation", dataset)
+            ),
             tables={
                 "classes": classes,
                 "confusion": confusion(logits.argmax(1), labels, len(classes)),
@@ -212,77 +212,41 @@ def predict(model: ResNetForImageClassification, batches: Iterable[Tensor]) -> T
     return torch.cat([model(normalised(images.to(model.device))).logits.float().cpu() for images in batches])
 
 
-def measures(classes: Sequence[str], labels: Tensor) -> dict[str, Measure]:
-    """How good predictions are, each a function of logits `(N, C)` and labels `(N,)` with a value in [0, 1].
-
-    Args:
-        classes: name of each class.
-        labels: of the images to be measured.
-
-    Returns:
-        `accuracy`; `balanced_accuracy`, the mean recall of the classes that occur; `auc[CLASS]`, the area under the ROC
-        curve of a class's probability against all others, of each class that is there beside others.
-    """
-    found: dict[str, Measure] = {
-        "accuracy": lambda logits, labels: (logits.argmax(1) == labels).double().mean().item(),
-        "balanced_accuracy": lambda logits, labels: balanced_accuracy(
-            labels.numpy(), logits.argmax(1).numpy()
-        ),
-    }
-    for index, name in enumerate(classes):
-        if 0 < (labels == index).sum() < len(labels):
-            found[f"auc[{name}]"] = partial(_one_against_others, index)
-    return found
-
-
-def _one_against_others(index: int, logits: Tensor, labels: Tensor) -> float:
-    probabilities, positive = logits.softmax(1)[:, index], labels == index
-    return auroc(probabilities[~positive], probabilities[positive])
-
-
 def classifier_metrics(
-    logits: Tensor, labels: Tensor, classes: Sequence[str], log_shares: Tensor, split: str, dataset: str
+    logits: Tensor, labels: Tensor, classes: Sequence[str], log_shares: Tensor, on: MeasuredOn
 ) -> list[Metric]:
-    """The report's lines: `measures`, the cross-entropy, and the recall and AUC of classes of at least `MIN_GROUP` images.
+    """The report's lines: `classifier_measures`, the cross-entropy, and recall and AUC of classes of `MIN_GROUP` images.
 
     Args:
         logits: `(N, C)`.
         labels: `(N,)` int64.
         classes: name of each class.
         log_shares: `(C,)`, see `class_log_shares`.
-        split: of the images.
-        dataset: theirs.
+        on: the images' split and data set.
     """
     right = logits.argmax(1) == labels
     can_be_drawn = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
-    metrics = [share_metric("accuracy", right, split, dataset)]
-    rare = {f"auc[{name}]" for index, name in enumerate(classes) if (labels == index).sum() < MIN_GROUP}
-    for name, measure in measures(classes, labels).items():
-        if name != "accuracy" and name not in rare:
+    members = {name: labels == index for index, name in enumerate(classes)}
+    large = [name for name in classes if members[name].sum() >= MIN_GROUP]
+    metrics = [on.share("accuracy", int(right.sum()), len(right))]
+    for (name, positive), measure in classifier_measures(classes, labels).items():
+        if name != "accuracy" and (positive is None or positive in large):
             interval = None
             if can_be_drawn:
-                low, high = bootstrap_interval(
+                interval = bootstrap_interval(
                     lambda rows, measure=measure: measure(logits[rows], labels[rows]),
                     np.arange(len(labels)),
                     strata=labels,
                 )
-                interval = [low, high]
+            shown = {} if positive is None else {"positive": positive}
             value = measure(logits, labels)
-            metrics.append(Metric(name, value, "1", len(labels), split, dataset, interval=interval))
+            metrics.append(on.metric(name, value, "1", len(labels), None, interval, **shown))
     losses = F.cross_entropy(logits + log_shares, labels, reduction="none").double()
-    metrics.append(mean_metric("cross_entropy", losses, "nats per image", split, dataset))
-    for index, diagnosis in enumerate(classes):
-        if (labels == index).sum() >= MIN_GROUP:
-            name = f"recall[diagnosis={diagnosis}]"
-            metrics.append(share_metric(name, right[labels == index], split, dataset))
+    metrics.append(on.mean("cross_entropy", losses, "nats per image"))
+    for name in large:
+        hits = right[members[name]]
+        metrics.append(on.share("recall", int(hits.sum()), len(hits), diagnosis=name))
     return metrics
-
-
-def share_metric(name: str, hits: Tensor, split: str, dataset: str) -> Metric:
-    """The share of `hits` `(N,)` bool that are true, with Wilson's interval."""
-    count, number = int(hits.sum()), len(hits)
-    interval = list(share_interval(count, number))
-    return Metric(name, count / number, "1", number, split, dataset, interval=interval)
 
 
 def preprocessor(image_size: int) -> ConvNextImageProcessorPil:

@@ -22,6 +22,7 @@ from isic_vq.evaluation.agreement import DiagnosisClassifier
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
@@ -162,7 +163,7 @@ class DecoderTask(ImageTask):
         for module in (self.whole, *self.model.critics):
             if module is not None:
                 module.to(processes.device)
-        self.before = self.measured_metrics("_before") if processes.is_main else []
+        self.before = self.measured_metrics(state="before") if processes.is_main else []
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         images = self.pixel_values(batch)
@@ -214,15 +215,15 @@ class DecoderTask(ImageTask):
         pairs, _ = paired_grid(*self.shown_pairs(self.tokenizer).values())
         return {"reconstructions": pairs}
 
-    def measured_metrics(self, suffix: str = "") -> list[Metric]:
-        """The report's lines for the decoder as it is, `suffix` behind their names."""
-        dataset, (result, distances, appearance) = self.sources["validation"].name, self.measure()
+    def measured_metrics(self, **labels: str) -> list[Metric]:
+        """The report's lines for the decoder as it is, with these labels."""
+        on = MeasuredOn("validation", self.sources["validation"].name)
+        result, distances, appearance = self.measure()
         values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
         lines = [
-            Metric(name + suffix, values[name], unit, result.num_images, "validation", dataset)
-            for name, unit in UNITS.items()
+            on.metric(name, values[name], unit, result.num_images, **labels) for name, unit in UNITS.items()
         ]
-        return lines + appearance.metrics(f"reconstructions{suffix}", "validation", dataset, self.loop.seed)
+        return lines + appearance.metrics(on, self.loop.seed, images="reconstructions", **labels)
 
     def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
         """Save the tokenizer with its decoder as it is, and its image processor."""

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from isic_vq.evaluation.measures import ssim
 from isic_vq.evaluation.texture import ROUNDING_POWER, power_spectrum
 
 TILE = 32  # pixels; smaller images are one tile
@@ -20,10 +20,7 @@ def ssim_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004.
     """
     with torch.autocast(images.device.type, enabled=False):
-        similarity = structural_similarity_index_measure(
-            reconstructions.float(), images.float(), data_range=1.0
-        )
-    return 1 - torch.as_tensor(similarity)
+        return 1 - ssim(images.float(), reconstructions.float()).mean()
 
 
 def spectrum_loss(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
@@ -165,8 +166,7 @@ class PriorTask(Task):
                 self.train_set.cache.counts(),
                 self.validation_set.codes[:, 0],
                 self.validation_set.labels,
-                "validation",
-                self.sources["validation"].name,
+                MeasuredOn("validation", self.sources["validation"].name),
             ),
             tables={"sample_labels": [names[label] for label in labels.tolist()]},
             environment=environment(),

@@ -19,6 +19,7 @@ from isic_vq.data.loading import DecodedImages
 from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
 from isic_vq.data.streaming import StreamedImages
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
@@ -127,7 +128,9 @@ class VQVAETask(ImageTask):
         variant = choose_best(self, trainer, "mse_loss", "vqvae")
         Report(
             model={"type": "isic_vqvae", "weights": variant},
-            metrics=reconstruction_metrics(self.validated, "validation", self.sources["validation"].name),
+            metrics=reconstruction_metrics(
+                self.validated, MeasuredOn("validation", self.sources["validation"].name)
+            ),
             tables={"codebook_counts": self.validated.codebook_counts},
             environment=environment(),
         ).save(trainer.run.folder / "report.json")
