@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from isic_vq.demo.pictures import (
     use_table,
 )
 from isic_vq.hub import load_model
-from isic_vq.models.image_processing_isic_vq import ImageError
+from isic_vq.models.image_processing_isic_vq import MAX_PIXELS, ImageError
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
@@ -411,3 +412,21 @@ def test_the_spaces_card_has_what_the_hub_asks_for():
     assert str(card["sdk_version"]) == pinned[1], "the version that is tested"
     assert "not a diagnostic device" in text
     assert "isic-vq[demo" in (SPACE / "requirements.txt").read_text()
+
+
+@pytest.mark.slow  # a process of its own: a page leaves gradio's event loops open
+def test_what_reads_an_uploaded_file_does_so_one_at_a_time(tiny_run):
+    code = f"""
+import gradio, PIL.Image
+from isic_vq.demo.app import build_demo
+from isic_vq.demo.neighbours import TrainingIndex
+from isic_vq.hub import load_model
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+model = load_model(IsicVQModel, {str(tiny_run.prior / "model")!r})
+page = build_demo(model, TrainingIndex.open(__import__("pathlib").Path({str(tiny_run.codes["train"])!r}), model.vqvae))
+reads = [f for f in page.fns.values() if any(isinstance(field, gradio.File) for field in f.inputs)]
+print(len(reads), {{f.concurrency_limit for f in reads}}, 2 * PIL.Image.MAX_IMAGE_PIXELS)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"3 {{1}} {MAX_PIXELS}"

@@ -437,10 +437,14 @@ def test_forty_megapixels_work_without_a_warning_within_seconds(tmp_path):
         assert np.abs(pixel_values.transpose(1, 2, 0) - expected).mean() < 0.01
 
 
-def test_image_beyond_pillows_bomb_limit_is_refused(processor, tmp_path):
+@pytest.mark.parametrize(("width", "height"), [(8193, 8192), (2**26 + 1, 1), (20000, 20000)])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(processor, tmp_path, width, height):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header_claiming(20000, 20000))
-    with pytest.raises(ImageError, match="bomb.png.*decompression bomb.*Shrink it"):
+    path.write_bytes(png_header_claiming(width, height))
+    with pytest.raises(ImageError, match="bomb.png.*at most 67,108,864 pixels.*shrink it"):
+        processor.to_square(path)
+    path.write_bytes(png_header_claiming(8192, 8192))
+    with pytest.raises(ImageError, match="complete image"):  # so it began to decode
         processor.to_square(path)
 
 

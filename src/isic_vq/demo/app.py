@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import PIL.Image
+
 from isic_vq.demo.actions import DemoModel
 from isic_vq.demo.controls import gr
 from isic_vq.demo.neighbours import TrainingIndex
 from isic_vq.demo.tabs import edit_tab, generate_tab, nearest_tab, reconstruct_tab
+from isic_vq.models.image_processing_isic_vq import MAX_PIXELS
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 DELETE_EVERY, DELETE_AFTER = 600, 3600  # seconds: uploads and pictures
@@ -53,6 +56,7 @@ def build_demo(model: IsicVQModel, index: TrainingIndex | None = None) -> gr.Blo
     Returns:
         What `launch(**launch_settings())` serves.
     """
+    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio reads pictures, too; Pillow refuses twice as many
     demo = DemoModel(model)
     with gr.Blocks(
         title="isic-vq", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER), fill_width=True

@@ -17,6 +17,8 @@ MAX_SEED = 2**53 - 1  # the largest whole number that a browser counts to
 # Events are for the page, not for other programs. What computes waits for its turn; the rest does not.
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 COMPUTING: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
+# A file of 20 MB may be an image of 0.6 GB: one at a time, but not behind what computes.
+READING: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "files"}
 
 
 def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:

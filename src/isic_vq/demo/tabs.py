@@ -10,6 +10,7 @@ from isic_vq.demo.actions import DemoModel, Generated, chosen, made_before
 from isic_vq.demo.controls import (
     COMPUTING,
     PRIVATE,
+    READING,
     diagnosis_field,
     gallery,
     picture,
@@ -223,7 +224,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
 
     inputs = [square, *edges]
     file.change(lambda: (None, None), None, [square, region], **PRIVATE).then(
-        read, file, [square, editor], **PRIVATE
+        read, file, [square, editor], **READING
     ).success(show_region, inputs, region, **PRIVATE)
     take.click(take_generated, [generated, selected], [square, editor], **PRIVATE).success(
         show_region, inputs, region, **PRIVATE

@@ -27,6 +27,7 @@ from transformers.image_utils import SizeDict
 
 # Pixels; below this an image is an icon or an accident, and upsampling it would invent everything.
 MIN_SIDE = 16
+MAX_PIXELS = 2**26  # 8192 x 8192: the largest that is decoded, in about 0.6 GB
 # Average down to three times the target, then BICUBIC: nearly BICUBIC alone (Pillow's manual), twice as fast.
 REDUCING_GAP = 3.0
 # A float this far outside [0, 1] still rounds to 0 or 255: resampling noise, not a wrong range.
@@ -161,7 +162,7 @@ class IsicVQImageProcessor(PilBackend):
             The image in mode RGB; the object passed in where that already is upright RGB.
 
         Raises:
-            ImageError: If the image is missing, damaged, beyond Pillow's pixel limit or of another kind.
+            ImageError: If the image is missing, damaged, of more than `MAX_PIXELS` or of another kind.
         """
         return _load(image, name or _describe(image))
 
@@ -240,8 +241,9 @@ def _load(image: ImageLike, name: str, target: int | None = None, background: st
         image = _array_to_pil(image, name)
     with _pillow_errors_named(name):
         if isinstance(image, Image.Image):
-            return _to_rgb(_upright(image), name, background)
+            return _to_rgb(_upright(_of_bearable_size(image, name)), name, background)
         with Image.open(_file_of(image, name)) as opened:
+            _of_bearable_size(opened, name)
             if target is not None:
                 scale = _draft_scale(*opened.size, target)
                 opened.draft(None, (opened.width // scale, opened.height // scale))  # only JPEG knows how
@@ -270,10 +272,7 @@ def _pillow_errors_named(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: expected an image within Pillow's limit against decompression bombs, got: {error} "
-            "Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from error
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels; shrink it ({error})") from error
     except FileNotFoundError as error:
         raise ImageError(f"{name}: expected an existing file, found none; check the path") from error
     except PILLOW_ERRORS as error:
@@ -281,6 +280,14 @@ def _pillow_errors_named(name: str) -> Iterator[None]:
             f"{name}: expected a complete image that Pillow can decode to RGB, got {type(error).__name__}: "
             f"{str(error)[:300]}; replace the file or leave it out"
         ) from error
+
+
+def _of_bearable_size(image: Image.Image, name: str) -> Image.Image:
+    """Refuse what would fill the memory; a file's size is known before it is decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}; shrink it")
+    return image
 
 
 def _draft_scale(width: int, height: int, target: int) -> int:
