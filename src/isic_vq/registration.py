@@ -25,13 +25,17 @@ def _register_configs(module: ModuleType) -> None:
 
 
 def _register_models(module: ModuleType) -> None:
+    if not LOADING.isdisjoint(MODEL_MODULES):
+        return  # it is one of them that imports transformers' module, and it registers all once it is whole
+    from transformers import AutoModel
+
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.modeling_pixelcnn import PixelCNNModel
     from isic_vq.models.modeling_var import VARModel
     from isic_vq.models.modeling_vqvae import VQVAEModel
 
     for model in (IsicVQModel, PixelCNNModel, VARModel, VQVAEModel):
-        module.AutoModel.register(model.config_class, model, exist_ok=True)
+        AutoModel.register(model.config_class, model, exist_ok=True)
 
 
 def _register_image_processor(module: ModuleType) -> None:
@@ -65,12 +69,15 @@ def _register_pipeline(module: ModuleType) -> None:
 
 
 PIPELINE_MODULE = "isic_vq.models.pipeline_isic_vq"
+MODEL_MODULES = ("isic_vq.models.modeling_var", "isic_vq.models.modeling_isic_vq")
+LOADING: set[str] = set()  # of the modules of `HOOKS`, those whose import has begun and not ended
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
     "transformers.pipelines": _load_pipeline,
     PIPELINE_MODULE: _register_pipeline,
+    **dict.fromkeys(MODEL_MODULES, _register_models),
 }
 
 
@@ -87,7 +94,11 @@ class _HookLoader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader  # leave no trace of this wrapper
-        self.loader.exec_module(module)
+        LOADING.add(module.__name__)
+        try:
+            self.loader.exec_module(module)
+        finally:
+            LOADING.discard(module.__name__)
         self.hook(module)
 
 

@@ -145,6 +145,25 @@ def test_every_code_sees_its_whole_scale_and_all_coarser_ones(model):
     assert mask[1:5, :5].all()
 
 
+@torch.no_grad()
+def test_attention_is_the_same_by_every_implementation_and_is_set_for_whole_and_part(
+    var_composite, tmp_path, codes
+):
+    expected = var_composite.predict(codes, LABELS)
+    var_composite.save_pretrained(tmp_path)
+    for attention in ("eager", "sdpa", {"prior_config": "eager"}):
+        model = IsicVQModel.from_pretrained(tmp_path, attn_implementation=attention)
+        name = attention if isinstance(attention, str) else "eager"
+        assert model.prior.config._attn_implementation == name
+        torch.testing.assert_close(model.predict(codes, LABELS), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model.generate(2, "nevus", seed=1).codes, var_composite.generate(2, "nevus", seed=1).codes
+        )
+    for_part = VARModel.from_pretrained(tmp_path, subfolder="prior", attn_implementation="eager")
+    context = var_composite.vqvae.context(codes)
+    torch.testing.assert_close(for_part(codes, LABELS, context).logits, expected, atol=1e-6, rtol=0)
+
+
 # --- the walk, cached ----------------------------------------------------------------------------------------------
 
 

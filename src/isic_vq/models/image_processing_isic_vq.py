@@ -45,7 +45,7 @@ class ImageError(ValueError):
     """An image that cannot be used. The text names the file or index, what was expected and the way out."""
 
 
-class IsicVQImageKwargs(TypedDict, total=False):
+class IsicVQImageProcessorKwargs(TypedDict, total=False):
     """What `preprocessor_config.json` may set."""
 
     size: int | dict[str, int]
@@ -71,7 +71,7 @@ class IsicVQImageProcessor(PilBackend):
     """
 
     # ImagesKwargs itself, or a subclass of it, would save settings that change nothing here.
-    valid_kwargs = IsicVQImageKwargs  # type: ignore[assignment]
+    valid_kwargs = IsicVQImageProcessorKwargs  # type: ignore[assignment]
     model_input_names = ["pixel_values"]
     size = SizeDict(height=128, width=128)
 

@@ -79,6 +79,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _supports_sdpa = True
 
     def __init__(self, config: IsicVQConfig):
         super().__init__(config)

@@ -11,11 +11,14 @@ effect; the position table has a row for each place of each scale, and so needs 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .clusters import ConditionEmbedding
 from .configuration_var import VARConfig
@@ -44,31 +47,44 @@ class KeyValueCache:
             self.keys_values = self.keys_values[:, ancestors]
 
 
+def eager_attention(
+    module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention by its formula: features `(B, n, heads, C)` and weights `(B, heads, n, m)`; scores are not scaled."""
+    scores = queries @ keys.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    return (weights @ values).transpose(1, 2), weights
+
+
 class Attention(nn.Module):
     """Attention among the codes of a scale and all coarser ones."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_heads
         self.log_scale = nn.Parameter(torch.empty(config.num_heads, 1, 1))
         self.queries_keys_values = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Features `(B, n, C)` to the same shape; a mask `(n, n)` is True where a row may look."""
+        """Features `(B, n, C)` to the same shape; a mask `(1, 1, n, n)` is True where a row may look."""
         heads = self.queries_keys_values(hidden).unflatten(2, (3, self.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().to(queries.dtype)
         queries, keys = F.normalize(queries, dim=-1) * scale, F.normalize(keys, dim=-1)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        seen = F.scaled_dot_product_attention(
-            queries, keys.to(queries.dtype), values, attn_mask=mask, scale=1.0
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        seen, _ = attend(
+            self, queries, keys.to(queries.dtype), values, mask, dropout=0.0, scaling=1.0, is_causal=False
         )
-        return self.output(seen.transpose(1, 2).flatten(2))
+        return self.output(seen.flatten(2))
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     """Attention and a feed-forward part, each on modulated features and added with a gate."""
 
     def __init__(self, config: VARConfig):
@@ -129,7 +145,7 @@ class VARModel(PriorModel):
 
     config: VARConfig
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False  # set, with the function that does it, by `gradient_checkpointing_enable`
+    _no_split_modules = ["Layer"]
 
     def __init__(self, config: VARConfig):
         super().__init__(config)
@@ -201,7 +217,7 @@ class VARModel(PriorModel):
         classes = self.class_embedding(self.conditions_of(targets, labels, clusters))
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
-        logits = self.layers_and_head(given + self.position_embedding, classes, self.mask())
+        logits = self.layers_and_head(given + self.position_embedding, classes, self.mask()[None, None])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         output = PriorOutput(loss=loss, logits=logits.transpose(1, 2))
         return output if return_dict is not False else output.to_tuple()
@@ -212,16 +228,13 @@ class VARModel(PriorModel):
         """Logits `(B, n, K)` of input features `(B, n, C)`."""
         condition = self.modulation(F.silu(classes)).unflatten(1, (6, -1))
         for index, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(layer, hidden, condition, mask)
-            else:
-                hidden = layer(hidden, condition, mask, None if caches is None else caches[index])
+            hidden = layer(hidden, condition, mask, None if caches is None else caches[index])
         return self.head(hidden, classes)
 
     def mask(self) -> Tensor:
         """Which codes (rows) may look at which (columns), `(L, L)` bool: those of their own scale and of coarser ones."""
-        sizes = torch.tensor(self.config.sizes, device=self.device)
-        scale_of = torch.arange(len(sizes), device=self.device).repeat_interleave(sizes)
+        scales = [index for index, size in enumerate(self.config.sizes) for _ in range(size)]
+        scale_of = torch.tensor(scales, device=self.device)
         return scale_of[:, None] >= scale_of
 
     def best_backend(self, num_blocks: int) -> str:

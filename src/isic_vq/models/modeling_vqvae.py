@@ -191,7 +191,8 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
     base_model_prefix = "vqvae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules: list[str] = []
+    _no_split_modules = ["ResidualBlock", "Refinement"]
+    _supports_sdpa = True  # as the whole model asks of its parts; it has no attention
     _keys_to_ignore_on_load_unexpected = [r"^prior\."]
     # Distances between latents and codes need float32 even when the convolutions run in bfloat16.
     _keep_in_fp32_modules_strict = [
@@ -251,6 +252,9 @@ class VQVAEModel(VQVAEPreTrainedModel):
             else VectorQuantizer(*codebook)
         )
         self.decoder = Decoder(config)
+        if not config.scales:
+            kept = self._keep_in_fp32_modules_strict
+            self._keep_in_fp32_modules_strict = [name for name in kept if name != "quantizer.phi"]
         self.post_init()
 
     def embed(self, pixel_values: Tensor) -> Tensor:

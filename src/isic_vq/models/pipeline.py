@@ -29,6 +29,8 @@ class IsicVQPipeline(DiffusionPipeline):
         >>> images = pipe("melanoma", num_images=4, seed=0).images  # doctest: +SKIP
     """
 
+    model_cpu_offload_seq = "prior->vqvae"
+
     def __init__(self, vqvae: PreTrainedModel, prior: PreTrainedModel, license: str | None = None):
         super().__init__()
         self.register_modules(vqvae=vqvae, prior=prior)

@@ -70,6 +70,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
     main_input_name = "codes"
     input_modalities = ("image",)
     _no_split_modules: list[str] = []
+    _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected = [r"^vqvae\."]
 
     def __init__(self, config: PriorConfig):
