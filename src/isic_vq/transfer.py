@@ -5,12 +5,11 @@ Hub's own hashes, is neither opened nor run, and takes its place when it is comp
 """
 
 import glob
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -25,12 +24,11 @@ from isic_vq.models.upload import (
     PlannedFile,
     Token,
     UploadResult,
-    branch_exists,
-    check_tag,
+    check_target,
     hub_errors,
+    model_type,
     plan_upload,
     remote_files,
-    same_content,
     upload_folder,
 )
 
@@ -87,8 +85,7 @@ def push(
     check_folder(folder, files)
     _check_claims(folder, files)
     if dry_run:
-        local = {path: folder / path for path in files}
-        plan, exists = _compare(HfApi(token=token), local, repo_id, revision, tag)
+        plan, exists = _compare(HfApi(token=token), folder, files, repo_id, revision, tag)
         return Push(plan, left_out, exists, None)
     result = upload_folder(
         folder,
@@ -130,18 +127,17 @@ def _check_claims(folder: Path, files: list[str]) -> None:
 
 
 def _compare(
-    api: HfApi, local: dict[str, Path], repo_id: str, revision: str | None, tag: str | None
+    api: HfApi, folder: Path, files: list[str], repo_id: str, revision: str | None, tag: str | None
 ) -> tuple[list[PlannedFile], bool]:
     """The plan of a push, and whether the repository can be seen; reads only."""
     with hub_errors(repo_id, revision):
         try:
-            check_tag(api, repo_id, tag)
-            base = revision if branch_exists(api, repo_id, revision) else None
-            return plan_upload(api, local, repo_id, base or constants.DEFAULT_REVISION), True
-        except RepositoryNotFoundError as error:
-            if isinstance(error, GatedRepoError):
-                raise
-            return [PlannedFile("add", path, file.stat().st_size) for path, file in local.items()], False
+            base = revision if check_target(api, repo_id, revision, tag) else None
+            return plan_upload(api, folder, files, repo_id, base or constants.DEFAULT_REVISION), True
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return [PlannedFile("add", path, (folder / path).stat().st_size) for path in files], False
 
 
 def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Token = None) -> Path:
@@ -175,31 +171,22 @@ def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Toke
     _check_listing(repo_id, listing)
     check_replaceable(target, listing)
     with hub_errors(repo_id, revision), name_full_disk(cache):
-        config = Path(hf_hub_download(repo_id, "config.json", revision=commit, token=token))
-        if _model_type(config) != MODEL_TYPE:
+        if model_type(repo_id, commit, token) != MODEL_TYPE:
             raise HubError(
                 f"{repo_id} is no model of {WRITER}: expected model_type {MODEL_TYPE} in its config.json"
             )
         names = [glob.escape(path) for path in listing]
         snapshot = Path(snapshot_download(repo_id, revision=commit, token=token, allow_patterns=names))
-    for path, remote in listing.items():
-        if not same_content(snapshot / path, remote):
-            (snapshot / path).resolve().unlink()
-            raise HubError(f"{path} of {repo_id} arrived damaged and was thrown away: pull again")
+        damaged = [m["path"] for m in api.verify_repo_checksums(repo_id, revision=commit).mismatches]
+    for path in damaged:
+        (snapshot / path).resolve().unlink()
+    if damaged:
+        raise HubError(f"{damaged[0]} of {repo_id} arrived damaged and was thrown away: pull again")
     with replaced_directory(target) as folder:
         for path in listing:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / path, folder / path)
     return output
-
-
-def _model_type(config: Path) -> str | None:
-    """What a foreign config says it is of; None if there is none, or if it is not a config."""
-    try:
-        content = json.loads(config.read_bytes()) if config.is_file() else None
-    except ValueError:
-        return None
-    return content.get("model_type") if isinstance(content, dict) else None
 
 
 def _check_listing(repo_id: str, listing: dict[str, RepoFile]) -> None:

@@ -7,10 +7,9 @@ push left would be read instead of the new ones); the commit names its parent, s
 between is not overwritten; and the new commit's hashes are compared with the folder's.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-BLOCK_SIZE = 1 << 20
 HUBS_OWN = ".gitattributes"  # says what is a large file; the Hub writes it
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|Bearer\s+\S+")
@@ -187,38 +185,17 @@ def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def same_content(path: Path, remote: RepoFile) -> bool:
-    """Whether a local file is byte for byte the one that a listing of the Hub describes.
-
-    Large files are listed with the SHA-256 of their content, the others with git's SHA-1 of a blob.
-    """
-    size = path.stat().st_size
-    if size != remote.size:
-        return False
-    digest = hashlib.sha256() if remote.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_SIZE):
-            digest.update(block)
-    return digest.hexdigest() == (remote.lfs.sha256 if remote.lfs else remote.blob_id)
-
-
 def plan_upload(
-    api: HfApi, folder_files: Mapping[str, Path], repo_id: str, revision: str
+    api: HfApi, folder: Path, files: Iterable[str], repo_id: str, revision: str
 ) -> list[PlannedFile]:
-    """Compare local files with a revision of a repository; nothing is sent.
-
-    Args:
-        api: how the Hub is reached.
-        folder_files: local files by their path in the repository.
-        repo_id: the repository.
-        revision: a branch or commit of it.
-    """
-    remote, plan = remote_files(api, repo_id, revision), []
-    for path, file in folder_files.items():
-        known = path in remote
-        action: Any = ("same" if same_content(file, remote[path]) else "change") if known else "add"
-        plan.append(PlannedFile(action, path, file.stat().st_size))
-    gone = remote.keys() - folder_files.keys() - {HUBS_OWN}
+    """Compare files of a local folder with a revision of a repository, by hash; nothing is sent."""
+    remote = remote_files(api, repo_id, revision)
+    hashes = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
+    differing, plan = {mismatch["path"] for mismatch in hashes.mismatches}, []
+    for path in files:
+        action: Any = "add" if path not in remote else "change" if path in differing else "same"
+        plan.append(PlannedFile(action, path, (folder / path).stat().st_size))
+    gone = remote.keys() - {HUBS_OWN, *files}
     plan += [PlannedFile("delete", path, remote[path].size) for path in gone]
     return sorted(plan, key=lambda planned: planned.path)
 
@@ -259,31 +236,46 @@ def upload_folder(
         raise ValueError(
             "a pull request proposes a commit to main: expected no revision and no tag beside create_pr"
         )
-    api = HfApi(token=token)
-    local = {path: folder / path for path in files}
+    api, files = HfApi(token=token), list(files)
     with hub_errors(repo_id, revision):
         repo_id = _make_repository(api, repo_id, private)
-        check_tag(api, repo_id, tag)
-        has_branch = branch_exists(api, repo_id, revision)
-        parent = api.repo_info(repo_id, revision=revision if has_branch else None).sha
-        assert parent is not None, "the Hub makes every repository with a first commit"
-        _check_contents(api, repo_id, parent)
-        plan = plan_upload(api, local, repo_id, parent)
-        operations = _send_files(api, repo_id, plan, local, revision if has_branch else None, create_pr)
-        url, commit, pr_url = f"{constants.ENDPOINT}/{repo_id}/commit/{parent}", parent, None
+        has_branch = check_target(api, repo_id, revision, tag)
+        commit = api.repo_info(repo_id, revision=revision if has_branch else None).sha
+        assert commit is not None, "the Hub makes every repository with a first commit"
+        if api.file_exists(repo_id, "config.json", revision=commit):
+            found = model_type(repo_id, commit, token)
+            if found != "isic_vq":
+                raise HubError(
+                    f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another "
+                    "name; nothing was sent"
+                )
+        plan = plan_upload(api, folder, files, repo_id, commit)
+        new = [CommitOperationAdd(p.path, folder / p.path) for p in plan if p.action in ("add", "change")]
+        gone = [CommitOperationDelete(p.path, is_folder=False) for p in plan if p.action == "delete"]
+        if new:
+            # A .gitignore in the repository, which the commit deletes, must not leave files out: hence an empty one.
+            branch = revision if has_branch else None
+            api.preupload_lfs_files(
+                repo_id, new, revision=branch, create_pr=create_pr, free_memory=False, gitignore_content=""
+            )
         if revision and not has_branch:
-            api.create_branch(repo_id, branch=revision, revision=parent)
-        if operations:
+            api.create_branch(repo_id, branch=revision, revision=commit)
+        url, pr_url = f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", None
+        if new or gone:
             done = api.create_commit(
                 repo_id,
-                operations,
+                [*new, *gone],
                 commit_message=commit_message,
                 revision=revision,
-                parent_commit=parent,
+                parent_commit=commit,
                 create_pr=create_pr,
             )
             url, commit, pr_url = done.commit_url, done.oid, done.pr_url
-            _verify(api, repo_id, commit, local)
+            wrong = [p.path for p in plan_upload(api, folder, files, repo_id, commit) if p.action != "same"]
+            if wrong:
+                raise HubError(
+                    f"after the push {repo_id} differs from the folder in {wrong[:3]}: push it again"
+                )
         if tag:
             api.create_tag(repo_id, tag=tag, revision=commit)
     return UploadResult(url, commit, pr_url, plan)
@@ -313,82 +305,32 @@ def full_name(repo_id: str, token: Token = None) -> str:
         return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
-def _check_contents(api: HfApi, repo_id: str, revision: str) -> None:
-    """Refuse a repository that holds a model of another kind: a push would remove it."""
-    if not api.file_exists(repo_id, "config.json", revision=revision):
-        return
-    config = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=api.token)).read_bytes()
+def model_type(repo_id: str, revision: str, token: Token) -> Any:
+    """The kind of model that the config.json of a repository names; None if it is not a config."""
+    config = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
     try:
-        found = json.loads(config).get("model_type")
+        return json.loads(config.read_bytes()).get("model_type")
     except (ValueError, AttributeError):
-        found = None
-    if found != "isic_vq":
-        raise HubError(
-            f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another name; "
-            "nothing was sent"
-        )
+        return None
 
 
-def check_tag(api: HfApi, repo_id: str, tag: str | None) -> None:
-    """Refuse a tag that is taken: it would not move.
+def check_target(api: HfApi, repo_id: str, revision: str | None, tag: str | None) -> bool:
+    """Whether there is a branch to commit to.
 
     Raises:
-        HubError: the repository has a tag of this name.
+        HubError: `revision` is a tag or a commit, or the repository has a tag of this name: neither can move.
     """
-    if tag and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+    refs = api.list_repo_refs(repo_id)
+    tags = [ref.name for ref in refs.tags]
+    if tag in tags:
         raise HubError(
             f"{repo_id} has a tag {tag} already and nothing was sent: choose another name, or delete it at "
             f"{constants.ENDPOINT}/{repo_id}"
         )
-
-
-def branch_exists(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether there is a branch to commit to; a tag or a commit is refused, as neither can move.
-
-    Raises:
-        HubError: `revision` is a tag or a commit.
-    """
-    if revision is None or revision.startswith("refs/"):
+    if revision is None or revision.startswith("refs/") or revision in [ref.name for ref in refs.branches]:
         return True
-    refs = api.list_repo_refs(repo_id)
-    if any(ref.name == revision for ref in refs.branches):
-        return True
-    if re.fullmatch("[0-9a-f]{40}", revision) or any(ref.name == revision for ref in refs.tags):
+    if re.fullmatch("[0-9a-f]{40}", revision) or revision in tags:
         raise HubError(
             f"{revision} is a tag or a commit of {repo_id}: expected a branch to push to, such as main"
         )
     return False
-
-
-def _send_files(
-    api: HfApi,
-    repo_id: str,
-    plan: list[PlannedFile],
-    local: dict[str, Path],
-    branch: str | None,
-    create_pr: bool,
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Send the large files' content; returns the operations that a commit then makes visible."""
-    additions = [CommitOperationAdd(p.path, local[p.path]) for p in plan if p.action in ("add", "change")]
-    if additions:
-        # The repository's .gitignore, which the commit deletes, must not leave files out of it: hence an empty one.
-        api.preupload_lfs_files(
-            repo_id, additions, revision=branch, create_pr=create_pr, free_memory=False, gitignore_content=""
-        )
-    return [
-        *additions,
-        *(CommitOperationDelete(p.path, is_folder=False) for p in plan if p.action == "delete"),
-    ]
-
-
-def _verify(api: HfApi, repo_id: str, commit: str, local: dict[str, Path]) -> None:
-    """Compare a commit's listing with the local files."""
-    remote = remote_files(api, repo_id, commit)
-    wrong = {
-        path for path, file in local.items() if path not in remote or not same_content(file, remote[path])
-    }
-    wrong |= remote.keys() - local.keys() - {HUBS_OWN}
-    if wrong:
-        raise HubError(
-            f"after the push {repo_id} differs from the folder in {sorted(wrong)[:3]}: push it again"
-        )
