@@ -1,7 +1,8 @@
 """Commands that train: tokenizers, codes, priors, decoders, and the figures of their runs."""
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,18 @@ from isic_vq.cli.app import (
 )
 
 
+def _train(recipe: str, config: Path | None, overrides: list[str] | None, resume: bool) -> tuple[Any, str]:
+    """Run the stage of a class of recipes; returns what the main process measured, and where the model is."""
+    from isic_vq.training import recipe as recipes
+    from isic_vq.training.load import check_places, load_recipe
+
+    checked = load_recipe(getattr(recipes, recipe), config, overrides or [], resume)
+    check_places(checked)
+    stage = import_module(f"isic_vq.training.{checked.stage}")  # imports torch
+    quiet_transformers()
+    return getattr(stage, f"train_{checked.stage}")(checked, resume), f"wrote {checked.output_dir}/model"
+
+
 @train_app.command(
     "vqvae",
     epilog="Examples:\n\n  isic-vq train vqvae -c examples/configs/vqvae-f8.yaml\n\n"
@@ -30,20 +43,12 @@ def train_vqvae(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train a VQ-VAE tokenizer on images."""
-    from isic_vq.training.load import check_places, load_recipe
-    from isic_vq.training.recipe import VQVAERecipe
-
-    recipe = load_recipe(VQVAERecipe, config, overrides or [], resume)
-    check_places(recipe)
-    from isic_vq.training.vqvae import train_vqvae as train  # imports torch
-
-    quiet_transformers()
-    result = train(recipe, resume)
+    result, wrote = _train("VQVAERecipe", config, overrides, resume)
     if result is None:
         return  # the main process tells
     typer.echo(
         f"{result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {result.usage:.1%} of codes used, perplexity "
-        f"{result.perplexity:.0f} on {result.num_images} validation images; wrote {recipe.output_dir}/model"
+        f"{result.perplexity:.0f} on {result.num_images} validation images; {wrote}"
     )
 
 
@@ -98,21 +103,13 @@ def train_prior(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train a prior on codes, a PixelCNN or a VAR, and join it with its tokenizer."""
-    from isic_vq.training.load import check_places, load_recipe
-    from isic_vq.training.recipe import PriorRecipe
-
-    recipe = load_recipe(PriorRecipe, config, overrides or [], resume)
-    check_places(recipe)
-    from isic_vq.training.prior import train_prior as train  # imports torch
-
-    quiet_transformers()
-    report = train(recipe, resume)
+    report, wrote = _train("PriorRecipe", config, overrides, resume)
     if report is None:
         return  # the main process tells
     typer.echo(
         f"{report.value('bits_per_code'):.3f} bits per code on validation (unigram "
         f"{report.value('bits_per_code_unigram'):.3f}, flat {report.value('bits_per_code_flat'):.0f}); "
-        f"wrote {recipe.output_dir}/model"
+        f"{wrote}"
     )
 
 
@@ -123,15 +120,7 @@ def train_decoder(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Fine-tune a tokenizer's decoder with perceptual and adversarial losses; its codes stay the same."""
-    from isic_vq.training.load import check_places, load_recipe
-    from isic_vq.training.recipe import DecoderRecipe
-
-    recipe = load_recipe(DecoderRecipe, config, overrides or [], resume)
-    check_places(recipe)
-    from isic_vq.training.decoder import train_decoder as train  # imports torch
-
-    quiet_transformers()
-    report = train(recipe, resume)
+    report, wrote = _train("DecoderRecipe", config, overrides, resume)
     if report is None:
         return  # the main process tells
     changes = [
@@ -142,7 +131,7 @@ def train_decoder(
             ("psnr", "PSNR"),
         )
     ]
-    typer.echo(f"{', '.join(changes)} dB on validation; wrote {recipe.output_dir}/model")
+    typer.echo(f"{', '.join(changes)} dB on validation; {wrote}")
 
 
 @train_app.command(
@@ -152,20 +141,12 @@ def train_classifier(
     config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
 ) -> None:
     """Train an image classifier of diagnoses: a feature space for distances between images."""
-    from isic_vq.training.load import check_places, load_recipe
-    from isic_vq.training.recipe import ClassifierRecipe
-
-    recipe = load_recipe(ClassifierRecipe, config, overrides or [], resume)
-    check_places(recipe)
-    from isic_vq.training.classifier import train_classifier as train  # imports torch
-
-    quiet_transformers()
-    report = train(recipe, resume)
+    report, wrote = _train("ClassifierRecipe", config, overrides, resume)
     if report is None:
         return  # the main process tells
     typer.echo(
         f"balanced accuracy {report.value('balanced_accuracy'):.3f}, accuracy {report.value('accuracy'):.3f} on "
-        f"validation; wrote {recipe.output_dir}/model"
+        f"validation; {wrote}"
     )
 
 

@@ -10,9 +10,8 @@ import math
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isic_vq.training.averaging import AveragedParameters
-from isic_vq.training.checkpoints import CheckpointError, Checkpoints, Progress
+from isic_vq.training.checkpoints import Checkpoints, Progress
 from isic_vq.training.feed import Batch
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe
@@ -143,20 +142,14 @@ class Trainer:
             InterruptedTraining: a signal asked to stop; a checkpoint was saved.
             CheckpointError: a checkpoint could not be written.
         """
-        with ExitStack() as stack:
-            self.stop = stack.enter_context(stop_requests())
-            bar = stack.enter_context(
-                tqdm(
-                    total=self.recipe.max_steps,
-                    initial=self.progress.step,
-                    unit="step",
-                    disable=not self.processes.is_main,
-                    dynamic_ncols=True,
-                )
-            )
-            stack.enter_context(self.processes.watched())
-            stack.enter_context(self._explained())
-            profiler = stack.enter_context(self._profiler())
+        total, done, hidden = self.recipe.max_steps, self.progress.step, not self.processes.is_main
+        with (
+            stop_requests() as self.stop,
+            tqdm(total=total, initial=done, unit="step", disable=hidden, dynamic_ncols=True) as bar,
+            self.processes.watched(),
+            self._explained(),
+            self._profiler() as profiler,
+        ):
             for values in self.steps():
                 bar.update()
                 bar.set_postfix(
@@ -167,13 +160,16 @@ class Trainer:
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train step by step: yields each optimizer step's record, after its share of all the loop does."""
-        kept = self.log.begin(self.progress.step, self.progress.epoch)
+        progress, recipe = self.progress, self.recipe
         self.epoch_values = [
             {name: value for name, value in record.items() if name not in ("kind", "step", "epoch")}
-            for record in kept
-            if record["kind"] == "batch" and record["epoch"] == self.progress.epoch
+            for record in self.log.begin(progress.step, progress.epoch)
+            if record["kind"] == "batch" and record["epoch"] == progress.epoch
         ]
-        while not self._is_finished():
+        # A run stopped after its last step still owes that epoch's validation.
+        while (progress.step < recipe.max_steps or progress.batch > 0) and not (
+            0 < recipe.patience <= progress.validations_since_best
+        ):
             yield from self._epoch()
         self._save()
 
@@ -185,13 +181,6 @@ class Trainer:
         self.processes.accelerator.free_memory()
         self.log.finish()
 
-    def _is_finished(self) -> bool:
-        progress, recipe = self.progress, self.recipe
-        if 0 < recipe.patience <= progress.validations_since_best:
-            return True
-        # A run stopped after its last step still owes that epoch's validation.
-        return progress.step >= recipe.max_steps and progress.batch == 0
-
     def _epoch(self) -> Iterator[dict[str, float]]:
         """Train the rest of an epoch, then validate."""
         progress, recipe = self.progress, self.recipe
@@ -200,8 +189,7 @@ class Trainer:
         steps = self.feed.epoch(progress.epoch, progress.batch)
         while progress.step < recipe.max_steps:
             started = time.perf_counter()
-            micro_batches, failure = self._fetch(steps)
-            num_images = self._agree(micro_batches, failure)
+            micro_batches, num_images = self._fetch(steps)
             if not num_images:
                 break
             fetched = time.perf_counter()
@@ -222,41 +210,39 @@ class Trainer:
                 f"the training data gave process {self.processes.rank} of {self.processes.world} or another one no "
                 f"whole share of a batch of {recipe.batch_size}: lower loop.batch_size or loop.num_workers"
             )
-        dropped = self.feed.num_items - progress.batch * recipe.batch_size
-        epoch, progress.epoch, progress.batch = progress.epoch, progress.epoch + 1, 0
-        record = {**self._epoch_means(), "train/dropped_images": float(dropped)}
+        names = dict.fromkeys(name for values in self.epoch_values for name in values if name != "lr")
+        columns = {name: [values[name] for values in self.epoch_values if name in values] for name in names}
+        record = {f"train/{name}": sum(column) / len(column) for name, column in columns.items()}
+        record["train/dropped_images"] = float(self.feed.num_items - progress.batch * recipe.batch_size)
+        epoch, progress.epoch, progress.batch, self.epoch_values = progress.epoch, progress.epoch + 1, 0, []
         if progress.epoch % recipe.eval_every == 0 or progress.step >= recipe.max_steps:
             record |= self._validate()
         self.log.write("epoch", progress.step, epoch, record)
 
-    def _fetch(self, steps: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...], Exception | None]:
-        """The micro-batches of a step, none after the last; or why they cannot be had."""
-        try:
-            micro_batches = next(steps, ())
-            for batch in micro_batches:
-                self.task.check(batch)
-        except Exception as error:  # whatever a data source dies of
-            return (), error
-        return micro_batches, None
-
-    def _agree(self, micro_batches: tuple[Batch, ...], failure: Exception | None) -> int:
-        """Exchange how each process stands; returns the images of the whole step, 0 if some process has none left.
+    def _fetch(self, steps: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...], int]:
+        """This process's micro-batches of a step, and the images of all processes; 0 if some process has none left.
 
         Raises:
             InterruptedTraining: some process was asked to stop.
             TrainingError: some process has no data.
         """
-        own = [
-            float(self.stop.is_set()),
-            float(failure is not None),
-            float(not micro_batches),
-            sum(batch["size"] for batch in micro_batches),
-        ]
-        stop, failures, ended, num_images = (
-            self.processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-            if self.processes.world > 1
-            else own
+        micro_batches: tuple[Batch, ...] = ()
+        failure = None
+        try:
+            micro_batches = next(steps, ())
+            for batch in micro_batches:
+                self.task.check(batch)
+        except Exception as error:  # whatever a data source dies of
+            failure = error
+        state = (
+            self.stop.is_set(),
+            failure is not None,
+            not micro_batches,
+            sum(b["size"] for b in micro_batches),
         )
+        stop, failures, ended, num_images = self.processes.sum(
+            torch.tensor(state, dtype=torch.float64)
+        ).tolist()
         if stop:
             self._stop()
         if failures:
@@ -271,7 +257,7 @@ class Trainer:
                 f"the images of step {self.progress.step} could not be loaded ({reason}); a checkpoint was saved "
                 "there. Repair the data and run the same command with --resume"
             ) from failure
-        return 0 if ended else int(num_images)
+        return micro_batches, 0 if ended else int(num_images)
 
     def _step(self, micro_batches: tuple[Batch, ...], num_images: int) -> dict[str, float]:
         """One optimizer step; returns its losses as numbers, means over the images of all processes."""
@@ -293,7 +279,16 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         totals = self.processes.sum(torch.stack([value.float() for value in sums.values()])).tolist()
         numbers = dict(zip(sums, totals, strict=True))
-        self._check_finite(numbers["loss"], float(norm))
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):  # before they reach the weights
+            bad = (
+                f"gradient's norm is {float(norm)}"
+                if math.isfinite(numbers["loss"])
+                else f"loss is {numbers['loss']}"
+            )
+            raise TrainingError(
+                f"the {bad} at step {progress.step}; the last good checkpoint is {self.checkpoints.newest_name()}. Lower "
+                "loop.learning_rate or set loop.precision=fp32"
+            )
         numbers |= {"lr": float(self.scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
         self.optimizer.step()
         numbers |= {name: value.item() for name, value in self.task.after_step().items()}
@@ -303,15 +298,6 @@ class Trainer:
         progress.step += 1
         progress.batch += 1
         return numbers
-
-    def _check_finite(self, loss: float, norm: float) -> None:
-        """Raise before numbers that are not finite reach the weights."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            raise TrainingError(
-                f"the {what} at step {self.progress.step}; the last good checkpoint is "
-                f"{self.checkpoints.newest_name()}. Lower loop.learning_rate or set loop.precision=fp32"
-            )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -337,47 +323,31 @@ class Trainer:
                 ) from error
             raise
 
-    def _epoch_means(self) -> dict[str, float]:
-        """Means over the epoch's steps, as `train/...`."""
-        columns: dict[str, list[float]] = defaultdict(list)
-        for values in self.epoch_values:
-            for name, value in values.items():
-                columns[name].append(value)
-        self.epoch_values = []
-        return {
-            f"train/{name}": sum(column) / len(column) for name, column in columns.items() if name != "lr"
-        }
-
     def _validate(self) -> dict[str, float]:
         """Validate raw and, where they stand alone, averaged parameters; keep the best model.
 
         The main process measures, the others wait: no collective runs inside a validation.
         """
         record: dict[str, float] = {}
+        progress, task = self.progress, self.task
         if self.processes.is_main:
-            record = self._measure()
+            candidates: dict[str, Any] = {"validation": nullcontext()}
+            if self.averaged is not None and task.averages_directly:
+                candidates["averaged"] = self.averaged.swapped_in(task.model)
+            progress.validations_since_best += 1
+            for name, swapped_in in candidates.items():
+                with swapped_in:
+                    metrics = task.validate()
+                    record |= {f"{name}/{key}": value for key, value in metrics.items()}
+                    if progress.best_loss is None or metrics["loss"] < progress.best_loss:
+                        progress.best_loss, progress.best_step = metrics["loss"], progress.step
+                        progress.validations_since_best = 0
+                        task.save(self.run.folder / "best")
             if self.log.has_trackers:
-                self.log.show(self.progress.step, self.task.pictures())
-        record, fields = self.processes.from_main((record, vars(self.progress)))
-        vars(self.progress).update(fields)
+                self.log.show(progress.step, task.pictures())
+        record, fields = self.processes.from_main((record, vars(progress)))
+        vars(progress).update(fields)
         self.model.train()
-        return record
-
-    def _measure(self) -> dict[str, float]:
-        record: dict[str, float] = {}
-        candidates: list[tuple[str, Any]] = [("validation", nullcontext())]
-        if self.averaged is not None and self.task.averages_directly:
-            candidates.append(("averaged", self.averaged.swapped_in(self.task.model)))
-        improved = False
-        for name, context in candidates:
-            with context:
-                metrics = self.task.validate()
-                record |= {f"{name}/{key}": value for key, value in metrics.items()}
-                if self.progress.best_loss is None or metrics["loss"] < self.progress.best_loss:
-                    self.progress.best_loss, self.progress.best_step = metrics["loss"], self.progress.step
-                    improved = True
-                    self.task.save(self.run.folder / "best")
-        self.progress.validations_since_best = 0 if improved else self.progress.validations_since_best + 1
         return record
 
     def _save(self) -> None:
@@ -404,6 +374,3 @@ class Trainer:
             profile_memory=True,
         ) as profiler:
             yield profiler
-
-
-__all__ = ["CheckpointError", "InterruptedTraining", "Task", "Trainer", "TrainingError"]
