@@ -5,11 +5,12 @@
     python benchmarks/ablations.py scales   # 250 steps each
     python benchmarks/ablations.py var      # 600 steps each, on the codes of runs/codes-f8-scales
     python benchmarks/ablations.py decoder  # 100 steps each, two seeds, on the shipped tokenizer
+    python benchmarks/ablations.py priors   # 500 steps each, two seeds, on the shipped tokenizer's codes
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
-where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each, but for decoders: differences under
-about 0.3 dB, or 0.02 bits, mean nothing. Decoders train without the lesions of 500 images of the training files, on which
-their settings are chosen; they are measured on these and on validation. A yardstick that no loss saw is named by the
+where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each, but where a stage names two: differences
+under about 0.3 dB, or 0.02 bits, mean nothing. Decoders and priors of two seeds train without the lesions of 500 images of the
+training files, on which their settings are chosen; they are measured on these and on validation. A yardstick that no loss saw is named by the
 environment variable ISIC_VQ_YARDSTICK, a folder of an image model; it is measured on validation alone.
 """
 
@@ -24,15 +25,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import Reference, decode, held_out, in_batches, measure, open_tokenizer, open_validation, paired
+from decoders import (
+    BATCH,
+    Reference,
+    decode,
+    held_out,
+    in_batches,
+    measure,
+    open_tokenizer,
+    open_validation,
+    others,
+    paired,
+)
+from torch import Tensor
 
+from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.data.loading import DecodedImages, collate
+from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
+from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics, generated_images
+from isic_vq.evaluation.likelihood import bits_per_code
 from isic_vq.evaluation.measures import psnr
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.files import write_atomically
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.vqvae import quantizer_frozen, refit_batch_norm
 
@@ -82,6 +101,29 @@ STAGES: dict[str, dict[str, Any]] = {
             "no dropout": ["model.dropout=0"],
             "dropout 0.3": ["model.dropout=0.3"],
             "1 view": ["train_codes=runs/ablations/codes-f8-one-view.parquet"],
+        },
+    },
+    "priors": {
+        "train": "prior",
+        "config": "examples/configs/prior-f8.yaml",
+        "shared": [
+            "tokenizer=model_cards/isic-vq-128",
+            "train_codes=runs/ablations/codes-priors/train.parquet",
+            "validation_codes=runs/ablations/codes-priors/held-out.parquet",
+            "loop.max_steps=500",
+            "loop.warmup_steps=50",
+            "loop.average_decay=0.99",
+            "loop.save_every=100",
+            "model.hidden_size=64",
+            "model.num_layers=6",
+            "num_samples=1",
+        ],
+        "seeds": [0, 1],
+        "runs": {
+            "none": [],
+            "noise 0.3": ["context_noise=0.3"],
+            "64 clusters": ["model.num_clusters=64"],
+            "noise 0.3, 64 clusters": ["context_noise=0.3", "model.num_clusters=64"],
         },
     },
     "decoder": {
@@ -232,6 +274,81 @@ def decoder_measure() -> Callable[[Path], dict[str, Any]]:
     return row
 
 
+def split_codes() -> None:
+    """Codes of the training files in four views, but for those of the lesions that are held out, and of 500 of these."""
+    whole, folder = "runs/codes-isic-vq-128/train.parquet", ROOT / "runs/ablations/codes-priors"
+    command = [sys.executable, "-m", "isic_vq", "encode", "model_cards/isic-vq-128", "--views", "4"]
+    subprocess.run([*command, "--data", f"{HAM}/train-*.parquet", "-o", whole], cwd=ROOT, check=True)
+    cache = read_code_cache(ROOT / whole)
+    rows = {name: row for row, name in enumerate(cache.isic_ids)}
+    kept_out = [
+        rows[name] for name in open_part(f"{HAM}/train-*.parquet", "validation", 0.1, [])[0]["isic_id"]
+    ]
+    trained = sorted(set(rows.values()).difference(kept_out))
+    for name, part in (("train", trained), ("held-out", kept_out[:500])):
+        write_code_cache(cache.select(part), folder / f"{name}.parquet")
+
+
+def prior_measure() -> Callable[[Path], dict[str, Any]]:
+    """What measures a run's prior on both sets of images: bits, and its samples of the same diagnoses.
+
+    With a row of real images: others of the same diagnoses, and these through the tokenizer.
+    """
+    judge = os.environ.get("ISIC_VQ_YARDSTICK")
+    chooser = Yardstick.from_pretrained(str(ROOT / "model_cards/isic-derm-features"))
+    validation, labels = open_validation()
+    held_out_labels = read_code_cache(ROOT / "runs/ablations/codes-priors/held-out.parquet").diagnoses
+    judges = [chooser, *([Yardstick.from_pretrained(judge)] if judge else [])]
+    sets = {"held_out": (held_out(), held_out_labels, [chooser]), "validation": (validation, labels, judges)}
+    references = {name: embedded(*parts)[0] for name, parts in sets.items()}
+    tokenizer = open_tokenizer(str(ROOT / "model_cards/isic-vq-128"))
+    codes = {name: in_batches(tokenizer.encode, parts[0]) for name, parts in sets.items()}
+
+    def lines(name: str, images: Tensor) -> dict[str, Any]:
+        """Distances and coherence of images of the diagnoses of a set, each with its interval."""
+        _, diagnoses, yardsticks = sets[name]
+        seen, appearance = embedded(images, diagnoses, yardsticks)
+        metrics = appearance.metrics("samples", name, "ham10000", 0)
+        for yardstick in yardsticks:
+            metrics += distance_metrics(
+                references[name], {"samples": seen}, yardstick.name, name, "ham10000", 0
+            )
+        kept = ("coherence", "texture", "frechet_distance", "precision", "recall")
+        return {
+            " ".join([m.name, *m.labels.values()]): [m.value, m.interval] for m in metrics if m.name in kept
+        }
+
+    def row(folder: Path) -> dict[str, Any]:
+        if not folder.name:
+            other = others(labels)
+            through = decode(tokenizer, in_batches(tokenizer.encode, other))
+            real = {"validation": validation, "others": other, "their reconstructions": through}
+            return {name: lines("validation", images) for name, images in real.items()}
+        model = IsicVQModel.from_pretrained(folder / "model").eval()
+        result = {}
+        for name, (images, diagnoses, _) in sets.items():
+            ids = model.label_ids(diagnoses, len(images))
+            samples = torch.cat(list(generated_images(model, ids, seed=0)))
+            bits = bits_per_code(model, codes[name], ids)
+            result[name] = {"n": len(images), "bits_per_code": bits.mean().item(), **lines(name, samples)}
+        return result
+
+    return row
+
+
+def embedded(
+    images: Tensor, diagnoses: list[str], yardsticks: list[Yardstick]
+) -> tuple[EmbeddedImages, Appearance]:
+    """What yardsticks see in images, and how these look."""
+    seen, appearance = EmbeddedImages(yardsticks), Appearance(8)
+    with torch.inference_mode():
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            seen.add(part, diagnoses[start : start + BATCH])
+            appearance.add(part)
+    return seen, appearance
+
+
 def images(name: str, limit: int) -> list[torch.Tensor]:
     """The first images of a part of HAM10000, in batches of 32."""
     records = open_source(f"{HAM}/{name}-*.parquet")
@@ -248,7 +365,9 @@ def main() -> None:
     parser.add_argument("stage", choices=sorted(STAGES))
     stage = parser.parse_args().stage
     kind = STAGES[stage]["train"]
-    if kind == "prior":
+    if stage == "priors":
+        split_codes()
+    elif kind == "prior":
         codes = STAGES[stage]["codes"]
         one_view = f"runs/ablations/{codes}-one-view.parquet"
         command = [sys.executable, "-m", "isic_vq", "encode", f"runs/{codes.replace('codes', 'vqvae')}/model"]
@@ -259,6 +378,8 @@ def main() -> None:
         row_of = partial(tokenizer_row, train=images("train", 1024), validation=images("validation", 597))
     if kind == "decoder":
         row_of = decoder_measure()
+    if stage == "priors":
+        row_of = prior_measure()
     path = ROOT / f"benchmarks/reports/ablations-{stage}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     seeds = STAGES[stage].get("seeds")
@@ -267,6 +388,8 @@ def main() -> None:
         for seed in seeds or [0]
         for name, overrides in STAGES[stage]["runs"].items()
     }
+    if stage == "priors" and "real" not in rows:
+        rows["real"] = row_of(Path())
     for name, overrides in runs.items():
         if name in rows:
             continue  # delete its row to run it again
