@@ -5,7 +5,7 @@
     python benchmarks/ablations.py scales   # 250 steps each
     python benchmarks/ablations.py var      # 600 steps each, on the codes of runs/codes-f8-scales
     python benchmarks/ablations.py decoder  # 100 steps each, two seeds, on the shipped tokenizer
-    python benchmarks/ablations.py priors   # 500 steps each, two seeds, on the shipped tokenizer's codes
+    python benchmarks/ablations.py priors   # 300 steps each, two seeds, on the shipped tokenizer's codes
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
 where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each, but where a stage names two: differences
@@ -46,6 +46,7 @@ from isic_vq.data.sources import open_source
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics, generated_images
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import bits_per_code
 from isic_vq.evaluation.measures import psnr
 from isic_vq.evaluation.report import Report, environment
@@ -110,9 +111,10 @@ STAGES: dict[str, dict[str, Any]] = {
             "tokenizer=model_cards/isic-vq-128",
             "train_codes=runs/ablations/codes-priors/train.parquet",
             "validation_codes=runs/ablations/codes-priors/held-out.parquet",
-            "loop.max_steps=500",
-            "loop.warmup_steps=50",
-            "loop.average_decay=0.99",
+            "loop.max_steps=300",
+            "loop.warmup_steps=30",
+            "loop.average_decay=0.98",
+            "loop.eval_every=100",
             "loop.save_every=100",
             "model.hidden_size=64",
             "model.num_layers=6",
@@ -308,14 +310,18 @@ def prior_measure() -> Callable[[Path], dict[str, Any]]:
         """Distances and coherence of images of the diagnoses of a set, each with its interval."""
         _, diagnoses, yardsticks = sets[name]
         seen, appearance = embedded(images, diagnoses, yardsticks)
-        metrics = appearance.metrics("samples", name, "ham10000", 0)
+        on = MeasuredOn(name, "ham10000")
+        metrics = appearance.metrics(on, 0)
         for yardstick in yardsticks:
-            metrics += distance_metrics(
-                references[name], {"samples": seen}, yardstick.name, name, "ham10000", 0
-            )
+            metrics += distance_metrics(references[name], {"these": seen}, yardstick.name, on, 0)
         kept = ("coherence", "texture", "frechet_distance", "precision", "recall")
         return {
-            " ".join([m.name, *m.labels.values()]): [m.value, m.interval] for m in metrics if m.name in kept
+            " ".join([m.name, *(label for label in m.labels.values() if label != "these")]): [
+                m.value,
+                m.interval,
+            ]
+            for m in metrics
+            if m.name in kept
         }
 
     def row(folder: Path) -> dict[str, Any]:
@@ -357,13 +363,22 @@ def images(name: str, limit: int) -> list[torch.Tensor]:
     return [batch["pixel_values"] for batch in torch.utils.data.DataLoader(subset, 32, collate_fn=collate)]
 
 
+def rows_of(path: Path) -> dict[str, Any]:
+    """The rows of a report so far; another process may write some, too."""
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
 def main() -> None:
     """Run one stage's sweep and write its report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=sorted(STAGES))
-    stage = parser.parse_args().stage
+    parser.add_argument(
+        "--seed", type=int, help="of a stage with several: only this one, beside other processes"
+    )
+    arguments = parser.parse_args()
+    stage = arguments.stage
     kind = STAGES[stage]["train"]
     if stage == "priors":
         split_codes()
@@ -381,22 +396,24 @@ def main() -> None:
     if stage == "priors":
         row_of = prior_measure()
     path = ROOT / f"benchmarks/reports/ablations-{stage}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     seeds = STAGES[stage].get("seeds")
-    runs = {
-        name if seeds is None else f"{name}, seed {seed}": [*overrides, f"loop.seed={seed}"]
-        for seed in seeds or [0]
-        for name, overrides in STAGES[stage]["runs"].items()
-    }
-    if stage == "priors" and "real" not in rows:
-        rows["real"] = row_of(Path())
-    for name, overrides in runs.items():
-        if name in rows:
+    measured: dict[str, Callable[[], dict[str, Any]]] = {}
+    if stage == "priors" and arguments.seed in (None, seeds[0]):
+        measured["real"] = lambda: row_of(Path())
+    for seed in seeds or [0]:
+        if arguments.seed in (None, seed):
+            for name, overrides in STAGES[stage]["runs"].items():
+                title = name if seeds is None else f"{name}, seed {seed}"
+                settings = [*overrides, f"loop.seed={seed}"]
+                measured[title] = lambda title=title, settings=settings: row_of(run(stage, title, settings))  # type: ignore[misc]
+    for title, measure_row in measured.items():
+        if title in rows_of(path):
             continue  # delete its row to run it again
-        rows[name] = row_of(run(stage, name, overrides))
+        row = measure_row()
+        rows = rows_of(path) | {title: row}
         result = {"shared": STAGES[stage]["shared"], "rows": rows, "environment": environment()}
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-        print(name, rows[name], flush=True)
+        print(title, row, flush=True)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,17 @@ def test_sampling_settings_reach_the_model(model, tmp_path):
     assert [sample.codes for sample in samples(tmp_path)] == expected.flatten(1).tolist()
 
 
+def test_settings_that_older_versions_did_not_have_are_named_when_given(model, tmp_path):
+    make(model, tmp_path / "old", num_images=16)
+    assert not {"cluster", "guidance_power"} & set(
+        json.loads((tmp_path / "old" / "generation.json").read_text())
+    )
+    sampling = {"guidance_scale": 3.0, "guidance_power": 2.0}
+    make(model, tmp_path / "new", num_images=16, labels="nevus", **sampling)
+    expected = model.generate(16, "nevus", seed=3, backend="eager", **sampling).codes
+    assert [sample.codes for sample in samples(tmp_path / "new")] == expected.flatten(1).tolist()
+
+
 def test_a_cluster_is_a_setting_of_the_set(model, tmp_path):
     config = PixelCNNConfig(**model.prior.config.to_diff_dict() | {"num_clusters": 2})
     with torch.random.fork_rng():

@@ -103,7 +103,7 @@ def generate_shards(
         world: number of processes.
         progress: show a progress bar if this is process 0; it counts that process's images.
         cluster: of a prior with clusters, that of all images; drawn for each by default.
-        sampling: `temperature`, `top_k`, `top_p` and `guidance_scale`, as `IsicVQModel.generate` has them.
+        sampling: `temperature`, `top_k`, `top_p`, `guidance_scale` and `guidance_power`, as `IsicVQModel.generate` has them.
 
     Returns:
         How many of its shards this process made, and how many were there.
@@ -127,9 +127,10 @@ def generate_shards(
         "format": format,
         "images_per_shard": images_per_shard,
     }
-    if cluster is not None:  # sets of older versions do not name it
-        model.cluster_ids(cluster, 1)
-        asked["cluster"] = cluster
+    model.cluster_ids(cluster, 1)
+    later = {"cluster": cluster, "guidance_power": asked.pop("guidance_power")}
+    # Sets that older versions began do not name these.
+    asked |= {key: value for key, value in later.items() if value is not None}
     _check_settings(asked, model.config.vqvae_config.num_codes)
     num_shards = -(-num_images // images_per_shard)
     names = [shard_name(shard, num_shards, format) for shard in range(num_shards)]
@@ -250,17 +251,12 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
     """Generate the images of a shard in order."""
     model, settings, indices = generation.model, generation.settings, generation.indices(shard)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    passed_on = [*(field.name for field in fields(Sampling)), "seed", "backend", "block_size"]
+    passed_on = [*(field.name for field in fields(Sampling)), "cluster", "seed", "backend", "block_size"]
+    how = {key: settings[key] for key in passed_on if key in settings}
     for start in range(0, len(indices), settings["block_size"]):
         block = indices[start : start + settings["block_size"]]
         labels = generation.labels[torch.tensor(block) % len(generation.labels)]
-        output: Any = model.generate(
-            len(block),
-            labels,
-            first_index=block[0],
-            cluster=settings.get("cluster"),
-            **{key: settings[key] for key in passed_on},
-        )
+        output: Any = model.generate(len(block), labels, first_index=block[0], **how)
         images = processor.postprocess(output.pixel_values, output_type="np")
         codes = output.codes.flatten(1).tolist()
         for index, label, pixels, grid in zip(block, labels.tolist(), images, codes, strict=True):

@@ -192,15 +192,16 @@ def test_a_walk_reordered_goes_on_as_if_the_images_had_been_others(var_composite
     torch.testing.assert_close(walk.logits(slice(5, 21)), other.logits(slice(5, 21)))
 
 
-def test_samples_are_the_draws_of_the_walk_with_guidance_that_grows(var_composite):
+@pytest.mark.parametrize(("power", "scales"), [(None, [1, 2, 3]), (2.0, [1, 1 + 2 * 0.1464466094, 3])])
+def test_samples_are_the_draws_of_the_walk_with_guidance_that_grows(var_composite, power, scales):
     model, noise = var_composite, uniforms(3)
-    settings = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "guidance_scale": 3.0}
+    settings = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "guidance_scale": 3.0, "guidance_power": power}
     found = model.prior.sample(noise, LABELS, **settings, extend=model.vqvae.extend)
     drawn = torch.zeros(3, 21, dtype=torch.long)
     for index, (first, last) in enumerate(itertools.pairwise((0, *ENDS))):
         conditional = model.predict(drawn, LABELS)[:, :, first:last].mT.double()
         unconditional = model.predict(drawn)[:, :, first:last].mT.double()
-        logits = (unconditional + (1 + index) * (conditional - unconditional)) / 0.8  # 1, 2 and 3
+        logits = (unconditional + scales[index] * (conditional - unconditional)) / 0.8
         ordered, order = logits.sort(-1, descending=True)
         shares = ordered[..., :5].softmax(-1)
         shares = shares.masked_fill(shares.cumsum(-1) - shares >= 0.9, 0)

@@ -116,6 +116,8 @@ FILTERS = {
     "all": {"temperature": 1.4, "top_k": 6, "top_p": 0.8, "guidance_scale": 1.6},
     "guidance and temperature": {"temperature": 0.8, "guidance_scale": 3.0},
     "no label at all": {"guidance_scale": 0.0},
+    "guidance that grows": {"guidance_scale": 4.0, "guidance_power": 2.0},
+    "guidance that grows, top_k": {"guidance_scale": 4.0, "guidance_power": 2.0, "top_k": 5},
 }
 
 
@@ -128,7 +130,11 @@ def test_every_backend_filters_and_guides_alike(make_model, backend, architectur
     codes = model.sample(uniforms, labels, backend=backend, **how)
     with torch.no_grad():
         logits = model(codes, labels).logits
-        logits = guided_logits(logits, model(codes).logits, how.get("guidance_scale", 1.0))
+        scale = how.get("guidance_scale", 1.0)
+        if "guidance_power" in how:  # of five rows
+            share = [(1 - math.cos(math.pi * (row / 4) ** 2)) / 2 for row in range(5)]
+            scale = (1 + 3 * torch.tensor(share, device=logits.device))[:, None]
+        logits = guided_logits(logits, model(codes).logits, scale)
     rows = logits.permute(0, 2, 3, 1).reshape(-1, model.config.num_codes)
     rows = filtered_logits(rows, how.get("temperature", 1.0), how.get("top_k"), how.get("top_p"))
     assert torch.equal(draw(rows, uniforms.flatten().to(rows.device)), codes.flatten())

@@ -16,6 +16,15 @@ from isic_vq.studies.sampling import combinations, evaluate_sampling, setting_na
 SETTINGS = combinations([1.0, 0.5], [None], [1.0, 3.0])
 
 
+def test_a_power_goes_with_guidance_alone():
+    settings = combinations([1.0, 1.04], [None], [1.0, 2.0], [None, 2.0])
+    names = [setting_name(setting) for setting in settings]
+    assert names == [
+        "plain", "guidance_scale=2", "guidance_scale=2 guidance_power=2",
+        "temperature=1.04", "temperature=1.04 guidance_scale=2", "temperature=1.04 guidance_scale=2 guidance_power=2",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def skin(tmp_path_factory):
     """A tiny untrained classifier of diagnoses, as a user would have saved it."""

@@ -46,6 +46,10 @@ def generate(
         float | None, typer.Option(help="Keep the codes that hold this much probability.")
     ] = None,
     guidance_scale: Annotated[float, typer.Option(help="1 is off; larger follows the label more.")] = 1.0,
+    guidance_power: Annotated[
+        float | None,
+        typer.Option(help="p: guidance grows over rows or scales by (1 - cos(pi t^p)) / 2; off by default."),
+    ] = None,
     cluster: Annotated[
         int | None,
         typer.Option(help="Of a prior with clusters, the one of all images; drawn for each by default."),
@@ -95,6 +99,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             guidance_scale=guidance_scale,
+            guidance_power=guidance_power,
             cluster=cluster,
         )
         typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
@@ -112,6 +117,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         guidance_scale=guidance_scale,
+        guidance_power=guidance_power,
         cluster=cluster,
         output_type="np",
         return_codes=True,

@@ -141,11 +141,15 @@ def sampling(
     guidance_scale: Annotated[
         list[float] | None, typer.Option(help="Repeat it for several; default: 1, off.")
     ] = None,
+    guidance_power: Annotated[
+        list[float] | None,
+        typer.Option(help="Of guidance that grows, as for generate; repeat it for several, 0 is off."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated images and of resampling.")] = 0,
     split: SplitOption = "validation",
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
-    """Measure generated images by how their codes are drawn: every temperature with every top-p and guidance scale."""
+    """Measure generated images by how their codes are drawn: every temperature with every top-p and guidance."""
     check_first(model, *features, sources=[data])
     from dataclasses import asdict
 
@@ -156,7 +160,8 @@ def sampling(
 
     quiet_transformers()
     top_ps = [None if value == 1 else value for value in top_p or [1.0]]
-    settings = combinations(temperature or [1.0], top_ps, guidance_scale or [1.0])
+    powers = [value or None for value in guidance_power or [0.0]]
+    settings = combinations(temperature or [1.0], top_ps, guidance_scale or [1.0], powers)
     generator = load_model(IsicVQModel, model)
     classes = list(generator.config.class_names.values())
     metrics = evaluate_sampling(

@@ -185,6 +185,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        guidance_power: float | None = None,
         cluster: int | Sequence[int] | Tensor | None = None,
         block_size: int = BLOCK_SIZE,
         backend: str = "auto",
@@ -208,6 +209,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             top_k: keep this many most likely codes at each position.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
+            guidance_power: p, if guidance is to grow over rows or scales by (1 - cos(pi t^p)) / 2 of its strength; by
+                default it is the same for all codes of a PixelCNN, and grows in equal steps over the scales of a VAR.
             cluster: of a prior with clusters, one for all images or one per image; by default each is drawn by its
                 frequency given the class, from the image's noise.
             block_size: images computed at once.
@@ -256,6 +259,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 on_step,
                 self.vqvae.extend,
                 block_clusters,
+                guidance_power,
             )
             for noise, block_ids, block_clusters in zip(
                 uniforms.split(block_size), padded_ids.split(block_size), padded_clusters, strict=True

@@ -232,6 +232,7 @@ class PixelCNNModel(PriorModel):
         on_step: Callable[[], None] | None = None,
         extend: Extend | None = None,
         clusters: Tensor | None = None,
+        guidance_power: float | None = None,
     ) -> Tensor:
         """Fill empty grids code by code in raster order; exact, with cached features.
 
@@ -246,6 +247,7 @@ class PixelCNNModel(PriorModel):
             on_step: called after each finished row, for progress bars.
             extend: what tells of coarser scales; a single grid has none, and it is not called.
             clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
+            guidance_power: if guidance is to grow over the rows, see `Sampling`; None is the same guidance everywhere.
 
         Returns:
             `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
@@ -255,7 +257,7 @@ class PixelCNNModel(PriorModel):
                 that are not finite.
             ImportError: a backend that is not installed.
         """
-        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
         conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
         with exactly(self), torch.inference_mode():
             codes = sample_codes(self, uniforms, conditions, sampling, backend, on_step)

@@ -253,6 +253,7 @@ class VARModel(PriorModel):
         on_step: Callable[[], None] | None = None,
         extend: Extend | None = None,
         clusters: Tensor | None = None,
+        guidance_power: float | None = None,
     ) -> Tensor:
         """Draw all scales, coarse to fine, with cached keys and values.
 
@@ -270,6 +271,7 @@ class VARModel(PriorModel):
             on_step: called after each scale, for progress bars.
             extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`.
             clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
+            guidance_power: how guidance grows, see `Sampling`; None is in equal steps.
 
         Returns:
             `torch.LongTensor` of shape `(B, L)`, in [0, K).
@@ -283,7 +285,7 @@ class VARModel(PriorModel):
             raise ValueError(
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
-        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
         conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
         if sampling.guided:
             conditions = torch.cat([conditions, self.without_class(conditions)])
@@ -291,7 +293,8 @@ class VARModel(PriorModel):
         with evaluating(self), torch.inference_mode():
             walk = self.walk(conditions, extend)
             for index, (group,) in enumerate(walk.steps):
-                share = index / max(len(walk.steps) - 1, 1)
+                progress = index / max(len(walk.steps) - 1, 1)
+                share = sampling.guidance_share(progress, usual=progress)
                 parts.append(sampling.draw(walk.logits(group), uniforms[:, group], share, total))
                 walk.put(group, sampling.both(parts[-1]))
                 if on_step is not None:

@@ -77,6 +77,7 @@ class IsicVQPipeline(DiffusionPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        guidance_power: float | None = None,
         cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -94,6 +95,7 @@ class IsicVQPipeline(DiffusionPipeline):
             top_k: keep this many most likely codes at each position.
             top_p: keep the most likely codes that hold this much probability.
             guidance_scale: 1 is off; larger values follow the label more closely.
+            guidance_power: if guidance is to grow, as for `IsicVQModel.generate`.
             cluster: of a prior with clusters, one for all images or one per image; drawn by default.
             output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
                 "latent" (the codes, int64 `(N, h, w)`).
@@ -130,6 +132,7 @@ class IsicVQPipeline(DiffusionPipeline):
                 top_k=top_k,
                 top_p=top_p,
                 guidance_scale=guidance_scale,
+                guidance_power=guidance_power,
                 cluster=cluster,
                 on_step=on_step,
                 **settings,

@@ -14,7 +14,7 @@ from transformers import Pipeline
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import BLOCK_SIZE
 
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "backend")
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "guidance_power", "backend")
 
 
 class UnconditionalImageGenerationPipeline(Pipeline):
@@ -64,7 +64,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             progress: show a progress bar.
             sampling: `temperature` (below 1 sharpens, above 1 flattens the distributions), `top_k` (keep this many
                 most likely codes at each position), `top_p` (keep the most likely codes that hold this much
-                probability), `guidance_scale` (1 is off; larger values follow the label more closely) and
+                probability), `guidance_scale` (1 is off; larger values follow the label more closely), `guidance_power` and
                 `backend`, as for `IsicVQModel.generate`. Given to `pipeline(...)` they become its defaults.
 
         Raises:

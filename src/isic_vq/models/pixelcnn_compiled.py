@@ -269,9 +269,10 @@ def draw_code(logits, unlabelled, guidance_scale, temperature, uniform):
 
 
 @compiled
-def draw_column(column, images, before, tables_left, logits, uniforms, codes, guidance_scale, temperature):
+def draw_column(
+    column, images, num_draws, before, tables_left, logits, uniforms, codes, guidance_scale, temperature
+):
     """Draw the codes of a column and add to layer 0 what they mean to the columns on their right."""
-    num_draws = len(images) if guidance_scale == 1 else len(images) // 2
     for m in range(num_draws):
         unlabelled = logits[(m + num_draws) % len(images)]
         code = draw_code(logits[m], unlabelled, guidance_scale, temperature, uniforms[images[m], column])
@@ -283,22 +284,44 @@ def draw_column(column, images, before, tables_left, logits, uniforms, codes, gu
 
 @compiled
 def gated_row(
-    images, net, windows, logits, before, tables_left, uniforms, codes, guidance_scale, temperature
+    images, net, windows, logits, num_draws, before, tables_left, uniforms, codes, guidance_scale, temperature
 ):
-    """Draw a row of codes for the images `(M,)`."""
+    """Draw a row of codes for the images `(M,)`, of which the first `num_draws` are drawn."""
     for column in range(before.shape[1]):
         gated_logits(column, images, before, net, windows, logits)
-        draw_column(column, images, before, tables_left, logits, uniforms, codes, guidance_scale, temperature)
+        draw_column(
+            column,
+            images,
+            num_draws,
+            before,
+            tables_left,
+            logits,
+            uniforms,
+            codes,
+            guidance_scale,
+            temperature,
+        )
 
 
 @compiled
 def plain_row(
-    images, net, windows, logits, before, tables_left, uniforms, codes, guidance_scale, temperature
+    images, net, windows, logits, num_draws, before, tables_left, uniforms, codes, guidance_scale, temperature
 ):
-    """Draw a row of codes for the images `(M,)`."""
+    """Draw a row of codes for the images `(M,)`, of which the first `num_draws` are drawn."""
     for column in range(before.shape[1]):
         plain_logits(column, images, before, net, windows, logits)
-        draw_column(column, images, before, tables_left, logits, uniforms, codes, guidance_scale, temperature)
+        draw_column(
+            column,
+            images,
+            num_draws,
+            before,
+            tables_left,
+            logits,
+            uniforms,
+            codes,
+            guidance_scale,
+            temperature,
+        )
 
 
 @dataclass
@@ -382,10 +405,12 @@ class CompiledRows(Rows):
     def _draw_row(self, uniforms: Tensor) -> Tensor:
         codes = torch.empty(uniforms.shape, dtype=torch.long)
         noise, drawn = uniforms.numpy(), codes.numpy()
-        settings = float(self.sampling.guidance_scale), float(self.sampling.temperature)
+        scale = 1 + float(self.guidance_share) * (self.sampling.guidance_scale - 1)
+        settings = scale, float(self.sampling.temperature)
 
         def work(share: Share) -> None:
-            state = share.images, self.net, share.windows, share.logits
+            num_draws = len(share.images) // 2 if self.sampling.guided else len(share.images)
+            state = share.images, self.net, share.windows, share.logits, num_draws
             self.row_kernel(*state, self.before, self.tables_left, noise, drawn, *settings)
 
         list(self.threads.map(work, self.shares))

@@ -20,14 +20,20 @@ class Rows(AbstractContextManager):
         self.cache, self.sampling = cache, sampling
         # All logits that codes were drawn from, added up.
         self.total = torch.zeros((), dtype=torch.float64, device=cache.before.device)
+        self.guidance_share: float | Tensor = 1.0  # of the present row
 
     def __exit__(self, *exception: object) -> None:
         """Nothing to let go of."""
 
     def draw(self, row: int, uniforms: Tensor) -> Tensor:
         """Codes `(B, columns)` of a row, from uniforms of that shape; rows are drawn in order."""
+        self.guidance_share = self.share_of(row)
         self.start_row(row)
         return self.draw_columns(uniforms)
+
+    def share_of(self, row: int) -> float:
+        """How much of the guidance a row takes."""
+        return self.sampling.guidance_share(row / max(self.cache.grid - 1, 1))
 
     def start_row(self, row: int) -> None:
         """Take in the rows above."""
@@ -41,7 +47,7 @@ class Rows(AbstractContextManager):
         """As `draw`, of the row that is started."""
         codes = []
         for column, noise in enumerate(uniforms.unbind(1)):
-            codes.append(self.sampling.draw(self.logits(column), noise, total=self.total))
+            codes.append(self.sampling.draw(self.logits(column), noise, self.guidance_share, self.total))
             self.cache.put(column, self.sampling.both(codes[-1]))
         return torch.stack(codes, dim=1)
 
@@ -70,11 +76,16 @@ class GraphedRows(Rows):
             return super().draw(row, uniforms)
         self.cache.position_row.copy_(self.cache.position[row])
         if self.graph is None:
+            if self.sampling.guidance_power is not None:  # another number in each row, read from its place
+                self.guidance_share = torch.zeros((), dtype=torch.float64, device=uniforms.device)
+                self.guidance_share.fill_(self.share_of(row))
             self.uniforms = uniforms.clone()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.cache.see_rows_above()
                 self.codes = self.draw_columns(self.uniforms)
         self.uniforms.copy_(uniforms)
+        if isinstance(self.guidance_share, Tensor):
+            self.guidance_share.fill_(self.share_of(row))
         self.graph.replay()
         return self.codes.clone()

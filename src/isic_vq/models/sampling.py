@@ -6,6 +6,7 @@ image happens to be computed in. Top-p after Holtzman et al., arXiv 1904.09751; 
 Salimans, arXiv 2207.12598, written as u + s (c - u): scale 1 is off.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Sampling:
         top_k: keep this many most likely codes; None keeps all.
         top_p: keep the most likely codes that hold this much probability; None keeps all.
         guidance_scale: 1 is off; see `guided_logits`.
+        guidance_power: p, if guidance is to grow over the codes, see `guidance_share`; None leaves it as the prior has it.
 
     Raises:
         ValueError: a setting without a meaning, or one that float32 does not hold.
@@ -34,6 +36,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float = 1.0
+    guidance_power: float | None = None
 
     def __post_init__(self) -> None:
         if not FLOAT32.tiny <= self.temperature <= FLOAT32.max:
@@ -49,18 +52,39 @@ class Sampling:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}: expected at least 0; 1 is off; and no more than float32 holds"
             )
+        if self.guidance_power is not None and not 0 < self.guidance_power <= FLOAT32.max:
+            raise ValueError(
+                f"guidance_power is {self.guidance_power}: expected more than 0, or None for the prior's own"
+            )
 
     @property
     def guided(self) -> bool:
         """Whether logits come in two halves: of the labelled images, then of the same ones without a label."""
         return self.guidance_scale != 1
 
+    def guidance_share(self, progress: float, usual: float = 1.0) -> float:
+        """How much of what guidance adds to 1 is taken at a row or scale: (1 - cos(pi t^p)) / 2.
+
+        Source: sampling of Yu et al., "Randomized Autoregressive Visual Generation", arXiv 2411.00776.
+
+        Args:
+            progress: t, from 0 at the first to 1 at the last.
+            usual: what a prior takes where no `guidance_power` is set.
+        """
+        if self.guidance_power is None:
+            return usual
+        return (1 - math.cos(math.pi * progress**self.guidance_power)) / 2
+
     def both(self, images: Tensor) -> Tensor:
         """One entry per image `(B, ...)` as the batch that is computed: twice, one after the other, when guided."""
         return torch.cat([images, images]) if self.guided else images
 
     def draw(
-        self, logits: Tensor, uniforms: Tensor, guidance_share: float = 1.0, total: Tensor | None = None
+        self,
+        logits: Tensor,
+        uniforms: Tensor,
+        guidance_share: float | Tensor = 1.0,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Codes `(B, ...)` from logits `(B, ..., K)`, or `(2B, ..., K)` when guided, and uniforms `(B, ...)`.
 
@@ -107,7 +131,7 @@ def position_uniforms(generators: Sequence[torch.Generator], num_positions: int)
     return torch.stack([torch.rand(num_positions, generator=g, dtype=torch.float64) for g in generators])
 
 
-def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """u + s (c - u): s = 1 gives c, s = 0 gives u, s > 1 exaggerates what the label changes."""
     return unconditional + guidance_scale * (conditional - unconditional)
 

@@ -31,12 +31,16 @@ BATCH_SIZE = 64
 
 
 def combinations(
-    temperatures: Sequence[float], top_ps: Sequence[float | None], guidance_scales: Sequence[float]
+    temperatures: Sequence[float],
+    top_ps: Sequence[float | None],
+    guidance_scales: Sequence[float],
+    guidance_powers: Sequence[float | None] = (None,),
 ) -> list[Sampling]:
-    """Every temperature with every top-p and every guidance scale."""
+    """Every temperature with every top-p and guidance; a power without guidance is left out."""
     return [
-        Sampling(temperature=temperature, top_p=top_p, guidance_scale=scale)
+        Sampling(temperature=temperature, top_p=top_p, guidance_scale=scale, guidance_power=power)
         for temperature, top_p, scale in itertools.product(temperatures, top_ps, guidance_scales)
+        for power in (guidance_powers if scale != 1 else [None])
     ]
 
 
