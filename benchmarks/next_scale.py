@@ -119,8 +119,8 @@ def contestants(
         RASTER: (raster, partial(raster.sample, noise, labels)),
         EAGER: (pixelcnn.prior, partial(pixelcnn.prior.sample, noise, labels, backend="eager")),
         COMPILED: (pixelcnn.prior, partial(pixelcnn.prior.sample, noise, labels, backend="compiled")),
-        VAR_IMAGES: (var, partial(var.generate, batch, block_size=batch)),
-        PIXELCNN_IMAGES: (pixelcnn, partial(pixelcnn.generate, batch, block_size=batch, backend="compiled")),
+        VAR_IMAGES: (var, partial(var.generate, batch, batch_size=batch)),
+        PIXELCNN_IMAGES: (pixelcnn, partial(pixelcnn.generate, batch, batch_size=batch, backend="compiled")),
     }
     return {
         name: Contestant(step, batch, facts={"parameters": num_parameters(model)})

@@ -251,8 +251,9 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
     """Generate the images of a shard in order."""
     model, settings, indices = generation.model, generation.settings, generation.indices(shard)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    passed_on = [*(field.name for field in fields(Sampling)), "cluster", "seed", "backend", "block_size"]
+    passed_on = [*(field.name for field in fields(Sampling)), "cluster", "seed", "backend"]
     how = {key: settings[key] for key in passed_on if key in settings}
+    how["batch_size"] = settings["block_size"]
     for start in range(0, len(indices), settings["block_size"]):
         block = indices[start : start + settings["block_size"]]
         labels = generation.labels[torch.tensor(block) % len(generation.labels)]

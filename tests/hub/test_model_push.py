@@ -37,6 +37,14 @@ def test_a_pushed_model_is_what_is_saved_with_a_plain_card(online_hub, model, tm
     assert card.data.eval_results is None
 
 
+def test_a_push_takes_the_arguments_that_transformers_documents(online_hub, model):
+    model.push_to_hub(
+        REPO, commit_description="Trained on planted data.", max_shard_size="1GB", safe_serialization=True
+    )
+    bodies = [entry[4] for entry in online_hub.log if "/commit/" in entry[1]]
+    assert any("Trained on planted data." in str(body) for body in bodies)
+
+
 def test_a_pushed_model_opens_with_the_same_codes(online_hub, model):
     model.push_to_hub(REPO)
     opened = IsicVQModel.from_pretrained(REPO)

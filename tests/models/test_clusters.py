@@ -171,23 +171,23 @@ def test_compiled_kernels_are_told_the_cluster(make_prior):
 
 
 def test_generate_draws_clusters_by_their_frequencies_given_the_class(model):
-    made = model.generate(400, "nevus", seed=0, block_size=200)
+    made = model.generate(400, "nevus", seed=0, batch_size=200)
     weights = model.prior.cluster_weights[1].double()
     shares = torch.bincount(made.clusters, minlength=C) / 400
     assert shares.tolist() == pytest.approx(
         (weights / weights.sum()).tolist(), abs=0.08
     )  # 3.3 standard errors
-    part = model.generate(5, "nevus", seed=0, first_index=8, block_size=200)
+    part = model.generate(5, "nevus", seed=0, first_index=8, batch_size=200)
     assert torch.equal(part.clusters, made.clusters[8:13]), "the image's own, whatever is asked for with it"
     assert torch.equal(part.codes, made.codes[8:13])
-    again = model.generate(5, "nevus", seed=0, first_index=8, block_size=200, cluster=made.clusters[8:13])
+    again = model.generate(5, "nevus", seed=0, first_index=8, batch_size=200, cluster=made.clusters[8:13])
     assert torch.equal(again.codes, part.codes), "a cluster that is given leaves the noise as it is"
     assert model.generate(3, seed=0, cluster=2).clusters.tolist() == [2, 2, 2]
     assert model.generate(2, seed=0, cluster=[1, 3]).clusters.tolist() == [1, 3]
 
 
 def test_both_pipelines_pass_clusters_on(model):
-    expected = model.generate(3, "nevus", seed=1, cluster=[1, 0, 3], block_size=2)
+    expected = model.generate(3, "nevus", seed=1, cluster=[1, 0, 3], batch_size=2)
     pipe = UnconditionalImageGenerationPipeline(model)
     made = pipe("nevus", num_images=3, seed=1, batch_size=2, cluster=[1, 0, 3], return_codes=True)
     assert torch.equal(made["codes"], expected.codes)
@@ -195,7 +195,7 @@ def test_both_pipelines_pass_clusters_on(model):
     diffusers = pytest.importorskip("diffusers")
     assert diffusers
     latents = IsicVQPipeline(model.vqvae, model.prior)(
-        "nevus", 3, seed=1, block_size=2, cluster=[1, 0, 3], output_type="latent"
+        "nevus", 3, seed=1, batch_size=2, cluster=[1, 0, 3], output_type="latent"
     ).images
     assert torch.equal(latents, expected.codes)
 

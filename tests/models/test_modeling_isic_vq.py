@@ -208,9 +208,9 @@ def test_an_image_is_the_same_to_the_last_bit_whichever_are_asked_for_with_it(ba
         assert images(first, last).numpy().tobytes() == whole[first:last].numpy().tobytes()
 
 
-def test_a_block_size_of_zero_is_refused(composite):
-    with pytest.raises(ValueError, match="block_size is 0: expected at least 1"):
-        composite.generate(1, seed=0, block_size=0)
+def test_a_batch_size_of_zero_is_refused(composite):
+    with pytest.raises(ValueError, match="batch_size is 0: expected at least 1"):
+        composite.generate(1, seed=0, batch_size=0)
 
 
 @pytest.mark.parametrize("label", ["nevus", "NV", "melanocytic naevus", "1", 1, np.int64(1)])

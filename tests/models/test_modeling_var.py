@@ -293,10 +293,10 @@ def test_half_precision_samples_and_scores(make_composite, dtype):
 
 
 def test_images_depend_on_seed_and_index_alone(var_composite):
-    whole = var_composite.generate(5, "nevus", seed=7, block_size=4)
+    whole = var_composite.generate(5, "nevus", seed=7, batch_size=4)
     assert whole.codes.shape == (5, 21)
     assert whole.pixel_values.shape == (5, 3, 16, 16)
-    later = var_composite.generate(2, "nevus", seed=7, first_index=2, block_size=4)
+    later = var_composite.generate(2, "nevus", seed=7, first_index=2, batch_size=4)
     assert torch.equal(later.pixel_values, whole.pixel_values[2:4])
     torch.testing.assert_close(var_composite.decode(whole.codes), whole.pixel_values)
 

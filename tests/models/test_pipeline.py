@@ -77,19 +77,28 @@ def test_a_list_of_generators_serves_one_image_each(pipe, composite):
 
 
 def test_sampling_settings_reach_the_model(pipe, composite):
-    settings = {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "guidance_scale": 1.5, "block_size": 2}
+    settings = {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "guidance_scale": 1.5, "batch_size": 2}
     codes = pipe("nevus", num_images=3, seed=1, output_type="latent", **settings).images
     assert torch.equal(codes, composite.generate(3, "nevus", seed=1, **settings).codes)
-    assert not torch.equal(codes, composite.generate(3, "nevus", seed=1, block_size=2).codes)
+    assert not torch.equal(codes, composite.generate(3, "nevus", seed=1, batch_size=2).codes)
 
 
-@pytest.mark.parametrize(("num_images", "block_size", "blocks"), [(1, 16, 1), (3, 2, 2), (4, 2, 2)])
-def test_callback_is_called_after_every_row_of_every_block(pipe, num_images, block_size, blocks):
+def test_dtypes_are_given_by_part(composite_folder):
+    dtypes = {"vqvae": torch.bfloat16, "default": torch.float16}
+    pipe = IsicVQPipeline.from_pretrained(composite_folder, dtype=dtypes)
+    assert (pipe.vqvae.dtype, pipe.prior.dtype) == (torch.bfloat16, torch.float16)
+    assert pipe.vqvae.quantizer.codebook.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype names a part 'decoder': expected 'vqvae', 'prior' or"):
+        IsicVQPipeline.from_pretrained(composite_folder, dtype={"decoder": torch.float16})
+
+
+@pytest.mark.parametrize(("num_images", "batch_size", "blocks"), [(1, 16, 1), (3, 2, 2), (4, 2, 2)])
+def test_callback_is_called_after_every_row_of_every_block(pipe, num_images, batch_size, blocks):
     calls = []
     pipe(
         num_images=num_images,
         seed=0,
-        block_size=block_size,
+        batch_size=batch_size,
         callback_on_step_end=lambda *arguments: calls.append(arguments),
     )
     assert calls == [(pipe, step, step, {}) for step in range(ROWS * blocks)]
@@ -97,7 +106,7 @@ def test_callback_is_called_after_every_row_of_every_block(pipe, num_images, blo
 
 def test_progress_is_shown_in_rows(composite_folder, capsys):
     pipe = IsicVQPipeline.from_pretrained(composite_folder)
-    pipe(num_images=3, seed=0, block_size=2)
+    pipe(num_images=3, seed=0, batch_size=2)
     assert "8/8" in capsys.readouterr().err
 
 

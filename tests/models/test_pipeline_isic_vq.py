@@ -138,9 +138,10 @@ def test_progress_bar_counts_every_row_of_every_batch(pipe, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"num_images": 0}, "num_images and batch_size must be at least 1, got 0 and 16"),
-        ({"labels": []}, "must be at least 1, got 0"),
-        ({"batch_size": 0}, "must be at least 1, got 1 and 0"),
+        ({"num_images": 0}, "num_images is 0: expected a whole number of at least 1"),
+        ({"labels": []}, "num_images is 0"),
+        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given"),
         ({"labels": "scc"}, "not a class of this model. Classes: 0 = melanoma"),
         ({"labels": ["mel", "nv"], "num_images": 3}, "2 labels for 3 images"),
         ({"seed": -1}, "seed is -1"),
@@ -154,6 +155,22 @@ def test_pipeline_refuses_what_has_no_meaning(pipe, arguments, text):
         pipe(**arguments)
 
 
-def test_unknown_arguments_are_refused(pipe):
-    with pytest.raises(TypeError, match="guidance"):
+def test_unknown_arguments_are_refused_by_the_name_of_what_was_called(pipe, composite_folder):
+    match = "UnconditionalImageGenerationPipeline got an unexpected argument 'guidance'"
+    with pytest.raises(TypeError, match=match):
         pipe(guidance=2)
+    with pytest.raises(TypeError, match=match):
+        pipeline(TASK, model=composite_folder, guidance=2)
+
+
+def test_generators_are_those_of_generate_over_all_batches(pipe, composite):
+    def one():
+        return torch.Generator().manual_seed(3)
+
+    def several():
+        return [torch.Generator().manual_seed(index) for index in range(5)]
+
+    for make in (one, several):
+        expected = composite.generate(5, "nevus", generator=make())
+        output = pipe("nevus", num_images=5, generator=make(), batch_size=2, return_codes=True)
+        assert torch.equal(output["codes"], expected.codes)

@@ -35,7 +35,6 @@ EXCEPTIONS = {
     "pipeline-* test_loading_with_incorrect_variants_raises_error": VARIANT,
     "pipeline-* test_serialization_with_variants": VARIANT,
     "pipeline-* test_cpu_offload_forward_pass_twice": "it enables the offload without naming a device: diffusers asks for an accelerator",
-    "pipeline-* test_dtype_dict": "not yet: dtypes by part",
     "pipeline-* test_sequential_cpu_offload_forward_pass": "not yet: the pipeline reads weights past their hooks",
     "pipeline-* test_sequential_offload_forward_pass_twice": "not yet: the pipeline reads weights past their hooks",
     "pipeline-* test_save_load_local": "images are equal; it then looks for lines that diffusers' own loader logs, which is not used",

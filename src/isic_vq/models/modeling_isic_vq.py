@@ -43,7 +43,15 @@ PARTS = ("vqvae", "prior")
 BLOCK_SIZE = 16  # images computed at once
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-PUSH_SETTINGS = ("commit_message", "private", "token", "revision", "create_pr", "tags")
+PUSH_SETTINGS = (
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 
 Labels = int | str | Sequence[int | str] | Tensor | None
 
@@ -187,15 +195,15 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_power: float | None = None,
         cluster: int | Sequence[int] | Tensor | None = None,
-        block_size: int = BLOCK_SIZE,
+        batch_size: int = BLOCK_SIZE,
         backend: str = "auto",
         on_step: Callable[[], None] | None = None,
     ) -> GenerationOutput:
         """Sample code grids from the prior and decode them.
 
-        Images are computed in blocks of a fixed size, image i as number i % block_size of its block, the last block
-        filled up: with the same block size and backend, on the same hardware with as many threads, a seed's image i
-        is the same to the last bit, whichever images are asked for with it. Another block size or backend rounds
+        Images are computed in blocks of a fixed size, image i as number i % batch_size of its block, the last block
+        filled up: with the same batch size and backend, on the same hardware with as many threads, a seed's image i
+        is the same to the last bit, whichever images are asked for with it. Another batch size or backend rounds
         differently, which now and then moves a draw.
 
         Args:
@@ -213,7 +221,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 default it is the same for all codes of a PixelCNN, and grows in equal steps over the scales of a VAR.
             cluster: of a prior with clusters, one for all images or one per image; by default each is drawn by its
                 frequency given the class, from the image's noise.
-            block_size: images computed at once.
+            batch_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
                 time for so many images, of those that this project has run on such a device (`run_on`).
             on_step: called after each finished step of a block: a row of its code grids, or a scale.
@@ -225,11 +233,11 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}: expected at least 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
-            block_size = min(block_size, num_images)  # nobody can ask for these images again
+            batch_size = min(batch_size, num_images)  # nobody can ask for these images again
         ids = self.label_ids(labels, num_images)
         clusters = self.cluster_ids(cluster, num_images)
         uniforms = self._noise(num_images, seed, first_index, generator)
@@ -237,14 +245,14 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             uniforms, own = uniforms[:, :-1], uniforms[:, -1]
             clusters = self.prior.draw_clusters(ids, own) if clusters is None else clusters
         # Empty places before the first image and after the last make the blocks whole.
-        skipped = first_index % block_size
-        empty = -(skipped + num_images) % block_size
+        skipped = first_index % batch_size
+        empty = -(skipped + num_images) % batch_size
         uniforms = F.pad(uniforms, (0, 0, skipped, empty))
         padded_ids = F.pad(ids, (skipped, empty), value=self.prior.config.unconditional_id)
-        num_blocks = len(uniforms) // block_size
+        num_blocks = len(uniforms) // batch_size
         padded_clusters: Sequence[Tensor | None] = [None] * num_blocks
         if clusters is not None:
-            padded_clusters = F.pad(clusters, (skipped, empty)).split(block_size)
+            padded_clusters = F.pad(clusters, (skipped, empty)).split(batch_size)
         if backend == "auto":
             backend = self.prior.best_backend(num_blocks)
         blocks = [
@@ -262,7 +270,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 guidance_power,
             )
             for noise, block_ids, block_clusters in zip(
-                uniforms.split(block_size), padded_ids.split(block_size), padded_clusters, strict=True
+                uniforms.split(batch_size), padded_ids.split(batch_size), padded_clusters, strict=True
             )
         ]
         kept = slice(skipped, skipped + num_images)
@@ -478,11 +486,14 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         repo_id: str,
         *,
         commit_message: str = "Upload model",
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
         tags: Sequence[str] = (),
+        max_shard_size: int | str | None = None,
+        safe_serialization: bool = True,
     ) -> str:
         """Make a repository of the Hub hold this model, in one commit that is checked by hash.
 
@@ -493,11 +504,14 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         Args:
             repo_id: "user/name"; made if it does not exist.
             commit_message: title of the commit or pull request.
+            commit_description: its text.
             private: visibility of the repository; None leaves it as it is.
             token: a Hub token; by default that of the login.
             revision: the branch, made if it does not exist; main by default.
             create_pr: propose the commit as a pull request.
             tags: more tags for the card.
+            max_shard_size: has no effect, each part is one file.
+            safe_serialization: has no effect, weights are safetensors.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -515,6 +529,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
                 files,
                 repo_id,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 private=private,
                 create_pr=create_pr,
                 revision=revision,

@@ -43,7 +43,8 @@ class IsicVQPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
             kwargs: those of `IsicVQModel.from_pretrained` (`revision`, `dtype`, `token`, `cache_dir`, ...), and
-                `vqvae` or `prior` to take that part from elsewhere.
+                `vqvae` or `prior` to take that part from elsewhere. `dtype` may be a dictionary with the keys "vqvae",
+                "prior" and "default".
 
         Raises:
             OSError, ValueError: as `IsicVQModel.from_pretrained` does.
@@ -52,8 +53,19 @@ class IsicVQPipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)
         parts = {name: kwargs.pop(name) for name in ("vqvae", "prior") if name in kwargs}
+        dtypes = kwargs.pop("dtype", None)
+        if not isinstance(dtypes, dict):
+            dtypes = {"default": dtypes}
+        for name in dtypes.keys() - {"vqvae", "prior", "default"}:
+            raise ValueError(f"dtype names a part {name!r}: expected 'vqvae', 'prior' or 'default'")
         model_class = import_module(".modeling_isic_vq", __package__).IsicVQModel
-        model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        default = dtypes.get("default", torch.float32)
+        model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=default, **kwargs)
+        for name in {"vqvae", "prior"} & dtypes.keys() - parts.keys():
+            part_class = type(getattr(model, name))
+            parts[name] = part_class.from_pretrained(
+                pretrained_model_name_or_path, subfolder=name, dtype=dtypes[name], **kwargs
+            )
         pipe = cls(**{"vqvae": model.vqvae, "prior": model.prior, **parts}, license=model.config.license)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
@@ -81,8 +93,9 @@ class IsicVQPipeline(DiffusionPipeline):
         cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        batch_size: int = 16,
+        backend: str = "auto",
         callback_on_step_end: Callable[[Any, int, int, dict], Any] | None = None,
-        **settings: Any,
     ) -> Any:
         """Generate `num_images` images; a step is a row of codes of a block of images.
 
@@ -100,12 +113,12 @@ class IsicVQPipeline(DiffusionPipeline):
             output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
                 "latent" (the codes, int64 `(N, h, w)`).
             return_dict: False returns the tuple `(images,)`.
+            batch_size: images computed at once.
+            backend: what samples, as for `IsicVQModel.generate`.
             callback_on_step_end: called as `(pipeline, step, step, {})` after each step, counted from 0.
-            settings: `block_size` and `backend`, as for `IsicVQModel.generate`.
 
         Raises:
             ValueError: an argument outside its range, an unknown label, or both seed and generator.
-            TypeError: an argument that is none of these.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
@@ -113,7 +126,7 @@ class IsicVQPipeline(DiffusionPipeline):
         if num_images is None:
             one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
-        total = model.config.prior_config.num_steps * -(-num_images // max(settings.get("block_size", 16), 1))
+        total = model.config.prior_config.num_steps * -(-num_images // max(batch_size, 1))
         steps = count()  # a bar that is not shown does not count
         with self.progress_bar(total=total) as bar:
 
@@ -135,7 +148,8 @@ class IsicVQPipeline(DiffusionPipeline):
                 guidance_power=guidance_power,
                 cluster=cluster,
                 on_step=on_step,
-                **settings,
+                batch_size=batch_size,
+                backend=backend,
             )
         images = output.codes if output_type == "latent" else output.pixel_values
         if output_type in ("pil", "np"):

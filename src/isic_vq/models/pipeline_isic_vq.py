@@ -41,6 +41,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         *,
         num_images: int | None = None,
         seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
@@ -53,9 +54,9 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         Args:
             labels: a diagnosis (name, alias or id) for all images, one per image, or None for unconditional.
             num_images: how many; by default one per label.
-            seed: makes image i a function of (seed, i); random without it.
-            batch_size: images computed at once, `block_size` of `IsicVQModel.generate`; 16 unless the pipeline was
-                built with another.
+            seed: makes image i a function of (seed, i); random without seed and generator.
+            generator: one for all images, or one per image, instead of a seed.
+            batch_size: images computed at once; 16 unless the pipeline was built with another.
             output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
                 `(N, 3, H, W)` in [0, 1].
             cluster: of a prior with clusters, one for all images or one per image; drawn by default.
@@ -71,63 +72,43 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             TypeError: an argument that is none of these.
             ValueError: an argument outside its range, or an unknown label.
         """
-        one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
         if num_images is None:
+            one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
         if batch_size is None:
             batch_size = self._batch_size or BLOCK_SIZE
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(
-                f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
-            )
-        ids = self.model.label_ids(labels, num_images)
-        clusters = self.model.cluster_ids(cluster, num_images)
-        if seed is None:
-            seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch
-            batch_size = min(batch_size, num_images)  # nobody can ask for these images again
-        shared = {"seed": seed, "block_size": batch_size, "num_blocks": -(-num_images // batch_size)}
-        steps = self.model.config.prior_config.num_steps * shared["num_blocks"]
+        request = {
+            "num_images": num_images,
+            "labels": labels,
+            "seed": seed,
+            "generator": generator,
+            "cluster": cluster,
+            "batch_size": batch_size,
+        }
+        steps = self.model.config.prior_config.num_steps * -(-num_images // max(batch_size, 1))
         with tqdm(total=steps, disable=not progress, unit="step", desc="sampling") as bar:
-            chunks = [
-                super(UnconditionalImageGenerationPipeline, self).__call__(
-                    {
-                        "labels": ids[first : first + batch_size],
-                        "cluster": None if clusters is None else clusters[first : first + batch_size],
-                        "first_index": first,
-                        **shared,
-                    },
-                    on_step=bar.update,
-                    **sampling,
-                )
-                for first in range(0, num_images, batch_size)
-            ]
-        pixel_values = torch.cat([chunk["pixel_values"] for chunk in chunks])
+            output = super().__call__(request, on_step=bar.update, **sampling)
         processor = IsicVQImageProcessor(size=self.model.config.vqvae_config.image_size)
-        images = processor.postprocess(pixel_values, output_type=output_type)
+        images = processor.postprocess(output.pixel_values, output_type=output_type)
         if not return_codes:
             return images
-        result = {"images": images, "codes": torch.cat([chunk["codes"] for chunk in chunks]), "labels": ids}
-        if self.model.config.prior_config.num_clusters:
-            result["clusters"] = torch.cat([chunk["clusters"] for chunk in chunks])
-        return result
+        return {"images": images, **{name: value for name, value in output.items() if name != "pixel_values"}}
 
     def _sanitize_parameters(self, **sampling: Any) -> tuple[dict, dict, dict]:
-        unknown = sorted(set(sampling) - {*SAMPLING, "on_step"})
-        if unknown:
-            raise TypeError(f"unexpected argument {unknown[0]!r}: expected one of {', '.join(SAMPLING)}")
+        for name in sampling.keys() - {*SAMPLING, "on_step"}:
+            raise TypeError(
+                f"{type(self).__name__} got an unexpected argument {name!r}: beside those of its call it takes "
+                f"{', '.join(SAMPLING)}"
+            )
         return {}, sampling, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Pass a chunk's labels, seed and first index on."""
+        """Pass what is asked for on."""
         return inputs
 
-    def _forward(self, model_inputs: dict[str, Any], backend: str = "auto", **sampling: Any) -> Any:
-        inputs = dict(model_inputs)
-        labels, num_blocks = inputs.pop("labels"), inputs.pop("num_blocks")
-        if backend == "auto":  # chosen for all chunks together
-            backend = self.model.prior.best_backend(num_blocks)
-        return self.model.generate(len(labels), labels, backend=backend, **inputs, **sampling)
+    def _forward(self, model_inputs: dict[str, Any], **sampling: Any) -> Any:
+        return self.model.generate(**model_inputs, **sampling)
 
     def postprocess(self, model_outputs: Any) -> Any:
-        """Return a chunk's tensors; images are made once all chunks are there."""
+        """Return the tensors; the call makes images of them."""
         return model_outputs

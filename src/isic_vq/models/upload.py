@@ -206,6 +206,7 @@ def upload_folder(
     repo_id: str,
     *,
     commit_message: str,
+    commit_description: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
     revision: str | None = None,
@@ -222,6 +223,7 @@ def upload_folder(
         files: paths of files, relative to the folder and to the repository.
         repo_id: "user/name", or the name of one of your own; made if it does not exist.
         commit_message: the commit's, or the pull request's, title.
+        commit_description: its text.
         private: visibility of the repository; None leaves it as it is, and a new one as the account's default.
         create_pr: propose the commit as a pull request.
         revision: the branch, made from main if it does not exist; main by default.
@@ -266,6 +268,7 @@ def upload_folder(
                 repo_id,
                 [*new, *gone],
                 commit_message=commit_message,
+                commit_description=commit_description,
                 revision=revision,
                 parent_commit=commit,
                 create_pr=create_pr,
