@@ -20,9 +20,9 @@ from isic_vq.card import (
     topic_tables,
 )
 from isic_vq.evaluation.report import Metric, Report
+from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
-from isic_vq.studies.page import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"

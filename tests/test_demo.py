@@ -24,10 +24,10 @@ from isic_vq.demo.pictures import (
     bits_map,
     code_colors,
     code_map,
-    codebook_use,
     overlay,
     use_table,
 )
+from isic_vq.figures.numbers import CodebookUse
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import MAX_PIXELS, ImageError
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -67,8 +67,8 @@ def square(demo, photo):
 
 
 def test_codebook_use_counts_codes_and_ranks_them():
-    use = codebook_use(np.array([[3, 1, 1], [3, 0, 1]]), num_codes=5)
-    assert use.counts.tolist() == [1, 3, 0, 2, 0]
+    use = CodebookUse.of(np.array([[3, 1, 1], [3, 0, 1]]), num_codes=5)
+    assert use.counts == (1, 3, 0, 2, 0)
     assert use.num_used == 3
     assert use.most_used() == [(1, 3), (3, 2), (0, 1)]
     shares = [1 / 2, 1 / 3, 1 / 6]
@@ -76,7 +76,7 @@ def test_codebook_use_counts_codes_and_ranks_them():
 
 
 def test_equally_frequent_codes_are_listed_in_their_order():
-    assert codebook_use(np.array([[4, 2], [2, 4]]), num_codes=5).most_used() == [(2, 2), (4, 2)]
+    assert CodebookUse.of(np.array([[4, 2], [2, 4]]), num_codes=5).most_used() == [(2, 2), (4, 2)]
 
 
 def test_a_code_map_shows_each_code_as_a_square_of_its_colour():
@@ -133,7 +133,7 @@ def test_an_overlay_tints_the_mask_alone():
 
 def test_the_table_of_use_lists_codes_by_frequency_in_their_colours():
     codes = np.repeat(np.arange(12), np.arange(13, 1, -1))
-    table = use_table(codebook_use(codes, 16), np.arange(48, dtype=np.uint8).reshape(16, 3))
+    table = use_table(CodebookUse.of(codes, 16), np.arange(48, dtype=np.uint8).reshape(16, 3))
     listed = re.findall(r"background:#(\w{6})\"></span>(\d+)</td><td>(\d+)</td>.*?width:(\d+)%", table)
     assert listed[0] == ("000102", "0", "13", "100")
     assert listed[9] == ("1b1c1d", "9", "4", "31")
@@ -262,7 +262,7 @@ def test_an_explained_image_is_its_reconstruction_and_the_priors_bits(demo, mode
     log_probabilities = model.prior(codes, None).logits.double().log_softmax(1)
     bits = -log_probabilities.gather(1, codes[:, None])[0, 0] / math.log(2)
     assert explained.bits_per_code == pytest.approx(bits.mean().item(), rel=1e-5)
-    assert explained.use.counts.tolist() == torch.bincount(codes.flatten(), minlength=8).tolist()
+    assert list(explained.use.counts) == torch.bincount(codes.flatten(), minlength=8).tolist()
     assert f"{explained.psnr:.2f} dB" in explained.table()
     assert f"{explained.use.num_used} of 8" in explained.table()
     cell = explained.code_map.width // codes.shape[2]

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import number_text, report_tables, topic_of
+from isic_vq.evaluation.report_tables import markdown_table, number_text, report_tables, topic_of
 from isic_vq.files import MAX_PREVIEWS, preview_name, write_atomically
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
 from isic_vq.models.repository import TAGS
@@ -201,12 +201,11 @@ def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
     """
     tables = {}
     for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
-        lines = ["| metric | unit | " + " | ".join(table.columns) + " |"]
-        lines.append("|---|---|" + "---:|" * len(table.columns))
-        for (name, unit), row in table.rows.items():
-            cells = [metric_cell(row[column]) if column in row else "" for column in table.columns]
-            lines.append(f"| {name} | {unit} | " + " | ".join(cells) + " |")
-        tables[table.title] = "\n".join(lines)
+        rows = [
+            [name, unit, *(metric_cell(row[column]) if column in row else "" for column in table.columns)]
+            for (name, unit), row in table.rows.items()
+        ]
+        tables[table.title] = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
     return tables
 
 
@@ -252,11 +251,14 @@ def training_table(origin: dict[str, Any]) -> str:
     sizes = [origin.get("num_parameters", {}).get(stage) for stage in stages]
     rows = {"parameters": [f"{size:,}" if size else NOT_RECORDED for size in sizes]}
     rows |= {label: [column[label] for column in columns] for label in columns[0]}
-    lines = [
-        "| | " + " | ".join(STAGE_TITLES[stage] for stage in stages) + " |",
-        "|---" * (len(stages) + 1) + "|",
-    ]
-    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items())])
+    return stages_table("", stages, rows)
+
+
+def stages_table(corner: str, stages: Iterable[str], rows: dict[str, list[str]]) -> str:
+    """A column per stage, rows by label; those that no stage says anything in are left out."""
+    head = [corner, *(STAGE_TITLES[stage] for stage in stages)]
+    shown = [[label, *cells] for label, cells in rows.items() if any(cells)]
+    return markdown_table(head, shown, texts=len(head))
 
 
 def attributions_of(origin: dict[str, Any]) -> list[str]:
@@ -286,15 +288,10 @@ def training_data_table(origin: dict[str, Any]) -> str:
                 else "",
             }
         )
-    lines = [
-        "| trained on | " + " | ".join(STAGE_TITLES[stage] for stage in stages) + " |",
-        "|---" * (len(stages) + 1) + "|",
-    ]
-    rows = {label: [column[label] for column in columns] for label in columns[0]}
-    said = {
-        label: cells for label, cells in rows.items() if any(cells)
-    }  # data that were not prepared have no manifest
-    return "\n".join([*lines, *(f"| {label} | {' | '.join(cells)} |" for label, cells in said.items())])
+    # Data that were not prepared have no manifest.
+    return stages_table(
+        "trained on", stages, {label: [column[label] for column in columns] for label in columns[0]}
+    )
 
 
 def training_column(record: dict[str, Any]) -> dict[str, str]:

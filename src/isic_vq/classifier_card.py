@@ -14,6 +14,7 @@ from isic_vq.card import dataset_title, measured_on
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import TRAINING_DATA, licenses_of, read_training_data
 from isic_vq.evaluation.report import Metric, Report
+from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.files import replaced_directory, write_atomically
 
 REPORT = "reports/validation.json"
@@ -154,13 +155,18 @@ def render_classifier_card(folder: Path, name: str) -> str:
 
 def _table(metrics: list[Metric]) -> str:
     """The metrics with their intervals as a Markdown table."""
-    lines = ["| measure | value | 95 % interval | unit | images |", "|---|---:|---|---|---|"]
-    for metric in metrics:
-        interval = " to ".join(f"{bound:.3f}" for bound in metric.interval or [])
-        images = f"{metric.n} of {dataset_title(metric.dataset)}, {metric.split}"
-        unit = "" if metric.unit == "1" else metric.unit
-        lines.append(f"| {metric.text} | {metric.value:.3f} | {interval} | {unit} | {images} |")
-    return "\n".join(lines)
+    head = ["measure", "value", "95 % interval", "unit", "images"]
+    rows = [
+        [
+            metric.text,
+            f"{metric.value:.3f}",
+            " to ".join(f"{bound:.3f}" for bound in metric.interval or []),
+            "" if metric.unit == "1" else metric.unit,
+            f"{metric.n} of {dataset_title(metric.dataset)}, {metric.split}",
+        ]
+        for metric in metrics
+    ]
+    return markdown_table(head, rows, texts=len(head))
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -10,8 +10,9 @@ from tiny_study import PRIOR, VQVAE
 
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
-from isic_vq.studies.generalization import GeneralizationRecipe, domain_file, settings, write_domains
+from isic_vq.studies.generalization import GeneralizationRecipe, chains, domain_file, write_domains
 from isic_vq.studies.generalization_results import Measured, findings, shift_metric, webp_psnr
 from isic_vq.training.recipe import RecipeError
 
@@ -71,26 +72,28 @@ def test_a_recipe_without_domains_or_with_unknown_fields_is_refused(tmp_path):
 
 
 def test_augmented_models_see_all_views_in_both_stages():
-    for setting in settings(recipe_in("x")):
-        assert setting.chain.vqvae["augment"] is setting.augment
-        assert setting.chain.views == (8 if setting.augment else 1)
+    for chain in chains(recipe_in("x")):
+        augmented = chain.labels["augmentation"] == "augmented"
+        assert chain.vqvae["augment"] is augmented
+        assert chain.views == (8 if augmented else 1)
 
 
 def made(psnr, bits):
     """Models of every setting, from functions of (domain, augment, data set, seed)."""
     noise = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.05
     groups = {}
-    for setting in settings(recipe_in("x")):
-        key = (setting.domain, setting.augment)
+    for chain in chains(recipe_in("x")):
+        domain, augment = chain.labels["domain"], chain.views > 1
         values = {
             name: {
-                "psnr": psnr(*key, name, setting.seed) + noise * (1 + setting.augment + len(setting.domain)),
+                "psnr": psnr(domain, augment, name, chain.seed) + noise * (1 + augment + len(domain)),
                 "ssim": noise,
-                "bits_per_code": bits(*key, name, setting.seed) + noise,
+                "bits_per_code": bits(domain, augment, name, chain.seed) + noise,
             }
             for name in ("north", "south", "all", "clinic")
         }
-        groups.setdefault(key, []).append(Measured(setting, values, frozenset(values) - {setting.domain}))
+        measured = Measured(chain, values, frozenset(values) - {domain})
+        groups.setdefault(chain.label, []).append(measured)
     return groups
 
 
@@ -136,7 +139,7 @@ def test_seeds_that_disagree_on_augmentation_say_so():
 def test_the_shift_is_scikit_learns_auroc_within_its_interval():
     generator = np.random.default_rng(0)
     own, other = generator.normal(0, 1, 80), generator.normal(0.7, 1, 60)
-    metric = shift_metric({"domain": "x"}, torch.from_numpy(own), torch.from_numpy(other), "clinic", 0)
+    metric = shift_metric(torch.from_numpy(own), torch.from_numpy(other), MeasuredOn("clinic", "clinic"), 0)
     assert metric.value == pytest.approx(roc_auc_score([0] * 80 + [1] * 60, np.concatenate([own, other])))
     low, high = metric.interval
     assert 0.5 < low < metric.value < high < 0.9

@@ -10,8 +10,8 @@ from tiny_study import PRIOR, VQVAE
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies.granularity import GranularityRecipe, Setting, settings
-from isic_vq.studies.granularity_results import Measured, findings
+from isic_vq.studies.granularity import GranularityRecipe, chains
+from isic_vq.studies.granularity_results import Measured, by_setting, findings
 from isic_vq.studies.page import SMOKE, StudyPage
 from isic_vq.training.load import load_recipe
 from isic_vq.training.recipe import RecipeError
@@ -26,31 +26,28 @@ def measured(psnr, coded_bytes):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(50, generator=generator, dtype=torch.float64) * 0.01
     models = []
-    for setting in settings(RECIPE):
-        key = (setting.grid, setting.num_codes, setting.seed)
+    for grid, num_codes, chain in all_settings():
         values = {
-            "psnr": psnr(*key) + noise * (1 + setting.num_codes),
-            "coded_bytes": coded_bytes(*key) + noise * setting.num_codes,
+            "psnr": psnr(grid, num_codes, chain.seed) + noise * (1 + num_codes),
+            "coded_bytes": coded_bytes(grid, num_codes, chain.seed) + noise * num_codes,
         }
-        models.append(
-            Measured(
-                setting,
-                values,
-                {"sampling_flops": 100.0 * (4 if setting.grid == "f4" else 1)},
-                torch.ones(50, setting.num_codes),
-                torch.ones(3),
-            )
-        )
-    return models
+        operations = {"sampling_flops": 100.0 * (4 if grid == "f4" else 1)}
+        models.append(Measured(chain, values, operations, torch.ones(50, num_codes)))
+    return by_setting(models)
+
+
+def all_settings():
+    """Grid, codes and chain of every model."""
+    return [(c.labels["grid"], c.vqvae["model"]["num_codes"], c) for c in chains(RECIPE)]
 
 
 def test_the_settings_are_all_grids_codes_and_seeds_first_seed_first():
-    found = list(settings(RECIPE))
-    assert [(s.grid, s.num_codes, s.seed) for s in found] == [
+    found = all_settings()
+    assert [(grid, codes, chain.seed) for grid, codes, chain in found] == [
         (grid, codes, seed) for seed in (0, 1) for grid in ("f8", "f4") for codes in (4, 8, 16)
     ]
-    assert len({s.chain.folder for s in found}) == 12
-    assert all(s.chain.vqvae["model"]["num_codes"] == s.num_codes for s in found)
+    assert len({chain.folder for *_, chain in found}) == 12
+    assert all(chain.label == f"{grid}, {codes} codes" for grid, codes, chain in found)
 
 
 def test_a_rising_quality_at_rising_cost_is_told_with_its_size():
@@ -129,7 +126,7 @@ def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sour
 
 
 def test_a_try_is_refused_before_anything_is_trained(run, two_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("isic_vq.cli.studies._train", lambda settings: pytest.fail("trained"))
+    monkeypatch.setattr("isic_vq.cli.studies._train", lambda chains: pytest.fail("trained"))
     overrides = [f"output_dir={tmp_path / 'study'}", *(f"{part}={uri}" for part, uri in two_sources.items())]
     code, _, err = run("study", "granularity", *overrides, "--smoke", "-o", tmp_path / "docs" / "x")
     assert code == 1
@@ -147,9 +144,3 @@ def test_an_unknown_key_of_a_recipe_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("stage: granularity\nnum_code: [4]\n")
     with pytest.raises(RecipeError, match="num_code"):
         load_recipe(GranularityRecipe, Path(tmp_path / "a.yaml"), [])
-
-
-def test_a_setting_names_its_model():
-    setting = next(iter(settings(RECIPE)))
-    assert isinstance(setting, Setting)
-    assert Measured(setting, {}, {}, torch.ones(1, 4), torch.ones(3)).label == "f8, 4 codes"

@@ -19,7 +19,7 @@ from isic_vq.studies.realism import (
     realism_metrics,
     reconstructed,
 )
-from isic_vq.studies.student import LabelledImages, Student, train_student
+from isic_vq.studies.student import ClassifierStudy, LabelledImages, Student, train_student
 
 STUDENT = Student(steps=60, batch_size=12, image_size=16, learning_rate=1e-2, colour_strength=0.0, model=NET)
 
@@ -29,7 +29,10 @@ def study(coloured_sets, noise_generator, tmp_path_factory):
     """A finished study: its folder and its lines by name."""
     folder = tmp_path_factory.mktemp("realism")
     lines = evaluate_realism(
-        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        ClassifierStudy(
+            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
+        ),
+        resamples=100,
     )
     return folder, {line.text: line for line in lines}
 
@@ -112,7 +115,10 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
     shutil.rmtree(folder / "samples-test")
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-seed*.json")}
     lines = evaluate_realism(
-        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        ClassifierStudy(
+            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
+        ),
+        resamples=100,
     )
     assert {line.text: line for line in lines} == found
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
@@ -121,11 +127,11 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
 def test_other_settings_and_a_single_seed_are_refused(study, coloured_sets, noise_generator, tmp_path):
     folder, _ = study
     with pytest.raises(ValueError, match="begun with student.* and this is"):
-        evaluate_realism(
+        ClassifierStudy(
             noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3, image_size=16)
         )
     with pytest.raises(ValueError, match="expected at least 2"):
-        evaluate_realism(noise_generator, *coloured_sets, tmp_path, seeds=1)
+        ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=1, student=STUDENT)
 
 
 @pytest.mark.slow

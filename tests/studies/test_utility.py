@@ -11,7 +11,13 @@ from coloured_images import COLOURS, NET, STUDENT
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
-from isic_vq.studies.student import LabelledImages, Student, train_student, two_level_interval
+from isic_vq.studies.student import (
+    ClassifierStudy,
+    LabelledImages,
+    Student,
+    train_student,
+    two_level_interval,
+)
 from isic_vq.studies.utility import ARMS, evaluate_utility, utility_metrics
 
 
@@ -20,7 +26,10 @@ def study(coloured_sets, noise_generator, tmp_path_factory):
     """A finished study: its folder and its lines by name."""
     folder = tmp_path_factory.mktemp("study")
     lines = evaluate_utility(
-        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        ClassifierStudy(
+            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
+        ),
+        resamples=100,
     )
     return folder, {line.text: line for line in lines}
 
@@ -82,7 +91,10 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
         (folder / name).unlink()
     shutil.rmtree(folder / "synthetic-seed1")
     lines = evaluate_utility(
-        noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation", resamples=100
+        ClassifierStudy(
+            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
+        ),
+        resamples=100,
     )
     assert {line.text: line for line in lines} == found
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, (
@@ -95,24 +107,14 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
 def test_a_folder_begun_with_other_settings_is_refused(study, coloured_sets, noise_generator):
     folder, _ = study
     with pytest.raises(ValueError, match="begun with student.* and this is"):
-        evaluate_utility(
-            noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3), resamples=10
-        )
+        ClassifierStudy(noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3))
     with pytest.raises(ValueError, match="begun with test.* and this is"):
-        evaluate_utility(
-            noise_generator,
-            coloured_sets[0],
-            coloured_sets[0],
-            folder,
-            seeds=2,
-            student=STUDENT,
-            resamples=10,
-        )
+        ClassifierStudy(noise_generator, coloured_sets[0], coloured_sets[0], folder, seeds=2, student=STUDENT)
 
 
 def test_one_seed_is_refused(coloured_sets, noise_generator, tmp_path):
     with pytest.raises(ValueError, match="expected at least 2"):
-        evaluate_utility(noise_generator, *coloured_sets, tmp_path, seeds=1)
+        ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=1, student=STUDENT)
 
 
 # Training

@@ -1,6 +1,7 @@
 """Commands that run studies: many models trained alike, to see what one choice does."""
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,9 @@ from isic_vq.cli.measuring import print_report
 
 if TYPE_CHECKING:
     from isic_vq.evaluation.report import Metric
+    from isic_vq.studies.chain import Chain
     from isic_vq.studies.page import StudyPage
+    from isic_vq.studies.student import ClassifierStudy
 
 study_app = typer.Typer(help="Train many models alike, to see what one choice does.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
@@ -63,29 +66,10 @@ def utility(
     ] = None,
 ) -> None:
     """Measure what generated images are worth to a classifier: trained on real, generated and both; tested on real."""
-    check_first(model, sources=[train, test])
-    from dataclasses import asdict
-
-    from isic_vq.hub import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.studies.student import Student
+    study = _classifier_study(model, train, test, work_dir, seeds, steps, limit, split)
     from isic_vq.studies.utility import evaluate_utility
 
-    quiet_transformers()
-    student = Student(steps=steps)
-    generator = load_model(IsicVQModel, model)
-    metrics = evaluate_utility(
-        generator,
-        train,
-        test,
-        work_dir,
-        seeds=seeds,
-        student=student,
-        limit=limit,
-        split=split,
-        auc_of=auc_of,
-    )
-    _write_report(model, metrics, output, classifier=asdict(student), seeds=seeds, limit=limit)
+    _write_classifier_report(model, study, evaluate_utility(study, auc_of=auc_of), limit, output)
 
 
 @study_app.command(
@@ -103,20 +87,45 @@ def realism(
     split: SplitOption = "test",
 ) -> None:
     """Measure how well a small classifier tells generated images, reconstructions and real images apart."""
-    check_first(model, sources=[train, test])
-    from dataclasses import asdict, replace
+    study = _classifier_study(
+        model, train, test, work_dir, seeds, steps, limit, split, sees_what_the_model_draws=True
+    )
+    from isic_vq.studies.realism import evaluate_realism
 
+    _write_classifier_report(model, study, evaluate_realism(study), limit, output)
+
+
+def _classifier_study(
+    model: str | None,
+    train: str,
+    test: str,
+    work_dir: Path,
+    seeds: int,
+    steps: int,
+    limit: int | None,
+    split: str,
+    sees_what_the_model_draws: bool = False,
+) -> "ClassifierStudy":
+    check_first(model, sources=[train, test])
     from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.studies.realism import default_student, evaluate_realism
+    from isic_vq.studies.realism import default_student
+    from isic_vq.studies.student import ClassifierStudy, Student
 
     quiet_transformers()
     generator = load_model(IsicVQModel, model)
-    student = replace(default_student(generator), steps=steps)
-    metrics = evaluate_realism(
-        generator, train, test, work_dir, seeds=seeds, student=student, limit=limit, split=split
-    )
-    _write_report(model, metrics, output, classifier=asdict(student), seeds=seeds, limit=limit)
+    student = default_student(generator) if sees_what_the_model_draws else Student()
+    return ClassifierStudy(
+        generator, train, test, work_dir,
+        seeds=seeds, student=replace(student, steps=steps), limit=limit, split=split,
+    )  # fmt: skip
+
+
+def _write_classifier_report(
+    model: str | None, study: "ClassifierStudy", metrics: list["Metric"], limit: int | None, output: Path
+) -> None:
+    about = {"classifier": asdict(study.student), "seeds": len(study.seeds), "limit": limit}
+    _write_report(model, metrics, output, **about)
 
 
 @study_app.command(
@@ -151,8 +160,6 @@ def sampling(
 ) -> None:
     """Measure generated images by how their codes are drawn: every temperature with every top-p and guidance."""
     check_first(model, *features, sources=[data])
-    from dataclasses import asdict
-
     from isic_vq.evaluation.generation import Yardstick
     from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -208,11 +215,11 @@ def granularity(
     output: OutputOption = None,
 ) -> None:
     """How fine should images be quantized? Codebook sizes and grids, by quality and cost; a killed run goes on."""
-    from isic_vq.studies.granularity import GranularityRecipe, settings
+    from isic_vq.studies.granularity import GranularityRecipe, chains
     from isic_vq.studies.granularity_results import granularity_page
 
     recipe, output = _recipe(GranularityRecipe, config, overrides, smoke, output)
-    _train(list(settings(recipe)))
+    _train(list(chains(recipe)))
     _write(granularity_page(recipe, smoke), output)
 
 
@@ -226,12 +233,12 @@ def generalization(
     output: OutputOption = None,
 ) -> None:
     """What happens on images of another source, and does augmentation help? A killed run goes on."""
-    from isic_vq.studies.generalization import GeneralizationRecipe, settings, write_domains
+    from isic_vq.studies.generalization import GeneralizationRecipe, chains, write_domains
     from isic_vq.studies.generalization_results import generalization_page
 
     recipe, output = _recipe(GeneralizationRecipe, config, overrides, smoke, output)
     write_domains(recipe)
-    _train(list(settings(recipe)))
+    _train(list(chains(recipe)))
     _write(generalization_page(recipe, smoke), output)
 
 
@@ -258,12 +265,12 @@ def _recipe(
     return recipe, output
 
 
-def _train(settings: list[Any]) -> None:
+def _train(chains: list["Chain"]) -> None:
     """Train the models that are not trained yet, one after the other."""
-    for number, setting in enumerate(settings, 1):
-        if not setting.chain.is_finished:
-            typer.echo(f"model {number} of {len(settings)}: {setting.chain.folder.name}")
-            setting.chain.run()
+    for number, chain in enumerate(chains, 1):
+        if not chain.is_finished:
+            typer.echo(f"model {number} of {len(chains)}: {chain.folder.name}")
+            chain.run()
 
 
 def _write(page: "StudyPage", output: Path) -> None:

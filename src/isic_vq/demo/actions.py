@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from isic_vq.demo.neighbours import Neighbour, TrainingIndex
-from isic_vq.demo.pictures import CodebookUse, bits_map, code_colors, code_map, codebook_use, overlay
-from isic_vq.evaluation.reconstruction import psnr
+from isic_vq.demo.pictures import bits_map, code_colors, code_map, overlay
+from isic_vq.evaluation.measures import psnr
+from isic_vq.figures.numbers import CodebookUse
 from isic_vq.hub import is_default
 from isic_vq.models.editing import code_masks, pixel_mask
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
@@ -219,7 +220,7 @@ class DemoModel:
             reconstruction=self.processor.postprocess(reconstruction)[0],
             code_map=Image.fromarray(code_map(finest, self.colors)),
             surprise=Image.fromarray(bits_map(scores.bits_map[0].numpy(), self.num_codes)),
-            use=codebook_use(codes, self.num_codes),
+            use=CodebookUse.of(codes, self.num_codes),
             psnr=psnr(original, reconstruction).item(),
             bits_per_code=scores.bits_per_code.item(),
         )

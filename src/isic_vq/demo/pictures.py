@@ -6,14 +6,12 @@ its centred vectors).
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from isic_vq.figures.grid import enlarge
-from isic_vq.models.vector_quantizer import usage_and_perplexity
+from isic_vq.figures.numbers import CodebookUse
 
 Pixels = NDArray[np.uint8]
 
@@ -25,36 +23,6 @@ TO_RGB = np.array([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])  # ITU-R 
 BITS_COLORS = ((247, 245, 240), (233, 196, 148), (196, 110, 84), (116, 40, 62), (36, 14, 32))
 MOST_BITS = 1.5  # darkest, in multiples of log2 K, which is what a code costs when nothing is known
 NUM_LISTED = 10
-
-
-@dataclass(frozen=True)
-class CodebookUse:
-    """How an image uses the codebook.
-
-    Attributes:
-        counts: int64 of shape (K,), positions that hold each code.
-        perplexity: exp(entropy) of code use, in [1, K].
-    """
-
-    counts: NDArray[np.int64]
-    perplexity: float
-
-    @property
-    def num_used(self) -> int:
-        """How many codes occur."""
-        return int((self.counts > 0).sum())
-
-    def most_used(self) -> list[tuple[int, int]]:
-        """(code, positions that hold it) of the codes that occur, most frequent first, lowest code first on ties."""
-        order = np.argsort(-self.counts, kind="stable")[: self.num_used]
-        return [(int(code), int(self.counts[code])) for code in order]
-
-
-def codebook_use(codes: NDArray[np.integer], num_codes: int) -> CodebookUse:
-    """Count the codes of a grid of any shape, each in [0, num_codes)."""
-    counts = np.bincount(codes.ravel(), minlength=num_codes)
-    _, perplexity = usage_and_perplexity(torch.from_numpy(counts))
-    return CodebookUse(counts, perplexity)
 
 
 def code_colors(codebook: NDArray[np.floating], brightness: NDArray[np.floating]) -> Pixels:
@@ -110,7 +78,7 @@ def use_table(use: CodebookUse, colors: Pixels) -> str:
     others = codes[NUM_LISTED:]
     rest = f"<p>{len(others)} other codes in {others[0][1]} patches or fewer each</p>" if others else ""
     return (
-        f'<table class="facts"><caption>The most used codes, of {use.counts.sum()} patches</caption>'
+        f'<table class="facts"><caption>The most used codes, of {sum(use.counts)} patches</caption>'
         '<tr><th scope="col">Code</th><th scope="col">Patches</th><td></td></tr>'
         f"{''.join(rows)}</table>{rest}"
     )

@@ -1,6 +1,6 @@
 """A report's numbers in tables for people, a table per topic; pages and model cards draw them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from isic_vq.evaluation.report import Metric
@@ -88,3 +88,9 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
         if column not in table.columns:
             table.columns.append(column)
     return [table for table in tables.values() if table.rows]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table; its first `texts` columns are text, the others numbers."""
+    lines = [head, [*["---"] * texts, *["---:"] * (len(head) - texts)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

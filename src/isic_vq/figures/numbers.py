@@ -1,9 +1,7 @@
-"""The numbers that the figures show, computed from a run's records; plain NumPy, no drawing.
+"""The numbers that the figures show, computed from a run's records; no drawing.
 
-* Smoothing: centred moving mean, cut off at both ends. Differs from W&B's exponential average, which lags behind a
-  falling loss and so shows it too high.
-* Codebook: perplexity exp(-sum p ln p) of code use, in [1, K] (van den Oord et al., arXiv 1711.00937).
-* Reconstruction: PSNR 10 log10(255^2 / mean squared error) per image, in dB.
+Smoothing is a centred moving mean, cut off at both ends. Differs from W&B's exponential average, which lags behind a
+falling loss and so shows it too high.
 """
 
 import math
@@ -12,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+
+from isic_vq.evaluation.measures import psnr
+from isic_vq.models.vector_quantizer import usage_and_perplexity
 
 NATS_PER_BIT = math.log(2)
 SPLITS = ("train", "validation", "averaged")
@@ -88,16 +90,23 @@ class CodebookUse:
         if any(type(count) is not int or count < 0 for count in self.counts) or sum(self.counts) == 0:
             raise ValueError(f"codebook_counts must be counts with a sum above 0, got {self.counts!r:.120}")
 
+    @classmethod
+    def of(cls, codes: np.ndarray, num_codes: int) -> "CodebookUse":
+        """Count codes, integers of any shape in [0, num_codes)."""
+        return cls(tuple(np.bincount(codes.ravel(), minlength=num_codes).tolist()))
+
     @property
     def perplexity(self) -> float:
-        """exp(entropy) of code use, in [1, K] codes."""
-        total = sum(self.counts)
-        return math.exp(-math.fsum(n / total * math.log(n / total) for n in self.counts if n))
+        return usage_and_perplexity(torch.tensor(self.counts))[1]
 
     @property
     def num_used(self) -> int:
-        """Number of codes that occur at all."""
         return sum(count > 0 for count in self.counts)
+
+    def most_used(self) -> list[tuple[int, int]]:
+        """(code, how often it occurs) of the codes that occur, most frequent first, lowest code first on ties."""
+        order = np.argsort(-np.array(self.counts), kind="stable")[: self.num_used].tolist()
+        return [(code, self.counts[code]) for code in order]
 
     def summary(self) -> dict[str, Any]:
         """Return everything as JSON: sizes are numbers of codes, `usage_percent` is in [0, 100]."""
@@ -118,12 +127,9 @@ def reconstruction_columns(originals: np.ndarray, reconstructions: np.ndarray) -
         originals: RGB of shape (number, height, width, 3), uint8.
         reconstructions: The same shape, uint8.
     """
-    error = (originals.astype(np.float64) - reconstructions.astype(np.float64)) / 255
-    squared = np.mean(error**2, axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        psnr = 10 * np.log10(1 / squared)
+    images, others = (torch.from_numpy(pixels).double() / 255 for pixels in (originals, reconstructions))
     return {
         "image": list(range(len(originals))),
-        "mean_absolute_error": np.mean(np.abs(error), axis=(1, 2, 3)).tolist(),
-        "psnr_db": psnr.tolist(),
+        "mean_absolute_error": (images - others).abs().mean(dim=(1, 2, 3)).tolist(),
+        "psnr_db": psnr(images, others).tolist(),
     }

@@ -9,7 +9,7 @@ its command's, `isic-vq train vqvae`, `encode` and `train prior`.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Chain:
         vqvae: fields of the tokenizer's recipe beyond these, as in a YAML file.
         prior: fields of the prior's recipe.
         views: dihedral views of each training image in the codes.
+        labels: what tells it from other models of a study, but for the seed.
     """
 
     folder: Path
@@ -48,6 +49,12 @@ class Chain:
     vqvae: Mapping[str, Any]
     prior: Mapping[str, Any]
     views: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The labels as tables and findings write them."""
+        return ", ".join(self.labels.values())
 
     @property
     def model(self) -> Path:
@@ -69,14 +76,12 @@ class Chain:
         recipes: dict[str, Recipe] = {"vqvae": self._tokenizer_recipe(), "prior": self._prior_recipe()}
         settings = {name: public_recipe(recipe) for name, recipe in recipes.items()}
         begin(self.folder, {**settings, "views": self.views})
-        tokenizer, codes = self._tokenizer_recipe(), self.folder / "vqvae" / "model"
         if not (self.folder / "vqvae" / "report.json").is_file():
-            train_vqvae(tokenizer, resume=True)
+            train_vqvae(self._tokenizer_recipe(), resume=True)
         for name, uri, views in (("train", self.train, self.views), ("validation", self.validation, 1)):
-            _encode(codes, uri, self.folder / f"{name}.parquet", views)
-        prior = self._prior_recipe()
+            _encode(self.folder / "vqvae" / "model", uri, self.folder / f"{name}.parquet", views)
         if not self.is_finished:
-            train_prior(prior, resume=True)
+            train_prior(self._prior_recipe(), resume=True)
 
     def _tokenizer_recipe(self) -> VQVAERecipe:
         data = {"train": self.train, "validation": self.validation, **self.vqvae.get("data", {})}

@@ -74,39 +74,27 @@ class GeneralizationRecipe:
             build_recipe(Domain, fields, prefix=f"domains.{name}.")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model of the study.
-
-    Attributes:
-        domain: name of what it is trained on.
-        augment: whether in all dihedral views.
-        seed: of its training.
-        chain: its training.
-    """
-
-    domain: str
-    augment: bool
-    seed: int
-    chain: Chain
+def labels(domain: str, augment: bool) -> dict[str, str]:
+    """What tells a model of the study from others, but for the seed."""
+    return {"domain": domain, "augmentation": "augmented" if augment else "plain"}
 
 
-def settings(recipe: GeneralizationRecipe) -> Iterator[Setting]:
+def chains(recipe: GeneralizationRecipe) -> Iterator[Chain]:
     """The models of a study; all settings with the first seed come before any with the second."""
     for seed in recipe.seeds:
         for domain in recipe.domains:
             for augment in (False, True):
-                kind = "augmented" if augment else "plain"
-                chain = Chain(
-                    Path(recipe.output_dir, f"{domain}-{kind}-seed{seed}"),
+                named = labels(domain, augment)
+                yield Chain(
+                    Path(recipe.output_dir, f"{'-'.join(named.values())}-seed{seed}"),
                     f"parquet:{domain_file(recipe, domain, 'train')}",
                     f"parquet:{domain_file(recipe, domain, 'validation')}",
                     seed,
                     {**recipe.vqvae, "augment": augment},
                     recipe.prior,
                     views=NUM_VIEWS if augment else 1,
+                    labels=named,
                 )
-                yield Setting(domain, augment, seed, chain)
 
 
 def domain_file(recipe: GeneralizationRecipe, domain: str, part: str) -> Path:

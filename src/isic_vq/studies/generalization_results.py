@@ -11,19 +11,22 @@ from torch import Tensor
 
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval, mean_interval
 from isic_vq.evaluation.measures import auroc, psnr
 from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.studies.generalization import GeneralizationRecipe, Setting, domain_file, settings
+from isic_vq.studies.chain import Chain
+from isic_vq.studies.generalization import GeneralizationRecipe, chains, domain_file, labels
 from isic_vq.studies.measure import Difference, measure_chain, paired_difference, unpaired_difference
-from isic_vq.studies.page import SMOKE, StudyPage, markdown_table, over_seeds, recipe_table
+from isic_vq.studies.page import SMOKE, StudyPage, over_seeds, recipe_table
 
 NAMES = {
     "psnr": ("PSNR", "dB", 2),
     "ssim": ("SSIM", "1", 3),
     "bits_per_code": ("bits per code", "bits per code", 2),
 }
+COMPARED = ("psnr", "bits_per_code")  # what findings and figures tell
 WEBP_QUALITY = 10  # of 100
 QUESTION = (
     "A tokenizer and a prior are trained on the images of some clinics alone, on equally many of each, and on all images, with and without "
@@ -39,38 +42,34 @@ class Measured:
     """One model of the study.
 
     Attributes:
-        setting: which.
+        chain: which.
         values: by data set, `(N,)` float64 of every image for each of `NAMES`.
         disjoint: names of the data sets that share no image with the model's own held-out ones.
     """
 
-    setting: Setting
+    chain: Chain
     values: dict[str, dict[str, Tensor]]
     disjoint: frozenset[str]
 
     @property
-    def labels(self) -> dict[str, str]:
-        """The setting as labels of metrics."""
-        augmentation = "augmented" if self.setting.augment else "plain"
-        return {"domain": self.setting.domain, "augmentation": augmentation}
-
-    @property
-    def label(self) -> str:
-        """What tables and findings call the setting."""
-        return ", ".join(self.labels.values())
+    def domain(self) -> str:
+        """What it was trained on."""
+        return self.chain.labels["domain"]
 
     @cached_property
     def shift(self) -> dict[str, Metric]:
         """By every disjoint data set, how well bits per code tell its images from the model's own."""
-        own = self.values[self.setting.domain]["bits_per_code"]
+        own, seed = self.values[self.domain]["bits_per_code"], self.chain.seed
         return {
-            name: shift_metric(self.labels, own, values["bits_per_code"], name, self.setting.seed)
+            name: shift_metric(
+                own, values["bits_per_code"], MeasuredOn(name, name), seed, **self.chain.labels
+            )
             for name, values in self.values.items()
             if name in self.disjoint
         }
 
 
-Groups = dict[tuple[str, bool], list[Measured]]
+Groups = dict[str, list[Measured]]  # the models of each setting, one per seed, by its label
 
 
 def image_sets(recipe: GeneralizationRecipe) -> dict[str, str]:
@@ -83,25 +82,25 @@ def generalization_page(recipe: GeneralizationRecipe, smoke: bool = False) -> St
     """Measure all models of a study, which are trained, and say what was found."""
     sets = image_sets(recipe)
     ids = {name: {row["isic_id"] for row in find_source(uri).metadata()} for name, uri in sets.items()}
-    measured = []
-    for setting in settings(recipe):
-        kept = {name: measure_chain(setting.chain, name, uri) for name, uri in sets.items()}
-        values = {name: {key: of[key].double() for key in NAMES} for name, of in kept.items()}
-        disjoint = frozenset(name for name in sets if not ids[name] & ids[setting.domain])
-        measured.append(Measured(setting, values, disjoint))
     groups: Groups = {}
-    for one in measured:
-        groups.setdefault((one.setting.domain, one.setting.augment), []).append(one)
+    for chain in chains(recipe):
+        kept = {name: measure_chain(chain, name, uri) for name, uri in sets.items()}
+        values = {name: {key: numbers[key].double() for key in NAMES} for name, numbers in kept.items()}
+        own = ids[chain.labels["domain"]]
+        disjoint = frozenset(name for name in sets if not ids[name] & own)
+        groups.setdefault(chain.label, []).append(Measured(chain, values, disjoint))
     webp = {name: webp_psnr(uri) for name, uri in sets.items()}
     page = StudyPage("generalization", "What happens on images of another source?", QUESTION, smoke=smoke)
-    for name, quality in webp.items():
-        labels = {"codec": "WebP", "quality": f"quality {WEBP_QUALITY}"}
-        page.metrics.append(MeasuredOn(name, name).mean("psnr", quality, "dB", None, **labels))
-    for one in measured:
-        page.metrics += model_metrics(one)
+    codec = {"codec": "WebP", "quality": f"quality {WEBP_QUALITY}"}
+    page.metrics = [
+        MeasuredOn(name, name).mean("psnr", values, "dB", None, **codec) for name, values in webp.items()
+    ]
+    # By seed, as the models were trained.
+    for model in itertools.chain.from_iterable(zip(*groups.values(), strict=True)):
+        page.metrics += model_metrics(model)
     page.tables = [
-        (f"{what}, {unit}" if unit not in ("1", what) else what, table(groups, webp, key))
-        for key, (what, unit, _) in NAMES.items()
+        (f"{title}, {unit}" if unit not in ("1", title) else title, table(groups, webp, key))
+        for key, (title, unit, _) in NAMES.items()
     ]
     page.tables.append(("Likelihood as a detector of other sources, AUROC", shift_table(groups)))
     page.tables.append(("How they were trained", recipe_table(recipe.vqvae, recipe.prior)))
@@ -126,57 +125,55 @@ def webp_psnr(uri: str) -> Tensor:
 
 def model_metrics(measured: Measured) -> list[Metric]:
     """The report's lines for one model; the seed is that of its training."""
-    seed, metrics = measured.setting.seed, []
-    for name, values in measured.values.items():
-        on = MeasuredOn(name, name)
-        metrics += [
-            on.mean(key, values[key], unit, seed, **measured.labels) for key, (_, unit, _) in NAMES.items()
-        ]
-    return [*metrics, *measured.shift.values()]
+    seed, of = measured.chain.seed, measured.chain.labels
+    return [
+        *(
+            MeasuredOn(name, name).mean(key, values[key], unit, seed, **of)
+            for name, values in measured.values.items()
+            for key, (_, unit, _) in NAMES.items()
+        ),
+        *measured.shift.values(),
+    ]
 
 
-def shift_metric(labels: dict[str, str], own: Tensor, other: Tensor, name: str, seed: int) -> Metric:
+def shift_metric(own: Tensor, other: Tensor, on: MeasuredOn, seed: int, **of: str) -> Metric:
     """How well bits per code `(N,)` of own images are told from those `(M,)` of others."""
     is_other = torch.arange(len(own) + len(other)) >= len(own)
     interval = bootstrap_interval(
         lambda is_other, bits: auroc(torch.from_numpy(bits[~is_other]), torch.from_numpy(bits[is_other])),
         is_other, torch.cat([own, other]), strata=is_other, seed=seed,
     )  # fmt: skip
-    area, on = auroc(own, other), MeasuredOn(name, name)
-    return on.metric("shift_auroc", area, "1", len(is_other), seed, interval, **labels)
+    return on.metric("shift_auroc", auroc(own, other), "1", len(is_other), seed, interval, **of)
 
 
 def table(groups: Groups, webp: dict[str, Tensor], key: str) -> str:
     """A row per setting, a column per data set: means over seeds, each seed in brackets."""
     digits = NAMES[key][2]
     rows = [
-        [
-            models[0].label,
-            *(over_seeds([one.values[name][key].mean().item() for one in models], digits) for name in webp),
-        ]
-        for models in groups.values()
+        [label, *(over_seeds([m.values[name][key].mean().item() for m in models], digits) for name in webp)]
+        for label, models in groups.items()
     ]
     if key == "psnr":
-        rows.append(
-            [
-                f"WebP, quality {WEBP_QUALITY}",
-                *(f"{values.mean().item():.{digits}f}" for values in webp.values()),
-            ]
-        )
-    head = [f"{name} (n = {len(values):,})" for name, values in webp.items()]
-    return markdown_table(["trained on", *head], rows)
+        means = [f"{values.mean().item():.{digits}f}" for values in webp.values()]
+        rows.append([f"WebP, quality {WEBP_QUALITY}", *means])
+    return markdown_table(
+        ["trained on", *(f"{name} (n = {len(values):,})" for name, values in webp.items())], rows
+    )
 
 
 def shift_table(groups: Groups) -> str:
     """A row per setting, a column per data set."""
     names = list(next(iter(groups.values()))[0].values)
-    rows = []
-    for models in groups.values():
-        cells = [
-            over_seeds([one.shift[name].value for one in models], 3) if name in models[0].disjoint else ""
-            for name in names
+    rows = [
+        [
+            label,
+            *(
+                over_seeds([m.shift[name].value for m in models], 3) if name in models[0].disjoint else ""
+                for name in names
+            ),
         ]
-        rows.append([models[0].label, *cells])
+        for label, models in groups.items()
+    ]
     return markdown_table(["trained on", *names], rows)
 
 
@@ -186,24 +183,17 @@ def figures(groups: Groups, mark: str | None) -> list[tuple[str, str, bytes]]:
     from isic_vq.figures.plots import png_bytes
 
     drawn = []
-    for key in ("psnr", "bits_per_code"):
-        what, unit, _ = NAMES[key]
-        title = f"{what} by training and test images" + (f" ({mark})" if mark else "")
+    for key in COMPARED:
+        title, unit, _ = NAMES[key]
         points: dict[str, list[Point]] = {}
-        for models in groups.values():
-            for one in models:
-                for name, values in one.values.items():
-                    metric = MeasuredOn(name, name).mean(key, values[key], unit)
-                    label = f"{one.label}, seed {one.setting.seed}"
-                    points.setdefault(f"on {name}", []).append(Point(label, metric.value, metric.interval))
-        figure = dots(points, title, unit)
-        drawn.append(
-            (
-                key.replace("_", "-"),
-                f"{what} of every model on every data set, with 95 % intervals.",
-                png_bytes(figure),
-            )
-        )
+        for model in itertools.chain.from_iterable(groups.values()):
+            for name, values in model.values.items():
+                label, numbers = f"{model.chain.label}, seed {model.chain.seed}", values[key]
+                point = Point(label, numbers.mean().item(), mean_interval(numbers))
+                points.setdefault(f"on {name}", []).append(point)
+        figure = dots(points, f"{title} by training and test images" + (f" ({mark})" if mark else ""), unit)
+        caption = f"{title} of every model on every data set, with 95 % intervals."
+        drawn.append((key.replace("_", "-"), caption, png_bytes(figure)))
     return drawn
 
 
@@ -218,78 +208,77 @@ def findings(
         recipe: of the study.
         noted: filled with the differences that the sentences tell, by name.
     """
-    said = []
-    sized = [name for name in recipe.domains if recipe.domains[name].get("num_images") is not None]
-    for images, other in itertools.permutations(sized, 2):
-        said.append(transfer(groups, images, other, noted))
-    for domain in recipe.domains:
-        for name in recipe.tests:
-            said.append(gap(groups[domain, False], webp, name, noted))
-    for (domain, augment), models in groups.items():
-        if augment:
-            said.append(augmentation(groups[domain, False], models, noted))
-    return [*said, *(shift(models) for models in groups.values())]
+    plain, augmented = ({d: groups[key(d, augment)] for d in recipe.domains} for augment in (False, True))
+    sized = [name for name, fields in recipe.domains.items() if fields.get("num_images") is not None]
+    return [
+        *(transfer(plain, *pair, noted) for pair in itertools.permutations(sized, 2)),
+        *(gap(plain[domain], webp, name, noted) for domain in recipe.domains for name in recipe.tests),
+        *(augmentation(plain[domain], augmented[domain], noted) for domain in recipe.domains),
+        *(shift(models) for models in groups.values()),
+    ]
+
+
+def key(domain: str, augment: bool) -> str:
+    """The label of a setting."""
+    return ", ".join(labels(domain, augment).values())
 
 
 def values_of(models: list[Measured], name: str, key: str) -> list[Tensor]:
     """What every seed's model has for a data set's images."""
-    return [one.values[name][key] for one in models]
+    return [model.values[name][key] for model in models]
 
 
-def transfer(groups: Groups, images: str, other: str, noted: dict[str, Difference]) -> str:
-    """What it costs, on the images of one source, to have trained on another one instead."""
-    home, away = groups[images, False], groups[other, False]
-    of = {
-        key: paired_difference(values_of(home, images, key), values_of(away, images, key))
-        for key in ("psnr", "bits_per_code")
+def paired(first: list[Measured], second: list[Measured], on: str, noted: dict[str, Difference]) -> list[str]:
+    """How PSNR and bits per code of the second models differ from the first's on one data set, in words; noted, too."""
+    found = {
+        key: paired_difference(values_of(first, on, key), values_of(second, on, key)) for key in COMPARED
     }
-    noted.update({f"{key}[on {images}, {home[0].label} -> {away[0].label}]": one for key, one in of.items()})
-    return (
-        f"On {images} images, a tokenizer trained on {other} instead of {images}: {of['psnr'].change('PSNR', 'dB')}; its own prior on "
-        f"its own codes: {of['bits_per_code'].change('bits per code')}."
-    )
+    step = f"{first[0].chain.label} -> {second[0].chain.label}"
+    noted.update({f"{key}[on {on}, {step}]": difference for key, difference in found.items()})
+    return changes(found)
+
+
+def changes(found: dict[str, Difference]) -> list[str]:
+    """Differences of PSNR and bits per code in words."""
+    return [found["psnr"].change("PSNR", "dB"), found["bits_per_code"].change("bits per code")]
+
+
+def transfer(plain: Groups, images: str, other: str, noted: dict[str, Difference]) -> str:
+    """What it costs, on the images of one source, to have trained on another one instead."""
+    psnr, bits = paired(plain[images], plain[other], images, noted)
+    return f"On {images} images, a tokenizer trained on {other} instead of {images}: {psnr}; its own prior on its own codes: {bits}."
 
 
 def gap(models: list[Measured], webp: dict[str, Tensor], name: str, noted: dict[str, Difference]) -> str:
     """How much worse another data set does, beside a codec that was not trained."""
-    domain = models[0].setting.domain
-    of = {
+    domain = models[0].domain
+    found = {
         key: unpaired_difference(values_of(models, domain, key), values_of(models, name, key))
-        for key in ("psnr", "bits_per_code")
+        for key in COMPARED
     }
-    noted.update({f"{key}[{models[0].label}, {domain} -> {name}]": one for key, one in of.items()})
+    label = models[0].chain.label
+    noted.update({f"{key}[{label}, {domain} -> {name}]": difference for key, difference in found.items()})
     untrained = unpaired_difference([webp[domain]], [webp[name]])
     noted[f"psnr[WebP, {domain} -> {name}]"] = untrained
     ((low, high),) = untrained.intervals
     return (
-        f"From held-out {domain} images to {name}, of the model trained on {domain}: {of['psnr'].change('PSNR', 'dB')}; "
-        f"{of['bits_per_code'].change('bits per code')}. WebP's PSNR, which tells how much of that is in the images, changes by "
-        f"{untrained.mean:+.2f} dB ({low:+.2f} to {high:+.2f})."
+        f"From held-out {domain} images to {name}, of the model trained on {domain}: {'; '.join(changes(found))}. "
+        f"WebP's PSNR, which tells how much of that is in the images, changes by {untrained.mean:+.2f} dB "
+        f"({low:+.2f} to {high:+.2f})."
     )
 
 
 def augmentation(plain: list[Measured], augmented: list[Measured], noted: dict[str, Difference]) -> str:
     """What training in all dihedral views changes on every data set."""
-    parts = []
-    for name in plain[0].values:
-        of = {
-            key: paired_difference(values_of(plain, name, key), values_of(augmented, name, key))
-            for key in ("psnr", "bits_per_code")
-        }
-        noted.update(
-            {f"{key}[on {name}, {plain[0].label} -> {augmented[0].label}]": one for key, one in of.items()}
-        )
-        parts.append(
-            f"on {name} {of['psnr'].change('PSNR', 'dB')} and {of['bits_per_code'].change('bits per code')}"
-        )
-    return f"Augmentation, trained on {plain[0].setting.domain}: {'; '.join(parts)}."
+    parts = [f"on {name} {' and '.join(paired(plain, augmented, name, noted))}" for name in plain[0].values]
+    return f"Augmentation, trained on {plain[0].domain}: {'; '.join(parts)}."
 
 
 def shift(models: list[Measured]) -> str:
     """Which disjoint data sets likelihood tells from the model's own, by the intervals of two seeds or more."""
     parts = []
     for name in models[0].shift:
-        metrics = [one.shift[name] for one in models]
+        metrics = [model.shift[name] for model in models]
         values = ", ".join(f"{metric.value:.2f}" for metric in metrics)
         bounds = [metric.interval or [0.0, 1.0] for metric in metrics]
         if len(bounds) > 1 and all(low > 0.5 for low, _ in bounds):
@@ -299,4 +288,4 @@ def shift(models: list[Measured]) -> str:
         else:
             verdict = "not told from its own by all seeds"
         parts.append(f"{name} images are {verdict} (AUROC {values})")
-    return f"Likelihood of the model trained on {models[0].label}: {'; '.join(parts)}."
+    return f"Likelihood of the model trained on {models[0].chain.label}: {'; '.join(parts)}."

@@ -41,35 +41,23 @@ class GranularityRecipe:
     prior: dict = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model of the study.
-
-    Attributes:
-        grid: name of its grid.
-        num_codes: its codebook's size.
-        seed: of its training.
-        chain: its training.
-    """
-
-    grid: str
-    num_codes: int
-    seed: int
-    chain: Chain
+def labels(grid: str, num_codes: int) -> dict[str, str]:
+    """What tells a model of the study from others, but for the seed."""
+    return {"grid": grid, "codebook": f"{num_codes} codes"}
 
 
-def settings(recipe: GranularityRecipe) -> Iterator[Setting]:
+def chains(recipe: GranularityRecipe) -> Iterator[Chain]:
     """The models of a study; all settings with the first seed come before any with the second."""
     for seed in recipe.seeds:
         for grid, fields in recipe.grids.items():
             for num_codes in recipe.num_codes:
                 model = {**recipe.vqvae.get("model", {}), **fields, "num_codes": num_codes}
-                chain = Chain(
+                yield Chain(
                     Path(recipe.output_dir, f"{grid}-{num_codes}-seed{seed}"),
                     recipe.train,
                     recipe.validation,
                     seed,
                     {**recipe.vqvae, "model": model},
                     recipe.prior,
+                    labels=labels(grid, num_codes),
                 )
-                yield Setting(grid, num_codes, seed, chain)

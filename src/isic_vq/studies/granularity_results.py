@@ -5,7 +5,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from isic_vq.evaluation.cost import MODEL, seconds
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import unigram_bits
 from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.hub import load_model
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity
-from isic_vq.studies.granularity import GranularityRecipe, Setting, settings
+from isic_vq.studies.chain import Chain
+from isic_vq.studies.granularity import GranularityRecipe, chains, labels
 from isic_vq.studies.measure import Difference, flops_per_image, measure_chain, paired_difference
-from isic_vq.studies.page import SMOKE, StudyPage, markdown_table, over_seeds, recipe_table
+from isic_vq.studies.page import SMOKE, StudyPage, over_seeds, recipe_table
 
 DATA = "validation"
 PER_IMAGE = {"psnr": "dB", "ssim": "1", "bits_per_code": "bits per code", "coded_bytes": "bytes per image"}
@@ -34,177 +36,148 @@ QUESTION = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One model of the study.
-
-    Attributes:
-        setting: which.
-        values: `(N,)` float64 of every image, by name as in `PER_IMAGE`, and `unigram_bytes`.
-        numbers: `perplexity`, `flat_bytes` and operations, by name.
-        code_counts: `(N, K)`, uses of each code by each image.
-        seconds: per image of drawing and decoding a block of `BLOCK_SIZE` images, of several runs.
-    """
-
-    setting: Setting
-    values: dict[str, Tensor]
-    numbers: dict[str, float]
-    code_counts: Tensor
-    seconds: Tensor
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """The setting as labels of metrics."""
-        return {"grid": self.setting.grid, "codebook": f"{self.setting.num_codes} codes"}
-
-    @property
-    def label(self) -> str:
-        """What differences between settings are called by."""
-        return ", ".join(self.labels.values())
-
-
-def measure_setting(setting: Setting, uri: str) -> Measured:
-    """Measure a finished model of the study; reconstruction and likelihood are measured once and kept.
-
-    Args:
-        setting: the model.
-        uri: of the images.
-    """
-    chain = setting.chain
-    kept = measure_chain(chain, DATA, uri)
-    model = load_model(IsicVQModel, str(chain.model)).eval()
-    positions = model.config.vqvae_config.num_positions
-    values = {name: kept[name].double() for name in ("psnr", "ssim", "bits_per_code")}
-    values["coded_bytes"] = values["bits_per_code"] * positions / 8
-    train, held_out = (read_code_cache(chain.folder / f"{name}.parquet") for name in ("train", "validation"))
-    codes = torch.from_numpy(held_out.codes[:, 0].astype("int64"))
-    values["unigram_bytes"] = unigram_bits(train.counts(), codes).flatten(1).sum(1) / 8
-    _, perplexity = usage_and_perplexity(kept["codebook_counts"])
-    flops = flops_per_image(model)
-    loops = {"tokenizer": chain.vqvae["loop"], "prior": chain.prior["loop"]}
-    # A step back costs twice a step forward: the gradients of inputs and of weights.
-    training = sum(3 * flops[part] * loop["max_steps"] * loop["batch_size"] for part, loop in loops.items())
-    return Measured(
-        setting,
-        values,
-        {
-            "perplexity": perplexity,
-            "flat_bytes": positions * math.log2(setting.num_codes) / 8,
-            "training_flops": float(training),
-            "sampling_flops": float(flops["prior"] + flops["decoder"]),
-        },
-        code_counts(codes, setting.num_codes),
-        seconds(partial(model.generate, BLOCK_SIZE, seed=0), model.device) / BLOCK_SIZE,
-    )
-
-
-def granularity_page(recipe: GranularityRecipe, smoke: bool = False) -> StudyPage:
-    """Measure all models of a study, which are trained, and say what was found."""
-    measured = [measure_setting(setting, recipe.validation) for setting in settings(recipe)]
-    name = find_source(recipe.validation).name
-    page = StudyPage("granularity", "How fine should images be quantized?", QUESTION, smoke=smoke)
-    for one in measured:
-        page.metrics += setting_metrics(one, MeasuredOn(DATA, name))
-    page.tables = [
-        ("Models", models_table(measured, recipe)),
-        ("How they were trained", recipe_table(recipe.vqvae, recipe.prior)),
-    ]
-    page.figures = figures(measured, recipe, SMOKE if smoke else None)
-    page.findings = findings(measured, recipe)
-    page.differences = differences(by_setting(measured))
-    return page
-
-
 UNITS = {
     "flat_bytes": "bytes per image",
     "training_flops": "floating-point operations",
     "sampling_flops": "floating-point operations per image",
 }
+COLUMNS = {  # of the table of models: what is shown, by how much it is divided, with how many digits
+    "PSNR, dB": ("psnr", 1.0, 2),
+    "SSIM": ("ssim", 1.0, 3),
+    "perplexity": ("perplexity", 1.0, 0),
+    "bits per code": ("bits_per_code", 1.0, 2),
+    "coded bytes": ("coded_bytes", 1.0, 0),
+    "unigram bytes": ("unigram_bytes", 1.0, 0),
+    "flat bytes": ("flat_bytes", 1.0, 0),
+    "TFLOP to train": ("training_flops", 1e12, 1),
+    "GFLOP per sample": ("sampling_flops", 1e9, 2),
+    "s per sample": ("sampling_seconds", 1.0, 3),
+}
 
 
-def setting_metrics(measured: Measured, on: MeasuredOn) -> list[Metric]:
+@dataclass(frozen=True)
+class Measured:
+    """One model of the study.
+
+    Attributes:
+        chain: which.
+        values: `(N,)` float64 of every image, by name as in `PER_IMAGE`, and `unigram_bytes`; `sampling_seconds`, per image
+            of drawing and decoding a block of `BLOCK_SIZE` images, of several runs.
+        numbers: `perplexity`, `flat_bytes` and operations, by name.
+        code_counts: `(N, K)`, uses of each code by each image.
+    """
+
+    chain: Chain
+    values: dict[str, Tensor]
+    numbers: dict[str, float]
+    code_counts: Tensor
+
+    def mean(self, name: str) -> float:
+        """The mean of values, or a number."""
+        return self.values[name].mean().item() if name in self.values else self.numbers[name]
+
+
+Groups = dict[str, list[Measured]]  # the models of each setting, one per seed, by its label
+
+
+def key(grid: str, num_codes: int) -> str:
+    """The label of a setting."""
+    return ", ".join(labels(grid, num_codes).values())
+
+
+def by_setting(measured: list[Measured]) -> Groups:
+    """The models of each setting, one per seed."""
+    groups: Groups = {}
+    for model in measured:
+        groups.setdefault(model.chain.label, []).append(model)
+    return groups
+
+
+def measure_model(chain: Chain, uri: str) -> Measured:
+    """Measure a finished model of the study on images; reconstruction and likelihood are measured once and kept."""
+    kept = measure_chain(chain, DATA, uri)
+    model = load_model(IsicVQModel, str(chain.model)).eval()
+    config = model.config.vqvae_config
+    values = {name: kept[name].double() for name in ("psnr", "ssim", "bits_per_code")}
+    values["coded_bytes"] = values["bits_per_code"] * config.num_positions / 8
+    train, held_out = (read_code_cache(chain.folder / f"{name}.parquet") for name in ("train", "validation"))
+    codes = torch.from_numpy(held_out.codes[:, 0].astype("int64"))
+    values["unigram_bytes"] = unigram_bits(train.counts(), codes).flatten(1).sum(1) / 8
+    draw = partial(model.generate, BLOCK_SIZE, seed=0)
+    values["sampling_seconds"] = seconds(draw, model.device) / BLOCK_SIZE
+    _, perplexity = usage_and_perplexity(kept["codebook_counts"])
+    flops = flops_per_image(model)
+    loops = {"tokenizer": chain.vqvae["loop"], "prior": chain.prior["loop"]}
+    # A step back costs twice a step forward: the gradients of inputs and of weights.
+    training = sum(3 * flops[part] * loop["max_steps"] * loop["batch_size"] for part, loop in loops.items())
+    numbers = {
+        "perplexity": perplexity,
+        "flat_bytes": config.num_positions * math.log2(config.num_codes) / 8,
+        "training_flops": float(training),
+        "sampling_flops": float(flops["prior"] + flops["decoder"]),
+    }
+    return Measured(chain, values, numbers, code_counts(codes, config.num_codes))
+
+
+def granularity_page(recipe: GranularityRecipe, smoke: bool = False) -> StudyPage:
+    """Measure all models of a study, which are trained, and say what was found."""
+    measured = [measure_model(chain, recipe.validation) for chain in chains(recipe)]
+    on, groups = MeasuredOn(DATA, find_source(recipe.validation).name), by_setting(measured)
+    page = StudyPage("granularity", "How fine should images be quantized?", QUESTION, smoke=smoke)
+    for model in measured:
+        page.metrics += model_metrics(model, on)
+    page.tables = [
+        ("Models", models_table(groups)),
+        ("How they were trained", recipe_table(recipe.vqvae, recipe.prior)),
+    ]
+    page.figures = figures(groups, recipe, SMOKE if smoke else None)
+    page.findings = findings(groups, recipe)
+    page.differences = differences(groups)
+    return page
+
+
+def model_metrics(measured: Measured, on: MeasuredOn) -> list[Metric]:
     """The report's lines for one model; the seed is that of its training."""
-    seed, labels = measured.setting.seed, measured.labels
+    seed, of = measured.chain.seed, measured.chain.labels
     means = {**PER_IMAGE, "unigram_bytes": "bytes per image"}
-    used = codebook_metrics(measured.code_counts, on, 0, **labels)
+    used = codebook_metrics(measured.code_counts, on, 0, **of)
     return [
-        *(on.mean(name, measured.values[name], unit, seed, **labels) for name, unit in means.items()),
+        *(on.mean(name, measured.values[name], unit, seed, **of) for name, unit in means.items()),
         *(dataclasses.replace(metric, seed=seed) for metric in used),
         *(
-            MODEL.metric(name, measured.numbers[name], unit, 1, seed, None, **labels)
+            MODEL.metric(name, measured.numbers[name], unit, 1, seed, None, **of)
             for name, unit in UNITS.items()
         ),
-        MODEL.mean("sampling_seconds", measured.seconds, "s per image", seed, **labels),
+        MODEL.mean("sampling_seconds", measured.values["sampling_seconds"], "s per image", seed, **of),
     ]
 
 
-def by_setting(measured: list[Measured]) -> dict[tuple[str, int], list[Measured]]:
-    """The models of each grid and codebook size, one per seed."""
-    found: dict[tuple[str, int], list[Measured]] = {}
-    for one in measured:
-        found.setdefault((one.setting.grid, one.setting.num_codes), []).append(one)
-    return found
-
-
-def models_table(measured: list[Measured], recipe: GranularityRecipe) -> str:
-    """A row per setting: means over seeds, each seed in brackets."""
+def models_table(groups: Groups) -> str:
+    """A row per setting: means over seeds, each seed in brackets unless all are alike."""
     rows = []
-    for (grid, num_codes), models in by_setting(measured).items():
-        means = {name: [one.values[name].mean().item() for one in models] for name in models[0].values}
-        numbers = {name: [one.numbers[name] for one in models] for name in models[0].numbers}
-        rows.append(
-            [
-                f"{grid}, {num_codes}",
-                over_seeds(means["psnr"], 2),
-                over_seeds(means["ssim"], 3),
-                over_seeds(numbers["perplexity"], 0),
-                over_seeds(means["bits_per_code"], 2),
-                over_seeds(means["coded_bytes"], 0),
-                over_seeds(means["unigram_bytes"], 0),
-                f"{numbers['flat_bytes'][0]:.0f}",
-                f"{numbers['training_flops'][0] / 1e12:.1f}",
-                f"{numbers['sampling_flops'][0] / 1e9:.2f}",
-                over_seeds([one.seconds.mean().item() for one in models], 3),
-            ]
-        )
-    head = [
-        "grid, codes",
-        "PSNR, dB",
-        "SSIM",
-        "perplexity",
-        "bits per code",
-        "coded bytes",
-        "unigram bytes",
-        "flat bytes",
-    ]
-    return markdown_table([*head, "TFLOP to train", "GFLOP per sample", "s per sample"], rows)
+    for label, models in groups.items():
+        cells = []
+        for name, divisor, digits in COLUMNS.values():
+            each = [model.mean(name) / divisor for model in models]
+            cells.append(f"{each[0]:.{digits}f}" if name in UNITS else over_seeds(each, digits))
+        rows.append([label.removesuffix(" codes"), *cells])
+    return markdown_table(["grid, codes", *COLUMNS], rows)
 
 
-def figures(
-    measured: list[Measured], recipe: GranularityRecipe, mark: str | None
-) -> list[tuple[str, str, bytes]]:
+def figures(groups: Groups, recipe: GranularityRecipe, mark: str | None) -> list[tuple[str, str, bytes]]:
     """Curves over the codebook size, and of quality over bytes."""
     from isic_vq.figures.comparisons import Curve, curves
     from isic_vq.figures.plots import png_bytes
 
-    groups = by_setting(measured)
-
-    def seeds_of(name: str, grid: str, num_codes: int) -> list[float]:
-        models = groups[grid, num_codes]
-        if name == "sampling_seconds":
-            return [one.seconds.mean().item() for one in models]
-        return [one.values[name].mean().item() if name in one.values else one.numbers[name] for one in models]
+    def each_seed(name: str, grid: str) -> list[list[float]]:
+        return [[model.mean(name) for model in groups[key(grid, k)]] for k in recipe.num_codes]
 
     def panel(title: str, unit: str, name: str, over: str | None = None) -> tuple[str, str, list[Curve]]:
         drawn = []
         for grid in recipe.grids:
-            each = [seeds_of(name, grid, k) for k in recipe.num_codes]
-            x = (
-                list(recipe.num_codes)
-                if over is None
-                else [_mean(seeds_of(over, grid, k)) for k in recipe.num_codes]
-            )
-            drawn.append(Curve(grid, x, [_mean(values) for values in each], list(zip(*each, strict=True))))
+            each = each_seed(name, grid)
+            x = recipe.num_codes if over is None else list(map(fmean, each_seed(over, grid)))
+            drawn.append(Curve(grid, x, list(map(fmean, each)), list(zip(*each, strict=True))))
         return title, unit, drawn
 
     over_codes = curves(
@@ -220,96 +193,81 @@ def figures(
         recipe.num_codes,
         mark,
     )
-    largest = max(max(values) for values in (seeds_of("coded_bytes", *key) for key in groups))
+    largest = max(model.mean("coded_bytes") for models in groups.values() for model in models)
     ticks = [2**power for power in range(5, 14) if 2**power < 1.3 * largest]
-    rate = curves(
-        [panel("rate and distortion", "PSNR in dB", "psnr", "coded_bytes")],
-        "coded bytes per image",
-        ticks,
-        mark,
-    )
+    rate_panel = panel("rate and distortion", "PSNR in dB", "psnr", "coded_bytes")
+    rate = curves([rate_panel], "coded bytes per image", ticks, mark)
+    about_codes = "By codebook size: lines are means over seeds, dots are seeds."
+    about_rate = "Quality over storage: each line runs from few to many codes."
     return [
-        (
-            "over-codebook-size",
-            "By codebook size: lines are means over seeds, dots are seeds.",
-            png_bytes(over_codes),
-        ),
-        ("rate-distortion", "Quality over storage: each line runs from few to many codes.", png_bytes(rate)),
+        ("over-codebook-size", about_codes, png_bytes(over_codes)),
+        ("rate-distortion", about_rate, png_bytes(rate)),
     ]
 
 
-def _mean(values: Any) -> float:
-    return sum(values) / len(values)
-
-
-def findings(measured: list[Measured], recipe: GranularityRecipe) -> list[str]:
+def findings(groups: Groups, recipe: GranularityRecipe) -> list[str]:
     """Sentences on neighbouring settings, each only as strong as all seeds allow."""
-    groups = by_setting(measured)
-    said = []
-    for grid in recipe.grids:
-        for fewer, more in itertools.pairwise(sorted(recipe.num_codes)):
-            said.append(
-                compared(f"On {grid}, from {fewer} to {more} codes:", groups[grid, fewer], groups[grid, more])
-            )
-    for coarse, fine in itertools.pairwise(recipe.grids):
-        for num_codes in recipe.num_codes:
-            about = f"With {num_codes} codes, from {coarse} to {fine}:"
-            said.append(compared(about, groups[coarse, num_codes], groups[fine, num_codes]))
-    return [*said, *dominated(groups), *returns(groups, recipe)]
-
-
-def compared(about: str, first: list[Measured], second: list[Measured]) -> str:
-    """What going from one setting to the other gives and costs."""
-    parts = [
-        difference(first, second, "psnr").change("PSNR", "dB", 2),
-        difference(first, second, "coded_bytes").change("the coded size", "bytes", 0),
+    sizes = sorted(recipe.num_codes)
+    steps = [
+        (f"On {grid}, from {fewer} to {more} codes:", key(grid, fewer), key(grid, more))
+        for grid in recipe.grids
+        for fewer, more in itertools.pairwise(sizes)
+    ] + [
+        (f"With {k} codes, from {coarse} to {fine}:", key(coarse, k), key(fine, k))
+        for coarse, fine in itertools.pairwise(recipe.grids)
+        for k in recipe.num_codes
     ]
-    drawn = [models[0].numbers["sampling_flops"] for models in (first, second)]
-    return (
-        f"{about} {'; '.join(parts)}; drawing an image takes {drawn[1] / drawn[0]:.1f} times the operations."
-    )
+    compared = []
+    for about, first, second in steps:
+        operations = groups[second][0].mean("sampling_flops") / groups[first][0].mean("sampling_flops")
+        changes = "; ".join(gain_and_cost(groups[first], groups[second]))
+        compared.append(f"{about} {changes}; drawing an image takes {operations:.1f} times the operations.")
+    return [*compared, *dominated(groups), *returns(groups, recipe)]
+
+
+def gain_and_cost(first: list[Measured], second: list[Measured]) -> tuple[str, str]:
+    """How quality and coded size change from the first setting to the second, in words."""
+    quality, size = (difference(first, second, name) for name in ("psnr", "coded_bytes"))
+    return quality.change("PSNR", "dB", 2), size.change("the coded size", "bytes", 0)
 
 
 def difference(first: list[Measured], second: list[Measured], name: str) -> Difference:
     """Second minus first, image by image, seed by seed."""
-    return paired_difference([one.values[name] for one in first], [one.values[name] for one in second])
+    return paired_difference([m.values[name] for m in first], [m.values[name] for m in second])
 
 
-def differences(groups: dict[tuple[str, int], list[Measured]]) -> dict[str, Difference]:
+def differences(groups: Groups) -> dict[str, Difference]:
     """Every two settings' difference in quality and bytes, by name such as "psnr[f8, 64 codes -> f4, 64 codes]"."""
     return {
-        f"{name}[{first[0].label} -> {second[0].label}]": difference(first, second, name)
-        for first, second in itertools.combinations(groups.values(), 2)
+        f"{name}[{first} -> {second}]": difference(groups[first], groups[second], name)
+        for first, second in itertools.combinations(groups, 2)
         for name in ("psnr", "coded_bytes")
     }
 
 
-def dominated(groups: dict[tuple[str, int], list[Measured]]) -> list[str]:
+def dominated(groups: Groups) -> list[str]:
     """Settings that another one beats in quality and bytes at once, in every seed."""
-    said = []
-    for key, models in groups.items():
-        for other, rivals in groups.items():
-            better = (
-                difference(models, rivals, "psnr").sign > 0
-                and difference(models, rivals, "coded_bytes").sign < 0
+    beaten = []
+    for (label, models), (other, rivals) in itertools.permutations(groups.items(), 2):
+        quality, size = (difference(models, rivals, name) for name in ("psnr", "coded_bytes"))
+        if quality.sign > 0 and size.sign < 0:
+            worse, better = (
+                label.replace(", ", " with "),
+                other.replace(", ", " with ").removesuffix(" codes"),
             )
-            if key != other and better:
-                said.append(
-                    f"{key[0]} with {key[1]} codes is beaten by {other[0]} with {other[1]}: "
-                    f"{difference(models, rivals, 'psnr').change('PSNR', 'dB', 2)} and "
-                    f"{difference(models, rivals, 'coded_bytes').change('the coded size', 'bytes', 0)}."
-                )
-    return said or ["No setting is beaten by another in quality and bytes at once."]
+            beaten.append(f"{worse} is beaten by {better}: {' and '.join(gain_and_cost(models, rivals))}.")
+    return beaten or ["No setting is beaten by another in quality and bytes at once."]
 
 
-def returns(groups: dict[tuple[str, int], list[Measured]], recipe: GranularityRecipe) -> list[str]:
+def returns(groups: Groups, recipe: GranularityRecipe) -> list[str]:
     """Where a step to more codes buys less quality per byte than the step before it did, by the intervals of all seeds."""
-    said = []
+    dearer = []
     sizes = sorted(recipe.num_codes)
     for grid in recipe.grids:
-        for fewer, some, more in zip(sizes, sizes[1:], sizes[2:], strict=False):
+        for steps in zip(sizes, sizes[1:], sizes[2:], strict=False):
+            models = [groups[key(grid, k)] for k in steps]
             gains, costs = (
-                [difference(groups[grid, a], groups[grid, b], name) for a, b in ((fewer, some), (some, more))]
+                [difference(*pair, name) for pair in itertools.pairwise(models)]
                 for name in ("psnr", "coded_bytes")
             )
             if gains[0].sign <= 0 or any(cost.sign <= 0 for cost in costs):
@@ -318,8 +276,8 @@ def returns(groups: dict[tuple[str, int], list[Measured]], recipe: GranularityRe
             at_most = [high / c for (_, high), c in zip(gains[1].intervals, costs[1].means, strict=True)]
             if all(later < earlier for earlier, later in zip(at_least, at_most, strict=True)):
                 bought = [1000 * gain.mean / cost.mean for gain, cost in zip(gains, costs, strict=True)]
-                said.append(
-                    f"On {grid} detail gets dearer: a byte buys {bought[0]:.1f} thousandths of a dB from {fewer} to {some} codes "
-                    f"and {bought[1]:.1f} from {some} to {more}."
+                dearer.append(
+                    f"On {grid} detail gets dearer: a byte buys {bought[0]:.1f} thousandths of a dB from {steps[0]} to {steps[1]} "
+                    f"codes and {bought[1]:.1f} from {steps[1]} to {steps[2]}."
                 )
-    return said
+    return dearer

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.files import write_atomically
 from isic_vq.studies.measure import Difference
 
@@ -107,12 +108,6 @@ def recipe_table(vqvae: dict[str, Any], prior: dict[str, Any]) -> str:
         for part, stage in (("tokenizer", vqvae), ("prior", prior))
     ]
     return markdown_table(["", "steps", "images per step", "learning rate"], rows)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def over_seeds(values: Sequence[float], digits: int) -> str:

@@ -8,105 +8,56 @@ Three pairs are told apart, which together say whose fault a difference is: real
 tokenizer's), reconstructions and samples (the prior's), real images and samples (both). Samples follow the real
 images one for one: image i is asked for with the diagnosis of real image i. All images are rounded to 8 bits first.
 
-In the work folder: `settings.json`, `samples-train/` and `samples-test/` (shards of generated images) and
-`PAIR-seedN.json` (the logits of the test images). What is there is not done again, so a killed run goes on where it was.
+In the work folder: `samples-train/`, `samples-test/` and PAIR-seedN.json; see `ClassifierStudy`.
 """
 
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isic_vq.data.classes import Classes
-from isic_vq.data.sources import find_source
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measures import auroc
 from isic_vq.evaluation.report import Metric
-from isic_vq.generation import generate_shards
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.student import (
-    ImageReader,
+    ClassifierStudy,
     LabelledImages,
     Student,
-    study_records,
-    tested_logits,
     two_level_interval,
 )
-from isic_vq.work import begin
 
 PAIRS = (("real", "reconstructions"), ("reconstructions", "samples"), ("real", "samples"))
-PARTS = ("train", "test")
 
 
-def evaluate_realism(
-    model: IsicVQModel,
-    train: str,
-    test: str,
-    work_dir: Path,
-    *,
-    seeds: int = 3,
-    student: Student | None = None,
-    limit: int | None = None,
-    split: str = "test",
-    resamples: int = 1000,
-) -> list[Metric]:
+def evaluate_realism(study: ClassifierStudy, resamples: int = 1000) -> list[Metric]:
     """Train the classifiers that are not trained yet, and test them on images they have not seen.
-
-    Args:
-        model: what reconstructs and generates, in eval mode.
-        train: URI of the real images to train the classifiers on; those labelled `unknown` are left out.
-        test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
-            training images' are left out.
-        work_dir: the study's folder, see the module.
-        seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
-        student: how each classifier is trained; by default on the model's own image size, without changes of colour.
-        limit: train and test on a seeded subset of at most so many images each; for a quick try.
-        split: what the lines call the test images.
-        resamples: bootstrap draws.
 
     Returns:
         For each of `PAIRS` (labels `images` and `others`) `two_sample_accuracy` and `two_sample_auc`, means over the seeds;
-        0.5 where the two cannot be told apart. Intervals: `two_level_interval`.
+        0.5 where the two cannot be told apart. Intervals: `two_level_interval` of so many bootstrap draws.
 
     Raises:
-        ValueError: fewer than two seeds, or the folder was begun with other settings or another model.
+        ValueError: the folder holds images of another model.
         DataError: the images cannot be used.
     """
-    if seeds < 2:
-        raise ValueError(f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides")
-    student = student or default_student(model)
-    generated = Classes.of_model(model.config.class_names.values())
-    train_records, classes, train_about = study_records(train, None, limit, generated)
-    test_records, _, test_about = study_records(test, classes, limit, generated)
-    settings = {"train": train_about, "test": test_about, "student": asdict(student)}
-    begin(work_dir, settings)
-    read = ImageReader(student.image_size, classes)
     sets: dict[str, dict[str, Tensor]] = {}
-    for seed, (part, records) in enumerate(zip(PARTS, (train_records, test_records), strict=True)):
-        folder, diagnoses = work_dir / f"samples-{part}", records["diagnosis"]
-        generate_shards(model, folder, len(diagnoses), diagnoses, seed=seed)  # only what is missing
-        samples = find_source(f"parquet:{folder / 'images-*.parquet'}", generated).dataset()
-        real = ImageReader(model.config.vqvae_config.image_size, classes)(records).pixels
+    size = study.model.config.vqvae_config.image_size
+    for seed, (part, records) in enumerate(study.records.items()):
         sets[part] = {
-            "real": read(records).pixels,
-            "reconstructions": reconstructed(model, real, student.image_size),
-            "samples": read(samples).pixels,
+            "real": study.read(records).pixels,
+            "reconstructions": reconstructed(
+                study.model, study.read(records, size).pixels, study.student.image_size
+            ),
+            "samples": study.read(study.generated(f"samples-{part}", part, seed)).pixels,
         }
     metrics = []
     for pair in PAIRS:
-        tested = _told_apart(sets["test"], pair)
-        name, images = "-".join(pair), partial(_told_apart, sets["train"], pair)
-        logits = [
-            tested_logits(work_dir / f"{name}-seed{seed}.json", images, pair, student, seed, tested.pixels)
-            for seed in range(seeds)
-        ]
-        metrics += realism_metrics(
-            pair, logits, tested.labels, MeasuredOn(split, test_about["name"]), resamples
-        )
+        tested, images = _told_apart(sets["test"], pair), partial(_told_apart, sets["train"], pair)
+        logits = [study.logits("-".join(pair), seed, images, pair, tested.pixels) for seed in study.seeds]
+        metrics += realism_metrics(pair, logits, tested.labels, study.on, resamples)
     return metrics
 
 

@@ -6,8 +6,8 @@ A `Student` says how a classifier is trained, `train_student` trains one in memo
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.sources.base import hash_ids
-from isic_vq.evaluation.intervals import bootstrap_interval
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
 from isic_vq.files import write_atomically
+from isic_vq.generation import generate_shards
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.training.classifier import (
     balanced_cross_entropy,
     build_classifier,
@@ -38,6 +40,7 @@ from isic_vq.training.classifier import (
     recoloured,
 )
 from isic_vq.training.loop import learning_rate_scale
+from isic_vq.work import begin
 
 logger = logging.getLogger(__name__)
 
@@ -131,35 +134,6 @@ def train_student(
     return model
 
 
-def tested_logits(
-    path: Path,
-    images: Callable[[], LabelledImages],
-    classes: Sequence[str],
-    student: Student,
-    seed: int,
-    pixels: Tensor,
-) -> Tensor:
-    """What a classifier says of test images: from a file, or else it is trained, and the file written.
-
-    Args:
-        path: JSON file of the logits.
-        images: makes the training images.
-        classes: name of each class.
-        student: how it is trained.
-        seed: as for `train_student`.
-        pixels: test images `(N, 3, H, W)` uint8.
-
-    Returns:
-        `(N, C)`.
-    """
-    if not path.is_file():
-        classifier = train_student(images(), classes, student, seed)
-        found = predict(classifier, _float_batches(pixels, student.batch_size))
-        write_atomically(path, json.dumps({"logits": found.tolist()}).encode())
-        logger.info("trained %s", path.stem)
-    return torch.tensor(json.loads(path.read_text())["logits"])
-
-
 def two_level_interval(
     statistic: Statistic,
     num_seeds: int,
@@ -195,18 +169,98 @@ def two_level_interval(
     return low, high, mean_over_seeds(everything)
 
 
-class ImageReader:
-    """Decodes records into memory, at one size, with the ids of some classes."""
+class ClassifierStudy:
+    """Real images, and the generated ones that follow them, for classifiers that are trained with several seeds.
 
-    def __init__(self, size: int, classes: Sequence[str]):
-        self.processor = IsicVQImageProcessor(size=size)
-        self.label2id = {name: index for index, name in enumerate(classes)}
+    In the work folder: `settings.json`, folders of shards of generated images, and a JSON file of the test images' logits
+    for each classifier. What is there is not done again, so a killed run goes on where it was.
 
-    def __call__(self, records: Any) -> LabelledImages:
-        """All images of records, each of one of the classes."""
-        batches = list(iter_batches(records, self.processor, 64, self.label2id))
+    Args:
+        model: what generates, in eval mode.
+        train: URI of the real training images; those labelled `unknown` are left out.
+        test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
+            training images' are left out.
+        work_dir: the study's folder.
+        seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
+        student: how each classifier is trained.
+        limit: train and test on a seeded subset of at most so many images each; for a quick try.
+        split: what the report's lines call the test images.
+
+    Attributes:
+        records: of the real images, "train" and "test".
+        classes: the training images' diagnoses.
+        on: the test images' split and data set.
+
+    Raises:
+        ValueError: fewer than two seeds, or the folder was begun with other settings.
+        DataError: the images cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: IsicVQModel,
+        train: str,
+        test: str,
+        work_dir: Path,
+        *,
+        seeds: int,
+        student: Student,
+        limit: int | None = None,
+        split: str = "test",
+    ):
+        if seeds < 2:
+            raise ValueError(
+                f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides"
+            )
+        self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
+        self.labels = Classes.of_model(model.config.class_names.values())
+        train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
+        test_records, _, test_about = study_records(test, self.classes, limit, self.labels)
+        self.records = {"train": train_records, "test": test_records}
+        self.on = MeasuredOn(split, test_about["name"])
+        begin(work_dir, {"train": train_about, "test": test_about, "student": asdict(student)})
+
+    def read(self, records: Any, size: int | None = None) -> LabelledImages:
+        """Images of records in memory, by default at the size that classifiers see."""
+        processor = IsicVQImageProcessor(size=size or self.student.image_size)
+        label2id = {name: index for index, name in enumerate(self.classes)}
+        batches = list(iter_batches(records, processor, 64, label2id))
         pixels = torch.cat([(batch["pixel_values"] * 255).round().to(torch.uint8) for batch in batches])
         return LabelledImages(pixels.contiguous(), torch.cat([batch["labels"] for batch in batches]))
+
+    def generated(self, name: str, part: str, seed: int) -> Any:
+        """Records of generated images, image i for the diagnosis of real image i of a part; made unless they are there."""
+        diagnoses, folder = self.records[part]["diagnosis"], self.work_dir / name
+        generate_shards(self.model, folder, len(diagnoses), diagnoses, seed=seed)
+        return find_source(f"parquet:{folder / 'images-*.parquet'}", self.labels).dataset()
+
+    def logits(
+        self,
+        name: str,
+        seed: int,
+        images: Callable[[], LabelledImages],
+        classes: Sequence[str],
+        pixels: Tensor,
+    ) -> Tensor:
+        """What a classifier says of test images: from its file, or else it is trained, and the file written.
+
+        Args:
+            name: of the classifier.
+            seed: as for `train_student`.
+            images: makes the training images.
+            classes: name of each class.
+            pixels: test images `(N, 3, H, W)` uint8.
+
+        Returns:
+            `(N, C)`.
+        """
+        path = self.work_dir / f"{name}-seed{seed}.json"
+        if not path.is_file():
+            classifier = train_student(images(), classes, self.student, seed)
+            batches = (batch.float() / 255 for batch in pixels.split(self.student.batch_size))
+            write_atomically(path, json.dumps({"logits": predict(classifier, batches).tolist()}).encode())
+            logger.info("trained %s", path.stem)
+        return torch.tensor(json.loads(path.read_text())["logits"])
 
 
 def study_records(
@@ -234,8 +288,3 @@ def study_records(
     records = labelled(records, classes, source.name)
     about = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}
     return records, classes, {**about, "ids_sha256": hash_ids(records["isic_id"]), "classes": classes}
-
-
-def _float_batches(pixels: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches of images in [0, 1] of images `(N, 3, H, W)` uint8."""
-    return (batch.float() / 255 for batch in pixels.split(size))

@@ -9,65 +9,37 @@ Generated images follow the real training images one for one: image i is asked f
 so both sets have the same class counts. All arms take the same number of optimizer steps, in the same recipe, without
 a look at the test images; the arm of both sets sees each image half as often.
 
-In the work folder: `settings.json`, `synthetic-seedN/` (shards of generated images) and `ARM-seedN.json` (the logits
-of the test images). What is there is not done again, so a killed run goes on where it was.
+In the work folder: `synthetic-seedN/` and ARM-seedN.json; see `ClassifierStudy`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from isic_vq.data.classes import Classes
-from isic_vq.data.sources import find_source
 from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measures import Measure, classifier_measures
 from isic_vq.evaluation.report import Metric
-from isic_vq.generation import generate_shards
-from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.studies.student import (
-    ImageReader,
+    ClassifierStudy,
     LabelledImages,
     Statistic,
-    Student,
-    study_records,
-    tested_logits,
     two_level_interval,
 )
-from isic_vq.work import begin
 
 ARMS = ("real", "synthetic", "real+synthetic")
 
 
 def evaluate_utility(
-    model: IsicVQModel,
-    train: str,
-    test: str,
-    work_dir: Path,
-    *,
-    seeds: int = 5,
-    student: Student | None = None,
-    limit: int | None = None,
-    split: str = "test",
-    resamples: int = 1000,
-    auc_of: Sequence[str] | None = None,
+    study: ClassifierStudy, resamples: int = 1000, auc_of: Sequence[str] | None = None
 ) -> list[Metric]:
     """Train the classifiers that are not trained yet, and compare them on real images.
 
     Args:
-        model: what generates, in eval mode.
-        train: URI of the real training images; those labelled `unknown` are left out.
-        test: URI of real images that neither `model` nor a classifier was trained on; those of other diagnoses than
-            the training images' are left out.
-        work_dir: the study's folder, see the module.
-        seeds: how often each arm is trained, at least 2; seeds 0, 1, ...
-        student: how each classifier is trained.
-        limit: train and test on a seeded subset of at most so many images each; for a quick try.
-        split: what the lines call the test images.
+        study: the images and classifiers.
         resamples: bootstrap draws.
         auc_of: classes whose AUC against all others is reported; None reports all of at least `MIN_GROUP` test images.
 
@@ -77,39 +49,27 @@ def evaluate_utility(
         test image; and `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
 
     Raises:
-        ValueError: fewer than two seeds, a class of `auc_of` that is not there, or the folder was begun with other
-            settings or another model.
+        ValueError: a class of `auc_of` that is not there, or the folder holds images of another model.
         DataError: the images cannot be used.
     """
-    if seeds < 2:
-        raise ValueError(f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides")
-    student = student or Student()
-    generated = Classes.of_model(model.config.class_names.values())
-    train_records, classes, train_about = study_records(train, None, limit, generated)
-    test_records, _, test_about = study_records(test, classes, limit, generated)
+    classes = study.classes
     if missing := [name for name in auc_of or () if name not in classes]:
         raise ValueError(f"auc_of names {', '.join(missing)}: expected some of {', '.join(classes)}")
-    settings = {"train": train_about, "test": test_about, "student": asdict(student)}
-    begin(work_dir, settings)
-    read = ImageReader(student.image_size, classes)
-    real, tested = read(train_records), read(test_records)
+    real, tested = (study.read(study.records[part]) for part in ("train", "test"))
 
-    def training_images(arm: str, folder: Path) -> LabelledImages:
+    def training_images(arm: str, generated: Any) -> LabelledImages:
         if arm == "real":
             return real
-        synthetic = read(find_source(f"parquet:{folder / 'images-*.parquet'}", generated).dataset())
+        synthetic = study.read(generated)
         return synthetic if arm == "synthetic" else real + synthetic
 
-    diagnoses = train_records["diagnosis"]
     logits: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
-    for seed in range(seeds):
-        folder = work_dir / f"synthetic-seed{seed}"
-        generate_shards(model, folder, len(diagnoses), diagnoses, seed=seed)  # only what is missing
+    for seed in study.seeds:
+        generated = study.generated(f"synthetic-seed{seed}", "train", seed)
         for arm in ARMS:
-            path, images = work_dir / f"{arm}-seed{seed}.json", partial(training_images, arm, folder)
-            logits[arm].append(tested_logits(path, images, classes, student, seed, tested.pixels))
-    on = MeasuredOn(split, test_about["name"])
-    return utility_metrics(logits, tested.labels, classes, on, resamples, auc_of)
+            images = partial(training_images, arm, generated)
+            logits[arm].append(study.logits(arm, seed, images, classes, tested.pixels))
+    return utility_metrics(logits, tested.labels, classes, study.on, resamples, auc_of)
 
 
 def utility_metrics(
