@@ -31,6 +31,7 @@ from isic_vq.figures.numbers import CodebookUse
 from isic_vq.hub import load_model
 from isic_vq.models.image_processing_isic_vq import MAX_PIXELS, ImageError
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.sampling import Sampling
 
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 
@@ -219,19 +220,19 @@ def test_the_attribution_names_every_licence_and_line(index):
 
 
 def test_a_seeds_images_are_those_of_the_model(demo, model):
-    made = demo.generate("melanoma", 3, 7, temperature=0.9, guidance_scale=2.0, top_k=4, top_p=0.8)
+    made = demo.generate("melanoma", 3, 7, Sampling(temperature=0.9, guidance_scale=2.0, top_k=4, top_p=0.8))
     expected = model.generate(3, "melanoma", seed=7, temperature=0.9, guidance_scale=2.0, top_k=4, top_p=0.8)
     pixels = (expected.pixel_values * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert (np.stack([np.asarray(image) for image in made.images]) == pixels).all()
     assert (made.codes == expected.codes).all()
     assert made.captions == [f"melanoma, seed 7, image {index}" for index in range(3)]
     assert made.command.endswith(
-        " -n 3 --label melanoma --seed 7 --temperature 0.9 --guidance-scale 2.0 --top-p 0.8 --top-k 4"
+        " -n 3 --label melanoma --seed 7 --temperature 0.9 --top-k 4 --top-p 0.8 --guidance-scale 2.0"
     )
 
 
 def test_the_command_that_the_page_names_writes_the_same_images(demo, run, tiny_run, tmp_path):
-    made = demo.generate(ANY, 2, 5, top_p=0.9)
+    made = demo.generate(ANY, 2, 5, Sampling(top_p=0.9))
     assert f"--model {tiny_run.prior / 'model'}" in made.command
     code, _, stderr = run(*shlex.split(made.command)[1:], "-o", tmp_path / "samples")
     assert code == 0, stderr

@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def generate_shards(
     output: Path,
     num_images: int,
     labels: int | str | Sequence[int | str] | None = None,
+    sampling: Sampling | None = None,
     *,
     seed: int = 0,
     format: str = "parquet",
@@ -80,7 +81,7 @@ def generate_shards(
     world: int = 1,
     progress: bool = False,
     cluster: int | None = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> tuple[int, int]:
     """Generate this process's shards of a set of images, but for those that are already there.
 
@@ -94,6 +95,7 @@ def generate_shards(
         num_images: of the whole set, at least 1.
         labels: a diagnosis (name, alias or id) for all images, several that take turns (image i gets
             `labels[i % len(labels)]`), or None for unconditional.
+        sampling: how codes are drawn; by default from the prior's own distribution.
         seed: image i depends on (seed, i) alone; 0 to 2**63 - 1.
         format: "parquet" or "webdataset", see `write_shard`.
         images_per_shard: a multiple of `block_size`. A shard is held in memory until it is written.
@@ -103,7 +105,7 @@ def generate_shards(
         world: number of processes.
         progress: show a progress bar if this is process 0; it counts that process's images.
         cluster: of a prior with clusters, that of all images; drawn for each by default.
-        sampling: `temperature`, `top_k`, `top_p`, `guidance_scale` and `guidance_power`, as `IsicVQModel.generate` has them.
+        settings: fields of `Sampling`, such as `temperature`, that differ from those of `sampling`.
 
     Returns:
         How many of its shards this process made, and how many were there.
@@ -115,13 +117,14 @@ def generate_shards(
         OSError: a file cannot be written; it is named.
     """
     check_process(rank, world)
+    sampling = replace(sampling or Sampling(), **settings)
     several = isinstance(labels, Sequence) and not isinstance(labels, str)
     ids = model.label_ids(labels, len(labels) if several else 1)  # type: ignore[arg-type]
     asked = {
         "num_images": num_images,
         "labels": None if labels is None else [model.config.class_names[index] for index in ids.tolist()],
         "seed": seed,
-        **_as_floats(asdict(Sampling(**sampling))),
+        **_as_floats(asdict(sampling)),
         "backend": model.prior.best_backend(sys.maxsize) if backend == "auto" else backend,
         "block_size": block_size,
         "format": format,
@@ -251,23 +254,18 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
     """Generate the images of a shard in order."""
     model, settings, indices = generation.model, generation.settings, generation.indices(shard)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    passed_on = [*(field.name for field in fields(Sampling)), "cluster", "seed", "backend"]
-    how = {key: settings[key] for key in passed_on if key in settings}
-    how["batch_size"] = settings["block_size"]
-    for start in range(0, len(indices), settings["block_size"]):
-        block = indices[start : start + settings["block_size"]]
-        labels = generation.labels[torch.tensor(block) % len(generation.labels)]
-        output: Any = model.generate(len(block), labels, first_index=block[0], **how)
+    labels = generation.labels[torch.tensor(indices) % len(generation.labels)]
+    passed_on = [*vars(Sampling()), "seed", "backend", "cluster"]
+    passed = {key: settings[key] for key in passed_on if key in settings}
+    passed["batch_size"] = settings["block_size"]
+    same = {"seed": settings["seed"], "model": settings["model"], "isic_vq": settings["isic_vq"]}
+    output: Any
+    for output in model.generate_blocks(len(indices), labels, first_index=indices[0], **passed):
         images = processor.postprocess(output.pixel_values, output_type="np")
         codes = output.codes.flatten(1).tolist()
-        for index, label, pixels, grid in zip(block, labels.tolist(), images, codes, strict=True):
+        for pixels, grid, label in zip(images, codes, output.labels.tolist(), strict=True):
+            index, indices = indices[0], indices[1:]
+            name = model.config.class_names.get(label)
             yield Sample(
-                image=to_png(pixels),
-                label=model.config.class_names.get(label),
-                seed=settings["seed"],
-                index=index,
-                codes=grid,
-                model=settings["model"],
-                isic_vq=settings["isic_vq"],
-                run=generation.run,
+                image=to_png(pixels), label=name, index=index, codes=grid, run=generation.run, **same
             )

@@ -402,7 +402,7 @@ def test_a_label_for_a_prior_without_classes_is_refused(make_prior):
 
 
 def test_uniforms_of_another_grid_are_refused(model):
-    with pytest.raises(ValueError, match=r"uniforms have shape \(2, 9\): expected \(2, 16\)"):
+    with pytest.raises(ValueError, match=r"uniforms have shape \(2, 9\): expected \(batch, 16\)"):
         model.sample(torch.rand(2, 9))
 
 

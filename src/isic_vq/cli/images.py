@@ -71,8 +71,11 @@ def generate(
     from isic_vq.hub import load_model, resolve
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
+    from isic_vq.models.sampling import Sampling
 
     quiet_transformers()
+    sampling = Sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
+    settings: Any = {"seed": seed, "sampling": sampling, "cluster": cluster, "backend": backend}
     if shards is None and shard_size is not None:
         raise ValueError(
             "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
@@ -87,20 +90,13 @@ def generate(
             output,
             num_images,
             label or None,
-            seed=seed,
             format=shards,
             images_per_shard=1024 if shard_size is None else shard_size,
             block_size=batch_size,
-            backend=backend,
             rank=rank,
             world=world,
             progress=True,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance_scale,
-            guidance_power=guidance_power,
-            cluster=cluster,
+            **settings,
         )
         typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
         return
@@ -110,18 +106,11 @@ def generate(
     result = pipe(
         label if label and len(label) > 1 else (label[0] if label else None),
         num_images=num_images,
-        seed=seed,
         batch_size=batch_size,
-        backend=backend,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance_scale=guidance_scale,
-        guidance_power=guidance_power,
-        cluster=cluster,
         output_type="np",
         return_codes=True,
         progress=sys.stderr.isatty(),
+        **settings,
     )
     classes = {**pipe.model.config.class_names, pipe.model.prior.config.unconditional_id: "unconditional"}
     titles = [classes[index] for index in result["labels"].tolist()]

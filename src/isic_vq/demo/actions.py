@@ -25,6 +25,7 @@ from isic_vq.hub import is_default
 from isic_vq.models.editing import code_masks, pixel_mask
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.sampling import Sampling
 
 ANY = "any"  # in place of a diagnosis: unconditional
 Pictures = list[tuple[Image.Image, str]]
@@ -165,10 +166,7 @@ class DemoModel:
         diagnosis: str,
         num_images: int,
         seed: int | None,
-        temperature: float = 1.0,
-        guidance_scale: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: Sampling | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> Generated:
         """Generate images; those of a seed are those of `IsicVQModel.generate` and `isic-vq generate`.
@@ -177,25 +175,21 @@ class DemoModel:
             diagnosis: a class of the model, or `ANY`.
             num_images: at least 1.
             seed: image i depends on (seed, i) alone.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            guidance_scale: 1 is off.
-            top_k: 0 is off.
-            top_p: 1 is off.
+            sampling: how codes are drawn; by default from the prior's own distribution.
             on_step: as in `IsicVQModel.generate`.
 
         Raises:
             ValueError: an empty seed, or what `IsicVQModel.generate` refuses.
         """
-        seed = checked_seed(seed)
-        asked = {"temperature": temperature, "guidance_scale": guidance_scale, "top_p": top_p}
-        settings: dict[str, Any] = {name: value for name, value in asked.items() if value != 1}
-        settings |= {"top_k": int(top_k)} if top_k else {}
+        seed, sampling = checked_seed(seed), sampling or Sampling()
         label = None if diagnosis == ANY else diagnosis
-        output: Any = self.model.generate(int(num_images), label, seed=seed, on_step=on_step, **settings)
+        output: Any = self.model.generate(
+            int(num_images), label, seed=seed, sampling=sampling, on_step=on_step
+        )
         source = self.model.config.name_or_path
         options = {} if not source or is_default(source) else {"--model": source}
         options |= {"-n": num_images} | ({"--label": label} if label else {}) | {"--seed": seed}
-        options |= {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+        options |= {f"--{name.replace('_', '-')}": value for name, value in sampling.changes.items()}
         words = ["isic-vq", "generate", *(str(word) for option in options.items() for word in option)]
         name = readable(label or "any diagnosis")
         return Generated(

@@ -21,6 +21,7 @@ from isic_vq.demo.controls import (
 )
 from isic_vq.demo.neighbours import TrainingIndex
 from isic_vq.demo.pictures import MOST_BITS, use_table
+from isic_vq.models.sampling import Sampling
 
 MAX_IMAGES = 16  # of one seed; computed as one block
 MAX_VARIANTS = 8
@@ -78,7 +79,8 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
         on_step = step_counter(progress, demo.num_steps)
-        made = demo.generate(name, count, number, heat, scale, most_likely, probability, on_step)
+        sampling = Sampling(heat, int(most_likely) or None, None if probability == 1 else probability, scale)
+        made = demo.generate(name, count, number, sampling, on_step)
         return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
 
     def select(event: gr.SelectData) -> int:

@@ -47,7 +47,7 @@ from isic_vq.evaluation.neighbours import CodeIndex, Nearest, nearest_by_feature
 from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.hub import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 BATCH_SIZE = 32
 CODES = "codes"  # the channel that is always there
@@ -224,8 +224,7 @@ def generate_samples(
 ) -> Samples:
     """Draw samples whose classes are in proportion to those of the training images, by the model's own distribution."""
     labels = sample_labels(class_ids(model, train), num_samples)
-    steps = -(-num_samples // BLOCK_SIZE) * model.config.prior_config.num_steps
-    with tqdm(total=steps, unit="step", desc="sampling", disable=not progress) as bar:
+    with tqdm(total=model.num_steps(num_samples), unit="step", desc="sampling", disable=not progress) as bar:
         generated: Any = model.generate(num_samples, labels, seed=seed, on_step=bar.update)  # type: ignore[arg-type]
     names = [f"image {index}" for index in range(num_samples)]
     return Samples(generated.codes.cpu(), names, "generated", seed)

@@ -44,7 +44,7 @@ from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
 
 BATCH_SIZE = 32
@@ -173,13 +173,8 @@ def generated_images(
         seed: of the images, as for `IsicVQModel.generate`.
         sampling: how codes are drawn; None is from the model's own distribution.
     """
-    settings = asdict(sampling or Sampling())
-    backend = model.prior.best_backend(-(-len(labels) // BLOCK_SIZE))  # of all blocks, not of each alone
-    for start in range(0, len(labels), BLOCK_SIZE):
-        block = labels[start : start + BLOCK_SIZE]
-        output: Any = model.generate(
-            len(block), block, seed=seed, first_index=start, backend=backend, **settings
-        )
+    output: Any
+    for output in model.generate_blocks(len(labels), labels, seed=seed, sampling=sampling):
         yield output.pixel_values
 
 

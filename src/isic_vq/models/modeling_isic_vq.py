@@ -7,8 +7,8 @@ that transformers reads the whole through the index and each part through its su
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .prior import PriorModel
 from .repository import plain_card, staging_folder, write_doors
-from .sampling import image_generators, position_uniforms
+from .sampling import Sampling, image_generators, position_uniforms
 from .strict_loading import StrictLoading, share_weights
 from .upload import full_name, upload_folder
 
@@ -180,24 +180,8 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         )  # refuses what does not fit
         return clusters
 
-    @torch.no_grad()
     def generate(
-        self,
-        num_images: int = 1,
-        labels: Labels = None,
-        *,
-        seed: int | None = None,
-        first_index: int = 0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
-        guidance_power: float | None = None,
-        cluster: int | Sequence[int] | Tensor | None = None,
-        batch_size: int = BLOCK_SIZE,
-        backend: str = "auto",
-        on_step: Callable[[], None] | None = None,
+        self, num_images: int = 1, labels: Labels = None, *, seed: int | None = None, **settings: Any
     ) -> GenerationOutput:
         """Sample code grids from the prior and decode them.
 
@@ -211,23 +195,51 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
             seed: makes image i a function of (seed, first_index + i); without seed and generator the
                 draw is random.
+            settings: all others of `generate_blocks`, and the fields of `Sampling`.
+
+        Raises:
+            ValueError: an argument outside its range, an unknown label, or both seed and generator.
+            TypeError: a setting that there is not.
+        """
+        blocks = list(self.generate_blocks(num_images, labels, seed=seed, **settings))
+        parts = {name: [block[name] for block in blocks] for name in blocks[0]}
+        return GenerationOutput(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+
+    @torch.no_grad()
+    def generate_blocks(
+        self,
+        num_images: int = 1,
+        labels: Labels = None,
+        *,
+        seed: int | None = None,
+        first_index: int = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        sampling: Sampling | None = None,
+        cluster: int | Sequence[int] | Tensor | None = None,
+        batch_size: int = BLOCK_SIZE,
+        backend: str = "auto",
+        on_step: Callable[[], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[GenerationOutput]:
+        """Yield what `generate` returns block by block, so that only one of many is in memory.
+
+        Args:
+            num_images: as for `generate`.
+            labels: likewise.
+            seed: likewise.
             first_index: index of the first image, for generating one seeded set in several calls.
             generator: one for all images, or one per image, instead of a seed.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            top_k: keep this many most likely codes at each position.
-            top_p: keep the most likely codes that hold this much probability.
-            guidance_scale: 1 is off; larger values follow the label more closely at the cost of variety.
-            guidance_power: p, if guidance is to grow over rows or scales by (1 - cos(pi t^p)) / 2 of its strength; by
-                default it is the same for all codes of a PixelCNN, and grows in equal steps over the scales of a VAR.
+            sampling: how codes are drawn; by default from the prior's own distribution.
             cluster: of a prior with clusters, one for all images or one per image; by default each is drawn by its
                 frequency given the class, from the image's noise.
             batch_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
                 time for so many images, of those that this project has run on such a device (`run_on`).
-            on_step: called after each finished step of a block: a row of its code grids, or a scale.
+            on_step: called after each finished step of a block, a row of its code grids or a scale; `num_steps` times.
+            settings: fields of `Sampling`, such as `temperature`, that differ from those of `sampling`.
 
         Raises:
-            ValueError: an argument outside its range, an unknown label, or both seed and generator.
+            ValueError, TypeError: as `generate`.
         """
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
@@ -235,6 +247,7 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
             raise ValueError("seed and generator are both given: give one of them")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        sampling = replace(sampling or Sampling(), **settings)
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
             batch_size = min(batch_size, num_images)  # nobody can ask for these images again
@@ -244,42 +257,33 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
         if self.config.prior_config.num_clusters:
             uniforms, own = uniforms[:, :-1], uniforms[:, -1]
             clusters = self.prior.draw_clusters(ids, own) if clusters is None else clusters
-        # Empty places before the first image and after the last make the blocks whole.
-        skipped = first_index % batch_size
-        empty = -(skipped + num_images) % batch_size
-        uniforms = F.pad(uniforms, (0, 0, skipped, empty))
-        padded_ids = F.pad(ids, (skipped, empty), value=self.prior.config.unconditional_id)
-        num_blocks = len(uniforms) // batch_size
-        padded_clusters: Sequence[Tensor | None] = [None] * num_blocks
-        if clusters is not None:
-            padded_clusters = F.pad(clusters, (skipped, empty)).split(batch_size)
         if backend == "auto":
-            backend = self.prior.best_backend(num_blocks)
-        blocks = [
-            self.prior.sample(
-                noise,
-                block_ids,
-                temperature,
-                top_k,
-                top_p,
-                guidance_scale,
-                backend,
-                on_step,
-                self.vqvae.extend,
-                block_clusters,
-                guidance_power,
+            backend = self.prior.best_backend(-(-(first_index % batch_size + num_images) // batch_size))
+        start = -(first_index % batch_size)
+        for first in range(start, num_images, batch_size):
+            # Empty places before the first image and after the last make the blocks whole.
+            kept = slice(max(first, 0), min(first + batch_size, num_images))
+            places = (kept.start - first, first + batch_size - kept.stop)
+            codes = self.prior.sample(
+                F.pad(uniforms[kept], (0, 0, *places)),
+                F.pad(ids[kept], places, value=self.prior.config.unconditional_id),
+                sampling,
+                backend=backend,
+                on_step=on_step,
+                extend=self.vqvae.extend,
+                clusters=None if clusters is None else F.pad(clusters[kept], places),
             )
-            for noise, block_ids, block_clusters in zip(
-                uniforms.split(batch_size), padded_ids.split(batch_size), padded_clusters, strict=True
+            images = slice(places[0], batch_size - places[1])
+            yield GenerationOutput(
+                pixel_values=self.decode(codes)[images],
+                codes=codes[images],
+                labels=ids[kept],
+                clusters=None if clusters is None else clusters[kept],
             )
-        ]
-        kept = slice(skipped, skipped + num_images)
-        return GenerationOutput(
-            pixel_values=torch.cat([self.decode(codes) for codes in blocks])[kept],
-            codes=torch.cat(blocks)[kept],
-            labels=ids,
-            clusters=clusters,
-        )
+
+    def num_steps(self, num_images: int, batch_size: int = BLOCK_SIZE) -> int:
+        """How often `generate` calls `on_step` for so many images, counted from the first of a seed."""
+        return self.config.prior_config.num_steps * -(-num_images // batch_size)
 
     def _noise(
         self,

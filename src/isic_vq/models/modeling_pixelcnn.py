@@ -217,51 +217,20 @@ class PixelCNNModel(PriorModel):
         return output if return_dict is not False else output.to_tuple()
 
     def best_backend(self, num_blocks: int) -> str:
-        """The backend that samples so many batches of 16 images in the least time; see `sample`."""
         return best_backend(self, num_blocks)
 
-    def sample(
+    def draw_codes(
         self,
         uniforms: Tensor,
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
-        backend: str = "eager",
-        on_step: Callable[[], None] | None = None,
-        extend: Extend | None = None,
-        clusters: Tensor | None = None,
-        guidance_power: float | None = None,
+        conditions: Tensor,
+        sampling: Sampling,
+        backend: str,
+        on_step: Callable[[], None] | None,
+        extend: Extend | None,
     ) -> Tensor:
-        """Fill empty grids code by code in raster order; exact, with cached features.
-
-        Args:
-            uniforms (`torch.Tensor` of shape `(B, h*w)`): noise of each image and position, in [0, 1).
-            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            top_k: keep this many most likely codes.
-            top_p: keep the most likely codes that hold this much probability.
-            guidance_scale: 1 is off; see `sampling.guided_logits`.
-            backend: "eager", "compiled" (CPU, needs numba) or "cuda_graph"; `run_on` tells where each was run.
-            on_step: called after each finished row, for progress bars.
-            extend: what tells of coarser scales; a single grid has none, and it is not called.
-            clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
-            guidance_power: if guidance is to grow over the rows, see `Sampling`; None is the same guidance everywhere.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, h, w)`, in [0, K).
-
-        Raises:
-            ValueError: a setting without a meaning, a backend that the model's device or precision rules out, or logits
-                that are not finite.
-            ImportError: a backend that is not installed.
-        """
-        sampling = Sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
-        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
-        with exactly(self), torch.inference_mode():
-            codes = sample_codes(self, uniforms, conditions, sampling, backend, on_step)
-        return codes.clone()  # a normal tensor: autograd refuses those of inference mode
+        """Row by row; see `PriorModel.draw_codes`."""
+        with exactly(self):
+            return sample_codes(self, uniforms, conditions, sampling, backend, on_step)
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> RasterWalk:
         """Begin images of the conditions `(B,)`; see `PriorModel.walk`."""

@@ -237,60 +237,24 @@ class VARModel(PriorModel):
         scale_of = torch.tensor(scales, device=self.device)
         return scale_of[:, None] >= scale_of
 
-    def best_backend(self, num_blocks: int) -> str:
-        """The backend that samples so many batches in the least time: there is one."""
-        return "eager"
-
-    def sample(
+    def draw_codes(
         self,
         uniforms: Tensor,
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
-        backend: str = "eager",
-        on_step: Callable[[], None] | None = None,
-        extend: Extend | None = None,
-        clusters: Tensor | None = None,
-        guidance_power: float | None = None,
+        conditions: Tensor,
+        sampling: Sampling,
+        backend: str,
+        on_step: Callable[[], None] | None,
+        extend: Extend | None,
     ) -> Tensor:
-        """Draw all scales, coarse to fine, with cached keys and values.
+        """Scale by scale; see `PriorModel.draw_codes`.
 
         Guidance grows from none at the coarsest scale to `guidance_scale` at the finest, in equal steps, as in the
         authors' code.
-
-        Args:
-            uniforms (`torch.Tensor` of shape `(B, L)`): noise of each image and position, in [0, 1).
-            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            top_k: keep this many most likely codes.
-            top_p: keep the most likely codes that hold this much probability.
-            guidance_scale: 1 is off; see `sampling.guided_logits`.
-            backend: "eager".
-            on_step: called after each scale, for progress bars.
-            extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`.
-            clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
-            guidance_power: how guidance grows, see `Sampling`; None is in equal steps.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, L)`, in [0, K).
-
-        Raises:
-            ValueError: a setting without a meaning, no `extend`, or logits that are not finite.
         """
         if backend != "eager":
             raise ValueError(f"backend is {backend!r}: expected 'eager', the only one of a VARModel")
-        if uniforms.shape[1:] != self.config.code_shape:
-            raise ValueError(
-                f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
-            )
-        sampling = Sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
-        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
-        if sampling.guided:
-            conditions = torch.cat([conditions, self.without_class(conditions)])
         parts, total = [], torch.zeros((), dtype=torch.float64, device=self.device)
-        with evaluating(self), torch.inference_mode():
+        with evaluating(self):
             walk = self.walk(conditions, extend)
             for index, (group,) in enumerate(walk.steps):
                 progress = index / max(len(walk.steps) - 1, 1)
@@ -300,7 +264,7 @@ class VARModel(PriorModel):
                 if on_step is not None:
                     on_step()
         sampling.check(math.isfinite(total.item()))
-        return torch.cat(parts, dim=1).clone()  # a normal tensor: autograd refuses those of inference mode
+        return torch.cat(parts, dim=1)
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> "ScaleWalk":
         """Begin images of the conditions `(B,)`; see `PriorModel.walk`.

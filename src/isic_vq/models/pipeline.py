@@ -85,17 +85,12 @@ class IsicVQPipeline(DiffusionPipeline):
         *,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
-        guidance_power: float | None = None,
-        cluster: int | Sequence[int] | None = None,
+        guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         batch_size: int = 16,
-        backend: str = "auto",
         callback_on_step_end: Callable[[Any, int, int, dict], Any] | None = None,
+        **settings: Any,
     ) -> Any:
         """Generate `num_images` images; a step is a row of codes of a block of images.
 
@@ -104,18 +99,14 @@ class IsicVQPipeline(DiffusionPipeline):
             num_images: how many; by default one per label.
             seed: makes image i a function of (seed, i); random without seed and generator.
             generator: one for all images, or one per image, instead of a seed.
-            temperature: below 1 sharpens, above 1 flattens the distributions.
-            top_k: keep this many most likely codes at each position.
-            top_p: keep the most likely codes that hold this much probability.
-            guidance_scale: 1 is off; larger values follow the label more closely.
-            guidance_power: if guidance is to grow, as for `IsicVQModel.generate`.
-            cluster: of a prior with clusters, one for all images or one per image; drawn by default.
+            guidance_scale: 1, the default, is off; larger values follow the label more closely.
             output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
                 "latent" (the codes, int64 `(N, h, w)`).
             return_dict: False returns the tuple `(images,)`.
             batch_size: images computed at once.
-            backend: what samples, as for `IsicVQModel.generate`.
             callback_on_step_end: called as `(pipeline, step, step, {})` after each step, counted from 0.
+            settings: the other fields of `Sampling` (`temperature`, `top_k`, `top_p`, `guidance_power`), `cluster`
+                and `backend`, as for `IsicVQModel.generate`.
 
         Raises:
             ValueError: an argument outside its range, an unknown label, or both seed and generator.
@@ -126,7 +117,10 @@ class IsicVQPipeline(DiffusionPipeline):
         if num_images is None:
             one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
-        total = model.config.prior_config.num_steps * -(-num_images // max(batch_size, 1))
+        if guidance_scale is not None:
+            settings["guidance_scale"] = guidance_scale
+        how = {"seed": seed, "generator": generator, "batch_size": batch_size, **settings}
+        total = model.num_steps(num_images, max(batch_size, 1))
         steps = count()  # a bar that is not shown does not count
         with self.progress_bar(total=total) as bar:
 
@@ -136,21 +130,7 @@ class IsicVQPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, {})
                 bar.update()
 
-            output = model.generate(
-                num_images,
-                labels,
-                seed=seed,
-                generator=generator,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance_scale=guidance_scale,
-                guidance_power=guidance_power,
-                cluster=cluster,
-                on_step=on_step,
-                batch_size=batch_size,
-                backend=backend,
-            )
+            output = model.generate(num_images, labels, on_step=on_step, **how)
         images = output.codes if output_type == "latent" else output.pixel_values
         if output_type in ("pil", "np"):
             images = images.float().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,10 +1,10 @@
 """transformers pipeline for the task "unconditional-image-generation": labels in, PIL images out.
 
-It chains sampling of code grids from the prior and decoding by the tokenizer. Images are sampled in batches
-of a fixed size, image i with noise that depends on (seed, i) alone.
+It chains sampling of code grids from the prior and decoding by the tokenizer; image i depends on (seed, i) alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers import Pipeline
 
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import BLOCK_SIZE
+from .sampling import Sampling
 
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "guidance_power", "backend")
+SETTINGS = (*(field.name for field in fields(Sampling)), "sampling", "cluster", "backend")
 
 
 class UnconditionalImageGenerationPipeline(Pipeline):
@@ -43,11 +44,10 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
-        cluster: int | Sequence[int] | None = None,
         output_type: str = "pil",
         return_codes: bool = False,
         progress: bool = False,
-        **sampling: float | int | str | None,
+        **settings: Any,
     ) -> Any:
         """Generate `num_images` images.
 
@@ -59,13 +59,10 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             batch_size: images computed at once; 16 unless the pipeline was built with another.
             output_type: "pil" for a list of PIL images, "np" for uint8 `(N, H, W, 3)`, "pt" for float
                 `(N, 3, H, W)` in [0, 1].
-            cluster: of a prior with clusters, one for all images or one per image; drawn by default.
             return_codes: return a dictionary of `images`, `codes` (int64 `(N, h, w)`), `labels` and, of a prior with
                 clusters, `clusters`.
             progress: show a progress bar.
-            sampling: `temperature` (below 1 sharpens, above 1 flattens the distributions), `top_k` (keep this many
-                most likely codes at each position), `top_p` (keep the most likely codes that hold this much
-                probability), `guidance_scale` (1 is off; larger values follow the label more closely), `guidance_power` and
+            settings: the fields of `Sampling` (`temperature`, `top_k`, `top_p`, `guidance_scale`, `guidance_power`), `cluster` and
                 `backend`, as for `IsicVQModel.generate`. Given to `pipeline(...)` they become its defaults.
 
         Raises:
@@ -75,40 +72,36 @@ class UnconditionalImageGenerationPipeline(Pipeline):
         if num_images is None:
             one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
             num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
-        if batch_size is None:
-            batch_size = self._batch_size or BLOCK_SIZE
-        request = {
+        batch_size = self._batch_size or BLOCK_SIZE if batch_size is None else batch_size
+        inputs = {
             "num_images": num_images,
             "labels": labels,
             "seed": seed,
             "generator": generator,
-            "cluster": cluster,
             "batch_size": batch_size,
         }
-        steps = self.model.config.prior_config.num_steps * -(-num_images // max(batch_size, 1))
+        steps = self.model.num_steps(num_images, max(batch_size, 1))
         with tqdm(total=steps, disable=not progress, unit="step", desc="sampling") as bar:
-            output = super().__call__(request, on_step=bar.update, **sampling)
+            result = super().__call__(inputs, on_step=bar.update, **settings)
         processor = IsicVQImageProcessor(size=self.model.config.vqvae_config.image_size)
-        images = processor.postprocess(output.pixel_values, output_type=output_type)
-        if not return_codes:
-            return images
-        return {"images": images, **{name: value for name, value in output.items() if name != "pixel_values"}}
+        images = processor.postprocess(result.pop("pixel_values"), output_type=output_type)
+        return {"images": images, **result} if return_codes else images
 
-    def _sanitize_parameters(self, **sampling: Any) -> tuple[dict, dict, dict]:
-        for name in sampling.keys() - {*SAMPLING, "on_step"}:
+    def _sanitize_parameters(self, **settings: Any) -> tuple[dict, dict, dict]:
+        for name in settings.keys() - {*SETTINGS, "on_step"}:
             raise TypeError(
                 f"{type(self).__name__} got an unexpected argument {name!r}: beside those of its call it takes "
-                f"{', '.join(SAMPLING)}"
+                f"{', '.join(SETTINGS)}"
             )
-        return {}, sampling, {}
+        return {}, settings, {}
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Pass what is asked for on."""
+        """Pass labels, seed and numbers on."""
         return inputs
 
-    def _forward(self, model_inputs: dict[str, Any], **sampling: Any) -> Any:
-        return self.model.generate(**model_inputs, **sampling)
+    def _forward(self, model_inputs: dict[str, Any], **settings: Any) -> Any:
+        return self.model.generate(**model_inputs, **settings)
 
     def postprocess(self, model_outputs: Any) -> Any:
-        """Return the tensors; the call makes images of them."""
-        return model_outputs
+        """Return the tensors as a dictionary; images are made of them at the end."""
+        return dict(model_outputs)

@@ -58,21 +58,15 @@ def sample_codes(
     backend: str,
     on_step: Callable[[], None] | None,
 ) -> Tensor:
-    """Sample `(B, h, w)` codes; the arguments are those of `PixelCNNModel.sample`, `conditions` as `PriorModel.conditions` makes them; the model is in eval mode."""
+    """Codes `(B, h, w)`; the arguments are those of `PriorModel.draw_codes`, the model is in eval mode."""
     label_unrun(model.device.type, backend)
-    grid, batch = model.config.grid_size, len(uniforms)
-    if uniforms.shape != (batch, grid * grid):
-        raise ValueError(f"uniforms have shape {tuple(uniforms.shape)}: expected ({batch}, {grid * grid})")
-    uniforms = (
-        uniforms.to(model.device).view(batch, grid, grid).transpose(0, 1).contiguous()
-    )  # (row, image, column)
-    if sampling.guided:
-        conditions = torch.cat([conditions, model.without_class(conditions)])
+    grid = model.config.grid_size
+    rows_first = uniforms.to(model.device).view(-1, grid, grid).transpose(0, 1).contiguous()
     cache = open_cache(model, conditions)
     codes = []
     with open_rows(backend, cache, sampling) as rows:
         for row in range(grid):
-            codes.append(rows.draw(row, uniforms[row]))
+            codes.append(rows.draw(row, rows_first[row]))
             if on_step is not None:
                 on_step()
         rows.check()

@@ -5,8 +5,8 @@ tokenizer. `forward` gives the logits of all codes at once, `walk` those of one 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
-from .sampling import draw
+from .sampling import Sampling, draw
 from .strict_loading import StrictLoading
 
 # Features so far (None at first), the codes `(B, n)` of a scale and its number, to the features with it and what the
@@ -169,6 +169,68 @@ class PriorModel(StrictLoading, PreTrainedModel):
     def draw_clusters(self, labels: Tensor | None, uniforms: Tensor) -> Tensor:
         """Clusters `(B,)` by their frequencies given the class, from uniforms `(B,)` in [0, 1), float64."""
         return draw(self.cluster_log_probabilities(labels, len(uniforms)), uniforms)
+
+    def best_backend(self, num_blocks: int) -> str:
+        """The backend that samples so many batches of 16 images in the least time; see `sample`."""
+        return "eager"
+
+    def sample(
+        self,
+        uniforms: Tensor,
+        labels: Tensor | None = None,
+        sampling: Sampling | None = None,
+        *,
+        backend: str = "eager",
+        on_step: Callable[[], None] | None = None,
+        extend: Extend | None = None,
+        clusters: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Draw all codes, group by group in the prior's order; exact, with cached features.
+
+        Args:
+            uniforms (`torch.Tensor` of shape `(B, L)`): noise of each image and position, in [0, 1).
+            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            sampling: how codes are drawn from logits; by default from the prior's own distribution.
+            backend: "eager" or, of a PixelCNN, "compiled" (CPU, needs numba) or "cuda_graph"; `run_on` tells where each
+                was run.
+            on_step: called after each finished row or scale, for progress bars.
+            extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`; a single grid
+                needs none.
+            clusters (`torch.LongTensor` of shape `(B,)`): one for each image, where the prior has clusters.
+            settings: fields of `Sampling`, such as `temperature`, that differ from those of `sampling`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, *code shape)`, in [0, K).
+
+        Raises:
+            ValueError: a setting without a meaning, a backend that the model's device or precision rules out, no
+                `extend`, or logits that are not finite.
+            ImportError: a backend that is not installed.
+        """
+        if uniforms.shape[1:] != (self.config.num_positions,):
+            raise ValueError(
+                f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
+            )
+        sampling = replace(sampling or Sampling(), **settings)
+        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
+        if sampling.guided:
+            conditions = torch.cat([conditions, self.without_class(conditions)])
+        with torch.inference_mode():
+            codes = self.draw_codes(uniforms, conditions, sampling, backend, on_step, extend)
+        return codes.clone()  # a normal tensor: autograd refuses those of inference mode
+
+    def draw_codes(
+        self,
+        uniforms: Tensor,
+        conditions: Tensor,
+        sampling: Sampling,
+        backend: str,
+        on_step: Callable[[], None] | None,
+        extend: Extend | None,
+    ) -> Tensor:
+        """`sample`, of conditions that are one entry per image, or two when guided; see `Sampling.both`."""
+        raise NotImplementedError
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> Walk:
         """Begin images of the conditions `(B,)`, see `conditions`, with the tokenizer's `extend` where there are scales; call it and what it returns in inference mode, in eval mode."""

@@ -58,6 +58,12 @@ class Sampling:
             )
 
     @property
+    def changes(self) -> dict[str, float]:
+        """The fields that differ from a draw from the prior's own distribution."""
+        usual = Sampling()
+        return {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+
+    @property
     def guided(self) -> bool:
         """Whether logits come in two halves: of the labelled images, then of the same ones without a label."""
         return self.guidance_scale != 1

@@ -10,7 +10,6 @@ In the work folder: a folder of shards for each setting, which is not made again
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -46,11 +45,7 @@ def combinations(
 
 def setting_name(sampling: Sampling) -> str:
     """What a report calls a setting: "plain" or what differs from that, as in "temperature=0.9 guidance_scale=2"."""
-    plain = Sampling()
-    parts = [
-        (field.name, getattr(sampling, field.name), getattr(plain, field.name)) for field in fields(Sampling)
-    ]
-    return " ".join(f"{name}={value:g}" for name, value, usual in parts if value != usual) or "plain"
+    return " ".join(f"{name}={value:g}" for name, value in sampling.changes.items()) or "plain"
 
 
 @torch.no_grad()
@@ -109,13 +104,7 @@ def evaluate_sampling(
     for name, sampling in zip(names, settings, strict=True):
         folder = work_dir / name.replace(" ", ",")
         generate_shards(
-            model,
-            folder,
-            len(real.diagnoses),
-            real.diagnoses,
-            seed=seed,
-            progress=progress,
-            **asdict(sampling),
+            model, folder, len(real.diagnoses), real.diagnoses, sampling, seed=seed, progress=progress
         )
         shards = find_source(f"parquet:{folder / 'images-*.parquet'}", classes).dataset()
         sets[name] = embedded(iter_batches(shards, processor, BATCH_SIZE))
