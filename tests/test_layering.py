@@ -15,6 +15,7 @@ RANKS = {
     "files": -1,
     "work": 0,
     "launch": 0,
+    "yaml_text": 0,
     "registration": 0,  # holds the names of model classes and imports them when transformers is imported
     "models": 0,
     "hub": 1,
@@ -62,7 +63,7 @@ OWNERS = {
     "torchmetrics": {"evaluation", "training"},
     "typer": {"cli"},
     "urllib3": {"data"},
-    "yaml": {"training", "figures", "layout", "export", "card_check"},
+    "yaml": {"training", "yaml_text"},
 }
 MODELS_MAY_IMPORT = {
     "torch",

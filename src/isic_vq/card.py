@@ -32,6 +32,21 @@ DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
 STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
 
 
+def as_text(text: str) -> str:
+    """Text of others, such as an attribution, as Markdown that shows it and nothing else, on one line."""
+    line = re.sub(
+        r"[<`|\\]|\](?=\()",
+        lambda match: "&lt;" if match[0] == "<" else f"\\{match[0]}",
+        " ".join(text.split()),
+    )
+    return re.sub(r"^(\d*)(?=[>#=~]|[-+*.)](\s|$)|--|\*\*|__)", r"\1\\", line)
+
+
+def counts_text(counts: dict[str, int]) -> str:
+    """How many images there are of each diagnosis or licence."""
+    return ", ".join(f"{as_text(name.replace('_', ' '))} {count:,}" for name, count in counts.items())
+
+
 def dataset_title(uri: str) -> str:
     """A data set's name for readers: HAM10000 for "parquet:${DATA}/ham10000/test-*.parquet", else its folder's."""
     scheme, _, path = uri.partition(":")
@@ -41,7 +56,7 @@ def dataset_title(uri: str) -> str:
     for name in folders:
         if name.lower() in DATASET_TITLES:
             return DATASET_TITLES[name.lower()]
-    return "synthetic images" if scheme == "synthetic" else (folders or [path or uri])[-1]
+    return "synthetic images" if scheme == "synthetic" else as_text((folders or [path or uri])[-1])
 
 
 def write_card(folder: Path) -> None:
@@ -85,10 +100,11 @@ def render_card(folder: Path, name: str) -> str:
         vqvae=config.vqvae_config,
         prior=config.prior_config,
         diagnoses=list(config.class_names.values()),
-        previewed=[(n, preview_name(n)) for n in config.class_names.values()][:MAX_PREVIEWS],
+        previewed=[(as_text(n), preview_name(n)) for n in config.class_names.values()][:MAX_PREVIEWS],
         task=TASK,
         data=data,
         data_title=dataset_title(data["name"]),
+        data_diagnoses=counts_text(data["diagnoses"]),
         topics={topic_of(metric) for metric in metrics},
         has_batch_norm_gap=any(metric.name == "psnr_batch_statistics" for metric in metrics),
         table=metric_table(reports.values()),
@@ -143,7 +159,7 @@ def captions(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.png")):
         try:
             with Image.open(path, formats=["PNG"]) as picture:
-                found[path.stem] = str(picture.info.get("Comment", ""))
+                found[path.stem] = as_text(str(picture.info.get("Comment", "")))
         except (UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(f"{folder.name}/{path.name} is not a readable PNG: remove it") from error
     return found
@@ -180,7 +196,7 @@ def slug(title: str) -> str:
 def column_title(metric: Metric) -> str:
     """What a metric was measured on: data set, split where its name adds something, and how many items."""
     title = dataset_title(metric.dataset)
-    split = "" if slug(metric.split) == slug(title) else f", {metric.split}"
+    split = "" if slug(metric.split) == slug(title) else f", {as_text(metric.split)}"
     return f"{title}{split} (n = {metric.n:,})"
 
 
@@ -202,7 +218,11 @@ def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
     tables = {}
     for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
         rows = [
-            [name, unit, *(metric_cell(row[column]) if column in row else "" for column in table.columns)]
+            [
+                as_text(name),
+                unit,
+                *(metric_cell(row[column]) if column in row else "" for column in table.columns),
+            ]
             for (name, unit), row in table.rows.items()
         ]
         tables[table.title] = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
@@ -264,7 +284,7 @@ def stages_table(corner: str, stages: Iterable[str], rows: dict[str, list[str]])
 def attributions_of(origin: dict[str, Any]) -> list[str]:
     """Whom to name for the images of all parts, sorted."""
     stages = [info for info in origin.get(BY_STAGE, {}).values() if info] or [origin["training_data"]]
-    return sorted({line for info in stages for line in info["attributions"]})
+    return sorted({as_text(line) for info in stages for line in info["attributions"]})
 
 
 def training_data_table(origin: dict[str, Any]) -> str:
@@ -273,12 +293,14 @@ def training_data_table(origin: dict[str, Any]) -> str:
     columns = []
     for info in stages.values():
         about = info or {}
-        licenses = "; ".join(f"{name}: {count:,}" for name, count in about.get("licenses", {}).items())
+        licenses = "; ".join(
+            f"{as_text(name)}: {count:,}" for name, count in about.get("licenses", {}).items()
+        )
         columns.append(
             {
                 "images": f"{about['num_images']:,}" if about else NOT_RECORDED,
                 "by licence": licenses or NOT_RECORDED,
-                "snapshot of the source": about.get("snapshot") or NOT_RECORDED,
+                "snapshot of the source": as_text(about.get("snapshot") or NOT_RECORDED),
                 "sha256 of the ids": f"`{about['ids_sha256']:.16}`"
                 if about.get("ids_sha256")
                 else NOT_RECORDED,

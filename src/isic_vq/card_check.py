@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard
 
 from isic_vq.card import DATASET_TITLES, metric_table, read_reports, render_card
 from isic_vq.hub import ModelError
-from isic_vq.layout import check_picture
+from isic_vq.layout import check_picture, read_card
 
 CODE_BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=[\"']([^\"']+)")
@@ -33,9 +32,9 @@ def check_card(folder: Path) -> list[str]:
     if not path.is_file():
         return ["README.md is missing: run isic-vq card write"]
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        return [f"README.md has unreadable metadata: {' '.join(str(error).split())}"]
+        card = read_card(path)
+    except ModelError as error:
+        return [str(error)]
     expected = ModelCard(render_card(folder, card.data.get("model_name") or folder.resolve().name))
     problems = [*metadata_problems(card.data, expected.data), *number_problems(card.text, expected.text)]
     if metric_table(read_reports(folder).values()) not in card.text:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from isic_vq.card import dataset_title, measured_on
+from isic_vq.card import as_text, counts_text, dataset_title, measured_on
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import TRAINING_DATA, licenses_of, read_training_data
 from isic_vq.evaluation.report import Metric, Report
@@ -144,10 +144,10 @@ def render_classifier_card(folder: Path, name: str) -> str:
         report=REPORT,
         data_title=dataset_title(info.name),
         images=f"{info.num_images:,}",
-        diagnoses=_counts(info.diagnoses),
-        licenses=_counts(info.licenses),
+        diagnoses=counts_text(info.diagnoses),
+        licenses=counts_text(info.licenses),
         training_data=TRAINING_DATA,
-        attributions="\n".join(f"- {line}" for line in info.attributions),
+        attributions="\n".join(f"- {as_text(line)}" for line in info.attributions),
         license=license,
     )
     return card.content
@@ -167,7 +167,3 @@ def _table(metrics: list[Metric]) -> str:
         for metric in metrics
     ]
     return markdown_table(head, rows, texts=len(head))
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())

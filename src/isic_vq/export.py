@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,6 +34,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PARTS, WEIGHTS_FILE, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.onnx_export import export_onnx
+from isic_vq.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
     text = (run / "recipe.yaml").read_text()
     if found := ABSOLUTE_PATH.search(text):
         raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({found[0].strip()}...): shorten it")
-    return yaml.safe_load(text)
+    return read_yaml(text)
 
 
 def training_record(run: Path) -> dict[str, Any]:

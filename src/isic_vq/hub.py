@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
     Model = TypeVar("Model", bound=PreTrainedModel)
@@ -97,7 +98,8 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     if path.is_dir():
         _check_class(path, model_class)
     try:
-        loaded = model_class.from_pretrained(name)
+        config = _read_config(path, name, model_class)
+        loaded = model_class.from_pretrained(name, config=config)
     except (StrictDataclassError, RuntimeError, ValueError, OSError) as error:
         if (
             isinstance(error, OSError)
@@ -111,11 +113,26 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _read_config(path: Path, name: str, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
+    """The configuration, once the weights can be those of so large a model."""
+    try:
+        config = model_class.config_class.from_pretrained(name)
+    except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(f"config.json is none that save_pretrained writes: {error}") from error
+    if path.is_dir():
+        size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+        if getattr(config, "least_parameters", 0) > max(size, 2**24):
+            raise ValueError(
+                f"config.json asks for at least {config.least_parameters:,} parameters, and the weights are {size:,} bytes"
+            )
+    return config
+
+
 def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
     """Refuse a folder whose config is neither the class's nor that of a whole that contains it."""
     try:
         config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder.name}/config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder.name}/config.json is not a JSON object: expected a model's configuration")

@@ -11,12 +11,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from isic_vq.hub import ModelError
+from isic_vq.yaml_text import read_yaml
 
 INDEX_FILE = "model.safetensors.index.json"
 REQUIRED = ("config.json", "model_index.json", INDEX_FILE, "preprocessor_config.json", "README.md")
@@ -119,7 +120,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}): write it anew with isic-vq export") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object: write it anew with isic-vq export")
@@ -174,13 +175,25 @@ def _check_weights(folder: Path, files: list[str]) -> None:
             )
 
 
-def _check_card(path: Path) -> None:
-    """Refuse a card without metadata, which the Hub would not find by any filter."""
+def read_card(path: Path) -> ModelCard:
+    """A card that anybody may have written.
+
+    Raises:
+        ModelError: its metadata cannot be read.
+    """
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        if match := REGEX_YAML_BLOCK.search(text):
+            read_yaml(match[2])
+        return ModelCard(text)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{path} has unreadable metadata ({reason}): run isic-vq card write") from error
+
+
+def _check_card(path: Path) -> None:
+    """Refuse a card without metadata, which the Hub would not find by any filter."""
+    card = read_card(path)
     if not card.data.to_dict():
         raise ModelError(f"{path} has no metadata between --- lines at its start: run isic-vq card write")
 

@@ -150,7 +150,7 @@ def _file_stem(record: Mapping[str, Any]) -> str | None:
     """Return the name of the image file without folders and suffix, or None if the record names no file."""
     image = record.get("image")
     name = record.get("file_name") or (image.get("path") if isinstance(image, Mapping) else None)
-    return None if name is None else PurePosixPath(name.replace("\\", "/")).stem
+    return None if name is None else PurePosixPath(str(name).replace("\\", "/")).stem
 
 
 def _diagnosis(

@@ -140,7 +140,7 @@ def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
                 rows.append(dict(zip(_columns(list(row), where), row.values(), strict=True)))
             else:
                 problems.append(f"{where} is a {type(row).__name__}; expected one object per line.")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             problems.append(f"{where} is not JSON: {error}. Expected one object per line.")
     raise_together(problems, name)
     return rows

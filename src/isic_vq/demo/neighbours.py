@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from isic_vq.card import as_text
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.models.modeling_vqvae import VQVAEModel
 
@@ -117,4 +118,4 @@ class TrainingIndex:
         source = self.cache.source
         licenses = ", ".join(f"{name} ({count:,} images)" for name, count in source.licenses.items())
         lines = [f"{len(self.cache.isic_ids):,} training images. Licence: {licenses}."]
-        return "\n\n".join([*lines, *(f"Attribution: {line}" for line in source.attributions)])
+        return "\n\n".join([*lines, *(f"Attribution: {as_text(line)}" for line in source.attributions)])

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from isic_vq.evaluation.report import Report
+from isic_vq.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Run:
             raise ValueError(
                 f"{path} is missing: without its `stage` the run cannot be read; copy the recipe there"
             )
-        recipe = yaml.safe_load(path.read_text())
+        recipe = read_yaml(path.read_text())
         stage = recipe.get("stage") if isinstance(recipe, dict) else None
         if stage not in STAGES:
             raise ValueError(f"{path}: stage must be one of {STAGES}, got {stage!r}")

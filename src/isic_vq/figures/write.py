@@ -38,6 +38,8 @@ UNITS = {"vqvae": "loss", "prior": "bits per code", "decoder": "loss", "classifi
 SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT, "decoder": 1.0, "classifier": 1.0}
 MAX_PICTURES = 64
 
+FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what makes a spreadsheet compute a cell
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -222,13 +224,23 @@ def warn_of_gaps(run: Run, name: str, values: Sequence[float]) -> None:
 
 
 def csv_bytes(columns: numbers.Columns) -> bytes:
-    """Return a table as CSV with full precision; a cell without a value (NaN) is empty."""
+    """Return a table as CSV with full precision; a cell without a value (NaN) is empty.
+
+    Text that a spreadsheet would compute begins with an apostrophe.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in zip(*columns.values(), strict=True):
-        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
+        writer.writerow(map(_cell, row))
     return buffer.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.replace("\r", "\n")  # which the writer quotes
+        return f"'{value}" if value.startswith(FORMULA) else value
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:

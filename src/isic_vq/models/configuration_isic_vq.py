@@ -55,6 +55,10 @@ class IsicVQConfig(PreTrainedConfig):
             # transformers.pipeline() would insist on trust_remote_code.
             kwargs.pop("custom_pipelines", None)
             kwargs.pop("auto_map", None)
+        for name in self.sub_configs_defaults:
+            part = getattr(self, name)
+            if not isinstance(part, dict | PreTrainedConfig | None):
+                raise ValueError(f"{name} is a {type(part).__name__}: expected an object of settings")
         if isinstance(self.prior_config, dict):
             # Resolved here because transformers would look the type up in its own table only.
             fields = dict(self.prior_config)
@@ -65,6 +69,11 @@ class IsicVQConfig(PreTrainedConfig):
     def class_names(self) -> dict[int, str]:
         """Diagnoses the prior can be asked for, id to name."""
         return self.prior_config.id2label
+
+    @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters."""
+        return self.vqvae_config.least_parameters + self.prior_config.least_parameters
 
     def validate_architecture(self) -> None:
         """Check that tokenizer and prior speak of the same codes; called by `strict` at construction."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 
 from .configuration_prior import PriorConfig
+from .configuration_vqvae import MAX_LAYERS, check_parameters
 
 
 @strict
@@ -67,6 +68,13 @@ class PixelCNNConfig(PriorConfig):
         return [self.grid_size**2]
 
     @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters."""
+        size, kernel = self.hidden_size, self.kernel_size
+        layers = size * (self.num_layers * size * kernel * (kernel // 2) + self.first_kernel_size**2 // 2)
+        return layers + self.num_codes * (size + self.head_size) + size * (self.head_size + self.grid_size**2)
+
+    @property
     def num_steps(self) -> int:
         """Rows of the grid."""
         return self.grid_size
@@ -80,3 +88,6 @@ class PixelCNNConfig(PriorConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected an odd number of at least 3")
         if min(self.num_codes, self.grid_size, self.hidden_size, self.head_size) < 1 or self.num_layers < 0:
             raise ValueError("num_codes, grid_size, hidden_size and head_size must be positive")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}: expected at most {MAX_LAYERS}")
+        check_parameters(self.least_parameters)

@@ -36,7 +36,13 @@ class PriorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
         # Without this transformers fills in two placeholder classes, LABEL_0 and LABEL_1.
         # In the order of the ids: a file has them in that of their digits.
+        if not isinstance(self.id2label, dict | None):
+            raise ValueError(
+                f"id2label is a {type(self.id2label).__name__}: expected ids and names of classes"
+            )
         names = {int(index): name for index, name in (self.id2label or {}).items()}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("id2label holds names that are not text")
         self.id2label = dict(sorted(names.items()))
         self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
@@ -64,6 +70,11 @@ class PriorConfig(PreTrainedConfig):
     @property
     def sizes(self) -> list[int]:
         """Codes of each grid."""
+        raise NotImplementedError
+
+    @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters."""
         raise NotImplementedError
 
     @property

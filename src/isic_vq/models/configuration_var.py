@@ -9,7 +9,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 
 from .configuration_prior import PriorConfig
-from .configuration_vqvae import check_scales
+from .configuration_vqvae import MAX_LAYERS, check_parameters, check_scales
 
 
 @strict
@@ -58,6 +58,12 @@ class VARConfig(PriorConfig):
         return (sum(self.sizes),)
 
     @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters, and of the entries of the mask between positions."""
+        layers = int(self.num_layers * self.hidden_size**2 * self.mlp_ratio)
+        return layers + (self.num_codes + self.code_dim) * self.hidden_size + self.num_positions**2
+
+    @property
     def num_steps(self) -> int:
         """Scales."""
         return len(self.scales)
@@ -73,3 +79,6 @@ class VARConfig(PriorConfig):
             )
         if not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected a finite number of more than 0")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}: expected at most {MAX_LAYERS}")
+        check_parameters(self.least_parameters)

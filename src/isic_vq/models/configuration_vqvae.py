@@ -19,6 +19,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "f4": {"hidden_sizes": (64, 128)},
 }
 
+MAX_PARAMETERS = 2**30
+MAX_LAYERS = 1000
+MAX_IMAGE_SIZE = 4096  # pixels
+
+
+def check_parameters(least: float) -> None:
+    """Refuse sizes that are a mistake or an attack: modules allocate what a config asks for.
+
+    Raises:
+        ValueError: there would be at least so many parameters, too many.
+    """
+    if least > MAX_PARAMETERS:
+        raise ValueError(
+            f"the sizes make at least {least:.3g} parameters: expected at most {MAX_PARAMETERS:,}"
+        )
+
 
 def check_scales(scales: Sequence[int], last: int) -> None:
     """Refuse sides of code grids that do not grow from at least 1 to `last`.
@@ -113,6 +129,15 @@ class VQVAEConfig(PreTrainedConfig):
         return sum(side * side for side in self.sides)
 
     @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters."""
+        sizes = list(self.hidden_sizes)
+        last, blocks = sizes[-1], 2 * self.num_residual_blocks
+        squares = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)) + self.num_channels * sizes[0]
+        squares += blocks * self.residual_size * last + self.refinement_size**2
+        return squares + self.code_dim * (self.num_codes + last)
+
+    @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of an image's codes: `(h, w)`, or `(L,)` with all scales one after the other."""
         return (self.num_positions,) if self.scales else (self.grid_size, self.grid_size)
@@ -128,6 +153,14 @@ class VQVAEConfig(PreTrainedConfig):
                 f"image_size is {self.image_size}: expected a positive multiple of {self.downsampling}, "
                 f"the downsampling of {len(self.hidden_sizes)} hidden_sizes"
             )
+        if self.image_size > MAX_IMAGE_SIZE or self.num_residual_blocks > MAX_LAYERS:
+            raise ValueError(
+                f"image_size is {self.image_size} and num_residual_blocks {self.num_residual_blocks}: expected at most "
+                f"{MAX_IMAGE_SIZE} and {MAX_LAYERS}"
+            )
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels is {self.num_channels}: expected at least 1")
+        check_parameters(self.least_parameters)
         if self.refinement_size < 0:
             raise ValueError(f"refinement_size is {self.refinement_size}: expected 0 (none) or more")
         if self.norm not in ("batch", "group"):

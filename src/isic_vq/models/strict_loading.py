@@ -4,6 +4,7 @@ transformers warns of missing and foreign tensors and goes on, the missing ones 
 nobody asked for. Differs: here both are errors, unless the caller asks for the loading info to judge for themselves.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,24 @@ def share_weights(folder: Path) -> None:
     """Give a folder's weights the mode of its config; safetensors makes them readable by their owner alone."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
+
+
+def check_index(folder: Path) -> None:
+    """Refuse an index of weights that names no files, or files outside of its folder.
+
+    Raises:
+        ValueError: it is such.
+    """
+    for path in folder.glob("*.safetensors.index*.json"):
+        try:
+            names = json.loads(path.read_bytes())["weight_map"].values()
+            inside = all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path.name} has no weight_map of tensor names and files: save the model again"
+            ) from error
+        if not inside:
+            raise ValueError(f"{path.name} names a file outside of {folder.name}: expected files in it")
 
 
 class StrictLoading:
@@ -41,6 +60,8 @@ class StrictLoading:
         """
         name = pretrained_model_name_or_path
         kwargs["use_safetensors"] = True
+        if Path(str(name)).is_dir():
+            check_index(Path(name) / kwargs.get("subfolder", ""))
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:

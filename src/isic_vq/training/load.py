@@ -10,13 +10,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from isic_vq.data.errors import DataError
 from isic_vq.data.uri import check_uri
 from isic_vq.hub import resolve
 from isic_vq.training.recipe import DecoderRecipe, Recipe, RecipeError
+from isic_vq.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +39,6 @@ MODEL_CONFIGS = {
 RecipeClass = TypeVar("RecipeClass")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; this reads it as the number it is in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-# The resolver added last is asked last; integers must be asked first.
-for _first in list("-+0123456789"):
-    _Loader.yaml_implicit_resolvers[_first] = sorted(
-        _Loader.yaml_implicit_resolvers[_first], key=lambda pair: not pair[0].endswith(":int")
-    )
-
-
 def load_recipe(
     recipe_class: type[RecipeClass], config: Path | None, overrides: list[str], resume: bool = False
 ) -> RecipeClass:
@@ -72,8 +57,8 @@ def load_recipe(
                 f"{config} is not a file: expected a YAML recipe, such as one of examples/configs"
             )
         try:
-            fields = yaml.load(config.read_text(), Loader=_Loader) or {}  # noqa: S506  (a SafeLoader)
-        except yaml.YAMLError as error:
+            fields = read_yaml(config.read_text(encoding="utf-8")) or {}
+        except ValueError as error:
             raise RecipeError(f"{config} is not YAML: {error}") from error
         if not isinstance(fields, dict):
             raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
@@ -114,8 +99,8 @@ def _recorded(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe that the run in the output folder was begun with; open_run says what is wrong with a damaged one."""
     path = Path(str(_value(fields, "output_dir", recipe_class))) / "recipe.yaml"
     try:
-        recorded = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+        recorded = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return recorded if isinstance(recorded, dict) else {}
 
@@ -132,8 +117,8 @@ def _override(fields: dict[str, Any], override: str) -> str | None:
         if not isinstance(node, dict):
             return f"{key!r} reaches inside {parent!r}, which is a value"
     try:
-        node[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError:
+        node[last] = read_yaml(text)
+    except ValueError:
         return f"{override!r} is not YAML after the =: put the value in quotes"
     return None
 

@@ -22,6 +22,7 @@ from isic_vq.training.load import strict_message, unknown_key
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
 from isic_vq.work import differences, flat, told
+from isic_vq.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +139,12 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
     """
     try:
         run = json.loads((folder / RUN).read_text())
-        recorded = yaml.safe_load((folder / RECIPE).read_text())
+        recorded = read_yaml((folder / RECIPE).read_text())
         began, identifier, changes = run["data"], run["identifier"], run.get("changes", [])
         defaults = flat(public_recipe(type(recipe)()))  # of keys that an older version did not have
         begun = {**defaults, **flat(recorded), "stage": recorded["stage"]}
         different = differences(begun, settings)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainingError(
             f"{folder.name} does not say how its run was begun ({RECIPE}, {RUN}: {error}): choose another output_dir"
         ) from error

@@ -71,12 +71,15 @@ class ParquetSource(Source):
             for batch in file.iter_batches(batch_size=64, row_groups=[group], use_threads=False):
                 for record in batch.to_pylist():
                     normal = normalise(record, f"{path.name}, row {row}", names, reading)
-                    yield {**normal, "image": _stored_image(normal["image"])}
+                    image = _stored_image(normal["image"])
+                    if isinstance(image, dict):
+                        check_inside(image["path"], (path,), f"{path.name}, row {row}")
+                    yield {**normal, "image": image}
                     row += 1
 
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         """The rows of all files."""
-        return _rows(_load(self.files), reading)
+        return _rows(_load(self.files), reading, self.files)
 
     def fingerprint(self) -> str:
         """Of the files' contents, whatever their names."""
@@ -86,7 +89,7 @@ class ParquetSource(Source):
     def dataset(self) -> Dataset:
         """All rows, without copying or decoding an image."""
         table = _load(self.files)
-        rows = list(self.checked(lambda reading: _rows(table, reading, numbered=True)))
+        rows = list(self.checked(lambda reading: _rows(table, reading, self.files, numbered=True)))
         images = table.select_columns("image").cast_column("image", Image())
         kept = [row.pop("number") for row in rows]
         if len(kept) < len(images):
@@ -136,12 +139,30 @@ def _load(paths: tuple[Path, ...]) -> Dataset:
     return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in paths], split="train")
 
 
-def _rows(table: Dataset, reading: Reading, numbered: bool = False) -> Iterator[dict[str, Any]]:
+def check_inside(path: str, files: tuple[Path, ...], where: str) -> None:
+    """Refuse an image's path that leaves the folders of the files that name it.
+
+    Raises:
+        DataError: it does.
+    """
+    if not any(Path(path).resolve().is_relative_to(file.resolve().parent) for file in files):
+        raise DataError(
+            f"{where}: the image {path!r} is outside of the parquet file's folder: store its bytes"
+        )
+
+
+def _rows(
+    table: Dataset, reading: Reading, files: tuple[Path, ...], numbered: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield the rows without images, each with its `number` if these are asked for."""
     images = table.select_columns("image").cast_column("image", Image())
-    paths = pyarrow.compute.struct_field(images.data.column("image"), "path").to_pylist()
+    column = images.data.column("image")
+    paths = pyarrow.compute.struct_field(column, "path").to_pylist()
+    is_stored = pyarrow.compute.struct_field(column, "bytes").is_valid().to_pylist()
     names = _class_names(table.features)
     for index, row in enumerate(table.remove_columns("image").to_list()):
+        if paths[index] is not None and not is_stored[index]:
+            check_inside(paths[index], files, f"row {index}")
         normal = normalise({**row, "image": {"path": paths[index]}}, f"row {index}", names, reading)
         del normal["image"]
         yield {**normal, "number": index} if numbered else normal

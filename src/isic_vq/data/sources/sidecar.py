@@ -25,7 +25,7 @@ def read_sidecar(content: bytes, where: str) -> dict[str, Any]:
     """
     try:
         about = json.loads(content)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or a tower of brackets
         raise DataError(f"{where} is not JSON: {error}. Expected one object about the image.") from error
     if not isinstance(about, dict):
         raise DataError(f"{where} is a {type(about).__name__}; expected one JSON object about the image.")
@@ -47,5 +47,5 @@ def flatten(about: dict[str, Any]) -> dict[str, Any]:
         flat["isic_id"] = about.get("name")
     levels = [flat.get(f"diagnosis_{level}") for level in range(1, 6)]
     if any(levels):
-        flat["diagnosis"] = archive_diagnosis(levels)
+        flat["diagnosis"] = archive_diagnosis([str(level) if level else None for level in levels])
     return flat
