@@ -55,6 +55,15 @@ def test_decay_warms_up_to_its_limit():
     assert averaged.shadow["weight"].item() == pytest.approx(0.9 * before + 0.1)
 
 
+def test_a_trained_models_parameters_count_from_the_first_step():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    averaged = AveragedParameters(model, 0.9, warms_up=False)
+    nn.init.ones_(model.weight)
+    averaged.update(model)
+    assert averaged.shadow["weight"].item() == pytest.approx(0.1), "nine tenths are what it began with"
+
+
 def test_buffers_are_left_out(model):
     assert not any("running" in name for name in AveragedParameters(model, 0.9).shadow)
 

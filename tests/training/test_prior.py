@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from isic_vq.data.code_cache import CodeCache, read_code_cache, write_code_cache
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo, describe_source
+from isic_vq.evaluation.distances import frechet_distance
+from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Report
 from isic_vq.hub import ModelError, load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
@@ -24,9 +26,10 @@ from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.clusters import fit_clusters
 from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.load import load_recipe
-from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, train_prior
+from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, open_task, train_prior
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
+from isic_vq.training.sample_quality import SampleQuality
 
 
 def cache_of(diagnoses, views=8, num_codes=8):
@@ -295,6 +298,87 @@ def test_more_clusters_than_images_are_refused_before_the_run_begins(make_recipe
         RecipeError, match=r"model.num_clusters is 9999: expected at most the \d+ training images"
     ):
         train_prior(make_recipe("model.num_clusters=9999"))
+    assert not (tmp_path / "run").exists()
+
+
+# Selection and fine-tuning
+
+
+@pytest.mark.parametrize(
+    ("select_by", "sign"), [("frechet_distance", 1), ("recall", -1), ("bits_per_code", 1)]
+)
+def test_the_best_validation_is_that_of_the_chosen_measure(make_recipe, parts, tmp_path, select_by, sign):
+    overrides = [f"feature_model={parts / 'features'}", f"select_by={select_by}", "select_samples=12"]
+    train_prior(make_recipe(*overrides, "loop.learning_rate=0.02", "loop.max_steps=12"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
+    found = {
+        (record["step"], kind): sign * record[f"{kind}/{select_by}"]
+        for record in epochs
+        for kind in ("validation", "averaged")
+        if f"{kind}/{select_by}" in record
+    }
+    assert len(found) >= 4, "premise: there is a choice"
+    progress = json.loads(max((tmp_path / "run" / "checkpoints").glob("step-*/progress.json")).read_text())
+    assert progress["best_loss"] == pytest.approx(min(found.values()), abs=1e-9)
+    assert progress["best_step"] in {
+        step for (step, _), value in found.items() if value == min(found.values())
+    }
+
+
+def test_sample_quality_is_that_of_samples_beside_decoded_codes(tiny_run, parts):
+    model = load_model(IsicVQModel, str(tiny_run.prior / "model"))
+    codes = torch.from_numpy(read_code_cache(tiny_run.codes["validation"]).codes[:12, 0].astype("int64"))
+    labels = torch.arange(12) % 3
+    features = FeatureModel.from_pretrained(str(parts / "features"))
+    measured = SampleQuality(features, codes, labels, seed=3).measure(model)
+
+    def seen(images):
+        return features((images * 255).round() / 255)
+
+    with torch.no_grad():
+        real, made = seen(model.decode(codes)), seen(model.generate(12, labels, seed=3).pixel_values)
+    assert measured["frechet_distance"] == pytest.approx(frechet_distance(real, made), rel=1e-3, abs=1e-6)
+    between, within = torch.cdist(real, made), torch.cdist(made, made).sort(1).values[:, 5]
+    assert measured["recall"] == pytest.approx((between <= within).any(1).double().mean().item(), abs=1 / 11)
+
+
+def test_a_run_goes_on_from_a_trained_prior_and_may_add_clusters(make_recipe, tiny_run, tmp_path):
+    start = tiny_run.prior / "model"
+    trained = load_model(IsicVQModel, str(start))
+    task = open_task(make_recipe(f"start={start}", "model.num_clusters=2"))
+    codes = task.validation_set.codes[:, 0]
+    with torch.no_grad():
+        for clusters in (torch.zeros(len(codes), dtype=torch.long), torch.ones(len(codes), dtype=torch.long)):
+            found = task.model.eval()(codes, task.validation_set.labels, clusters=clusters).logits
+            torch.testing.assert_close(found, trained.prior(codes, task.validation_set.labels).logits)
+    assert task.model.cluster_scores.abs().sum() > 0, "found anew"
+    assert task.fine_tunes
+    train_prior(make_recipe(f"start={start}", "model.num_clusters=2", "loop.max_steps=2"))
+    data = json.loads((tmp_path / "run" / "model" / "training_data.json").read_text())
+    assert data["prior_start"] == data["prior"], "here the same images"
+    again = open_task(
+        make_recipe(f"start={tmp_path / 'run' / 'model'}", "model.num_clusters=2", "loop.seed=5")
+    )
+    assert torch.equal(again.model.cluster_scores, task.model.cluster_scores), (
+        "those that it was trained with"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hidden_size=4", r"start has hidden_size \d+, and this run 4: expected the same"),
+        ("select_by=fid", "select_by is 'fid': expected one of bits_per_code, frechet_distance, recall"),
+        ("select_by=recall", "select_by is 'recall' and feature_model is not set"),
+        ("select_samples=3", "select_samples is 3: expected at least 12"),
+    ],
+)
+def test_starts_and_selections_that_do_not_fit_are_refused(
+    make_recipe, tiny_run, tmp_path, override, message
+):
+    with pytest.raises(RecipeError, match=message):
+        train_prior(make_recipe(f"start={tiny_run.prior / 'model'}", override))
     assert not (tmp_path / "run").exists()
 
 

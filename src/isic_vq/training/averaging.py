@@ -21,17 +21,20 @@ class AveragedParameters:
     Args:
         model: the model whose parameters are followed.
         decay: limit of the decay per step, in [0, 1).
+        warms_up: False lets the parameters that it begins with count from the first step, as those of a trained model
+            should; a new model's are noise, and the warm-up forgets them.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.num_updates = decay, 0
+    def __init__(self, model: nn.Module, decay: float, warms_up: bool = True):
+        self.decay, self.num_updates, self.warms_up = decay, 0, warms_up
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """shadow <- decay_t shadow + (1 - decay_t) parameter, for every trainable parameter."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        warm = (1 + self.num_updates) / (10 + self.num_updates) if self.warms_up else 1.0
+        decay = min(self.decay, warm)
         parameters = [p.detach() for name, p in model.named_parameters() if name in self.shadow]
         get_ema_multi_avg_fn(decay)(list(self.shadow.values()), parameters, None)
 

@@ -41,7 +41,7 @@ class Progress:
         step: optimizer steps done.
         epoch: epochs begun before the current one.
         batch: batches done in the current epoch.
-        best_loss: lowest validation loss so far; None before the first validation.
+        best_loss: lowest `Task.selection` so far; None before the first validation.
         best_step: step of that validation.
         validations_since_best: what early stopping counts.
     """

@@ -115,7 +115,8 @@ class Trainer:
         self.feed = task.feed(recipe, processes)
         # The scheduler is not prepared: accelerate would step it once per process.
         self.model, self.optimizer = processes.accelerator.prepare(task.model, optimizer)
-        self.averaged = AveragedParameters(task.model, recipe.average_decay) if recipe.average_decay else None
+        decay = recipe.average_decay
+        self.averaged = AveragedParameters(task.model, decay, not task.fine_tunes) if decay else None
         state = TrainingState(task.model, self.optimizer, self.scheduler)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes, state)
         self.progress = Progress()
@@ -339,8 +340,9 @@ class Trainer:
                 with swapped_in:
                     metrics = task.validate()
                     record |= {f"{name}/{key}": value for key, value in metrics.items()}
-                    if progress.best_loss is None or metrics["loss"] < progress.best_loss:
-                        progress.best_loss, progress.best_step = metrics["loss"], progress.step
+                    found = task.selection(metrics)
+                    if progress.best_loss is None or found < progress.best_loss:
+                        progress.best_loss, progress.best_step = found, progress.step
                         progress.validations_since_best = 0
                         task.save(self.run.folder / "best")
             if self.log.has_trackers:

@@ -15,12 +15,13 @@ from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
+from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
 from isic_vq.files import write_tensors
-from isic_vq.hub import load_model, resolve
+from isic_vq.hub import ModelError, load_model, resolve
 from isic_vq.models.configuration_isic_vq import prior_config_class
 from isic_vq.models.configuration_prior import PriorConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
@@ -34,7 +35,8 @@ from isic_vq.training.feed import RowFeed
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
-from isic_vq.training.run import build_config, save_model
+from isic_vq.training.run import build_config, known_fields, save_model
+from isic_vq.training.sample_quality import SampleQuality
 from isic_vq.training.stage import run_stage
 from isic_vq.training.task import Task
 
@@ -72,6 +74,7 @@ class PriorTask(Task):
         train_set: training codes, all views.
         validation_set: validation codes; the first view is measured.
         recipe: the run's recipe.
+        features: the feature space that samples are measured in at each validation, if any.
     """
 
     averages_directly = True
@@ -83,10 +86,16 @@ class PriorTask(Task):
         train_set: CodeGrids,
         validation_set: CodeGrids,
         recipe: PriorRecipe,
+        features: FeatureModel | None = None,
     ):
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.fine_tunes = model, recipe, bool(recipe.start)
         self.whole = IsicVQModel.from_parts(tokenizer, model)
         self.train_set, self.validation_set = train_set, validation_set
+        self.samples: SampleQuality | None = None
+        if features is not None:
+            chosen = slice(recipe.select_samples)
+            codes, labels = validation_set.codes[chosen, 0], validation_set.labels[chosen]
+            self.samples = SampleQuality(features, codes, labels, recipe.loop.seed)
 
     def compiled_parts(self) -> list[nn.Module]:
         return [*self.model.layers, self.model.head]
@@ -125,13 +134,19 @@ class PriorTask(Task):
         return {"loss": model(inputs, batch["labels"].to(device), context, targets=chosen).loss}
 
     def validate(self) -> dict[str, float]:
-        """Conditional validation loss: `loss` in nats per code, and the same in bits."""
+        """Conditional validation loss: `loss` in nats per code, and the same in bits; with a feature model, of samples."""
         bits = (
             bits_per_code(self.whole, self.validation_set.codes[:, 0], self.validation_set.labels)
             .mean()
             .item()
         )
-        return {"loss": bits * math.log(2), "bits_per_code": bits}
+        quality = {} if self.samples is None else self.samples.measure(self.whole.to(self.model.device))
+        return {"loss": bits * math.log(2), "bits_per_code": bits, **quality}
+
+    def selection(self, metrics: dict[str, float]) -> float:
+        """What the recipe's `select_by` names; more recall is better."""
+        name = self.recipe.select_by
+        return -metrics[name] if name == "recall" else metrics[name]
 
     def pictures(self) -> dict[str, Image.Image]:
         """Samples of the prior as it is, the same noise every time."""
@@ -152,7 +167,9 @@ class PriorTask(Task):
         model = IsicVQModel.from_parts(tokenizer, prior).to(self.processes.device)
         processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
         seen_by_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
-        training_data = {**seen_by_tokenizer, "prior": self.sources["train"]}
+        seen_by_start = read_training_data(Path(resolve(recipe.start))).get("prior") if recipe.start else None
+        started = {"prior_start": seen_by_start} if recipe.start else {}
+        training_data = {**seen_by_tokenizer, **started, "prior": self.sources["train"]}
         save_model(folder / "model", model, processor, training_data=training_data)
         labels = cycled_classes(model, recipe.num_samples)
         images = model.generate(recipe.num_samples, labels, seed=recipe.loop.seed)["pixel_values"]
@@ -202,12 +219,16 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: index for index, name in enumerate(class_names)}
     torch.manual_seed(recipe.loop.seed)
-    prior = PRIOR_MODELS[config.model_type](config).to(memory_format=torch.channels_last)
+    prior = PRIOR_MODELS[config.model_type](config)
+    trained = trained_prior(recipe.start, config) if recipe.start else None
+    if trained is not None:
+        take_over(prior, trained)
+    prior = prior.to(memory_format=torch.channels_last)
     train_set, validation_set = (CodeGrids(cache, class_names) for cache in (train, validation))
-    fit_clusters(
-        prior, tokenizer.quantizer.codebook.cpu(), train_set.codes, train_set.labels, recipe.loop.seed
-    )
-    task = PriorTask(prior, tokenizer, train_set, validation_set, recipe)
+    if trained is None or not trained.config.num_clusters:
+        codebook = tokenizer.quantizer.codebook.cpu()
+        fit_clusters(prior, codebook, train_set.codes, train_set.labels, recipe.loop.seed)
+    task = PriorTask(prior, tokenizer, train_set, validation_set, recipe, open_features(recipe.feature_model))
     task.sources = {
         "train": train.source,
         "validation": validation.source,
@@ -215,6 +236,47 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
     }
     task.settings = config.to_diff_dict()
     return task
+
+
+def open_features(folder: str) -> FeatureModel | None:
+    """The feature model of a folder or Hub id; None where none is named.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return FeatureModel.from_pretrained(folder) if folder else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"feature_model cannot be read: {error}") from error
+
+
+def trained_prior(folder: str, config: PriorConfig) -> PriorModel:
+    """The prior of a folder, alone or in a whole model, on the CPU.
+
+    Raises:
+        ModelError: there is none.
+        RecipeError: it is no prior of this config, but for its dropouts and for clusters that it has not.
+    """
+    try:
+        prior = load_model(IsicVQModel, folder).prior
+    except ModelError:
+        prior = load_model(PRIOR_MODELS[config.model_type], folder)
+    free = {"dropout", "class_dropout", *(() if prior.config.num_clusters else ("num_clusters",))}
+    fields = {*known_fields(type(config)), "model_type", "id2label"} - free
+    for name in sorted(fields):
+        old, new = getattr(prior.config, name, None), getattr(config, name)
+        if (list(old) if isinstance(old, tuple) else old) != (list(new) if isinstance(new, tuple) else new):
+            raise RecipeError(f"start has {name} {old!r}, and this run {new!r}: expected the same")
+    return prior.cpu()
+
+
+@torch.no_grad()
+def take_over(prior: PriorModel, trained: PriorModel) -> None:
+    """Give a prior a trained one's weights; clusters that it has not begin without effect."""
+    missing, _ = prior.load_state_dict(trained.state_dict(), strict=False)
+    for name, parameter in prior.named_parameters():
+        if name in missing:
+            parameter.zero_()
 
 
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:

@@ -229,9 +229,16 @@ class PriorRecipe:
         loop: how to train.
         model: fields of the prior's config, and its `model_type`: "isic_pixelcnn" where there is none, or "isic_var".
             What they share with the tokenizer's config comes from there, the classes from the code cache.
+        start: folder of a prior, or of a whole model, to go on from; "" starts a new one. Clusters may be added to it. Its
+            parameters belong to the average from the first step.
         context_noise: largest share of an image's input codes that are replaced by random ones while targets stay, in
             [0, 1]; see `disturb_context`. 0 leaves all as they are.
         context_noise_until: share of `loop.max_steps` over which `context_noise` falls to 0, linearly.
+        select_by: what chooses among validations, raw and averaged: "bits_per_code", or "frechet_distance" or "recall" of
+            samples.
+        feature_model: folder or Hub id of an image model, the feature space of these; with it they are measured at each
+            validation. Take one that the prior will not be judged by.
+        select_samples: images that they are measured on, as many as there are validation codes at most.
         num_samples: images generated at the end, for the figures.
         drop_other_classes: leave out, and count, validation images of classes that no training image has; where own
             classes were declared, they stop the run otherwise.
@@ -244,8 +251,12 @@ class PriorRecipe:
     validation_codes: str = ""
     loop: LoopRecipe = dataclasses.field(default_factory=LoopRecipe)
     model: dict = dataclasses.field(default_factory=dict)
+    start: str = ""
     context_noise: float | int = 0.0
     context_noise_until: float | int = 0.75
+    select_by: str = "bits_per_code"
+    feature_model: str = ""
+    select_samples: int = 256
     num_samples: int = 64
     drop_other_classes: bool = False
 
@@ -254,6 +265,16 @@ class PriorRecipe:
         for name in ("context_noise", "context_noise_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a value in [0, 1]")
+        if self.select_by not in (choices := ("bits_per_code", "frechet_distance", "recall")):
+            raise ValueError(f"select_by is {self.select_by!r}: expected one of {', '.join(choices)}")
+        if self.select_by != "bits_per_code" and not self.feature_model:
+            raise ValueError(
+                f"select_by is {self.select_by!r} and feature_model is not set: expected the feature space of samples"
+            )
+        if self.select_samples < 12:
+            raise ValueError(
+                f"select_samples is {self.select_samples}: expected at least 12, which have neighbours"
+            )
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}: expected at least 1")
 

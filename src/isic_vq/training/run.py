@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
+def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Fields of a config's class that are its own, not those of every model."""
+    own, general = ({field.name for field in dataclasses.fields(c)} for c in (config_class, PreTrainedConfig))
+    return own - general
+
+
 def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
     """Construct a model config from a recipe's `model` section, refusing keys the class does not have.
 
@@ -41,9 +47,7 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
         if preset not in PRESETS:
             raise RecipeError(f"model.preset is {preset!r}: expected one of {sorted(PRESETS)}")
         fields = {**PRESETS[preset], **fields}
-    known = {field.name for field in dataclasses.fields(config_class)} - {
-        field.name for field in dataclasses.fields(PreTrainedConfig)
-    }
+    known = known_fields(config_class)
     unknown = sorted(set(fields) - known)
     if unknown:
         raise RecipeError(unknown_key(f"model.{unknown[0]}", [f"model.{name}" for name in sorted(known)]))

@@ -20,6 +20,7 @@ class Task:
         model: what is trained.
         averages_directly: averaged parameters can be validated as they are (no statistics to re-estimate).
         idle_parameters: some parameters get no gradient in some steps, which DDP has to be told.
+        fine_tunes: the model is a trained one, whose parameters belong to the average.
         sources: by name, the `SourceInfo` of the data, or the sha256 of what else it is trained on.
         settings: flat settings that trackers show.
         validated: all that the last `validate` measured.
@@ -28,6 +29,7 @@ class Task:
     model: Any  # an nn.Module
     averages_directly = False
     idle_parameters = False
+    fine_tunes = False
     sources: Mapping[str, Any] = {}
     settings: Mapping[str, Any] = {}
     validated: Any = None
@@ -62,8 +64,12 @@ class Task:
         return {}
 
     def validate(self) -> dict[str, float]:
-        """Validation metrics of `model` as it is, in the main process alone; `loss` is the one that selects."""
+        """Validation metrics of `model` as it is, in the main process alone."""
         raise NotImplementedError
+
+    def selection(self, metrics: dict[str, float]) -> float:
+        """The number, of those of `validate`, that selects models: the smaller, the better."""
+        return metrics["loss"]
 
     def pictures(self) -> dict[str, Image.Image]:
         """What trackers show of the last validation."""
