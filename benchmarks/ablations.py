@@ -6,6 +6,7 @@
     python benchmarks/ablations.py var      # 600 steps each, on the codes of runs/codes-f8-scales
     python benchmarks/ablations.py decoder  # 100 steps each, two seeds, on the shipped tokenizer
     python benchmarks/ablations.py priors   # 300 steps each, two seeds, on the shipped tokenizer's codes
+    python benchmarks/ablations.py priors-start  # 100 steps each, from the shipped prior, which saw the held-out images
 
 Each run is `isic-vq train` with a recipe and overrides, kept in runs/ablations/, so that a stopped sweep goes on
 where it stood. Results go to benchmarks/reports/ablations-STAGE.json. One seed each, but where a stage names two: differences
@@ -57,6 +58,7 @@ from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.vqvae import quantizer_frozen, refit_batch_norm
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "model_cards/isic-vq-128"
 HAM = "parquet:${ISIC_VQ_DATA}/ham10000"
 STAGES: dict[str, dict[str, Any]] = {
     "vqvae": {
@@ -126,6 +128,27 @@ STAGES: dict[str, dict[str, Any]] = {
             "noise 0.3": ["context_noise=0.3"],
             "64 clusters": ["model.num_clusters=64"],
             "noise 0.3, 64 clusters": ["context_noise=0.3", "model.num_clusters=64"],
+        },
+    },
+    "priors-start": {
+        "train": "prior",
+        "config": "examples/configs/prior-f8-refined.yaml",
+        "shared": [
+            "train_codes=runs/ablations/codes-priors/train.parquet",
+            "validation_codes=runs/ablations/codes-priors/held-out.parquet",
+            "loop.max_steps=100",
+            "loop.warmup_steps=10",
+            "loop.save_every=20",
+            "loop.learning_rate=3.0e-4",
+            "loop.average_decay=0.98",
+            "loop.eval_every=100",
+            "num_samples=1",
+        ],
+        "runs": {
+            "none": ["context_noise=0", "model.num_clusters=0"],
+            "noise 0.3, 64 clusters": [],
+            "64 clusters": ["context_noise=0"],
+            "noise 0.3": ["model.num_clusters=0"],
         },
     },
     "decoder": {
@@ -303,7 +326,7 @@ def prior_measure() -> Callable[[Path], dict[str, Any]]:
     judges = [chooser, *([Yardstick.from_pretrained(judge)] if judge else [])]
     sets = {"held_out": (held_out(), held_out_labels, [chooser]), "validation": (validation, labels, judges)}
     references = {name: embedded(*parts)[0] for name, parts in sets.items()}
-    tokenizer = open_tokenizer(str(ROOT / "model_cards/isic-vq-128"))
+    tokenizer = open_tokenizer(str(SHIPPED))
     codes = {name: in_batches(tokenizer.encode, parts[0]) for name, parts in sets.items()}
 
     def lines(name: str, images: Tensor) -> dict[str, Any]:
@@ -330,7 +353,7 @@ def prior_measure() -> Callable[[Path], dict[str, Any]]:
             through = decode(tokenizer, in_batches(tokenizer.encode, other))
             real = {"validation": validation, "others": other, "their reconstructions": through}
             return {name: lines("validation", images) for name, images in real.items()}
-        model = IsicVQModel.from_pretrained(folder / "model").eval()
+        model = IsicVQModel.from_pretrained(folder if folder == SHIPPED else folder / "model").eval()
         result = {}
         for name, (images, diagnoses, _) in sets.items():
             ids = model.label_ids(diagnoses, len(images))
@@ -380,7 +403,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stage = arguments.stage
     kind = STAGES[stage]["train"]
-    if stage == "priors":
+    if stage.startswith("priors"):
         split_codes()
     elif kind == "prior":
         codes = STAGES[stage]["codes"]
@@ -393,11 +416,13 @@ def main() -> None:
         row_of = partial(tokenizer_row, train=images("train", 1024), validation=images("validation", 597))
     if kind == "decoder":
         row_of = decoder_measure()
-    if stage == "priors":
+    if stage.startswith("priors"):
         row_of = prior_measure()
     path = ROOT / f"benchmarks/reports/ablations-{stage}.json"
     seeds = STAGES[stage].get("seeds")
     measured: dict[str, Callable[[], dict[str, Any]]] = {}
+    if stage == "priors-start":
+        measured["shipped"] = lambda: row_of(SHIPPED)
     if stage == "priors" and arguments.seed in (None, seeds[0]):
         measured["real"] = lambda: row_of(Path())
     for seed in seeds or [0]:
