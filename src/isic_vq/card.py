@@ -201,21 +201,12 @@ def column_title(metric: Metric) -> str:
 
 
 def metric_table(reports: Iterable[Report]) -> str:
-    """The metrics of the reports as Markdown, a headed table per topic.
+    """The metrics of the reports as Markdown, a headed table per topic; see `report_tables`.
 
     Raises:
         ValueError: one thing was measured twice.
     """
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in topic_tables(reports).items())
-
-
-def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
-    """The metrics of the reports as Markdown tables by topic; see `report_tables`.
-
-    Raises:
-        ValueError: one thing was measured twice.
-    """
-    tables = {}
+    tables = []
     for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
         rows = [
             [
@@ -225,8 +216,9 @@ def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
             ]
             for (name, unit), row in table.rows.items()
         ]
-        tables[table.title] = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
-    return tables
+        text = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
+        tables.append(f"### {table.title}\n\n{text}")
+    return "\n\n".join(tables)
 
 
 def metric_cell(metric: Metric) -> str:
@@ -298,16 +290,12 @@ def training_data_table(origin: dict[str, Any]) -> str:
         )
         columns.append(
             {
-                "images": f"{about['num_images']:,}" if about else NOT_RECORDED,
+                "images": say("{num_images:,}", about),
                 "by licence": licenses or NOT_RECORDED,
-                "snapshot of the source": as_text(about.get("snapshot") or NOT_RECORDED),
-                "sha256 of the ids": f"`{about['ids_sha256']:.16}`"
-                if about.get("ids_sha256")
-                else NOT_RECORDED,
-                "sha256 of the content": f"`{about['fingerprint']:.16}`" if about else NOT_RECORDED,
-                "sha256 of the manifest": f"`{about['manifest_sha256']:.16}`"
-                if about.get("manifest_sha256")
-                else "",
+                "snapshot of the source": as_text(say("{snapshot}", about)),
+                "sha256 of the ids": say("`{ids_sha256:.16}`", about),
+                "sha256 of the content": say("`{fingerprint:.16}`", about),
+                "sha256 of the manifest": say("`{manifest_sha256:.16}`", about, missing=""),
             }
         )
     # Data that were not prepared have no manifest.
@@ -320,11 +308,6 @@ def training_column(record: dict[str, Any]) -> dict[str, str]:
     """One part's cells of the training table, by row."""
     recipe, machine = record.get("recipe", {}), record.get("environment", {})
     loop = recipe.get("loop", {})
-
-    def say(text: str, source: dict[str, Any]) -> str:
-        names = re.findall(r"{(\w+)", text)
-        return text.format(**source) if all(source.get(name) is not None for name in names) else NOT_RECORDED
-
     return {
         "optimizer steps": say("{steps:,}", record),
         "batch size": say("{batch_size} images", loop),
@@ -340,3 +323,9 @@ def training_column(record: dict[str, Any]) -> dict[str, str]:
         "software": say("isic-vq {isic_vq}, torch {torch}, transformers {transformers}", machine),
         "commit": say("`{git_commit:.12}`" + (", with changes" if machine.get("git_dirty") else ""), machine),
     }
+
+
+def say(text: str, source: dict[str, Any], missing: str = NOT_RECORDED) -> str:
+    """A format string filled from a record, or `missing` if the record lacks one of its fields."""
+    fields = re.findall(r"{(\w+)", text)
+    return text.format(**source) if all(source.get(name) is not None for name in fields) else missing

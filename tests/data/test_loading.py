@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from isic_vq.data.loading import DecodedImages, SkipCounter, collate, iter_batches, own_records
+from isic_vq.data.loading import DecodedImages, SkipCounter, collate, iter_batches
 from isic_vq.data.schema import FEATURES, DataError
-from isic_vq.data.sources import find_source, open_source
+from isic_vq.data.sources import open_source
 from isic_vq.data.synthetic import synthetic_image, synthetic_record
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
@@ -230,13 +230,3 @@ def test_real_images_decode_without_a_skip(data_dir, processor):
 def test_untouched_archive_files_decode(data_dir, processor):
     (batch,) = iter_batches(open_source("${ISIC_VQ_DATA}/raw"), processor, 16)
     assert batch["pixel_values"].shape == (12, 3, 32, 32)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_processes_share_the_records_and_none_is_read_twice(streaming, world):
-    """The source has three parts: with five processes, two have nothing to stream."""
-    source = find_source("synthetic:40:0")
-    records = source if streaming else source.dataset()
-    shares = [own_records(records, rank, world)["isic_id"] for rank in range(world)]
-    assert sorted(name for share in shares for name in share) == source.dataset()["isic_id"][:]

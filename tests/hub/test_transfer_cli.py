@@ -6,8 +6,6 @@ import pytest
 from fake_hub import Fault
 from repository_folder import CARD, contents
 
-from isic_vq.cli.transfer import size
-
 REPO = "user/tiny"
 
 
@@ -43,10 +41,10 @@ def test_dry_run_lists_what_goes_and_what_stays(online_hub, run, folder):
     code, out, _ = run("push", folder, REPO, "--dry-run")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0
-    assert ["change", str(len(CARD) + 5), "B", "README.md"] in lines
-    assert ["delete", "13", "B", "LICENSE-WEIGHTS"] in lines
+    assert ["change", str(len(CARD) + 5), "bytes", "README.md"] in lines
+    assert ["delete", "13", "bytes", "LICENSE-WEIGHTS"] in lines
     assert ["left", "out", "2.5", "kB", "train.parquet"] in lines
-    assert out.splitlines()[-1].startswith(f"dry run: would push 1 files ({len(CARD) + 5} B), 1 deleted,")
+    assert out.splitlines()[-1].startswith(f"dry run: would push 1 files ({len(CARD) + 5} bytes), 1 deleted,")
     assert out.splitlines()[-1].endswith(f"to {REPO}")
 
 
@@ -87,11 +85,3 @@ def test_an_incomplete_folder_is_told_in_one_line(online_hub, run, folder):
     code, _, err = run("push", folder, REPO)
     assert code == 1
     assert err == f"error: {folder} lacks model_index.json: expected a file, which isic-vq export writes\n"
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"), (3e9, "3.0 GB")],
-)
-def test_sizes_are_for_people(num_bytes, text):
-    assert size(num_bytes) == text

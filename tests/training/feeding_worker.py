@@ -14,7 +14,7 @@ from datasets import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from isic_vq.data.loading import collate, decoded_item, iter_batches, own_records
+from isic_vq.data.loading import collate, decoded_item, iter_batches
 from isic_vq.data.sources import find_source
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.images import ImageTask, open_images
@@ -100,7 +100,8 @@ def watch_evaluation(folder, uri, stream, num_workers):
     """Read this process's share of a source once."""
     processes = Processes(LoopRecipe(precision="fp32"), folder)
     source = find_source(uri)
-    records = own_records(source if stream else source.dataset(), processes.rank, processes.world)
+    rank, world = processes.rank, processes.world
+    records = source.stream(rank, world) if stream else source.dataset().shard(world, rank)
     if num_workers:
         undecoded = records.cast_column("image", Image(decode=False))
         batches = DataLoader(undecoded, 64, num_workers=num_workers, collate_fn=decoded_ids)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from isic_vq.cli.app import app
 
@@ -47,14 +48,14 @@ def push(
     )
     if done.result is None:
         for file in done.plan:
-            typer.echo(f"{file.action:>8} {size(file.size):>9}  {file.path}")
+            typer.echo(f"{file.action:>8} {decimal(file.size):>9}  {file.path}")
     for path, num_bytes in done.left_out[:SHOWN_LEFT_OUT]:
-        typer.echo(f"left out {size(num_bytes):>9}  {path}")
+        typer.echo(f"left out {decimal(num_bytes):>9}  {path}")
     if len(done.left_out) > SHOWN_LEFT_OUT:
         typer.echo(f"left out {len(done.left_out) - SHOWN_LEFT_OUT} more files")
     sent = [file.size for file in done.plan if file.action in ("add", "change")]
     gone = sum(file.action == "delete" for file in done.plan)
-    what = f"{len(sent)} files ({size(sum(sent))}), {gone} deleted, {len(done.plan) - len(sent) - gone} unchanged"
+    what = f"{len(sent)} files ({decimal(sum(sent))}), {gone} deleted, {len(done.plan) - len(sent) - gone} unchanged"
     if done.result is None:
         state = "" if done.exists else ", which does not exist yet or is private"
         typer.echo(f"dry run: would push {what} to {repo_id}{state}")
@@ -80,11 +81,3 @@ def pull(
 
     folder = transfer.pull(repo_id, output or Path(repo_id.rpartition("/")[2]), revision=revision)
     typer.echo(f"wrote {folder}; next: isic-vq info {folder}")
-
-
-def size(num_bytes: int) -> str:
-    """A number of bytes for people: "740 B", "12.3 kB", "6.2 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes} B"

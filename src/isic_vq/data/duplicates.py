@@ -332,7 +332,6 @@ def _expand(
 
 
 def _relation(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """What the ids say of two images."""
     if first["isic_id"] and first["isic_id"] == second["isic_id"]:
         return "same isic_id"
     if not (first["lesion_id"] and second["lesion_id"]):
@@ -341,10 +340,8 @@ def _relation(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def _both(first: str | None, second: str | None) -> str:
-    """Two names as one, whichever comes first."""
     return " / ".join(sorted(name or "unknown" for name in (first, second)))
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, sorted by value."""
     return dict(sorted(Counter(values).items()))

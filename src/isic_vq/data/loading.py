@@ -18,8 +18,7 @@ from datasets import Dataset, Image, IterableDataset
 from numpy.typing import NDArray
 
 from isic_vq.data.augmentation import random_views, view
-from isic_vq.data.schema import FEATURES, DataError
-from isic_vq.data.sources import Source
+from isic_vq.data.schema import DataError
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -167,7 +166,6 @@ class SkipCounter:
         self._check(self.num_images)
 
     def _check(self, num_images: int) -> None:
-        """Raise if more than the allowed share of this many images is corrupt."""
         if self.num_skipped > self.max_share * num_images:
             check_share(list(self._logged.values()), self.num_skipped, self.num_images, self.max_share)
 
@@ -270,28 +268,11 @@ def decoded_item(
     return _item(_decode(record, index, image_processor), _label(record["diagnosis"], label2id), index)
 
 
-def own_records(records: Dataset | Source, rank: int, world: int) -> Dataset | IterableDataset:
-    """One process's share of the records, each of which is in one share: rows in order, or whole parts of a stream.
-
-    Args:
-        records: with random access, or a source that is streamed.
-        rank: number of the process.
-        world: number of processes.
-    """
-    if isinstance(records, Dataset):
-        return records.shard(world, rank)
-    if rank >= len(records.parts()):
-        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
-    return records.stream(rank, world)
-
-
 def _label(diagnosis: str, label2id: Mapping[str, int] | None) -> int:
-    """Return the class id of a diagnosis, or the unconditional id."""
     return 0 if label2id is None else label2id.get(diagnosis, len(label2id))
 
 
 def _name(record: Mapping[str, Any], index: int) -> str:
-    """Return what an image is called in messages."""
     return record["isic_id"] or f"image {index}"
 
 
@@ -310,7 +291,6 @@ def _decode(
 
 
 def _item(square: NDArray[np.uint8] | str, label: int, index: int) -> dict[str, Any]:
-    """Return the item of one decoded or corrupt image."""
     if isinstance(square, str):
         return {"index": index, "error": square}
     return {"pixels": square, "label": label, "index": index}

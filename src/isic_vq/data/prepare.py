@@ -39,15 +39,15 @@ from isic_vq.data.duplicates import (
 from isic_vq.data.licenses import license_id
 from isic_vq.data.loading import check_share
 from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.shards import SUFFIXES
 from isic_vq.data.sources import Source, find_source
+from isic_vq.data.sources.base import count_rows
 from isic_vq.data.sources.manifest import (
     IMAGE_COLUMNS,
     IMAGES,
     MANIFEST,
-    SUFFIXES,
     Manifest,
     Shard,
-    describe_split,
     images_bytes,
     read_images,
     shard_of,
@@ -204,7 +204,7 @@ def _finish(
     manifest = Manifest(
         settings=settings,
         sources=[*(old.sources if old is not None else []), *infos],
-        splits={split: describe_split([r for r in everything if r["split"] == split]) for split in SPLITS},
+        splits={split: count_rows([r for r in everything if r["split"] == split]) for split in SPLITS},
         shards=shards,
         unreadable={
             str(row["isic_id"]): row["reason"].removeprefix(UNREADABLE)

@@ -141,7 +141,6 @@ def _first_present(
 
 
 def _levels(record: Mapping[str, Any], columns: tuple[str, ...]) -> list[str | None]:
-    """Return the text of these columns, None where it is missing."""
     values = [_first_present(record, (column,)) for column in columns]
     return [None if value is None else str(value) for value in values]
 

@@ -9,7 +9,7 @@ It does not generate: `isic_vq.generation` says which images a shard holds.
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,9 @@ def write_shard(path: Path, samples: Sequence[Sample], class_names: Sequence[str
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
-    content = _to_tar(samples) if path.suffix == ".tar" else _to_parquet(samples, list(class_names))
+    content = (
+        tar_bytes(_members(samples)) if path.suffix == ".tar" else _to_parquet(samples, list(class_names))
+    )
     write_atomically(path, content)
 
 
@@ -137,15 +139,7 @@ def _to_parquet(samples: Sequence[Sample], class_names: list[str]) -> bytes:
         for sample in samples
     ]
     schema = _features(class_names, len(samples[0].codes)).arrow_schema
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(rows, schema=schema),
-        sink,
-        compression="zstd",
-        row_group_size=ROW_GROUP_SIZE,
-        write_page_checksum=True,
-    )
-    return sink.getvalue().to_pybytes()
+    return parquet_bytes(pyarrow.Table.from_pylist(rows, schema=schema), ROW_GROUP_SIZE)
 
 
 def _from_parquet(path: Path) -> Iterator[Sample]:
@@ -156,22 +150,41 @@ def _from_parquet(path: Path) -> Iterator[Sample]:
             yield Sample(**{**row, "image": row["image"]["bytes"], "label": label})
 
 
-def _to_tar(samples: Sequence[Sample]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            about = asdict(sample)
-            image = about.pop("image")
-            for suffix, content in (("png", image), ("json", json.dumps(about).encode())):
-                member = tarfile.TarInfo(f"{sample.name}.{suffix}")  # time 0, user 0 and group 0
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+def _members(samples: Sequence[Sample]) -> Iterator[tuple[str, bytes]]:
+    for sample in samples:
+        about = asdict(sample)
+        yield f"{sample.name}.png", about.pop("image")
+        yield f"{sample.name}.json", json.dumps(about).encode()
 
 
 def _from_tar(path: Path) -> Iterator[Sample]:
-    with tarfile.open(path, "r:") as tar:
-        contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    contents = tar_contents(path)
     for name, content in contents.items():
         if name.endswith(".json"):
             yield Sample(image=contents[name.removesuffix("json") + "png"], **json.loads(content))
+
+
+def parquet_bytes(table: pyarrow.Table, row_group_size: int) -> bytes:
+    """A parquet file; the same table gives the same bytes."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(
+        table, sink, compression="zstd", row_group_size=row_group_size, write_page_checksum=True
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar of names and contents; the same members give the same bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)  # time 0, user 0 and group 0
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def tar_contents(path: Path) -> dict[str, bytes]:
+    """The contents of a tar's files by name."""
+    with tarfile.open(path, "r:") as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]

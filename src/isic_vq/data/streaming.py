@@ -168,7 +168,6 @@ def read_into_memory(source: Source, max_bytes: int = MAX_BYTES_IN_MEMORY) -> Da
 
 
 def _stored(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose image is {"bytes", "path"} or None."""
     return {**record, "image": None if record["image"] is None else Image().encode_example(record["image"])}
 
 

@@ -150,12 +150,10 @@ def synthetic_fingerprint(num_images: int, seed: int) -> str:
 
 
 def _diagnosis(index: int) -> str:
-    """Return the diagnosis of a picture: all but `unknown`, in turns."""
     return DIAGNOSES[index % len(_LOOKS)]
 
 
 def _generator(index: int, seed: int, stream: int) -> np.random.Generator:
-    """Return the random generator of one picture."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from isic_vq.data.sources.base import count_rows
 from isic_vq.data.sources.folder import file_digest
-from isic_vq.data.sources.manifest import IMAGES, MANIFEST, Manifest, describe_split, read_images, read_shard
+from isic_vq.data.sources.manifest import IMAGES, MANIFEST, Manifest, read_images, read_shard
 from isic_vq.data.splits import SHARED_COLUMNS, SPLITS
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
@@ -34,7 +35,7 @@ def verify(folder: Path) -> list[str]:
             f"{column} {name} is in {' and '.join(sorted(s))}" for name, s in sides.items() if len(s) > 1
         ]
     for split in SPLITS:
-        expected = describe_split([row for row in rows if row["split"] == split])
+        expected = count_rows([row for row in rows if row["split"] == split])
         if manifest.splits.get(split) != expected:
             wrong.append(f"{MANIFEST} does not count the images of {split} as {IMAGES} has them")
     for row in kept:

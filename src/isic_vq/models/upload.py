@@ -244,13 +244,7 @@ def upload_folder(
         has_branch = check_target(api, repo_id, revision, tag)
         commit = api.repo_info(repo_id, revision=revision if has_branch else None).sha
         assert commit is not None, "the Hub makes every repository with a first commit"
-        if api.file_exists(repo_id, "config.json", revision=commit):
-            found = model_type(repo_id, commit, token)
-            if found != "isic_vq":
-                raise HubError(
-                    f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another "
-                    "name; nothing was sent"
-                )
+        _refuse_other_model(api, repo_id, commit)
         plan = plan_upload(api, folder, files, repo_id, commit)
         new = [CommitOperationAdd(p.path, folder / p.path) for p in plan if p.action in ("add", "change")]
         gone = [CommitOperationDelete(p.path, is_folder=False) for p in plan if p.action == "delete"]
@@ -294,6 +288,18 @@ def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
             f"{repo_id} is {is_now}, not {wanted}: change that at {constants.ENDPOINT}/{repo_id}/settings; nothing was sent"
         )
     return repo_id
+
+
+def _refuse_other_model(api: HfApi, repo_id: str, revision: str) -> None:
+    """Refuse a repository that holds a model of another kind, which a push would remove."""
+    if not api.file_exists(repo_id, "config.json", revision=revision):
+        return
+    found = model_type(repo_id, revision, api.token)
+    if found != "isic_vq":
+        raise HubError(
+            f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another name; "
+            "nothing was sent"
+        )
 
 
 def full_name(repo_id: str, token: Token = None) -> str:

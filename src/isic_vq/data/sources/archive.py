@@ -341,5 +341,4 @@ def _diagnosis(row: dict[str, Any]) -> str:
 
 
 def _normal(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """A row of the archive's metadata with the columns of `FEATURES`."""
     return normalise({**row, "source": "isic-archive"}, "isic-archive", reading=reading)

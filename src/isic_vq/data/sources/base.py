@@ -10,7 +10,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -199,6 +199,19 @@ def describe_rows(
         name: what they are called, if they are not all of the source.
         fingerprint: the source's, if it is known.
     """
+    counts = count_rows(rows)
+    return SourceInfo(
+        name=name or source.name,
+        fingerprint=source.fingerprint() if fingerprint is None else fingerprint,
+        snapshot=source.snapshot,
+        manifest_sha256=source.manifest_sha256,
+        classes=None if source.classes.is_default else source.classes.ordered(counts["diagnoses"]),
+        **counts,
+    )
+
+
+def count_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number of rows, images per class and licence, attribution lines and `ids_sha256`, by their names in `SourceInfo`."""
     ids: list[str | None] = []
     licenses, attributions, diagnoses = Counter[str](), set(), Counter[str]()
     for row in rows:
@@ -206,18 +219,13 @@ def describe_rows(
         licenses[row["license"] or "unknown"] += 1
         diagnoses[row["diagnosis"]] += 1
         attributions.add(row["attribution"])
-    return SourceInfo(
-        name=name or source.name,
-        fingerprint=source.fingerprint() if fingerprint is None else fingerprint,
-        num_images=len(ids),
-        licenses=dict(sorted(licenses.items())),
-        attributions=sorted(filter(None, attributions)),
-        diagnoses=dict(sorted(diagnoses.items())),
-        snapshot=source.snapshot,
-        ids_sha256=hash_ids(ids),
-        manifest_sha256=source.manifest_sha256,
-        classes=None if source.classes.is_default else source.classes.ordered(diagnoses),
-    )
+    return {
+        "num_images": len(ids),
+        "diagnoses": dict(sorted(diagnoses.items())),
+        "licenses": dict(sorted(licenses.items())),
+        "attributions": sorted(filter(None, attributions)),
+        "ids_sha256": hash_ids(ids),
+    }
 
 
 def hash_ids(ids: Iterable[str | None]) -> str:

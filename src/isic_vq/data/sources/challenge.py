@@ -213,7 +213,6 @@ class ChallengeSource(Source):
         return _open(self.name, self.release, RemoteSettings.from_environment())
 
     def _row(self, member: ZipInfo, contents: "_Contents", reading: Reading) -> dict[str, Any]:
-        """The row of an image, as the tables have it."""
         name, release = contents.ids[member.filename], self.release
         about = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
         about |= {"license": release.license, "attribution": release.attribution}

@@ -172,7 +172,6 @@ class HubSource(Source):
 
     @property
     def _connection(self) -> Connection:
-        """How the Hub is asked."""
         return Connection(self.name, self.repo, self.commit)
 
     def _records(self, part: Part, with_images: bool, reading: Reading) -> Iterator[dict[str, Any]]:

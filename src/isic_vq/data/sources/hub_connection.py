@@ -65,7 +65,6 @@ class Connection:
                 time.sleep(min(2**failures, 30))
 
     def _explained(self, error: BaseException) -> DataError:
-        """What is wrong and the way out, without a token in it."""
         try:
             with hub_errors(f"datasets/{self.repo}", self.revision):
                 raise error
@@ -74,7 +73,6 @@ class Connection:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code == 429 or error.response.status_code >= 500
     return not isinstance(error, FileNotFoundError)

@@ -7,10 +7,7 @@
 A folder without `manifest.json` is not finished.
 """
 
-import io
 import json
-import tarfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +17,13 @@ import pyarrow
 import pyarrow.parquet
 
 from isic_vq.data.schema import FEATURES, DataError
-from isic_vq.data.sources.base import hash_ids
+from isic_vq.data.shards import parquet_bytes, tar_bytes, tar_contents
 from isic_vq.data.sources.folder import file_digest
 from isic_vq.data.uri import MANIFEST
 from isic_vq.files import write_atomically
 
 IMAGES = "images.parquet"
 ROW_GROUP_SIZE = 256  # rows; what a reader that wants one image has to load
-SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 IMAGE_COLUMNS = pyarrow.schema(
     [
         *(
@@ -110,17 +106,6 @@ class Manifest:
         return [shard for shard in self.shards if shard.split == split]
 
 
-def describe_split(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the manifest says of a split's images."""
-    return {
-        "num_images": len(rows),
-        "diagnoses": dict(sorted(Counter(row["diagnosis"] for row in rows).items())),
-        "licenses": dict(sorted(Counter(row["license"] or "unknown" for row in rows).items())),
-        "attributions": sorted({row["attribution"] for row in rows if row["attribution"]}),
-        "ids_sha256": hash_ids(row["isic_id"] for row in rows),
-    }
-
-
 def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a prepared folder's images.
 
@@ -137,7 +122,8 @@ def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict
 
 def images_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """`images.parquet` of rows with the columns `IMAGE_COLUMNS`."""
-    return _parquet_bytes(pyarrow.Table.from_pylist([dict(row) for row in rows], schema=IMAGE_COLUMNS))
+    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=IMAGE_COLUMNS)
+    return parquet_bytes(table, ROW_GROUP_SIZE)
 
 
 def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -149,10 +135,10 @@ def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         OSError: the file cannot be written, for example because the disk is full.
     """
     if path.suffix == ".tar":
-        write_atomically(path, _tar_bytes(records))
+        write_atomically(path, tar_bytes(_members(records)))
         return
     table = pyarrow.Table.from_pylist([dict(record) for record in records], schema=FEATURES.arrow_schema)
-    write_atomically(path, _parquet_bytes(table))
+    write_atomically(path, parquet_bytes(table, ROW_GROUP_SIZE))
 
 
 def shard_of(path: Path, split: str, rows: int) -> Shard:
@@ -163,8 +149,7 @@ def shard_of(path: Path, split: str, rows: int) -> Shard:
 def read_shard(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield id and encoded image of every row of a shard."""
     if path.suffix == ".tar":
-        with tarfile.open(path, "r:") as tar:
-            contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        contents = tar_contents(path)
         for name, content in contents.items():
             if name.endswith(".json"):
                 about = json.loads(content)
@@ -176,23 +161,10 @@ def read_shard(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield row["isic_id"], row["image"]["bytes"]
 
 
-def _parquet_bytes(table: pyarrow.Table) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(
-        table, sink, compression="zstd", row_group_size=ROW_GROUP_SIZE, write_page_checksum=True
-    )
-    return sink.getvalue()
-
-
-def _tar_bytes(records: Sequence[Mapping[str, Any]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, record in enumerate(records):
-            about = {name: value for name, value in record.items() if name != "image" and value is not None}
-            suffix = Path(record["image"]["path"]).suffix.removeprefix(".")
-            about["image_format"] = suffix
-            for ending, content in ((suffix, record["image"]["bytes"]), ("json", json.dumps(about).encode())):
-                member = tarfile.TarInfo(f"{number:08d}.{ending}")  # time 0, user 0 and group 0
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+def _members(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    for number, record in enumerate(records):
+        about = {name: value for name, value in record.items() if name != "image" and value is not None}
+        suffix = Path(record["image"]["path"]).suffix.removeprefix(".")
+        about["image_format"] = suffix
+        yield f"{number:08d}.{suffix}", record["image"]["bytes"]
+        yield f"{number:08d}.json", json.dumps(about).encode()

@@ -135,7 +135,6 @@ def _column_names(file: Path) -> list[str]:
 
 
 def _load(paths: tuple[Path, ...]) -> Dataset:
-    """Open the files without copying or decoding an image."""
     return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in paths], split="train")
 
 
@@ -178,5 +177,4 @@ def _stored_image(image: dict[str, Any] | bytes | None) -> dict[str, Any] | byte
 
 
 def _class_names(features: Features) -> dict[str, list[str]]:
-    """Return the names behind the ids of every `ClassLabel` column."""
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}

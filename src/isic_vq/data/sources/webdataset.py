@@ -139,7 +139,6 @@ class WebDatasetSource(Source):
 
 
 def _file_name(tar: str) -> str:
-    """What messages call a tar."""
     return PurePosixPath(urlsplit(tar).path).name if is_url(tar) else Path(tar).name
 
 
@@ -152,7 +151,6 @@ def _digest(tar: str) -> str:
 
 
 def _opened(tar: str) -> IO[bytes]:
-    """A tar's bytes, seekable."""
     return RangeFile(tar) if is_url(tar) else open(tar, "rb")
 
 
