@@ -82,7 +82,7 @@ def assign_splits(
         One assignment per row. Of rows with the same `isic_id`, the first one counts and the others are excluded.
 
     Raises:
-        ValueError: shares or splits that are none.
+        ValueError: an unknown split, or shares that leave nothing for training.
         DataError: a record has no id.
     """
     _check_shares(shares)
@@ -148,7 +148,7 @@ class _Sides:
         self.held.update((key, split) for key in keys)
 
     def describe(self, group: Key, keys: Sequence[Key]) -> str:
-        """Who is where, as a record with these keys sees it: its own lesion or patient before others of its group."""
+        """Name the splits that a record's group is bound to, by its own lesion or patient before others of the group."""
         told = []
         for split, smallest in sorted(self.of_group[group].items()):
             column, name = next((key for key in keys if (key, split) in self.held), smallest)

@@ -175,7 +175,7 @@ class HubSource(Source):
         return Connection(self.name, self.repo, self.commit)
 
     def _records(self, part: Part, with_images: bool, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The records of a row group, read anew; an image without an id has its place in the split for one."""
+        """Read the records of a row group; an image without an id is named by its place in the split."""
         path, group, first = part
         rows = _read_group(path, group, self.columns.names["image"], with_images)
         for number, row in enumerate(rows, start=first):
