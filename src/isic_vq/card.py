@@ -201,12 +201,17 @@ def column_title(metric: Metric) -> str:
 
 
 def metric_table(reports: Iterable[Report]) -> str:
-    """The metrics of the reports as Markdown, a headed table per topic; see `report_tables`.
+    """The metrics of the reports as Markdown, a headed table per topic; see `topic_tables`."""
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in topic_tables(reports).items())
+
+
+def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
+    """The metrics of the reports as Markdown tables by topic; see `report_tables`.
 
     Raises:
         ValueError: one thing was measured twice.
     """
-    tables = []
+    tables = {}
     for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
         rows = [
             [
@@ -216,9 +221,8 @@ def metric_table(reports: Iterable[Report]) -> str:
             ]
             for (name, unit), row in table.rows.items()
         ]
-        text = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
-        tables.append(f"### {table.title}\n\n{text}")
-    return "\n\n".join(tables)
+        tables[table.title] = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
+    return tables
 
 
 def metric_cell(metric: Metric) -> str:
