@@ -6,7 +6,7 @@ Opening is strict: a folder of another class is refused by name, where transform
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -130,12 +130,7 @@ def _read_config(path: Path, name: str, model_class: "type[PreTrainedModel]") ->
 
 def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
     """Refuse a folder whose config is neither the class's nor that of a whole that contains it."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{folder.name}/config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder.name}/config.json is not a JSON object: expected a model's configuration")
+    config = read_object(folder / "config.json")
     wanted = model_class.config_class
     found, part = config.get("model_type"), config.get(wanted.base_config_key)
     if wanted.model_type not in (found, part.get("model_type") if isinstance(part, dict) else None):
@@ -143,3 +138,18 @@ def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
             f"{folder.name} is {KINDS.get(str(found), f'a {found!r} checkpoint')}: expected "
             f"{KINDS.get(wanted.model_type, wanted.model_type)}"
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}): expected what isic-vq export writes") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object: expected what isic-vq export writes")
+    return content

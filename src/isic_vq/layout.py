@@ -3,20 +3,18 @@
 An allow-list: what is not named here, such as images, caches, checkpoints or a `.env`, never leaves this machine.
 """
 
-import json
 import os
 import re
 from collections.abc import Container
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
-from isic_vq.hub import ModelError
+from isic_vq.hub import ModelError, read_object
 from isic_vq.yaml_text import read_yaml
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,21 +108,6 @@ def check_folder(folder: Path, files: list[str]) -> None:
             check_picture(folder / path)
         if not path.endswith((".safetensors", ".onnx")) and HUB_TOKEN.search((folder / path).read_bytes()):
             raise ModelError(f"{folder / path} holds a Hub token: remove it there and revoke it, then push")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}): write it anew with isic-vq export") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object: write it anew with isic-vq export")
-    return content
 
 
 def _check_code(folder: Path, files: list[str]) -> None:
