@@ -39,7 +39,7 @@ WAY_OUT = "nothing was written; look for NaN in the weights, or install the vers
 
 
 class EncoderGraph(nn.Module):
-    """`VQVAEModel.encode` without its loop over chunks of latents, which would fix the batch size."""
+    """`VQVAEModel.encode`."""
 
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
@@ -47,12 +47,7 @@ class EncoderGraph(nn.Module):
         self.quantizer: VectorQuantizer = tokenizer.quantizer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.quantizer.encode(self.encoder(pixel_values), plain_search)
-
-
-def plain_search(latents: Tensor, codebook: Tensor) -> Tensor:
-    """`nearest_codes` in few operations: eq. 1 of arXiv 1711.00937, the lowest index on ties."""
-    return (codebook.square().sum(1) + latents @ (-2 * codebook.t())).argmin(1)
+        return self.quantizer.encode(self.encoder(pixel_values))
 
 
 class DecoderGraph(nn.Module):
@@ -66,7 +61,7 @@ class DecoderGraph(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         # ONNX would count a negative index from the end.
         codes = torch.where(codes < 0, self.quantizer.num_codes, codes)
-        return self.decoder(self.quantizer.features(codes), self.quantizer.grids(codes)[-1])
+        return self.decoder(self.quantizer.lookup(codes), self.quantizer.grids(codes)[-1])
 
 
 def export_onnx(tokenizer: VQVAEModel, folder: Path, license_id: str | None = None) -> list[Path]:

@@ -23,6 +23,15 @@ class Case:
     error: str
 
 
+def batches_of(case: Case) -> list[dict[str, Tensor]]:
+    """The case's inputs for 2, 1 and 5 images."""
+
+    def take(value: Tensor, size: int) -> Tensor:
+        return value.repeat(3, *[1] * (value.ndim - 1))[:size]
+
+    return [{name: take(value, size) for name, value in case.inputs.items()} for size in (2, 1, 5)]
+
+
 def tokenizer_case(model: PreTrainedModel) -> Case:
     pixel_values = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return Case(
@@ -39,7 +48,7 @@ def prior_case(model: PreTrainedModel) -> Case:
     labels = torch.tensor([1, 3])
     return Case(
         model,
-        {"codes": codes, "labels": labels},
+        {"codes": codes, "class_labels": labels},
         loss=lambda model: model(codes, labels).loss,
         wrong_input=torch.zeros(2, 4, 5, dtype=torch.long),
         error=r"codes have shape \(2, 4, 5\): expected \(batch, 4, 4\)",
@@ -55,7 +64,7 @@ def var_case(model: PreTrainedModel) -> Case:
     labels = torch.tensor([1, 3])
     return Case(
         model,
-        {"codes": codes, "labels": labels, "context": context},
+        {"codes": codes, "class_labels": labels, "context": context},
         loss=lambda model: model(codes, labels, context).loss,
         wrong_input=torch.zeros(2, 20, dtype=torch.long),
         error=r"codes have shape \(2, 20\): expected \(batch, 21\)",
@@ -63,11 +72,7 @@ def var_case(model: PreTrainedModel) -> Case:
 
 
 def composite_case(model: PreTrainedModel) -> Case:
-    case = tokenizer_case(model)
-    prior_of = var_case if model.config.vqvae_config.scales else prior_case
-    reconstruction_loss, prior_loss = case.loss, prior_of(model.prior).loss
-    case.loss = lambda model: reconstruction_loss(model) + prior_loss(model.prior)
-    return case
+    return tokenizer_case(model)
 
 
 KINDS = [
@@ -206,6 +211,42 @@ def test_tuple_output_holds_the_values_of_the_named_one(case):
     assert isinstance(plain, tuple)
     assert len(plain) == len(named)
     assert all(torch.equal(a, b) for a, b in zip(plain, named.values(), strict=True))
+
+
+@torch.no_grad()
+def test_the_config_and_the_call_say_what_is_returned(case):
+    named, without = case.model(**case.inputs), case.model(**case.inputs, return_loss=False)
+    assert "loss" not in without
+    assert all(torch.equal(value, named[name]) for name, value in without.items())
+    model = type(case.model)(
+        type(case.model.config).from_dict({**case.model.config.to_dict(), "return_dict": False})
+    )
+    model.load_state_dict(case.model.state_dict())
+    plain = model.eval()(**case.inputs)
+    assert isinstance(plain, tuple)
+    assert all(torch.equal(a, b) for a, b in zip(plain, named.values(), strict=True))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported_models_compute_what_eager_does_for_any_batch(case):
+    batches = batches_of(case)
+    dynamic = {name: {0: torch.export.Dim("batch")} for name in case.inputs}
+    model = torch.export.export(case.model, (), batches[0], dynamic_shapes=dynamic).module()
+    for inputs in batches:
+        for name, value in case.model(**inputs).items():
+            assert torch.equal(model(**inputs)[name], value), name
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["vqvae-ema", "pixelcnn-gated", "var"], indirect=True)
+def test_compiled_models_compute_what_eager_does_for_any_batch(case):
+    torch._dynamo.reset()
+    model = torch.compile(case.model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for inputs in batches_of(case):
+        for name, value in case.model(**inputs).items():
+            assert torch.equal(model(**inputs)[name], value), name
 
 
 def test_every_parameter_gets_a_gradient(case):

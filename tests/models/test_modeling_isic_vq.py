@@ -300,8 +300,13 @@ def test_encode_decode_and_forward_are_the_tokenizers(composite):
     codes = composite.encode(pixel_values)
     assert torch.equal(codes, composite.vqvae.encode(pixel_values))
     assert torch.equal(composite.decode(codes), composite.vqvae.decode(codes))
+    labels = torch.tensor([0, 3])
     with torch.no_grad():
-        assert torch.equal(composite(pixel_values).loss, composite.vqvae(pixel_values).loss)
+        output, alone = composite(pixel_values, labels), composite.vqvae(pixel_values)
+        predicted = composite.prior(codes, labels)
+    assert torch.equal(output.reconstruction, alone.reconstruction)
+    assert torch.equal(output.logits, predicted.logits)
+    assert torch.equal(output.loss, alone.loss + predicted.loss)
 
 
 def test_class_names_are_the_priors(composite):

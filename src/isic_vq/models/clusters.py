@@ -47,9 +47,12 @@ def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Ten
         num_codes: K.
     """
     flat = codes.flatten(1)
-    shares = torch.tensor([1 / (len(sizes) * size) for size in sizes], dtype=torch.float64)
-    shares = shares.repeat_interleave(torch.tensor(sizes)).to(codes.device)
-    frequencies = torch.zeros(len(codes), num_codes, dtype=torch.float64, device=codes.device)
+    shares = torch.tensor(
+        [1 / (len(sizes) * size) for size in sizes for _ in range(size)],
+        dtype=torch.float64,
+        device=codes.device,
+    )
+    frequencies = torch.zeros(codes.shape[0], num_codes, dtype=torch.float64, device=codes.device)
     return frequencies.scatter_add_(1, flat, shares.expand(flat.shape))
 
 

@@ -12,7 +12,7 @@ NUM_NAMED = 5  # images that an error names
 
 
 def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
-    """Return the tensor if all of it is finite.
+    """Return the tensor if all of it is finite; a compiled or exported graph does not look.
 
     Args:
         tensor (`torch.Tensor` of shape `(B, ...)`): in any floating precision.
@@ -22,6 +22,8 @@ def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
     Raises:
         ValueError: NaN or infinite numbers; the message names the images.
     """
+    if torch.compiler.is_compiling():
+        return tensor
     # A sum is finite unless a part is not, or it overflows; so most tensors are read once and nothing is allocated.
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     if math.isfinite(total.item()):

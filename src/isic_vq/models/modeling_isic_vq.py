@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
@@ -54,6 +54,20 @@ PUSH_SETTINGS = (
 )
 
 Labels = int | str | Sequence[int | str] | Tensor | None
+
+
+@dataclass
+class IsicVQOutput(VQVAEOutput):
+    """Output of `IsicVQModel`: that of its tokenizer, and of its prior for the tokenizer's codes.
+
+    Args:
+        loss: scalar, the tokenizer's loss + prior_loss.
+        prior_loss: scalar, cross-entropy in nats per code.
+        logits: `(B, K, *code shape)`.
+    """
+
+    prior_loss: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass
@@ -139,13 +153,30 @@ class IsicVQModel(StrictLoading, PreTrainedModel):
 
         A prior with clusters is given those that the codes as a whole fall into.
         """
-        return self.prior(codes, labels, self.vqvae.context(codes)).logits
+        context = self.vqvae.context(codes)
+        return self.prior(codes, labels, context, return_loss=False, return_dict=True).logits
 
+    @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = None
-    ) -> VQVAEOutput | tuple[Tensor, ...]:
-        """Reconstruct images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.forward`."""
-        return self.vqvae(pixel_values, return_dict=return_dict)
+        self, pixel_values: Tensor, class_labels: Tensor | None = None, return_loss: bool = True
+    ) -> IsicVQOutput:
+        """Reconstruct images, predict their codes, and report every loss; returns a tuple with `return_dict=False`.
+
+        The loss is the tokenizer's and the prior's. Codes carry no gradient: each part learns by its own loss alone, the
+        prior of codes that move while the tokenizer trains. The stages of `isic-vq train` train one after the other.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            return_loss: False leaves the losses and the prior's predictions out.
+        """
+        output = IsicVQOutput(**self.vqvae(pixel_values, return_loss=return_loss, return_dict=True))
+        if return_loss:
+            context = self.vqvae.context(output.codes)
+            predicted = self.prior(output.codes, class_labels, context, return_dict=True)
+            output.prior_loss, output.logits = predicted.loss, predicted.logits
+            output.loss = output.loss + predicted.loss
+        return output
 
     def label_ids(self, labels: Labels, num_images: int) -> Tensor:
         """Class ids `(num_images,)` from a name, an id, one per image, or None for unconditional.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
 from .code_convolution import convolve_codes
@@ -172,33 +173,35 @@ class PixelCNNModel(PriorModel):
         else:
             super()._init_weights(module)
 
+    @can_return_tuple
     def forward(
         self,
         codes: Tensor,
-        labels: Tensor | None = None,
+        class_labels: Tensor | None = None,
         context: Tensor | None = None,
-        return_dict: bool | None = None,
         targets: Tensor | None = None,
         clusters: Tensor | None = None,
-    ) -> PriorOutput | tuple[Tensor, ...]:
+        return_loss: bool = True,
+    ) -> PriorOutput:
         """Predict every code from the earlier ones and measure how well.
 
-        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`.
+        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`. Returns
+        a tuple with `return_dict=False`.
 
         Args:
             codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             context: what coarser scales tell; a single grid has none, and it is not looked at.
-            return_dict: False returns a tuple.
             targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
             clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
+            return_loss: False leaves the loss out.
 
         Raises:
             ValueError: codes of another grid, or labels that are not the model's.
         """
         self.checked_codes(codes)
         targets = codes if targets is None else targets
-        conditions = self.conditions_of(targets, labels, clusters)
+        conditions = self.conditions_of(targets, class_labels, clusters)
         first, *others = self.layers
         if self.config.architecture == "gated":
             vertical, hidden = first(codes, self.code_embedding.weight, conditions)
@@ -211,10 +214,11 @@ class PixelCNNModel(PriorModel):
             for layer in others:
                 hidden = layer(hidden, conditions)
         logits = self.head(hidden)
-        rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
-        loss = F.cross_entropy(rows.float(), targets.flatten())
-        output = PriorOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        loss = None
+        if return_loss:
+            rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
+            loss = F.cross_entropy(rows.float(), targets.flatten())
+        return PriorOutput(loss=loss, logits=logits)
 
     def best_backend(self, num_blocks: int) -> str:
         return best_backend(self, num_blocks)

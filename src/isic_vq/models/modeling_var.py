@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
 from .configuration_var import VARConfig
@@ -180,47 +181,48 @@ class VARModel(PriorModel):
         else:
             super()._init_weights(module)
 
+    @can_return_tuple
     def forward(
         self,
         codes: Tensor,
-        labels: Tensor | None = None,
+        class_labels: Tensor | None = None,
         context: Tensor | None = None,
-        return_dict: bool | None = None,
         targets: Tensor | None = None,
         clusters: Tensor | None = None,
-    ) -> PriorOutput | tuple[Tensor, ...]:
+        return_loss: bool = True,
+    ) -> PriorOutput:
         """Predict every code from those of coarser scales and measure how well.
 
-        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`.
+        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`. Returns
+        a tuple with `return_dict=False`.
 
         Args:
             codes (`torch.LongTensor` of shape `(B, L)`): in [0, K), coarse to fine; they are only compared with.
-            labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
                 scales, `VQVAEModel.context(codes)`.
-            return_dict: False returns a tuple.
             targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
             clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
+            return_loss: False leaves the loss out.
 
         Raises:
             ValueError: codes or context of another shape, or labels that are not the model's.
         """
         self.checked_codes(codes)
         first, size = self.config.sizes[0], self.config.num_positions
-        expected = (len(codes), size - first, self.config.code_dim)
+        expected = (codes.shape[0], size - first, self.config.code_dim)
         if context is None or context.shape != expected:
             found = None if context is None else tuple(context.shape)
             raise ValueError(
                 f"context has shape {found}: expected {expected}, what the tokenizer's context(codes) returns"
             )
         targets = codes if targets is None else targets
-        classes = self.class_embedding(self.conditions_of(targets, labels, clusters))
+        classes = self.class_embedding(self.conditions_of(targets, class_labels, clusters))
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
         logits = self.layers_and_head(given + self.position_embedding, classes, self.mask()[None, None])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        output = PriorOutput(loss=loss, logits=logits.transpose(1, 2))
-        return output if return_dict is not False else output.to_tuple()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) if return_loss else None
+        return PriorOutput(loss=loss, logits=logits.transpose(1, 2))
 
     def layers_and_head(
         self, hidden: Tensor, classes: Tensor, mask: Tensor | None, caches: list[KeyValueCache] | None = None

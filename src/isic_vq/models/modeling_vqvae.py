@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vqvae import VQVAEConfig
 from .finite import check_finite, damaged_or_overflow
@@ -344,16 +344,15 @@ class VQVAEModel(VQVAEPreTrainedModel):
         """`context`, scale by scale; see `ResidualQuantizer.extend`."""
         return self.quantizer.extend(features, codes, index)
 
-    def forward(
-        self, pixel_values: Tensor, quantize: bool = True, return_dict: bool | None = None
-    ) -> VQVAEOutput | tuple[Tensor, ...]:
-        """Reconstruct images and report every loss.
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, quantize: bool = True, return_loss: bool = True) -> VQVAEOutput:
+        """Reconstruct images and report every loss; returns a tuple with `return_dict=False`.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].
             quantize: False skips the quantizer, which makes a plain autoencoder: the warm-up before the
                 codebook's k-means start.
-            return_dict: False returns a tuple.
+            return_loss: False leaves the losses out.
         """
         latents = self.embed(pixel_values.to(self.dtype))
         if quantize:
@@ -366,6 +365,8 @@ class VQVAEModel(VQVAEPreTrainedModel):
         else:
             reconstruction, codes = self.decoder(latents), None
             commitment_loss = codebook_loss = latents.new_zeros(())
+        if not return_loss:
+            return VQVAEOutput(reconstruction=reconstruction, codes=codes, latents=latents)
         precise = torch.promote_types(reconstruction.dtype, torch.float32)
         difference = reconstruction.to(precise) - pixel_values.to(precise)
         l1_loss, mse_loss = difference.abs().mean(), difference.square().mean()
@@ -373,7 +374,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         loss = loss + self.config.beta * commitment_loss  # eq. 3, third term
         if self.quantizer.learns_by_loss:
             loss = loss + codebook_loss  # eq. 3, second term
-        output = VQVAEOutput(
+        return VQVAEOutput(
             loss=loss,
             reconstruction=reconstruction,
             codes=codes,
@@ -383,4 +384,3 @@ class VQVAEModel(VQVAEPreTrainedModel):
             commitment_loss=commitment_loss,
             codebook_loss=codebook_loss,
         )
-        return output if return_dict is not False else output.to_tuple()

@@ -104,7 +104,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: expected ({batch_size},), one per image"
             )
-        if labels.numel() and (labels.min() < 0 or labels.max() > last):
+        if not torch.compiler.is_compiling() and labels.numel() and (labels.min() < 0 or labels.max() > last):
             raise ValueError(
                 f"labels lie in [{labels.min().item()}, {labels.max().item()}]: expected class ids below {last}, "
                 f"or {last} for unconditional"
@@ -135,7 +135,11 @@ class PriorModel(StrictLoading, PreTrainedModel):
             raise ValueError(
                 f"clusters are {found}: expected whole numbers of shape {tuple(labels.shape)}, one per image"
             )
-        if clusters.numel() and (clusters.min() < 0 or clusters.max() >= number):
+        if (
+            not torch.compiler.is_compiling()
+            and clusters.numel()
+            and (clusters.min() < 0 or clusters.max() >= number)
+        ):
             raise ValueError(
                 f"clusters lie in [{clusters.min().item()}, {clusters.max().item()}]: expected numbers from 0 to "
                 f"{number - 1}"
@@ -146,7 +150,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
         """Conditions of codes, with dropped labels in train mode; clusters that are not given are the codes' own."""
         if clusters is None:
             clusters = self.clusters_of(codes)
-        return self.conditions(self.training_labels(labels, len(codes)), clusters)
+        return self.conditions(self.training_labels(labels, codes.shape[0]), clusters)
 
     def without_class(self, conditions: Tensor) -> Tensor:
         """The same conditions, unconditional and of the same clusters: what guidance compares with."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vector_quantizer import Quantization, Search, VectorQuantizer, nearest_codes, rows, straight_through
+from .vector_quantizer import Quantization, VectorQuantizer, nearest_codes, rows, straight_through
 
 PHI_SHARE = 0.5  # of the convolution in what phi returns
 
@@ -87,11 +87,11 @@ class ResidualQuantizer(VectorQuantizer):
         return Quantization(quantized, codes, commitment_loss, codebook_loss)
 
     @torch.no_grad()
-    def encode(self, latents: Tensor, search: Search = nearest_codes) -> Tensor:
+    def encode(self, latents: Tensor) -> Tensor:
         """Codes `(B, L)` of latents `(B, D, h, w)`; see `VectorQuantizer.encode`."""
         self._check(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            steps = self._refine(latents.to(self.codebook.dtype), search=search)
+            steps = self._refine(latents.to(self.codebook.dtype))
             return torch.cat([step.codes for step in steps], dim=1)
 
     @torch.no_grad()
@@ -111,11 +111,7 @@ class ResidualQuantizer(VectorQuantizer):
         Raises:
             ValueError: a code lies outside [0, K), or the codes are not those of whole scales.
         """
-        return self.features(self.checked(codes))
-
-    def features(self, codes: Tensor) -> Tensor:
-        """What `lookup` returns, of codes that are known to lie in [0, K)."""
-        first, *others = (F.embedding(grid, self.codebook) for grid in self.grids(codes))
+        first, *others = (F.embedding(grid, self.codebook) for grid in self.grids(self.checked(codes)))
         features = self.add_scale(None, first, 0)
         for index, vectors in enumerate(others, 1):
             features = self.add_scale(features, vectors, index)
@@ -140,7 +136,7 @@ class ResidualQuantizer(VectorQuantizer):
     def context(self, codes: Tensor) -> Tensor:
         """What coarser scales tell of each later one: inputs `(B, L - first side squared, D)` of a prior."""
         features: Tensor | None = None
-        inputs = [self.codebook.new_zeros(len(codes), 0, self.code_dim)]
+        inputs = [self.codebook.new_zeros(codes.shape[0], 0, self.code_dim)]
         for index, grid in enumerate(self.grids(codes)):
             features, following = self.extend(features, grid.flatten(1), index)
             if following is not None:
@@ -173,15 +169,13 @@ class ResidualQuantizer(VectorQuantizer):
         smoothed = self.phi[self.phi_of[index]](enlarged)
         return smoothed if features is None else features + smoothed
 
-    def _refine(
-        self, latents: Tensor, quantized: bool = True, search: Search = nearest_codes
-    ) -> Iterator[Step]:
+    def _refine(self, latents: Tensor, quantized: bool = True) -> Iterator[Step]:
         """Quantize scale by scale; not `quantized`, every vector is taken for its own code's."""
         features: Tensor | None = None
         for index, side in enumerate(self.scales):
             missing = latents if features is None else latents - features.detach()
             residual = averaged(missing, side)
-            codes = search(residual.flatten(0, 1), self.codebook).view(residual.shape[:2])
+            codes = nearest_codes(residual.flatten(0, 1), self.codebook).view(residual.shape[:2])
             vectors = F.embedding(codes, self.codebook) if quantized else residual
             features = self.add_scale(features, vectors.unflatten(1, (side, side)), index)
             yield Step(residual, codes, features)

@@ -18,9 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows `(N, D)` and a codebook `(K, D)` to the index of the nearest vector to each row, `(N,)`.
-Search = Callable[[Tensor, Tensor], Tensor]
-
 CHUNK = 2048  # latents scored at once: bounds the score matrix to 2048 x K, which stays in cache
 GROUP = 32  # scores of which only the least is compared with those of other groups
 
@@ -37,10 +34,12 @@ def row_argmin(scores: Tensor) -> Tensor:
     Returns:
         `torch.LongTensor` of shape `(N,)`, in [0, K).
     """
+    if torch.compiler.is_compiling():
+        return scores.argmin(1)
     size = math.gcd(scores.shape[1], GROUP)
     groups = scores.unflatten(1, (-1, size))
     best = groups.amin(2).argmin(1)
-    rows = torch.arange(len(scores), device=scores.device)
+    rows = torch.arange(scores.shape[0], device=scores.device)
     return best * size + groups[rows, best].argmin(1)
 
 
@@ -58,7 +57,8 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
         `torch.LongTensor` of shape `(N,)`, in [0, K).
     """
     squared_norms = codebook.square().sum(1)
-    parts = latents.split(CHUNK)
+    # A graph for any number of latents has no loop over them.
+    parts = [latents] if torch.compiler.is_compiling() else latents.split(CHUNK)
     return torch.cat([row_argmin(torch.addmm(squared_norms, part, codebook.t(), alpha=-2)) for part in parts])
 
 
@@ -226,17 +226,12 @@ class VectorQuantizer(nn.Module):
         return Quantization(quantized, codes, commitment_loss, codebook_loss)
 
     @torch.no_grad()
-    def encode(self, latents: Tensor, search: Search = nearest_codes) -> Tensor:
-        """Codes of latents `(B, D, h, w)`, those of `forward` without learning from them: `(B, h, w)`.
-
-        Args:
-            latents: in any precision.
-            search: what finds the nearest codes, for those who need it in other operations.
-        """
+    def encode(self, latents: Tensor) -> Tensor:
+        """Codes of latents `(B, D, h, w)`, those of `forward` without learning from them: `(B, h, w)`."""
         self._check(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z = rows(latents.to(self.codebook.dtype))
-            return search(z.reshape(-1, self.code_dim), self.codebook).view(z.shape[:3])
+            return nearest_codes(z.reshape(-1, self.code_dim), self.codebook).view(z.shape[:3])
 
     def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
         """What the codebook must represent of latents `(B, D, h, w)`: rows `(N, D)`, here the latents themselves.
@@ -253,18 +248,16 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: if a code lies outside [0, K).
         """
-        return self.features(self.checked(codes))
-
-    def features(self, codes: Tensor) -> Tensor:
-        """What `lookup` returns, of codes that are known to lie in [0, K)."""
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+        return F.embedding(self.checked(codes), self.codebook).permute(0, 3, 1, 2)
 
     def checked(self, codes: Tensor) -> Tensor:
-        """The codes.
+        """The codes; a compiled or exported graph does not look at them.
 
         Raises:
             ValueError: one of them lies outside [0, K).
         """
+        if torch.compiler.is_compiling():
+            return codes
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
             raise ValueError(
                 f"codes lie in [{codes.min().item()}, {codes.max().item()}]: expected [0, {self.num_codes}); "
@@ -278,7 +271,7 @@ class VectorQuantizer(nn.Module):
 
     def context(self, codes: Tensor) -> Tensor:
         """What coarser scales tell a prior of later ones: of a single grid nothing, `(B, 0, D)`."""
-        return self.codebook.new_zeros(len(codes), 0, self.code_dim)
+        return self.codebook.new_zeros(codes.shape[0], 0, self.code_dim)
 
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         """As of several scales, see `ResidualQuantizer`; codes `(B, h, w)` are the only one."""
