@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-
-from isic_vq.evaluation.measures import psnr
-from isic_vq.models.vector_quantizer import usage_and_perplexity
 
 NATS_PER_BIT = math.log(2)
 SPLITS = ("train", "validation", "averaged")
@@ -97,6 +93,10 @@ class CodebookUse:
 
     @property
     def perplexity(self) -> float:
+        import torch  # here: figures are read and laid out without it
+
+        from isic_vq.models.vector_quantizer import usage_and_perplexity
+
         return usage_and_perplexity(torch.tensor(self.counts))[1]
 
     @property
@@ -127,6 +127,10 @@ def reconstruction_columns(originals: np.ndarray, reconstructions: np.ndarray) -
         originals: RGB of shape (number, height, width, 3), uint8.
         reconstructions: The same shape, uint8.
     """
+    import torch
+
+    from isic_vq.evaluation.measures import psnr
+
     images, others = (torch.from_numpy(pixels).double() / 255 for pixels in (originals, reconstructions))
     return {
         "image": list(range(len(originals))),
