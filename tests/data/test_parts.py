@@ -4,12 +4,12 @@ import pickle
 from dataclasses import dataclass
 
 import pytest
+from test_splits import components, in_validation
 
 from isic_vq.data import sources
 from isic_vq.data.parts import licensed, open_part, split_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources.base import hash_ids
-from isic_vq.data.splits import components, in_validation
 from source_contract import CONTRACT, assert_stream_equals_the_data_set
 from stream_only import StreamOnly
 

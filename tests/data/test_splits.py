@@ -10,10 +10,11 @@ from isic_vq.data.sources import open_source
 from isic_vq.data.splits import (
     Assignment,
     Stratum,
+    _groups,
+    _keys,
+    _split_of,
     assign_splits,
-    components,
     few_images,
-    in_validation,
     split_rows,
     stratified_report,
 )
@@ -24,6 +25,15 @@ NUMBERS = st.integers(0, 2**32)
 
 def row(lesion=None, patient=None, image=None, **more):
     return {"lesion_id": lesion, "patient_id": patient, "isic_id": image, **more}
+
+
+def components(rows):
+    """The name of each record's group."""
+    return [name for _, name in _groups([_keys(row) for row in rows])]
+
+
+def in_validation(group, share, seed):
+    return _split_of(group, {"validation": share}, seed) == "validation"
 
 
 def test_group_is_the_lesion_else_the_patient_else_the_image():

@@ -43,20 +43,6 @@ class Assignment:
     reason: str | None = None
 
 
-def components(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The name of each record's group: the smallest lesion id in it, else patient id, else the record's own id.
-
-    Raises:
-        DataError: a record has none of the three ids.
-    """
-    return [name for _, name in _groups([_keys(row) for row in rows])]
-
-
-def in_validation(group: str, share: float, seed: int) -> bool:
-    """Tell whether a group belongs to validation: true for about `share` of all groups."""
-    return _position(group, seed) < share
-
-
 def assign_splits(
     rows: Sequence[Mapping[str, Any]],
     shares: Mapping[str, float],
@@ -224,7 +210,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tu
         raise ValueError(f"share is {share}, expected a number between 0 and 1 such as 0.1.")
     sides: tuple[list[int], list[int]] = ([], [])
     groups = _groups([_keys(row) for row in rows])
-    drawn = {group: "validation" if in_validation(group[1], share, seed) else "train" for group in groups}
+    drawn = {group: _split_of(group[1], {"validation": share}, seed) for group in groups}
     kept = _keep_in_training(list(zip(rows, groups, strict=True)), drawn, set())
     for index, group in enumerate(groups):
         sides[drawn[group] == "validation" and group not in kept].append(index)
