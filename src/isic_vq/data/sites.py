@@ -11,18 +11,6 @@ hierarchy files under the face, is "oral/genital", and so is its whole anogenita
 import re
 from collections.abc import Sequence
 
-SITES = (
-    "head/neck",
-    "upper extremity",
-    "lower extremity",
-    "anterior torso",
-    "posterior torso",
-    "lateral torso",
-    "torso",
-    "palms/soles",
-    "oral/genital",
-)
-
 # Words are compared without case and punctuation, and without "and" and "of".
 _WORDS = {
     "head/neck": (
@@ -100,6 +88,7 @@ def _key(text: str) -> str:
     return " ".join(word for word in re.findall(r"[a-z]+", text.lower()) if word not in ("and", "of", "the"))
 
 
+SITES = tuple(_WORDS)
 _SITE_OF = {_key(word): site for site, words in _WORDS.items() for word in (site, *words)}
 
 
