@@ -26,6 +26,7 @@ RANKS = {
     "evaluation": 3,
     "layout": 3,
     "figures": 3,
+    "figures.audit": 4,
     "figures.evaluation": 4,  # shows what an evaluation measured; the other figures are given numbers
     "card": 3,
     "onnx_export": 3,

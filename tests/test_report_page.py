@@ -16,7 +16,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import number_text
-from isic_vq.figures.report_page import PagePicture, write_report_page
+from isic_vq.figures.png import png_content
+from isic_vq.figures.report_page import PICTURES, Plot, write_report_page
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -67,9 +68,15 @@ def evaluation_report():
     return Report({"name": HOSTILE}, metrics, {"test": {"codebook_counts_by_diagnosis": counts}})
 
 
+def atlas():
+    caption = "what codes draw"
+    content = png_content(np.full((20, 30, 3), 90, np.uint8), {"Comment": caption})
+    return Plot(PICTURES, "atlas", caption, content, pixels=True)
+
+
 @pytest.fixture
 def page(tmp_path):
-    picture = PagePicture("atlas", "what codes draw", np.full((20, 30, 3), 90, np.uint8))
+    picture = atlas()
     written = write_report_page(evaluation_report(), tmp_path / "out" / "report.html", [picture])
     return tmp_path / "out", written
 
@@ -107,7 +114,7 @@ def test_pictures_lie_beside_the_page_and_nothing_comes_from_elsewhere(page):
 
 
 def test_the_same_report_gives_the_same_bytes(page, tmp_path):
-    picture = PagePicture("atlas", "what codes draw", np.full((20, 30, 3), 90, np.uint8))
+    picture = atlas()
     again = write_report_page(evaluation_report(), tmp_path / "again" / "report.html", [picture])
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in page[1]]
 

@@ -8,7 +8,7 @@ from isic_vq.data.code_cache import write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.parts import open_part
 from isic_vq.data.provenance import write_training_data
-from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
+from isic_vq.evaluation.evaluate import evaluate_checkpoint
 from isic_vq.export import export_repository
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -40,6 +40,6 @@ def write_repository(folder: Path) -> Path:
     """Write, beside the model, its repository folder `tiny/` with a report and without a card."""
     output, codes = folder / "tiny", folder / "codes.parquet"
     export_repository(str(folder / "model"), output, codes, bf16=False)
-    images = DataSet("validation", "synthetic:6:1")
+    images = ("validation", "synthetic:6:1")
     evaluate_checkpoint(str(output), [images], codes).report.save(output / "reports" / "validation.json")
     return output

@@ -14,18 +14,16 @@ from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.audit import (
     audit_checkpoint,
-    class_ids,
     compare_codes,
     decoded_features,
-    first_views,
     generate_samples,
     membership_metrics,
-    named_images,
-    pair_images,
     sample_labels,
 )
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.images import class_ids
 from isic_vq.evaluation.report import Report
+from isic_vq.figures.audit import named_images, pair_images
 from isic_vq.hub import load_model
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -111,7 +109,7 @@ def test_samples_have_the_classes_of_the_training_images_in_proportion(num_sampl
 
 def test_a_diagnosis_that_the_model_does_not_have_is_unconditional(model, train):
     names = dataclasses.replace(train, diagnoses=["unknown", *train.diagnoses[1:]])
-    ids = class_ids(model, names).tolist()
+    ids = class_ids(model, names.diagnoses).tolist()
     assert ids[0] == model.prior.config.unconditional_id
     assert [model.config.class_names[index] for index in ids[1:]] == train.diagnoses[1:]
 
@@ -125,9 +123,9 @@ def test_the_samples_of_a_seed_are_the_models(model, train):
 
 def test_features_are_those_of_decoded_codes_in_every_view(model, features, train):
     extractor = FeatureModel.from_pretrained(str(features))
-    found = decoded_features(model, extractor, first_views(train)[:3], num_views=8)
+    found = decoded_features(model, extractor, train.first_views()[:3], num_views=8)
     with torch.inference_mode():
-        images = model.decode(first_views(train)[:3])
+        images = model.decode(train.first_views()[:3])
         turned = torch.rot90(images.flip(-1), 1, (-2, -1))
         torch.testing.assert_close(found[:, 5], extractor(turned))
         torch.testing.assert_close(found[:, 0], extractor(images))
@@ -137,7 +135,7 @@ def test_membership_is_the_area_of_scikit_learn_and_the_gap_the_difference_of_me
     metrics = {metric.text: metric for metric in membership_metrics(model, train, held_out, limit=16, seed=0)}
     ids = {name: index for index, name in model.config.class_names.items()}
     bits = [
-        score_codes(model, first_views(cache), torch.tensor([ids[name] for name in cache.diagnoses]))
+        score_codes(model, cache.first_views(), torch.tensor([ids[name] for name in cache.diagnoses]))
         .flatten(1)
         .mean(1)
         .numpy()

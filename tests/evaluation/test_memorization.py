@@ -16,7 +16,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.audit import Channel, compare_codes, compare_features, first_views, judge
+from isic_vq.evaluation.audit import Channel, compare_codes, compare_features, judge
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.memorization import (
     LEVEL,
@@ -272,7 +272,7 @@ def real(model):
 @pytest.fixture(scope="module")
 def channels(model, extractor, real):
     """What both channels say of all held-out images, and of the copies after them."""
-    codes = torch.cat([first_views(real.held_out), real.copies])
+    codes = torch.cat([real.held_out.first_views(), real.copies])
     return [
         compare_codes(codes, real.train, real.held_out, seed=0),
         compare_features("features", model, extractor, codes, real.train, real.held_out),

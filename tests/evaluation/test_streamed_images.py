@@ -6,7 +6,7 @@ import pytest
 
 from isic_vq.data import sources, uri
 from isic_vq.data.schema import DataError
-from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
+from isic_vq.evaluation.evaluate import evaluate_checkpoint
 from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
 from isic_vq.evaluation.scores import SCORES
 from stream_only import StreamOnly
@@ -37,9 +37,7 @@ def reads(monkeypatch):
 
 
 def test_a_stream_is_evaluated_like_files_and_read_once(model, reads):
-    streamed, stored = (
-        evaluate_checkpoint(model, [DataSet("test", uri)]).report for uri in (STREAM, SAME_IMAGES)
-    )
+    streamed, stored = (evaluate_checkpoint(model, [("test", uri)]).report for uri in (STREAM, SAME_IMAGES))
     assert set(reads.values()) == {1}
     assert len(reads) == NUM_IMAGES
     lines, expected = (
@@ -54,10 +52,10 @@ def test_a_stream_is_evaluated_like_files_and_read_once(model, reads):
 
 def test_corrupt_images_of_a_stream_are_left_out_and_too_many_are_an_error(model, reads, monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "streamonly", lambda target: StreamOnly(corrupt=3))
-    report = evaluate_checkpoint(model, [DataSet("test", STREAM)], max_corrupt_share=0.1).report
+    report = evaluate_checkpoint(model, [("test", STREAM)], max_corrupt_share=0.1).report
     assert {m.n for m in report.metrics if m.split == "test" and "=" not in m.text} == {NUM_IMAGES - 1}
     with pytest.raises(DataError, match=f"1 of {NUM_IMAGES} images are corrupt"):
-        evaluate_checkpoint(model, [DataSet("test", STREAM)], max_corrupt_share=0.01)
+        evaluate_checkpoint(model, [("test", STREAM)], max_corrupt_share=0.01)
 
 
 def test_a_subset_of_a_stream_is_drawn_by_seed_and_no_image_is_read_twice(tiny_run, model, reads):

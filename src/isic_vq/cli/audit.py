@@ -56,6 +56,7 @@ def audit(
     """Tell whether samples are nearer to training images than new images are, and show the closest pairs."""
     check_first(model, codes=[train_codes, held_out_codes])
     from isic_vq.evaluation.audit import audit_checkpoint
+    from isic_vq.figures.audit import write_pairs
 
     quiet_transformers()
     result = audit_checkpoint(
@@ -72,36 +73,11 @@ def audit(
     )
     result.report.save(output)
     print_report(result.report)
-    for path in _write_pictures(result, train_images, pairs):
+    for path in write_pairs(result, pairs, train_images):
         typer.echo(f"wrote {path}")
     typer.echo(f"wrote {output}")
     for line in _verdict(result):
         typer.echo(line)
-
-
-def _write_pictures(result: "Audit", train_images: str | None, folder: Path) -> list[Path]:
-    """Draw the closest pairs of every channel."""
-    from isic_vq.evaluation.audit import pair_images
-    from isic_vq.figures.audit import write_pairs
-    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-
-    processor = IsicVQImageProcessor()
-    paths = []
-    for channel in result.pairs:
-        above, below = (
-            processor.postprocess(images, output_type="np")
-            for images in pair_images(result, channel, train_images)
-        )
-        captions = [
-            (
-                f"{result.samples.names[pair.sample]}{' found' if pair.found else ''}",
-                f"{result.train.isic_ids[pair.row]} {pair.distance:.3g}",
-            )
-            for pair in result.shown_pairs(channel)
-        ]
-        paths.append(folder / f"{channel.replace('/', '-')}.png")
-        write_pairs(above, below, captions, paths[-1], f"closest pairs by {channel}")
-    return paths
 
 
 def _verdict(result: "Audit") -> list[str]:

@@ -12,6 +12,8 @@ from isic_vq.cli.pictures import announce_other_images, read_images
 if TYPE_CHECKING:
     import torch
 
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
 
 @app.command(
     epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2\n\n"
@@ -66,11 +68,8 @@ def generate(
     With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
     """
     check_first(model, labels=label or ())
-    from isic_vq.figures import image_grid
-    from isic_vq.figures.png import write_png
-    from isic_vq.hub import load_model, resolve
+    from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
     from isic_vq.models.sampling import Sampling
 
     quiet_transformers()
@@ -80,47 +79,60 @@ def generate(
         raise ValueError(
             "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
         )
-    if shards is not None:
-        from isic_vq.generation import generate_shards
-        from isic_vq.launch import launched_process
-
-        rank, world = launched_process()
-        made, kept = generate_shards(
-            load_model(IsicVQModel, model),
-            output,
-            num_images,
-            label or None,
-            format=shards,
-            images_per_shard=1024 if shard_size is None else shard_size,
-            block_size=batch_size,
-            rank=rank,
-            world=world,
-            progress=True,
-            **settings,
-        )
-        typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
+    if shards is None:
+        announce_other_images(output, {*_image_names(num_images), "grid.png"})
+        settings |= {"num_images": num_images, "batch_size": batch_size}
+        _write_images(load_model(IsicVQModel, model), label or [], settings, output, model)
+        typer.echo(f"wrote {num_images} images and {output / 'grid.png'}")
         return
-    names = [f"image-{index:05d}.png" for index in range(num_images)]
-    announce_other_images(output, {*names, "grid.png"})
-    pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, model))
-    result = pipe(
-        label if label and len(label) > 1 else (label[0] if label else None),
-        num_images=num_images,
-        batch_size=batch_size,
+    settings |= {"format": shards, "block_size": batch_size}
+    settings["images_per_shard"] = 1024 if shard_size is None else shard_size
+    _write_shards(load_model(IsicVQModel, model), label or [], num_images, settings, output)
+
+
+def _write_shards(
+    model: "IsicVQModel", labels: list[str], num_images: int, settings: dict[str, Any], output: Path
+) -> None:
+    """Generate this process's shards of a set of images."""
+    from isic_vq.generation import generate_shards
+    from isic_vq.launch import launched_process
+
+    rank, world = launched_process()
+    made, kept = generate_shards(
+        model, output, num_images, labels or None, rank=rank, world=world, progress=True, **settings
+    )
+    typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
+
+
+def _image_names(number: int) -> list[str]:
+    return [f"image-{index:05d}.png" for index in range(number)]
+
+
+def _write_images(
+    model: "IsicVQModel", labels: list[str], settings: dict[str, Any], output: Path, name: str | None
+) -> None:
+    """Generate images and write each, and a grid of all, as PNGs."""
+    from isic_vq.figures import image_grid
+    from isic_vq.figures.png import write_png
+    from isic_vq.hub import resolve
+    from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
+
+    result = UnconditionalImageGenerationPipeline(model)(
+        labels[0] if len(labels) == 1 else labels or None,
         output_type="np",
         return_codes=True,
         progress=sys.stderr.isatty(),
         **settings,
     )
-    classes = {**pipe.model.config.class_names, pipe.model.prior.config.unconditional_id: "unconditional"}
+    classes = {**model.config.class_names, model.prior.config.unconditional_id: "unconditional"}
     titles = [classes[index] for index in result["labels"].tolist()]
-    source = Path(resolve(model)).name
-    for index, (pixels, title) in enumerate(zip(result["images"], titles, strict=True)):
-        about = {"Title": title, "Source": source, "Comment": f"synthetic image, seed {seed}, index {index}"}
-        write_png(pixels, output / names[index], about)
+    source, seed = Path(resolve(name)).name, settings["seed"]
+    for index, file in enumerate(_image_names(len(titles))):
+        comment = f"synthetic image, seed {seed}, index {index}"
+        about = {"Title": titles[index], "Source": source, "Comment": comment}
+        write_png(result["images"][index], output / file, about)
     about = {"Source": source, "Comment": f"synthetic images, seed {seed}"}
-    write_png(image_grid(result["images"], labels=titles if label else None), output / "grid.png", about)
-    typer.echo(f"wrote {num_images} images and {output / 'grid.png'}")
+    write_png(image_grid(result["images"], labels=titles if labels else None), output / "grid.png", about)
 
 
 @app.command(
@@ -196,18 +208,13 @@ def reconstruct(
     quiet_transformers()
     tokenizer = load_model(VQVAEModel, model)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    if Path(data).is_file() and not data.endswith(".parquet"):
-        originals = processor(data, return_tensors="pt")["pixel_values"]
-    else:
-        parts = read_images(data, processor, max_corrupt_share)
-        originals = torch.cat(
-            list(itertools.islice(itertools.chain.from_iterable(p.split(1) for p in parts), limit))
-        )
-    result = evaluate_reconstruction(tokenizer, originals.split(32))
-    decoded = torch.cat(
-        [tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))) for part in originals.split(32)]
+    batches, _ = read_images(data, processor, max_corrupt_share, stream=True)
+    images = itertools.chain.from_iterable(pixel_values.split(1) for _, pixel_values in batches)
+    originals, decoded = torch.cat(list(itertools.islice(images, limit))), []
+    result = evaluate_reconstruction(
+        tokenizer, originals.split(32), lambda images, codes, batch: decoded.append(batch.cpu())
     )
-    before, after = (processor.postprocess(images, output_type="np") for images in (originals, decoded))
+    before, after = (processor.postprocess(x, output_type="np") for x in (originals, torch.cat(decoded)))
     for index, pixels in enumerate(after):
         write_png(pixels, output / f"image-{index:05d}.png", {"Comment": "VQ-VAE reconstruction"})
     write_png(image_grid(after), output / "reconstructions.png", {"Comment": "VQ-VAE reconstructions"})

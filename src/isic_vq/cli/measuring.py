@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isic_vq.cli.app import CorruptShareOption, DataOption, ModelOption, app, check_first, quiet_transformers
-from isic_vq.cli.pictures import read_named_images
+from isic_vq.cli.pictures import read_images
 
 if TYPE_CHECKING:
     from isic_vq.evaluation.report import Report
@@ -72,15 +72,15 @@ def evaluate(
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure reconstruction, codebook, likelihood, generated images and cost, with intervals; write a page, too."""
-    sources = [_named(text)[1] for text in data]
-    check_first(model, *(features or ()), sources=[*sources, train_data, floor_data], codes=[train_codes])
-    from isic_vq.evaluation.evaluate import DataSet, evaluate_checkpoint
+    sets = [_named(text) for text in data]
+    sources = [*(uri for _, uri in sets), train_data, floor_data]
+    check_first(model, *(features or ()), sources=sources, codes=[train_codes])
+    from isic_vq.evaluation.evaluate import evaluate_checkpoint
     from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
     from isic_vq.figures.write import check_matplotlib
 
     check_matplotlib()
     quiet_transformers()
-    sets = [DataSet(*_named(text)) for text in data]
     evaluation = evaluate_checkpoint(
         model,
         sets,
@@ -97,9 +97,8 @@ def evaluate(
     print_report(evaluation.report)
     page = write_evaluation_page(evaluation, output.with_suffix(".html"))
     typer.echo(f"wrote {output} and {page}")
-    if gallery is not None:
-        for path in write_gallery(evaluation, gallery):
-            typer.echo(f"wrote {path}")
+    for path in [] if gallery is None else write_gallery(evaluation, gallery):
+        typer.echo(f"wrote {path}")
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -156,7 +155,7 @@ def score(
     else:
         way = scorer.config.class_names[class_id]
     reference = read_reference(train_codes, scorer, class_id, marginalize) if train_codes else None
-    batches, total = read_named_images(data, processor, max_corrupt_share)
+    batches, total = read_images(data, processor, max_corrupt_share)
     rows: list[dict[str, Any]] = []
     gallery = Gallery(config.num_codes, limit)
     with tqdm(total=total, unit="image", desc="scoring", disable=not sys.stderr.isatty()) as bar:

@@ -10,26 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_images(uri: str, processor: Any, max_corrupt_share: float) -> Iterator["torch.Tensor"]:
-    """Yield the pixel values of a source, in batches."""
-    from isic_vq.data.classes import AUTO, Classes
-    from isic_vq.data.loading import iter_batches
-    from isic_vq.data.sources import find_source
-
-    source = find_source(uri, Classes.parse(AUTO))
-    if source.is_listed_cheaply:
-        source.describe()  # which tells what is left out
-    records = source.stream()
-    for batch in iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share):
-        yield batch["pixel_values"]
-
-
-def read_named_images(
-    data: str, processor: Any, max_corrupt_share: float
+def read_images(
+    data: str, processor: Any, max_corrupt_share: float, stream: bool = False
 ) -> tuple[Iterator[tuple[list[str], "torch.Tensor"]], int | None]:
     """Names and pixel values of a source or of one image file, in batches, and how many images there are.
 
-    Their number is None if the source can only be streamed.
+    Their number is None if they are streamed: if the source can only be, or because only the first ones are wanted.
     """
     from isic_vq.data.classes import AUTO, Classes
     from isic_vq.data.loading import iter_batches
@@ -38,9 +24,11 @@ def read_named_images(
     if Path(data).is_file() and not data.endswith(".parquet"):
         return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
     source = find_source(data, Classes.parse(AUTO))
-    records = source.records()
+    if stream and source.is_listed_cheaply:
+        source.describe()  # which tells what is left out
+    records = source.stream() if stream else source.records()
+    number = len(records) if not stream and source.has_random_access else None
     batches = iter_batches(records, processor, batch_size=32, max_corrupt_share=max_corrupt_share)
-    number = len(records) if source.has_random_access else None
     return ((batch["isic_ids"], batch["pixel_values"]) for batch in batches), number
 
 

@@ -38,9 +38,6 @@ class Compressed:
     """A file and what it is made of.
 
     Attributes:
-        content: the file.
-        num_images: images in it.
-        num_blocks: blocks in it.
         num_fallbacks: blocks whose codes did not come back under the prior and are coded with static tables.
         payload_bytes: bytes of coded codes; all others are names, checksums and headers.
     """
@@ -57,9 +54,7 @@ class Decompressed:
     """What of a file could be read.
 
     Attributes:
-        names: of the images.
         codes: `(N, h, w)` int64 in [0, K).
-        num_blocks: that the file should have.
         damage: a sentence for each block that could not be read.
     """
 
@@ -138,13 +133,7 @@ def decompress(
     code_counts: Sequence[int] | None = None,
     on_block: Callable[[int], object] | None = None,
 ) -> Decompressed:
-    """Read the codes of a file, of every block that is intact.
-
-    Args:
-        model: as for `compress`; of a portable file only the tokenizer matters.
-        content: the file.
-        code_counts: as for `compress`.
-        on_block: as for `compress`.
+    """Read the codes of a file, of every block that is intact; arguments are as for `compress`.
 
     Raises:
         CodecError: the content is no such file, or was made with another model, or on a machine that computes

@@ -41,10 +41,7 @@ class Layout:
     Attributes:
         prior: hash of the weights.
         lanes: images computed at once.
-        threads: torch's threads.
-        dtype: of the weights.
         backend: of the incremental computation.
-        torch: version.
         precision: probabilities are integers over two to this power.
         canary: hash of the integers of a known block.
     """
@@ -65,8 +62,6 @@ class Settings:
 
     Attributes:
         tokenizer: hash of the encoder and codebook.
-        num_codes: K.
-        grid_size: side of a code grid.
         label: class id that all images were coded under.
         table: hash of the static table.
         layout: None if no block is coded by the prior.
@@ -85,9 +80,7 @@ class Block:
     """Some images.
 
     Attributes:
-        names: of the images.
         coder: "prior" or "static".
-        payload: their codes, coded.
         codes_crc: CRC-32 of the codes themselves, which tells of a machine that computes other probabilities.
     """
 

@@ -26,10 +26,6 @@ def check_names(names: Sequence[str]) -> None:
 def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
     """Where images are written: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become one.
 
-    Args:
-        names: of all images of a file.
-        folder: the folder they go to; need not be there.
-
     Raises:
         CodecError: a name would leave the folder, or two images have the same name.
     """

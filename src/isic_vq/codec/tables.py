@@ -42,11 +42,7 @@ def integer_weights(logits: Tensor) -> Weights:
 
 
 def static_weights(counts: Sequence[int]) -> Weights:
-    """Weights `(K,)` in proportion to counts + 1, by whole numbers alone: the same on every machine.
-
-    Args:
-        counts: how often each code occurs elsewhere; zeros make all codes equally likely.
-    """
+    """Weights `(K,)` in proportion to counts + 1 (zeros make all codes equally likely), by whole numbers alone: the same on every machine."""
     total, sum_of_counts = 2**PRECISION - len(counts), sum(counts) + len(counts)
     weights = [(count + 1) * total // sum_of_counts for count in counts]
     weights[weights.index(max(weights))] += total - sum(weights)

@@ -48,6 +48,10 @@ class CodeCache:
     tokenizer_hash: str
     source: SourceInfo
 
+    def first_views(self) -> torch.Tensor:
+        """Codes `(N, ...)` int64 of the images as they are."""
+        return torch.from_numpy(self.codes[:, 0].astype("int64"))
+
     def counts(self) -> torch.Tensor:
         """How often each code occurs, over all views: int64 of shape (K,)."""
         return torch.from_numpy(np.bincount(self.codes.ravel(), minlength=self.num_codes))

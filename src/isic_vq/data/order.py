@@ -1,11 +1,18 @@
-"""The order in which an epoch reads prepared shards: random, but near in time what lies near on disk."""
+"""Seeded orders: random subsets, and epochs over prepared shards that read near in time what lies near on disk."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 WINDOW = 16  # shards whose rows are mixed
+
+
+def seeded_subset(number: int, limit: int, seed: int) -> Tensor:
+    """At most `limit` of `number` rows, int64, in the order in which the seed draws them."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> NDArray[np.int64]:

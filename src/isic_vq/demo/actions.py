@@ -36,10 +36,7 @@ class Generated:
     """Images made by `DemoModel.generate`.
 
     Attributes:
-        images: as the model makes them, one pixel per pixel.
-        captions: diagnosis, seed and index of each.
         codes: `(B, h, w)` int64.
-        command: the command that makes the same images.
     """
 
     images: list[Image.Image]
@@ -53,10 +50,6 @@ class Explained:
     """What the tokenizer makes of an image.
 
     Attributes:
-        reconstruction: of the image, of its size.
-        code_map: which code lies where.
-        surprise: the bits of every position.
-        use: how the codebook is used.
         psnr: dB.
         bits_per_code: under the prior, without a diagnosis.
     """
@@ -120,11 +113,7 @@ def made_before(generated: Generated | None) -> Generated:
 
 
 class DemoModel:
-    """A model as the page uses it.
-
-    Args:
-        model: in eval mode.
-    """
+    """A model as the page uses it."""
 
     def __init__(self, model: IsicVQModel):
         self.model = model
@@ -281,13 +270,7 @@ class DemoModel:
         return [*before, *zip(variants, captions, strict=True)]
 
     def neighbours(self, codes: Tensor, index: TrainingIndex, count: int) -> Pictures:
-        """An image and the training images nearest to it, all as their codes decode, nearest first.
-
-        Args:
-            codes: of the image.
-            index: what to search.
-            count: how many training images.
-        """
+        """An image and the training images nearest to it, all as their codes decode, nearest first."""
         found = index.nearest(codes, int(count))
         images = self.decode([codes.cpu(), *(neighbour.codes for neighbour in found)])
         captions = ["your image, as its codes decode", *(self._caption(neighbour) for neighbour in found)]

@@ -47,11 +47,7 @@ CSS = """
 
 
 def build_demo(model: IsicVQModel, index: TrainingIndex | None = None) -> gr.Blocks:
-    """Lay out the page.
-
-    Args:
-        model: in eval mode.
-        index: of the training images; without it there is no tab that looks for the nearest ones.
+    """Lay out the page; without an index it has no tab that looks for the nearest training images.
 
     Returns:
         What `launch(**launch_settings())` serves.

@@ -58,6 +58,13 @@ def seed_field() -> gr.Number:
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
 
 
+def slider(
+    low: float, high: float, value: float, label: str, info: str | None = None, step: float = 1
+) -> gr.Slider:
+    """A number from a range."""
+    return gr.Slider(low, high, value=value, step=step, label=label, info=info)
+
+
 def gallery(label: str) -> gr.Gallery:
     """Pictures with captions, sent to the browser as they are."""
     return gr.Gallery(

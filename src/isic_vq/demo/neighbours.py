@@ -23,8 +23,6 @@ class Neighbour:
     """A training image near another image.
 
     Attributes:
-        isic_id: its id.
-        diagnosis: its canonical diagnosis.
         distance: at least 0; see the module.
         num_equal: positions of the grid that hold the same code.
         codes: `(h, w)` int64 in [0, K), in its nearest view.
@@ -62,10 +60,6 @@ def grid_distances(codes: Tensor, grids: Tensor, codebook: Tensor) -> Tensor:
 
 class TrainingIndex:
     """Codes of training images, to look for the nearest ones in.
-
-    Args:
-        cache: as `isic-vq encode` writes it.
-        tokenizer: what made it.
 
     Raises:
         DataError: another tokenizer made it.

@@ -26,11 +26,7 @@ NUM_LISTED = 10
 
 
 def code_colors(codebook: NDArray[np.floating], brightness: NDArray[np.floating]) -> Pixels:
-    """A colour for every code, alike for codes that are alike.
-
-    Args:
-        codebook: shape (K, D).
-        brightness: shape (K,), of what each code decodes to.
+    """A colour for every code, alike for codes that are alike, from vectors `(K, D)` and brightness `(K,)` of what each draws.
 
     Returns:
         RGB of shape (K, 3), uint8.

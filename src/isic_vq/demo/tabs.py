@@ -1,6 +1,7 @@
 """The page's four tabs: their fields, and callbacks that hand these to `DemoModel` and pictures back."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -15,6 +16,7 @@ from isic_vq.demo.controls import (
     gallery,
     picture,
     seed_field,
+    slider,
     step_counter,
     upload_field,
     with_messages,
@@ -37,31 +39,13 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             diagnosis = diagnosis_field(demo)
-            num_images = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Number of images")
+            num_images = slider(1, MAX_IMAGES, 4, "Number of images")
             seed = seed_field()
-            temperature = gr.Slider(
-                0.1, 2, value=1, step=0.05, label="Temperature", info="Below 1 safer, above 1 wilder."
-            )
+            temperature = slider(0.1, 2, 1, "Temperature", "Below 1 safer, above 1 wilder.", 0.05)
             with gr.Accordion("Advanced", open=False):
-                guidance = gr.Slider(
-                    0,
-                    5,
-                    value=1,
-                    step=0.1,
-                    label="Guidance scale",
-                    info="1 is off; more follows the diagnosis.",
-                )
-                top_k = gr.Slider(
-                    0,
-                    demo.num_codes,
-                    value=0,
-                    step=1,
-                    label="Top-k",
-                    info="Most likely codes to keep; 0 is off.",
-                )
-                top_p = gr.Slider(
-                    0.05, 1, value=1, step=0.05, label="Top-p", info="Probability to keep; 1 is off."
-                )
+                guidance = slider(0, 5, 1, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1)
+                top_k = slider(0, demo.num_codes, 0, "Top-k", "Most likely codes to keep; 0 is off.")
+                top_p = slider(0.05, 1, 1, "Top-p", "Probability to keep; 1 is off.", 0.05)
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=2, min_width=280):
             images = gallery("Generated images")
@@ -129,43 +113,31 @@ def reconstruct_tab(demo: DemoModel) -> None:
     )
 
 
-def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
-    """Draw a region of an image anew; the region is a box, or painted."""
-    square = gr.State(None, time_to_live=STATE_SECONDS)
-    size = demo.size
+def edit_fields(demo: DemoModel) -> SimpleNamespace:
+    """The fields and pictures of the tab that edits."""
+    size, field = demo.size, SimpleNamespace()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            file = upload_field()
-            take = gr.Button("Take the generated image", size="md")
-            method = gr.Radio(
-                [("a box", "box"), ("a brush", "brush")], value="box", label="Mark the region with"
-            )
-            with gr.Group() as box:
-                edges = [
-                    gr.Slider(0, size, value=value, step=1, label=f"{name} edge, in pixels")
-                    for name, value in (
-                        ("Left", size // 4),
-                        ("Top", size // 4),
-                        ("Right", size - size // 4),
-                        ("Bottom", size - size // 4),
-                    )
+            field.file = upload_field()
+            field.take = gr.Button("Take the generated image", size="md")
+            methods = [("a box", "box"), ("a brush", "brush")]
+            field.method = gr.Radio(methods, value="box", label="Mark the region with")
+            with gr.Group() as field.box:
+                quarter = size // 4
+                values = {"Left": quarter, "Top": quarter, "Right": size - quarter, "Bottom": size - quarter}
+                field.edges = [
+                    slider(0, size, value, f"{name} edge, in pixels") for name, value in values.items()
                 ]
-            diagnosis, seed = diagnosis_field(demo), seed_field()
-            variants = gr.Slider(1, MAX_VARIANTS, value=3, step=1, label="Variants")
+            field.diagnosis, field.seed = diagnosis_field(demo), seed_field()
+            field.variants = slider(1, MAX_VARIANTS, 3, "Variants")
             with gr.Accordion("Advanced", open=False):
-                particles = gr.Slider(
-                    1,
-                    256,
-                    value=64,
-                    step=1,
-                    label="Particles",
-                    info="Candidates per variant; more fit better.",
-                )
-            button = gr.Button("Draw anew", variant="primary")
+                about = "Candidates per variant; more fit better."
+                field.particles = slider(1, 256, 64, "Particles", about)
+            field.button = gr.Button("Draw anew", variant="primary")
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
-                region = picture("What will be drawn anew")
-                editor = gr.ImageEditor(
+                field.region = picture("What will be drawn anew")
+                field.editor = gr.ImageEditor(
                     label="Paint the region",
                     type="pil",
                     format="png",
@@ -177,7 +149,13 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
                     buttons=[],
                     visible=False,
                 )
-            results = gallery("Original, region, variants")
+            field.results = gallery("Original, region, variants")
+    return field
+
+
+def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
+    """Draw a region of an image anew; the region is a box, or painted."""
+    square, field = gr.State(None, time_to_live=STATE_SECONDS), edit_fields(demo)
 
     def to_editor(image: Image.Image | None) -> Any:
         canvas = image and image.resize((EDITOR_SIZE, EDITOR_SIZE), Image.Resampling.BICUBIC)
@@ -212,11 +190,8 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         *box_edges: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
-        mask = (
-            demo.box_mask(*box_edges)
-            if how == "box"
-            else demo.painted_mask(painted["layers"] if painted else [])
-        )
+        layers = painted["layers"] if painted else []
+        mask = demo.box_mask(*box_edges) if how == "box" else demo.painted_mask(layers)
         on_step = step_counter(progress, count * demo.num_steps)
         return demo.edit(image, mask, name, count, number, candidates, on_step)
 
@@ -224,18 +199,18 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         by_box = how == "box"
         return gr.Group(visible=by_box), gr.Image(visible=by_box), gr.ImageEditor(visible=not by_box)
 
-    inputs = [square, *edges]
-    file.change(lambda: (None, None), None, [square, region], **PRIVATE).then(
-        read, file, [square, editor], **READING
+    region, inputs, read_into = field.region, [square, *field.edges], [square, field.editor]
+    field.file.change(lambda: (None, None), None, [square, region], **PRIVATE).then(
+        read, field.file, read_into, **READING
     ).success(show_region, inputs, region, **PRIVATE)
-    take.click(take_generated, [generated, selected], [square, editor], **PRIVATE).success(
+    field.take.click(take_generated, [generated, selected], read_into, **PRIVATE).success(
         show_region, inputs, region, **PRIVATE
     )
-    gr.on([edge.change for edge in edges], show_region, inputs, region, trigger_mode="always_last", **PRIVATE)
-    method.change(show_method, method, [box, region, editor], **PRIVATE)
-    button.click(
-        edit, [square, method, editor, diagnosis, variants, seed, particles, *edges], results, **COMPUTING
-    )
+    changes = [edge.change for edge in field.edges]
+    gr.on(changes, show_region, inputs, region, trigger_mode="always_last", **PRIVATE)
+    field.method.change(show_method, field.method, [field.box, region, field.editor], **PRIVATE)
+    settings = [field.diagnosis, field.variants, field.seed, field.particles, *field.edges]
+    field.button.click(edit, [square, field.method, field.editor, *settings], field.results, **COMPUTING)
 
 
 def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, selected: gr.State) -> None:
@@ -245,7 +220,7 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
             file = upload_field()
             search = gr.Button("Search for the uploaded image", variant="primary")
             take = gr.Button("Search for the generated image")
-            count = gr.Slider(1, MAX_NEIGHBOURS, value=7, step=1, label="Training images to show")
+            count = slider(1, MAX_NEIGHBOURS, 7, "Training images to show")
             gr.Markdown(index.attribution())
         with gr.Column(scale=2, min_width=280):
             found = gallery("Nearest training images, as their codes decode")

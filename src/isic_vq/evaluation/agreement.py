@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.data.classes import NUM_LISTED, Classes
-from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.features import FeatureModel, image_settings
 from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
@@ -59,19 +59,12 @@ class DiagnosisClassifier(FeatureModel):
         """
         if not names_diagnoses(model, classes):
             raise ValueError(f"{model} is no image classifier whose labels name diagnoses")
-        features = FeatureModel.from_pretrained(model)
         classifier, info = AutoModelForImageClassification.from_pretrained(
             model, use_safetensors=True, output_loading_info=True
         )
         if info["missing_keys"]:
             raise ValueError(f"{model} lacks {sorted(info['missing_keys'])[:3]}: expected a whole classifier")
-        return cls(
-            classifier,
-            features.mean.flatten().tolist(),
-            features.std.flatten().tolist(),
-            features.size,
-            classes,
-        )
+        return cls(classifier, *image_settings(model), classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, number of diagnoses)` of images `(B, 3, H, W)` in [0, 1]."""

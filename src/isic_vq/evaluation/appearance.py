@@ -60,13 +60,7 @@ class Appearance:
         self.parts.append(tuple(value.double().cpu() for value in values))
 
     def metrics(self, on: MeasuredOn, seed: int, **labels: str) -> list[Metric]:
-        """The report's lines: `texture`, `grid_power_mean` by period and so on.
-
-        Args:
-            on: split and data set.
-            seed: of the intervals' draws.
-            labels: what the images are, such as `images="samples"`.
-        """
+        """The report's lines: `texture`, `grid_power_mean` by period and so on, with labels that say what the images are."""
         sharpness, grids, powers, colours = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         number = len(sharpness)
 

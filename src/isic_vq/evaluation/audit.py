@@ -27,10 +27,11 @@ from isic_vq.data.augmentation import NUM_VIEWS, dihedral
 from isic_vq.data.classes import AUTO, Classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.encoding import encode_source
-from isic_vq.data.loading import iter_batches
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.images import class_ids
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval, share_interval
 from isic_vq.evaluation.likelihood import bits_per_code
 from isic_vq.evaluation.measures import auroc
@@ -60,8 +61,8 @@ class Samples:
 
     Attributes:
         codes: `(S, h, w)` int64 in [0, K).
-        names: S names, such as "image 3" of a seed or an image's id.
-        source: where they come from, safe to publish.
+        names: such as "image 3" of a seed or an image's id.
+        source: safe to publish.
         seed: of generated ones; None for images.
     """
 
@@ -73,12 +74,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Channel:
-    """What one way of comparing images says.
+    """The nearest training image of each sample and of each held-out image, by codes or a feature model's features.
 
     Attributes:
-        name: "codes", or the feature model's.
-        samples: the nearest training image of each sample.
-        held_out: of each held-out image.
         neighbours: `(S,)`, the nearest of each sample among training images, then held-out ones, in first views.
     """
 
@@ -90,15 +88,11 @@ class Channel:
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample and its nearest training image.
+    """A sample and its nearest training image, by number and by row of its cache.
 
     Attributes:
-        sample: number of the sample.
-        row: of the training image in its cache.
         view: the dihedral view of the training image that the sample is near to.
-        distance: in the channel's unit.
-        p_value: empirical.
-        tail_p_value: as `tail_p_values` has it.
+        p_value: empirical; see `tail_p_values` for the other one.
         found: Benjamini-Hochberg finds the pair.
     """
 
@@ -116,12 +110,8 @@ class Audit:
     """A report on a model, and what its pairs can be drawn from.
 
     Attributes:
-        model: the model, in eval mode.
-        train: codes of the training images.
-        samples: what was audited.
         excess: the verdict of each channel, by name.
         pairs: every pair of each channel, the closest first, by name.
-        report: the numbers.
     """
 
     model: IsicVQModel
@@ -203,15 +193,11 @@ def audit_checkpoint(
         report.metrics += channel_metrics(audit, channel, held_out, seed)
     report.metrics += membership_metrics(loaded, train, held_out, limit, seed)
     report.tables["verdict"] = verdict_sentence(audit, report)
-    report.tables["excess"] = excess_table(audit)
+    report.tables["excess"] = {
+        name: {**asdict(excess), "verdict": excess.verdict} for name, excess in audit.excess.items()
+    }
     report.tables["closest_pairs"] = {channel.name: pairs_table(audit, channel.name) for channel in channels}
     return audit
-
-
-def class_ids(model: IsicVQModel, cache: CodeCache) -> Tensor:
-    """Class ids `(N,)` int64 of a cache's images, the unconditional id for a diagnosis that the model does not have."""
-    ids = {name: index for index, name in model.config.class_names.items()}
-    return torch.tensor([ids.get(name, model.prior.config.unconditional_id) for name in cache.diagnoses])
 
 
 def sample_labels(ids: Tensor, num_samples: int) -> Tensor:
@@ -223,7 +209,7 @@ def generate_samples(
     model: IsicVQModel, train: CodeCache, num_samples: int, seed: int, progress: bool = False
 ) -> Samples:
     """Draw samples whose classes are in proportion to those of the training images, by the model's own distribution."""
-    labels = sample_labels(class_ids(model, train), num_samples)
+    labels = sample_labels(class_ids(model, train.diagnoses), num_samples)
     with tqdm(total=model.num_steps(num_samples), unit="step", desc="sampling", disable=not progress) as bar:
         generated: Any = model.generate(num_samples, labels, seed=seed, on_step=bar.update)  # type: ignore[arg-type]
     names = [f"image {index}" for index in range(num_samples)]
@@ -249,12 +235,7 @@ def encode_samples(
         max_corrupt_share=max_corrupt_share,
         progress=progress,
     )
-    return Samples(first_views(cache), cache.isic_ids, cache.source.name, None)
-
-
-def first_views(cache: CodeCache) -> Tensor:
-    """Codes `(N, ...)` int64 of a cache's images as they are."""
-    return torch.from_numpy(cache.codes[:, 0].astype(np.int64))
+    return Samples(cache.first_views(), cache.isic_ids, cache.source.name, None)
 
 
 def compare_codes(codes: Tensor, train: CodeCache, held_out: CodeCache, seed: int) -> Channel:
@@ -282,8 +263,8 @@ def compare_features(
     def embed(codes: Tensor, views: int) -> Tensor:
         return decoded_features(model, extractor, codes, views, f"{name}: features", progress)
 
-    of_train = embed(first_views(train), 1)[:, 0]
-    of_held_out, of_samples = embed(first_views(held_out), NUM_VIEWS), embed(codes, NUM_VIEWS)
+    of_train = embed(train.first_views(), 1)[:, 0]
+    of_held_out, of_samples = embed(held_out.first_views(), NUM_VIEWS), embed(codes, NUM_VIEWS)
     return Channel(
         name,
         nearest_by_features(of_samples, of_train),
@@ -385,9 +366,8 @@ def membership_metrics(
     """
     bits = []
     for cache in (train, held_out):
-        order = torch.randperm(len(cache.isic_ids), generator=torch.Generator().manual_seed(seed))
-        rows = order[:limit]
-        bits.append(bits_per_code(model, first_views(cache)[rows], class_ids(model, cache)[rows]))
+        rows, ids = seeded_subset(len(cache.isic_ids), limit, seed), class_ids(model, cache.diagnoses)
+        bits.append(bits_per_code(model, cache.first_views()[rows], ids[rows]))
     is_held_out = np.repeat([0, 1], [len(part) for part in bits])
     joined = torch.cat(bits).numpy()
     on = MeasuredOn("train and held-out", f"{train.source.name} and {held_out.source.name}")
@@ -403,11 +383,6 @@ def membership_metrics(
         interval = bootstrap_interval(of_rows, is_held_out, joined, strata=is_held_out, seed=seed)
         metrics.append(on.metric(name, of_rows(is_held_out, joined), unit, len(joined), seed, interval))
     return metrics
-
-
-def excess_table(audit: Audit) -> dict[str, Any]:
-    """By what the verdict was reached, channel by channel, ready for JSON."""
-    return {name: {**asdict(excess), "verdict": excess.verdict} for name, excess in audit.excess.items()}
 
 
 def verdict_sentence(audit: Audit, report: Report) -> str:
@@ -430,58 +405,7 @@ def pairs_table(audit: Audit, channel: str) -> list[dict[str, Any]]:
         {
             "sample": audit.samples.names[pair.sample],
             "isic_id": audit.train.isic_ids[pair.row],
-            "view": pair.view,
-            "distance": pair.distance,
-            "p_value": pair.p_value,
-            "tail_p_value": pair.tail_p_value,
-            "found": pair.found,
+            **{key: value for key, value in asdict(pair).items() if key not in ("sample", "row")},
         }
         for pair in audit.shown_pairs(channel)
     ]
-
-
-@torch.inference_mode()
-def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> tuple[Tensor, Tensor]:
-    """The pairs of a channel that are shown: what the samples' codes decode to, and training images turned likewise.
-
-    Args:
-        audit: as `audit_checkpoint` returns it.
-        channel: name of the channel.
-        train_images: source of the training images; None shows what their codes decode to.
-
-    Returns:
-        Both `(P, 3, H, W)` in [0, 1], on the CPU.
-
-    Raises:
-        DataError: the source cannot be read, or lacks an image.
-    """
-    pairs, model = audit.shown_pairs(channel), audit.model
-    chosen = audit.samples.codes[[pair.sample for pair in pairs]]
-    samples = model.decode(chosen.to(model.device)).float().cpu()
-    rows = [pair.row for pair in pairs]
-    if train_images is None:
-        images = model.decode(first_views(audit.train)[rows].to(model.device)).float().cpu()
-    else:
-        images = named_images(train_images, [audit.train.isic_ids[row] for row in rows], samples.shape[-1])
-    return samples, dihedral(images, torch.tensor([pair.view for pair in pairs]))
-
-
-def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
-    """Images of a source by their ids, `(len(names), 3, size, size)` in [0, 1].
-
-    Raises:
-        DataError: the source cannot be read, or lacks an image.
-    """
-    source = find_source(uri, Classes.parse(AUTO))
-    wanted, processor = set(names), IsicVQImageProcessor(size=size)
-    records = source.records()
-    if source.has_random_access:
-        rows = [row for row, about in enumerate(source.metadata()) if about["isic_id"] in wanted]
-        records = source.dataset().select(rows)
-    found: dict[str, Tensor] = {}
-    for batch in iter_batches(records, processor, BATCH_SIZE):
-        kept = dict(zip(batch["isic_ids"], batch["pixel_values"], strict=True))
-        found |= {name: kept[name] for name in wanted & kept.keys()}
-    if missing := wanted - found.keys():
-        raise DataError(f"{source.name} lacks {len(missing)} of the images to show, such as {min(missing)}")
-    return torch.stack([found[name] for name in names])

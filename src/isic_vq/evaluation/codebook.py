@@ -21,15 +21,9 @@ def code_counts(codes: Tensor, num_codes: int) -> Tensor:
 
 
 def codebook_metrics(counts: Tensor, on: MeasuredOn, seed: int = 0, **labels: str) -> list[Metric]:
-    """The report's lines for how images use the codebook.
+    """The report's lines for how images use the codebook, from uses `(N, K)` of each code by each image.
 
     Intervals come from halves drawn without replacement: images drawn twice would use fewer codes.
-
-    Args:
-        counts: `(N, K)`, uses of each code by each image.
-        on: the images' split and data set.
-        seed: of the halves.
-        labels: of the lines.
     """
 
     def statistics(part: Tensor) -> dict[str, float]:

@@ -59,7 +59,6 @@ class Corruption:
     """A way to spoil images.
 
     Attributes:
-        description: what is done, for reports.
         apply: from images `(B, 3, H, W)` in [0, 1] and B generators to images of the same shape and range.
     """
 
@@ -79,13 +78,7 @@ CORRUPTIONS = {
 
 
 def corrupt(name: str, pixel_values: Tensor, seed: int, first_index: int = 0) -> Tensor:
-    """Spoil images; image i is a function of its pixels and (seed, first_index + i).
-
-    Args:
-        name: a key of `CORRUPTIONS`.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1]; left as it is.
-        seed: of what is random.
-        first_index: index of the first image, for spoiling one set in several batches.
+    """Spoil images `(B, 3, H, W)` in [0, 1] in a way of `CORRUPTIONS`; image i is a function of its pixels and (seed, first_index + i).
 
     Returns:
         `torch.Tensor` of shape `(B, 3, H, W)`, RGB in [0, 1].

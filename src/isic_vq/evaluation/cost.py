@@ -26,11 +26,6 @@ def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> lis
     * `bytes_per_image_flat`, codes stored as they are, and `bytes_per_image_prior`, what an ideal entropy coder driven
       by the prior reaches, of the images that `bits_per_code` was measured on;
     * `seconds_per_image` to generate, encode and decode, by batch size: the mean of `REPEATS` runs after one that warms up.
-
-    Args:
-        model: in eval mode.
-        bits_per_code: mean over images.
-        seed: of what is generated.
     """
     config = model.config.vqvae_config
     positions = config.num_positions

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from isic_vq.data.classes import UNKNOWN, Classes, counted
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.loading import iter_batches
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.sources import Source, find_source
 from isic_vq.evaluation.codebook import code_counts, codebook_metrics, counts_by_diagnosis
 from isic_vq.evaluation.cost import cost_metrics
@@ -20,6 +20,7 @@ from isic_vq.evaluation.generation import Yardstick, evaluate_generation
 from isic_vq.evaluation.images import (
     BATCH_SIZE,
     MeasuredImages,
+    class_ids,
     group_metrics,
     measure_images,
     sampled_images,
@@ -47,26 +48,11 @@ TRAIN_SAMPLE = 1000  # training images, a seeded subset, whose likelihood stands
 GROUPED = ("psnr", "ssim")  # and bits per code: what is told of every diagnosis, source, sex and site
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Images to measure.
-
-    Attributes:
-        split: what the report calls them, such as "validation".
-        uri: where they are.
-    """
-
-    split: str
-    uri: str
-
-
 @dataclass
 class Evaluation:
     """A report on a model, and what it was made of.
 
     Attributes:
-        model: the model, in eval mode.
-        report: the numbers.
         measured: every data set's images, by split.
     """
 
@@ -77,7 +63,7 @@ class Evaluation:
 
 def evaluate_checkpoint(
     model: str | None,
-    data: Sequence[DataSet],
+    data: Sequence[tuple[str, str]],
     train_codes: Path | None = None,
     train_data: str | None = None,
     features: Sequence[str] = (),
@@ -91,7 +77,7 @@ def evaluate_checkpoint(
 
     Args:
         model: folder or Hub id; None is the shipped checkpoint.
-        data: at least one data set; no two of one split.
+        data: at least one split (what the report calls it, no two alike) and URI of images.
         train_codes: code cache of the training images; with it the report has the unigram yardstick and the
             likelihood of training images, up to `TRAIN_SAMPLE` of them in their first view.
         train_data: URI of the training images; with it the report has the reconstruction of as many of them, and that of
@@ -109,7 +95,7 @@ def evaluate_checkpoint(
             `evaluate_generation` and `PerceptualDistance`.
         ModelError, DataError: as their docstrings say.
     """
-    splits = [dataset.split for dataset in data]
+    splits = [split for split, _ in data]
     if not splits or len(set(splits)) < len(splits):
         raise ValueError(f"data sets are called {splits}: expected at least one, and each name once")
     if bool(features) != (floor_data is not None):
@@ -130,11 +116,11 @@ def evaluate_checkpoint(
         report.metrics += train_metrics(loaded, cache, seed)
     evaluation = Evaluation(loaded, report, {})
     classes = Classes.of_model(names)
-    for dataset in data:
-        source = find_source(dataset.uri, classes)
+    for split, uri in data:
+        source = find_source(uri, classes)
         measured = measure_images(loaded, source, max_corrupt_share, perceptual)
-        evaluation.measured[dataset.split] = measured
-        add_data_set(evaluation, dataset.split, measured, None if cache is None else cache.counts(), seed)
+        evaluation.measured[split] = measured
+        add_data_set(evaluation, split, measured, None if cache is None else cache.counts(), seed)
     if train_data is not None:
         first = evaluation.measured[splits[0]]
         report.metrics += gap_metrics(
@@ -225,11 +211,8 @@ def gap_metrics(
 
 def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metric]:
     """The report's lines for the likelihood of training images, a seeded subset."""
-    order = torch.randperm(len(cache.isic_ids), generator=torch.Generator().manual_seed(seed))
-    rows = order[:TRAIN_SAMPLE].tolist()
-    codes = torch.from_numpy(cache.codes[rows, 0].astype("int64"))
-    ids = {name: index for index, name in model.config.class_names.items()}
-    labels = torch.tensor([ids.get(cache.diagnoses[row], len(ids)) for row in rows])
+    rows = seeded_subset(len(cache.isic_ids), TRAIN_SAMPLE, seed)
+    codes, labels = cache.first_views()[rows], class_ids(model, cache.diagnoses)[rows]
     bits = {
         "bits_per_code": bits_per_code(model, codes, labels),
         "bits_per_code_unconditional": bits_per_code(model, codes, None),

@@ -50,9 +50,6 @@ class FeatureModel(nn.Module):
             OSError: it holds neither, or cannot be reached.
             ValueError: some of the backbone's weights are missing.
         """
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
-        size = settings.get("size", {})
-        side = size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224))
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # a classifier's head is left out on purpose
         try:
@@ -61,9 +58,7 @@ class FeatureModel(nn.Module):
             transformers_logging.set_verbosity(verbosity)
         if info["missing_keys"]:
             raise ValueError(f"it lacks {sorted(info['missing_keys'])[:3]}: expected a whole backbone")
-        return cls(
-            backbone, settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3), side
-        )
+        return cls(backbone, *image_settings(model))
 
     def train(self, mode: bool = True) -> "FeatureModel":
         """Stay in eval mode, whatever the parent does."""
@@ -85,6 +80,14 @@ class FeatureModel(nn.Module):
         if images.shape[-1] != self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
         return (images - self.mean) / self.std
+
+
+def image_settings(model: str) -> tuple[list[float], list[float], int]:
+    """Mean and standard deviation per channel and side in pixels of the images that a folder or Hub id takes."""
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
+    size = settings.get("size", {})
+    side = size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224))
+    return settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3), side
 
 
 def feature_distance(model: FeatureModel, images: Tensor, others: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from isic_vq.evaluation.distances import (
     precision_recall_density_coverage,
 )
 from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.images import class_ids
 from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -101,7 +102,6 @@ class EmbeddedImages:
     """A set of images of which only what yardsticks say is kept.
 
     Attributes:
-        yardsticks: what looks at them.
         diagnoses: of each image, or what it was generated for.
         features: `(N, D)` by yardstick, in batches.
         named: the diagnosis that a classifier gives each image, by yardstick.
@@ -136,12 +136,7 @@ def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -
 
 
 def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[int]:
-    """Draw rows of a pool of images so that each diagnosis occurs as often as it is wanted.
-
-    Args:
-        pool: the diagnosis of each row.
-        wanted: diagnoses, as often as they are wanted, in any order.
-        seed: of the draw.
+    """Draw rows of a pool of images so that each diagnosis occurs as often as it is wanted, from the diagnosis of each row.
 
     Returns:
         Rows in ascending order, no row twice.
@@ -295,10 +290,7 @@ def _embedded_sets(
     rows = matched_rows([row["diagnosis"] for row in pool], diagnoses, seed)
     batches = iter_batches(others.dataset().select(rows), processor, BATCH_SIZE, None, max_corrupt_share)
     add_real(batches, "floor", "reconstructions", "disturbed")
-    ids = {name: index for index, name in model.config.class_names.items()}
-    labels = torch.tensor(
-        [ids.get(name, len(ids)) for name in diagnoses]
-    )  # the unconditional id for the rest
+    labels = class_ids(model, diagnoses)
     with tqdm(total=len(labels), unit="image", desc="sampling", disable=not progress) as bar:
         for images in generated_images(model, labels, seed, sampling):
             start = len(sets["samples"].diagnoses)
@@ -324,15 +316,7 @@ def distance_metrics(
     on: MeasuredOn,
     seed: int,
 ) -> list[Metric]:
-    """The lines of some sets by one yardstick, each distance's lines beside each other.
-
-    Args:
-        reference: what distances are to.
-        sets: what they are of, by the label `images`.
-        yardstick: one of both's.
-        on: split and data set of the reference.
-        seed: of the intervals' halves and of what was drawn.
-    """
+    """The lines of some sets' distances to a reference by one yardstick; sets by their label `images`, each distance's lines beside each other."""
     features = reference.joined(yardstick)
     by_name: dict[str, list[Metric]] = defaultdict(list)
     for kind, embedded in sets.items():

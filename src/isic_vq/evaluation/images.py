@@ -1,13 +1,14 @@
 """What is measured of every image of a data set, and the means of it: over all, and over parts of the data set."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from isic_vq.data.loading import Batch, SkipCounter, collate, iter_batches
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.streaming import StreamedImages
@@ -29,13 +30,11 @@ class MeasuredImages:
     """The images of a data set and what came of them.
 
     Attributes:
-        source: the data set.
         info: what may be published about it.
         indices: numbers of the images that could be read, among all records of the source.
         rows: of each image that could be read: `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on.
         labels: `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have.
         codes: `(N, h, w)` int64 in [0, K).
-        reconstruction: how the images came back, in their order.
         appearance: of the images, "real", and of what came back, "reconstructions".
     """
 
@@ -101,6 +100,12 @@ def measure_images(
     )
 
 
+def class_ids(model: IsicVQModel, diagnoses: Sequence[str]) -> Tensor:
+    """Class ids `(N,)` int64, the unconditional id for a diagnosis that the model does not have."""
+    ids = {name: index for index, name in model.config.class_names.items()}
+    return torch.tensor([ids.get(name, len(ids)) for name in diagnoses])
+
+
 def sampled_images(
     source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
 ) -> Iterator[Tensor]:
@@ -111,8 +116,7 @@ def sampled_images(
     """
     if source.has_random_access:
         records = source.dataset()
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
-        chosen = records.select(sorted(order[:limit].tolist()))
+        chosen = records.select(sorted(seeded_subset(len(records), limit, seed).tolist()))
         batches = iter_batches(chosen, processor, BATCH_SIZE, max_corrupt_share=max_corrupt_share)
     else:
         batches = _streamed_sample(source, processor, limit, seed, max_corrupt_share)
@@ -143,11 +147,6 @@ def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], on: Measu
 
     What is missing is the group "unknown". Groups of fewer than `MIN_GROUP` images are left out, and so is a column
     that has one group only.
-
-    Args:
-        measured: the images.
-        values: by name: those that `UNITS` has, and bits per code.
-        on: the images' split and data set.
     """
     metrics = []
     for column in GROUP_COLUMNS:

@@ -64,12 +64,7 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """The images that metrics are measured on; its methods make a report's lines.
-
-    Attributes:
-        split: as for `Metric`.
-        dataset: as for `Metric`.
-    """
+    """The images that metrics are measured on; its methods make a report's lines."""
 
     split: str
     dataset: str

@@ -35,23 +35,16 @@ def bits_per_code(
 
 
 def unigram_bits(train_counts: Tensor, codes: Tensor) -> Tensor:
-    """Bits of every code under the code frequencies of the training set, float64 of the shape of `codes`.
+    """Bits of every code, float64 of the shape of `codes`, under its occurrences `(K,)` in the training set.
 
     Each code counts once more than it occurs, so that one never seen in training costs finitely many bits.
-
-    Args:
-        train_counts (`torch.Tensor` of shape `(K,)`): occurrences in the training set.
-        codes (`torch.LongTensor` of any shape): in [0, K).
     """
     smoothed = train_counts.double() + 1
     return -(smoothed / smoothed.sum()).log2()[codes]
 
 
 def own_entropy(codes: Tensor) -> Tensor:
-    """Entropy in bits per code of each image's own code frequencies: what its codes cost without their order.
-
-    Args:
-        codes (`torch.LongTensor` of shape `(N, ...)`): in [0, K).
+    """Entropy in bits per code of each image's own code frequencies: what its codes `(N, ...)` cost without their order.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float64, in [0, log2 min(K, codes of an image)].
@@ -87,11 +80,7 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) ->
 
 
 def class_bits(model: Scorer, codes: Tensor) -> Tensor:
-    """Bits of each image given each class: what tells which diagnosis explains an image best.
-
-    Args:
-        model: a whole model with classes.
-        codes (`torch.LongTensor` of shape `(N, h, w)` or `(N, L)`): in [0, K).
+    """Bits of the codes `(N, h, w)` or `(N, L)` of each image given each class: what tells which diagnosis explains an image best.
 
     Returns:
         `torch.Tensor` of shape `(N, num_classes)`, float64, bits per code.

@@ -63,10 +63,6 @@ def tail_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.float
     Where s is 0 or infinite (equal distances; a held-out image that is a training image), or k is below `MIN_TAIL`,
     the held-out images do not tell their tail, and all p-values stay empirical.
 
-    Args:
-        distances: as for `empirical_p_values`.
-        held_out: likewise.
-
     Raises:
         ValueError: as `empirical_p_values`.
     """
@@ -98,11 +94,8 @@ class Excess:
 
     Attributes:
         radius: a sample is near if its distance is below this.
-        count: near samples.
-        expected: by chance.
         threshold: fewest near samples that are a verdict at `level`; None if no number of them is.
         p_value: of at least `count` by chance.
-        level: of the test.
     """
 
     radius: float
@@ -159,7 +152,6 @@ class HeldOutNeighbours:
     """How many samples have a held-out image as their nearest, beside how many would have one by chance.
 
     Attributes:
-        share: of the samples.
         expected: n / (N + n), for N training and n held-out images.
         p_value: of at most so many by chance.
     """

@@ -16,9 +16,6 @@ from torch import Tensor
 class PerceptualDistance:
     """LPIPS of pairs of images.
 
-    Args:
-        device: where it is computed.
-
     Raises:
         ValueError: torchvision is not installed, or the weights cannot be had.
     """
@@ -40,12 +37,7 @@ class PerceptualDistance:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance of each pair, `(B,)` on the CPU, at least 0.
-
-        Args:
-            images: `(B, 3, H, W)` in [0, 1].
-            others: likewise.
-        """
+        """Distance of each pair of images `(B, 3, H, W)` in [0, 1], `(B,)` on the CPU, at least 0."""
         # One pair at a time: the metric gives the mean of those that it is given.
         pairs = zip(images.split(1), others.clamp(0, 1).split(1), strict=True)
         return torch.stack([self.network(image, other).cpu() for image, other in pairs])

@@ -20,7 +20,7 @@ from isic_vq.models.vector_quantizer import usage_and_perplexity
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How every image came back, and which codes were used.
+    """How every image came back, and which codes were used; its properties are means over images.
 
     Attributes:
         values: `(N,)` float64 by name, for each image: `psnr` (dB), `ssim` (in [-1, 1]), `l1` and `mse` (of pixel
@@ -37,27 +37,22 @@ class Reconstruction:
 
     @property
     def num_images(self) -> int:
-        """How many images were measured."""
         return len(self.values["psnr"])
 
     @property
     def psnr(self) -> float:
-        """Mean over images, in dB."""
         return self.values["psnr"].mean().item()
 
     @property
     def ssim(self) -> float:
-        """Mean over images."""
         return self.values["ssim"].mean().item()
 
     @property
     def l1(self) -> float:
-        """Mean absolute error."""
         return self.values["l1"].mean().item()
 
     @property
     def mse(self) -> float:
-        """Mean squared error."""
         return self.values["mse"].mean().item()
 
 

@@ -45,8 +45,6 @@ class Metric:
         value: The number, finite, in `unit`.
         unit: Its unit, for example `"dB"`; `"1"` for a ratio.
         n: Number of items (usually images) the value is computed from, at least 1.
-        split: Split of the data set, for example `"test"`.
-        dataset: Data set the items come from.
         seed: Seed of whatever was random in the measurement; `None` if nothing was.
         interval: The 95 % interval `[low, high]` of `value`, in `unit`; `None` where there is none to give.
         labels: What tells it from other metrics of its name, for example `{"images": "samples"}`, in the order in which
@@ -119,9 +117,7 @@ class Report:
 
     Args:
         model: What was evaluated: its name, configuration, weights hash.
-        metrics: The numbers.
         tables: Anything longer than one number, by name, for example `"codebook_counts"`: K integers.
-        environment: Where it was measured; see `environment`.
     """
 
     model: dict[str, Any]
@@ -130,13 +126,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def find(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> Metric:
-        """Look up the one metric of that name and exactly these labels.
-
-        Args:
-            name: Name of the metric.
-            split: Only this split; needed where several splits have the metric.
-            dataset: Only this data set; needed where several data sets have the metric.
-            labels: All its labels.
+        """Look up the one metric of that name and exactly these labels; split and data set are needed where several have it.
 
         Raises:
             KeyError: No metric matches, or more than one does; the message lists what exists.
@@ -201,8 +191,7 @@ def model_report(name: str, model: Any) -> Report:
 def environment(device: str | None = None) -> dict[str, Any]:
     """Describe where a number was measured: versions, hardware models and commit; no host, user or folder.
 
-    Args:
-        device: Device the measurement ran on, as torch names it; by default CUDA where there is one, else the CPU.
+    By default of CUDA where there is one, else of the CPU.
 
     Returns:
         `isic_vq`, `python`, `torch`, `transformers`: versions. `device`: model name of the CPU or GPU. `cores`: CPU

@@ -33,7 +33,6 @@ class Table:
     """The numbers of one topic.
 
     Attributes:
-        title: the topic.
         columns: what numbers were measured on.
         rows: by name and unit, the metric of each column that has one.
     """
@@ -54,15 +53,11 @@ def number_text(value: float) -> str:
 
 
 def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str]) -> list[Table]:
-    """Arrange metrics of whole data sets by topic; those of parts of the images (`Metric.group`) are left out.
+    """Arrange metrics of whole data sets by topic; those of parts of the images (`Metric.group`) are left out. `measured_on` heads the column of a metric.
 
     Images of different kinds that one yardstick measures, such as floor, reconstructions and samples, stand beside each
     other: `frechet_distance` with the labels images=samples and yardstick=NAME is in the row `frechet_distance, NAME` and a
     column of the samples.
-
-    Args:
-        metrics: any.
-        measured_on: what a metric was measured on, for the head of its column.
 
     Returns:
         Tables in the order of `TOPICS`, without empty ones.

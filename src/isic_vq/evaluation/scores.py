@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from isic_vq.data.code_cache import check_tokenizer, read_code_cache
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.likelihood import own_entropy, unigram_bits
 from isic_vq.models.likelihood import score_codes
@@ -37,7 +38,6 @@ class Reference:
         code_counts: `(K,)` int64, occurrences of each code in all views of all training images.
         bits_per_code: mean over `num_images` training images.
         num_images: at most `MAX_REFERENCE_IMAGES`.
-        source: name of the training images' source.
     """
 
     code_counts: Tensor
@@ -51,7 +51,6 @@ class ScoredImage:
     """An image and what the model makes of it.
 
     Attributes:
-        name: the record's or file's.
         pixel_values: `(3, H, W)`, RGB in [0, 1].
         bits_map: `(h, w)` float64, where the bits of the codes lie; see `ScoreOutput`.
         scores: in bits per code, by name; see `image_scores`.
@@ -86,9 +85,7 @@ def read_reference(
         rows = rows[[diagnosis == name for diagnosis in cache.diagnoses]]
         if len(rows) == 0:
             raise DataError(f"{path.name} has no image of {name}: leave the label out, or name other codes")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    chosen = rows[order[:MAX_REFERENCE_IMAGES]]
-    codes = torch.from_numpy(cache.codes[chosen.numpy(), 0].astype("int64"))
+    codes = cache.first_views()[rows[seeded_subset(len(rows), MAX_REFERENCE_IMAGES, seed)]]
     labels = None if label is None else torch.full((len(codes),), label)
     bits = score_codes(model, codes, labels, marginalize)
     return Reference(cache.counts(), bits.mean().item(), len(codes), cache.source.name)

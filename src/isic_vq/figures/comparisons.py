@@ -15,8 +15,6 @@ class Point:
     """A value to show.
 
     Args:
-        label: what it is the value of.
-        value: the value.
         interval: its low and high; None draws no whiskers.
         n: of how many items; None is not told.
     """
@@ -32,8 +30,6 @@ class Curve:
     """Values over a setting.
 
     Args:
-        label: of the legend.
-        x: the setting.
         y: values at it; of several seeds, their mean.
         each: values of every seed, a sequence per seed, drawn as dots.
     """
@@ -45,14 +41,7 @@ class Curve:
 
 
 def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: float | None = None) -> Figure:
-    """Draw values as dots with whiskers, one under the other, group by group.
-
-    Args:
-        groups: points by the group's title.
-        title: of the figure.
-        unit: what the horizontal axis shows.
-        line: a vertical line, such as the mean over all.
-    """
+    """Draw values as dots with whiskers, one under the other, group by group, and a vertical line such as their mean."""
     number = sum(len(points) + 1 for points in groups.values())
     figure = Figure(figsize=(8, 1.2 + 0.27 * number), dpi=DPI, layout="constrained")
     axes = figure.subplots()
@@ -86,14 +75,7 @@ def curves(
     x_values: Sequence[float],
     mark: str | None = None,
 ) -> Figure:
-    """Draw panels of curves over one setting on a logarithmic axis, with one legend: all panels have the same curves.
-
-    Args:
-        panels: title, unit and curves of each.
-        x: what the horizontal axes show.
-        x_values: the setting's values, which are the ticks.
-        mark: a line above all panels.
-    """
+    """Draw panels (title, unit, curves) of curves over one setting on a logarithmic axis, with one legend: all panels have the same curves."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=DPI, layout="constrained")
@@ -118,14 +100,10 @@ def curves(
 
 
 def code_use_by_group(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
-    """Show how much more or less often each group uses each code than all groups do, as log2 of the ratio.
+    """From K uses by group, show how much more or less often each group uses each code than all groups do, as log2 of the ratio.
 
     Codes are in the order of their use over all groups, the most used one first; a code counts once more than it is
     used, so that unused ones do not count as infinitely rare.
-
-    Args:
-        counts: K uses by group.
-        title: of the figure.
     """
     table = np.array(list(counts.values()), dtype=np.float64) + 1
     shares = table / table.sum(axis=1, keepdims=True)

@@ -8,8 +8,8 @@ import numpy as np
 from isic_vq.evaluation.codebook import code_atlas
 from isic_vq.evaluation.images import worst_reconstructions
 from isic_vq.figures.grid import image_grid, paired_grid
-from isic_vq.figures.png import write_png
-from isic_vq.figures.report_page import PagePicture, write_report_page
+from isic_vq.figures.png import png_content, write_png
+from isic_vq.figures.report_page import PICTURES, Plot, write_report_page
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ ATLAS_COLUMNS = 32
 GALLERY_SIZE = 16
 
 
-def atlas_picture(evaluation: "Evaluation") -> PagePicture:
+def atlas_picture(evaluation: "Evaluation") -> Plot:
     """What each code draws, in the order of their use over all data sets, the most used one first."""
     tables = [evaluation.report.tables[split] for split in evaluation.measured]
     counts = np.sum([table["codebook_counts"] for table in tables], axis=0)
@@ -27,7 +27,8 @@ def atlas_picture(evaluation: "Evaluation") -> PagePicture:
     processor = IsicVQImageProcessor(size=evaluation.model.config.vqvae_config.image_size)
     tiles = processor.postprocess(code_atlas(evaluation.model.vqvae), output_type="np")
     caption = "what each code draws among its like, the most used first (decoder output)"
-    return PagePicture("atlas", caption, np.asarray(image_grid(tiles[order], columns=ATLAS_COLUMNS)))
+    content = png_content(image_grid(tiles[order], columns=ATLAS_COLUMNS), {"Comment": caption})
+    return Plot(PICTURES, "atlas", caption, content, pixels=True)
 
 
 def write_evaluation_page(evaluation: "Evaluation", path: Path) -> Path:

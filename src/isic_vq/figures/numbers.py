@@ -123,9 +123,7 @@ class CodebookUse:
 def reconstruction_columns(originals: np.ndarray, reconstructions: np.ndarray) -> Columns:
     """Return per image the mean absolute error in [0, 1] and the PSNR in dB (infinite for an exact copy).
 
-    Args:
-        originals: RGB of shape (number, height, width, 3), uint8.
-        reconstructions: The same shape, uint8.
+    Both are RGB of shape (number, height, width, 3), uint8.
     """
     import torch
 

@@ -33,14 +33,7 @@ FEW = 12  # up to so many points, each gets a marker
 
 
 def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
-    """Draw the loss of every optimizer step and, unless the window is 1, the smoothed one over it.
-
-    Args:
-        columns: `step`, `loss` and `smoothed_loss`, as `numbers.batch_columns` gives them.
-        title: Title of the figure.
-        unit: What the vertical axis shows.
-        window: Number of batches in each mean.
-    """
+    """Draw the loss of every optimizer step and, unless the window is 1, the smoothed one over it."""
     figure, (axes,) = new_figure(8, 4.5, panels=1)
     alpha = 0.35 if window > 1 else 1.0
     (raw,) = axes.plot(
@@ -56,13 +49,7 @@ def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
 
 
 def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
-    """Draw the loss of each split per epoch and, where the loss has components, a second panel with those.
-
-    Args:
-        columns: `epoch`, `<split>/loss` and `<split>/<component>_loss`, as `numbers.epoch_columns` gives them.
-        title: Title of the figure.
-        unit: What the vertical axes show.
-    """
+    """Draw the loss of each split per epoch and, where the loss has components, a second panel with those."""
     totals = [key for key in columns if key.endswith("/loss")]
     parts = [key for key in columns if key.endswith("_loss")]
     figure, (axes, *others) = new_figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
@@ -114,14 +101,7 @@ def codebook_usage(use: CodebookUse) -> Figure:
 
 
 def heat_map(image: np.ndarray, bits: np.ndarray, title: str, most: float) -> Figure:
-    """Draw an image beside the bits of its codes.
-
-    Args:
-        image: RGB of shape (height, width, 3), uint8.
-        bits: Bits of every code, shape (h, w).
-        title: Title of the figure.
-        most: Bits at the end of the colour scale; what is above has the colour of the end.
-    """
+    """Draw an image (height, width, 3), uint8, beside the bits (h, w) of its codes; the colour scale ends at `most`."""
     figure, (left, right) = new_figure(6.4, 3.2, panels=2)
     _bare(left).imshow(image)
     colors = _map_bits(right, bits, most)
@@ -133,12 +113,7 @@ def heat_map(image: np.ndarray, bits: np.ndarray, title: str, most: float) -> Fi
 def likelihood_extremes(
     rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray, str]]]], most: float
 ) -> Figure:
-    """Draw rows of images, each above the bits of its codes.
-
-    Args:
-        rows: Name of a row and its images (RGB of shape (height, width, 3), uint8), bits (shape (h, w)) and captions.
-        most: As for `heat_map`.
-    """
+    """Draw rows of images, each above the bits of its codes."""
     number = max(len(cells) for _, cells in rows)
     size = (1.35 * number + 1.6, 3.2 * len(rows))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
@@ -157,13 +132,7 @@ def likelihood_extremes(
 
 
 def score_histograms(histograms: dict[str, Any], areas: dict[tuple[str, str], float], usual: str) -> Figure:
-    """Draw, for every score and kind of unusual image, its histogram over that of the usual images.
-
-    Args:
-        histograms: By score, `edges` in bits per code and `counts` by kind of image.
-        areas: AUROC by score and kind.
-        usual: The kind that the others are compared with.
-    """
+    """Draw, for every score and kind of unusual image, its histogram (`edges` and `counts` by kind) over that of the usual images."""
     kinds = list(dict.fromkeys(kind for _, kind in areas))
     size = (3.1 * len(histograms) + 0.6, 1.6 * len(kinds) + 0.8)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
@@ -188,13 +157,7 @@ def score_histograms(histograms: dict[str, Any], areas: dict[tuple[str, str], fl
 
 
 def picture(image: Image.Image, title: str, rows: Sequence[tuple[int, str]] = ()) -> Figure:
-    """Put a title above a picture and text left of its rows, pixel for pixel.
-
-    Args:
-        image: The picture, RGB.
-        title: Title of the figure.
-        rows: Centre of a row, in pixels of the picture from its top, and the text for it.
-    """
+    """Put a title above a picture and text left of its rows (their centre in pixels from the top), pixel for pixel."""
     pixels = np.asarray(image)
     left, top, margin = (140 if rows else 16), 48, 16
     width, height = max(left + pixels.shape[1] + margin, 480), top + pixels.shape[0] + margin

@@ -12,11 +12,15 @@ from isic_vq.files import write_atomically
 
 
 def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]) -> None:
-    """Write a picture with text fields, whole or not at all.
+    """Write a picture as `png_content` makes it, whole or not at all."""
+    write_atomically(path, png_content(image, about))
+
+
+def png_content(image: Image.Image | np.ndarray, about: dict[str, str]) -> bytes:
+    """A picture with text fields as PNG.
 
     Args:
         image: a picture, or pixels of shape (height, width, 3), uint8.
-        path: the file.
         about: text fields by keyword, such as `Comment`; `Software` is "isic-vq" and its version.
     """
     fields = PngInfo()
@@ -25,19 +29,13 @@ def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=fields, icc_profile=None, exif=b"")
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_jpeg(image: Image.Image, path: Path, comment: str, quality: int = 92) -> None:
     """Write a picture with a comment, whole or not at all, without thinning out its colours.
 
     A sheet of many images takes a fifth of its PNG, and hides what JPEG hides: faint noise, not seams or blocks of codes.
-
-    Args:
-        image: RGB.
-        path: the file.
-        comment: what the picture shows; what wrote it is added.
-        quality: of the JPEG, to 95.
     """
     buffer = io.BytesIO()
     text = f"{comment}; isic-vq {__version__}"

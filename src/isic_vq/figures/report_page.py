@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import APPEARANCE, number_text, report_tables, topic_of
-from isic_vq.figures.png import write_png
 from isic_vq.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -23,44 +20,30 @@ PICTURES = "Pictures"
 
 
 @dataclass(frozen=True)
-class PagePicture:
-    """A picture that a page shows.
-
-    Attributes:
-        name: of its file, without suffix.
-        caption: what it shows.
-        image: RGB of shape (height, width, 3), uint8.
-    """
-
-    name: str
-    caption: str
-    image: np.ndarray
-
-
-@dataclass(frozen=True)
 class Plot:
-    """A plot of a report's numbers.
+    """A plot of a report's numbers, or a picture.
 
     Attributes:
         topic: title of the table that it belongs to.
         name: of its file, without suffix.
-        caption: what it shows.
         content: the PNG file.
+        pixels: whether it is shown pixel by pixel.
     """
 
     topic: str
     name: str
     caption: str
     content: bytes
+    pixels: bool = False
 
 
-def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture] = ()) -> list[Path]:
+def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ()) -> list[Path]:
     """Write a report's page and its pictures, each atomically; needs matplotlib and Jinja2.
 
     Args:
         report: as `isic-vq evaluate` makes it.
         path: the page; pictures go to a folder beside it, of its name and "-figures".
-        pictures: shown at the end; what is in them is the caller's responsibility.
+        pictures: shown beside the plots of `report_plots`; what is in them is the caller's responsibility.
 
     Returns:
         What was written, the page first.
@@ -71,29 +54,16 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[PagePicture
     tables = report_tables(report.metrics, measured_on)
     shown: dict[str, list[dict[str, Any]]] = {table.title: [] for table in tables}
     written = []
-    for plot in report_plots(report):
+    for plot in [*report_plots(report), *pictures]:
         written.append(folder / f"{plot.name}.png")
         write_atomically(written[-1], plot.content)
         title = plot.topic if plot.topic in shown else PICTURES  # a topic may have parts and no whole
-        shown.setdefault(title, []).append(
-            {"file": f"{folder.name}/{plot.name}.png", "caption": plot.caption}
-        )
-    for picture in pictures:
-        written.append(folder / f"{picture.name}.png")
-        write_png(picture.image, written[-1], {"Comment": picture.caption})
-        entry = {"file": f"{folder.name}/{picture.name}.png", "caption": picture.caption, "pixels": True}
-        shown.setdefault(PICTURES, []).append(entry)
+        file = f"{folder.name}/{plot.name}.png"
+        shown.setdefault(title, []).append({"file": file, "caption": plot.caption, "pixels": plot.pixels})
     machine = report.environment
-    about = ", ".join(
-        f"{label} {machine[key]}".strip()
-        for key, label in (
-            ("isic_vq", "isic-vq"),
-            ("torch", "torch"),
-            ("device", ""),
-            ("git_commit", "commit"),
-        )
-        if machine.get(key)
-    )
+    titles = {"isic_vq": "isic-vq", "torch": "torch", "device": "", "git_commit": "commit"}
+    known = {title: machine[key] for key, title in titles.items() if machine.get(key)}
+    about = ", ".join(f"{title} {text}".strip() for title, text in known.items())
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
     page = template.render(
         title=report.model.get("name", "report"),

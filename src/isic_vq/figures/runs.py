@@ -36,11 +36,7 @@ class MissingPartError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One training run on disk.
-
-    Args:
-        folder: Folder with the run's `metrics.jsonl`.
-    """
+    """One training run on disk."""
 
     folder: Path
 

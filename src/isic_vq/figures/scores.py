@@ -24,7 +24,6 @@ class HeatMap:
     """An image and the bits of its codes.
 
     Args:
-        name: What the image is called.
         image: RGB of shape (height, width, 3), uint8.
         bits: Bits of every code, shape (h, w).
     """

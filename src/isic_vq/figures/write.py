@@ -47,9 +47,7 @@ class Drawing:
 
     Args:
         name: File name without suffix.
-        figure: The picture.
         suffix: Suffix of the file of numbers, `.csv` or `.json`.
-        content: That file's content.
         shows_source_images: It may not leave the run's folder.
     """
 

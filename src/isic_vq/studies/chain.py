@@ -27,15 +27,35 @@ from isic_vq.work import begin
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class StudyRecipe:
+    """What the recipes of all studies have.
+
+    Args:
+        output_dir: the study's folder, one below it per model.
+        train: URI of the training images.
+        validation: URI of the held-out images that the models are compared on.
+        seeds: each setting is trained once with each.
+        vqvae: fields of the tokenizers' recipe that all share.
+        prior: fields of the priors' recipe that all share.
+    """
+
+    output_dir: str = ""
+    stage: str = ""
+    train: str = ""
+    validation: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    vqvae: dict = field(default_factory=dict)
+    prior: dict = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Chain:
     """How a tokenizer and its prior are trained.
 
     Attributes:
         folder: of both runs and the codes between them.
-        train: URI of the training images.
         validation: URI of the images that select the weights.
-        seed: of both runs.
         vqvae: fields of the tokenizer's recipe beyond these, as in a YAML file.
         prior: fields of the prior's recipe.
         views: dihedral views of each training image in the codes.

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from huggingface_hub.dataclasses import strict
 
 from isic_vq.data.augmentation import NUM_VIEWS
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.files import write_atomically
-from isic_vq.studies.chain import Chain
+from isic_vq.studies.chain import Chain, StudyRecipe
 from isic_vq.training.load import build_recipe
 
 PARTS = ("train", "validation")
@@ -42,29 +42,18 @@ class Domain:
 
 @strict
 @dataclass
-class GeneralizationRecipe:
+class GeneralizationRecipe(StudyRecipe):
     """A generalization study.
 
     Args:
-        output_dir: the study's folder, one below it per model.
-        train: URI of the images that the domains' training images are taken from.
-        validation: URI of the held-out images of all domains.
-        domains: by name, fields of `Domain`; a model is trained on each.
+        domains: by name, fields of `Domain`; a model is trained on each, from the training images.
         tests: by name, URIs of images that are only tested on.
-        seeds: each setting is trained once with each.
-        vqvae: fields of the tokenizers' recipe that all share.
-        prior: fields of the priors' recipe that all share.
     """
 
     output_dir: str = "runs/generalization"
     stage: str = "generalization"
-    train: str = ""
-    validation: str = ""
     domains: dict = field(default_factory=dict)
     tests: dict = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
-    vqvae: dict = field(default_factory=dict)
-    prior: dict = field(default_factory=dict)
 
     def validate_domains(self) -> None:
         """Check the domains; called by `strict`."""
@@ -125,8 +114,7 @@ def write_domains(recipe: GeneralizationRecipe) -> None:
                     f"domain {name} has {len(rows)} images of {part} and wants {wanted or 'at least one'}: "
                     "change its sources or its num_images"
                 )
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:wanted]
-            chosen = sorted(rows[index] for index in order.tolist())
+            chosen = sorted(rows[index] for index in seeded_subset(len(rows), wanted, seed=0).tolist())
             content = io.BytesIO()
             records.select(chosen).to_parquet(content)
             write_atomically(path, content.getvalue())

@@ -42,7 +42,6 @@ class Measured:
     """One model of the study.
 
     Attributes:
-        chain: which.
         values: by data set, `(N,)` float64 of every image for each of `NAMES`.
         disjoint: names of the data sets that share no image with the model's own held-out ones.
     """
@@ -200,14 +199,7 @@ def figures(groups: Groups, mark: str | None) -> list[tuple[str, str, bytes]]:
 def findings(
     groups: Groups, webp: dict[str, Tensor], recipe: GeneralizationRecipe, noted: dict[str, Difference]
 ) -> list[str]:
-    """Sentences on sources and augmentation, each only as strong as all seeds allow.
-
-    Args:
-        groups: the models of each setting, one per seed.
-        webp: PSNR of every image of each data set after WebP.
-        recipe: of the study.
-        noted: filled with the differences that the sentences tell, by name.
-    """
+    """Sentences on sources and augmentation, each only as strong as all seeds allow; `noted` is filled with the differences that they tell."""
     plain, augmented = ({d: groups[key(d, augment)] for d in recipe.domains} for augment in (False, True))
     sized = [name for name, fields in recipe.domains.items() if fields.get("num_images") is not None]
     return [

@@ -11,34 +11,23 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 
 from isic_vq.models.configuration_vqvae import PRESETS
-from isic_vq.studies.chain import Chain
+from isic_vq.studies.chain import Chain, StudyRecipe
 
 
 @strict
 @dataclass
-class GranularityRecipe:
+class GranularityRecipe(StudyRecipe):
     """A granularity study.
 
     Args:
-        output_dir: the study's folder, one below it per model.
-        train: URI of the training images.
-        validation: URI of the images that the models are compared on.
         grids: by name, what of a tokenizer's config sets its grid, such as `hidden_sizes`.
         num_codes: codebook sizes.
-        seeds: each setting is trained once with each.
-        vqvae: fields of the tokenizers' recipe that all share.
-        prior: fields of the priors' recipe that all share.
     """
 
     output_dir: str = "runs/granularity"
     stage: str = "granularity"
-    train: str = ""
-    validation: str = ""
     grids: dict = field(default_factory=lambda: dict(PRESETS))
     num_codes: list[int] = field(default_factory=lambda: [64, 256, 1024])
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
-    vqvae: dict = field(default_factory=dict)
-    prior: dict = field(default_factory=dict)
 
 
 def labels(grid: str, num_codes: int) -> dict[str, str]:

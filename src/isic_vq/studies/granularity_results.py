@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from isic_vq.data.code_cache import read_code_cache
@@ -60,7 +59,6 @@ class Measured:
     """One model of the study.
 
     Attributes:
-        chain: which.
         values: `(N,)` float64 of every image, by name as in `PER_IMAGE`, and `unigram_bytes`; `sampling_seconds`, per image
             of drawing and decoding a block of `BLOCK_SIZE` images, of several runs.
         numbers: `perplexity`, `flat_bytes` and operations, by name.
@@ -101,7 +99,7 @@ def measure_model(chain: Chain, uri: str) -> Measured:
     values = {name: kept[name].double() for name in ("psnr", "ssim", "bits_per_code")}
     values["coded_bytes"] = values["bits_per_code"] * config.num_positions / 8
     train, held_out = (read_code_cache(chain.folder / f"{name}.parquet") for name in ("train", "validation"))
-    codes = torch.from_numpy(held_out.codes[:, 0].astype("int64"))
+    codes = held_out.first_views()
     values["unigram_bytes"] = unigram_bits(train.counts(), codes).flatten(1).sum(1) / 8
     draw = partial(model.generate, BLOCK_SIZE, seed=0)
     values["sampling_seconds"] = seconds(draw, model.device) / BLOCK_SIZE

@@ -88,7 +88,6 @@ class Difference:
 
     Attributes:
         means: of the differences, image by image, for each seed.
-        intervals: of these means.
     """
 
     means: list[float]
@@ -123,23 +122,13 @@ class Difference:
 
 
 def paired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
-    """Second minus first, image by image, seed by seed.
-
-    Args:
-        first: `(N,)` values of the same images, one tensor per seed.
-        second: likewise.
-    """
+    """Second minus first of values `(N,)` of the same images, image by image, seed by seed."""
     differences = [b - a for a, b in zip(first, second, strict=True)]
     return Difference([d.mean().item() for d in differences], [mean_interval(d) for d in differences])
 
 
 def unpaired_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
-    """Mean of the second's images minus that of the first's, seed by seed, with Welch's standard error.
-
-    Args:
-        first: `(N,)` values of some images, one tensor per seed.
-        second: `(M,)` values of others.
-    """
+    """Mean of the second's values `(M,)` minus that of the first's `(N,)`, seed by seed, with Welch's standard error."""
     means, intervals = [], []
     for a, b in zip(first, second, strict=True):
         mean = (b.mean() - a.mean()).item()

@@ -25,14 +25,10 @@ class StudyPage:
 
     Attributes:
         name: of the study: its command is `isic-vq study NAME`.
-        title: of the page.
-        question: what it asks, a paragraph.
         metrics: every number, one line per model and seed.
         tables: heading and Markdown table, in order.
         figures: file name without suffix, caption and PNG.
-        findings: sentences.
         differences: what the sentences are drawn from, by name; with their intervals they are in the report alone.
-        smoke: whether it was only tried out.
     """
 
     name: str

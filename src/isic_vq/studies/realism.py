@@ -85,15 +85,7 @@ def realism_metrics(
     on: MeasuredOn,
     resamples: int = 1000,
 ) -> list[Metric]:
-    """The two lines of a pair.
-
-    Args:
-        pair: names of the two sets.
-        logits: `(N, 2)` of the test images for each seed.
-        labels: `(N,)` int64: 0 for the first set, 1 for the second.
-        on: split and data set of the test images.
-        resamples: bootstrap draws.
-    """
+    """The two lines of a pair of sets, from logits `(N, 2)` of the test images for each seed; labels `(N,)` number their set."""
 
     def accuracy(seed: int, rows: Tensor) -> float:
         return (logits[seed][rows].argmax(1) == labels[rows]).double().mean().item()

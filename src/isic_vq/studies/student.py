@@ -20,6 +20,7 @@ from transformers import ResNetForImageClassification
 from isic_vq.data.augmentation import dihedral, random_views
 from isic_vq.data.classes import Classes
 from isic_vq.data.loading import iter_batches
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.sources.base import hash_ids
@@ -52,11 +53,8 @@ class Student:
     """How every classifier of the study is trained.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: images per step.
         image_size: side in pixels.
         learning_rate: peak of the schedule: a tenth of the steps up, then cosine to zero.
-        weight_decay: AdamW's.
         colour_strength: as the classifier's recipe has it; views are dihedral.
         model: fields of `ResNetConfig`.
     """
@@ -96,14 +94,7 @@ class LabelledImages:
 def train_student(
     images: LabelledImages, classes: Sequence[str], student: Student, seed: int
 ) -> ResNetForImageClassification:
-    """Train a new classifier, on the GPU if there is one; a function of the arguments on one machine.
-
-    Args:
-        images: at least one of each class.
-        classes: name of each class.
-        student: how.
-        seed: of weights, order and augmentation.
-    """
+    """Train a new classifier, on the GPU if there is one; a function of the arguments on one machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -242,14 +233,7 @@ class ClassifierStudy:
         classes: Sequence[str],
         pixels: Tensor,
     ) -> Tensor:
-        """What a classifier says of test images: from its file, or else it is trained, and the file written.
-
-        Args:
-            name: of the classifier.
-            seed: as for `train_student`.
-            images: makes the training images.
-            classes: name of each class.
-            pixels: test images `(N, 3, H, W)` uint8.
+        """The logits `(N, C)` of test images `(N, 3, H, W)` uint8 by a classifier: from its file, or else it is trained, and the file written.
 
         Returns:
             `(N, C)`.
@@ -268,12 +252,6 @@ def study_records(
 ) -> tuple[Any, list[str], dict[str, Any]]:
     """Records of the classes, by default all that occur; the classes; and what settles which records these are.
 
-    Args:
-        uri: where the records are.
-        classes: diagnoses; records of others are left out.
-        limit: at most so many records, a seeded subset.
-        labels: names that labels may have, as for `find_source`.
-
     Raises:
         DataError: the records can only be streamed, or cannot be used.
     """
@@ -282,8 +260,7 @@ def study_records(
         raise DataError(f"{source.name} can only be streamed: write it to files with isic-vq data prepare")
     records = source.dataset()
     if limit is not None and limit < len(records):
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
-        records = records.select(sorted(order[:limit].tolist()))
+        records = records.select(sorted(seeded_subset(len(records), limit, seed=0).tolist()))
     classes = classes or known_classes(records["diagnosis"], source.classes.names)
     records = labelled(records, classes, source.name)
     about = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}

@@ -38,10 +38,7 @@ def evaluate_utility(
 ) -> list[Metric]:
     """Train the classifiers that are not trained yet, and compare them on real images.
 
-    Args:
-        study: the images and classifiers.
-        resamples: bootstrap draws.
-        auc_of: classes whose AUC against all others is reported; None reports all of at least `MIN_GROUP` test images.
+    `auc_of` names the classes whose AUC against all others is reported: by default those of `MIN_GROUP` test images.
 
     Returns:
         For each arm (label `arm`) `balanced_accuracy` and, for each class of `auc_of` (label `positive`), `auc`, means over
@@ -80,16 +77,7 @@ def utility_metrics(
     resamples: int = 1000,
     auc_of: Sequence[str] | None = None,
 ) -> list[Metric]:
-    """The lines of `evaluate_utility`.
-
-    Args:
-        logits: by arm, "real" first, `(N, C)` of the test images for each seed.
-        test_labels: `(N,)` int64, theirs.
-        classes: name of each class.
-        on: split and data set of the test images.
-        resamples: bootstrap draws.
-        auc_of: as for `evaluate_utility`.
-    """
+    """The lines of `evaluate_utility`, from logits `(N, C)` of the test images for each seed, by arm, "real" first."""
     real, *others = logits
     metrics = []
 
