@@ -31,8 +31,9 @@ from isic_vq.files import MAX_PREVIEWS, preview_name, replaced_directory, write_
 from isic_vq.hub import load_model
 from isic_vq.layout import check_replaceable
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import PARTS, WEIGHTS_FILE, IsicVQModel
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.repository import PARTS, WEIGHTS_FILE
 from isic_vq.onnx_export import export_onnx
 from isic_vq.yaml_text import read_yaml
 

@@ -12,7 +12,8 @@ import torch
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
-from isic_vq.models.modeling_isic_vq import PARTS, IsicVQModel
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.models.repository import PARTS
 
 REPEATS = 5
 BATCH_SIZES = (1, 16)
