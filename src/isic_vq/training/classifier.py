@@ -119,11 +119,8 @@ class ClassifierTask(ImageTask):
     """The classifier stage, as the loop sees it.
 
     Args:
-        model: the classifier, on its device after the trainer was built.
-        processor: decodes images.
-        train_set: training images, all of a class.
-        validation_set: validation images, likewise.
-        recipe: the run's recipe.
+        model: the classifier, on its device after the trainer was built; the others as for `ImageTask`, all images of
+            a class.
     """
 
     def __init__(

@@ -129,11 +129,7 @@ class DecoderTask(ImageTask):
     Args:
         tokenizer: its decoder is trained in place.
         features: the feature space.
-        classifier: whose logits are matched, if any.
-        processor: saved beside the weights.
-        train_set: training images.
-        validation_set: validation images.
-        recipe: the run's recipe.
+        classifier: whose logits are matched, if any; the others as for `ImageTask`.
     """
 
     averages_directly = True

@@ -81,7 +81,6 @@ class RowFeed:
         )
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Batch, ...]]:
-        """As `Feed` has it."""
         self.batches.epoch, self.batches.start = epoch, start
         yield from zip(*[iter(self.loader)] * self.micro_batches, strict=True)
 
@@ -89,6 +88,5 @@ class RowFeed:
         """Nothing: batches are numbered."""
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """As `Feed` has it."""
         if state is not None:
             raise TrainingError("the run was fed by a stream: resume it with data.stream=true")

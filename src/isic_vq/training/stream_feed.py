@@ -53,7 +53,6 @@ class StreamFeed:
         self.states: dict[int, dict[str, Any]] = {}  # before the step under way, and after it
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Batch, ...]]:
-        """As `Feed` has it."""
         fresh = [(number, dataclasses.asdict(Position())) for number in range(self.num_lanes)]
         places = self.restored["lanes"] if start and self.restored else fresh
         self.states = {start: self._state(places)}
@@ -77,7 +76,6 @@ class StreamFeed:
         return self.states[batch] if batch else self._state([])
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """As `Feed` has it."""
         if state is None:
             raise TrainingError("the run was not fed by a stream: resume it without data.stream=true")
         if state["num_lanes"] != self.num_lanes:

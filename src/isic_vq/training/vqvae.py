@@ -44,11 +44,7 @@ class VQVAETask(ImageTask):
     """The tokenizer stage, as the loop sees it.
 
     Args:
-        model: the tokenizer, on its device after the trainer was built.
-        processor: saved beside the weights.
-        train_set: training images.
-        validation_set: validation images.
-        recipe: the run's recipe.
+        model: the tokenizer, on its device after the trainer was built; the others as for `ImageTask`.
     """
 
     def __init__(
