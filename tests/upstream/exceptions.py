@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 
 HIDDEN_STATES = "forward returns what it is for: no hidden states and no attentions of layers"
 EMBEDDINGS = "images enter through a convolution: there is no table of input embeddings"
+SEQUENTIAL = "diffusers names the device cpu:0, of which accelerate makes tensors that are no parameters, of any module"
 VARIANT = "a repository has one set of weights: save_pretrained refuses a variant, in one line"
 
 EXCEPTIONS = {
@@ -35,8 +36,8 @@ EXCEPTIONS = {
     "pipeline-* test_loading_with_incorrect_variants_raises_error": VARIANT,
     "pipeline-* test_serialization_with_variants": VARIANT,
     "pipeline-* test_cpu_offload_forward_pass_twice": "it enables the offload without naming a device: diffusers asks for an accelerator",
-    "pipeline-* test_sequential_cpu_offload_forward_pass": "not yet: the pipeline reads weights past their hooks",
-    "pipeline-* test_sequential_offload_forward_pass_twice": "not yet: the pipeline reads weights past their hooks",
+    "pipeline-* test_sequential_cpu_offload_forward_pass": SEQUENTIAL,
+    "pipeline-* test_sequential_offload_forward_pass_twice": SEQUENTIAL,
     "pipeline-* test_save_load_local": "images are equal; it then looks for lines that diffusers' own loader logs, which is not used",
 }
 

@@ -49,3 +49,12 @@ def convolve_codes(
     windows = F.pad(codes, padding, value=len(embedding)).unfold(1, height, 1).unfold(2, width, 1).flatten(3)
     sums = sum_taps(tables, windows.flatten(0, 2)) + conv.bias
     return sums.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+class CodeConv2d(nn.Conv2d):
+    """A convolution of embedded codes, called with the codes and all codes' vectors; see `convolve_codes`."""
+
+    def forward(  # type: ignore[override]
+        self, codes: Tensor, embedding: Tensor, padding: tuple[int, int, int, int]
+    ) -> Tensor:
+        return convolve_codes(codes, embedding, self, padding)

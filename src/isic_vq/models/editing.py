@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .finite import check_finite, damaged_or_overflow
 from .modeling_vqvae import VQVAEModel
-from .modes import exactly
+from .modes import exactly, weights_at_hand
 from .prior import PriorModel, Walk
 from .sampling import draw, image_generators, position_uniforms
 
@@ -189,10 +189,10 @@ def redraw_codes(
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"num_particles is {num_particles!r}: expected a whole number of at least 1")
     prior = model.prior
-    labels = prior.checked_labels(labels, len(codes))
-    conditions = prior.conditions(labels, prior.clusters_of(codes))
     chosen, sets = [], []
-    with exactly(prior), torch.inference_mode():
+    with weights_at_hand(prior), exactly(prior), torch.inference_mode():
+        clusters = prior.clusters_of(codes)
+        conditions = prior.conditions(prior.checked_labels(labels, len(codes)), clusters)
         for image, masked, condition, generator in zip(
             codes.flatten(1), mask.flatten(1), conditions, generators, strict=True
         ):

@@ -94,6 +94,20 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         return False
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "IsicVQModel":
+        """Load as `StrictLoading.from_pretrained` does.
+
+        Raises:
+            ValueError: a `device_map` with a part on the disk, besides what it refuses.
+        """
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                f"device_map is {device_map}: expected devices; load the model, then accelerate.disk_offload(model, folder)"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_parts(cls, vqvae: VQVAEModel, prior: PriorModel, license: str | None = None) -> "IsicVQModel":
         """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
 

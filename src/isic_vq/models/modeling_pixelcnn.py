@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
-from .code_convolution import convolve_codes
+from .code_convolution import CodeConv2d
 from .configuration_pixelcnn import PixelCNNConfig
 from .modes import exactly
 from .pixelcnn_cache import RasterWalk
@@ -91,9 +91,10 @@ class GatedLayer(nn.Module):
         kernel_size = config.first_kernel_size if first else config.kernel_size
         self.first, self.reach = first, kernel_size // 2
         depth = self.reach if first else self.reach + 1
-        self.vertical = nn.Conv2d(size, 2 * size, (depth, kernel_size))
+        convolution = CodeConv2d if first else nn.Conv2d
+        self.vertical = convolution(size, 2 * size, (depth, kernel_size))
         self.vertical_to_horizontal = nn.Conv2d(2 * size, 2 * size, 1, bias=False)
-        self.horizontal = nn.Conv2d(size, 2 * size, (1, depth))
+        self.horizontal = convolution(size, 2 * size, (1, depth))
         self.output = nn.Conv2d(size, size, 1)
         self.class_bias = ConditionEmbedding(config, 4 * size)
         self.dropout = nn.Dropout(config.dropout)
@@ -120,8 +121,8 @@ class FirstGatedLayer(GatedLayer):
 
     def forward(self, codes: Tensor, embedding: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
         reach = self.reach
-        above = convolve_codes(codes, embedding, self.vertical, (reach, reach, reach, -1))
-        left = convolve_codes(codes, embedding, self.horizontal, (reach, -1, 0, 0))
+        above = self.vertical(codes, embedding, (reach, reach, reach, -1))
+        left = self.horizontal(codes, embedding, (reach, -1, 0, 0))
         return self.gated(above, left, conditions)
 
 
@@ -204,7 +205,8 @@ class PixelCNNModel(PriorModel):
         conditions = self.conditions_of(targets, class_labels, clusters)
         first, *others = self.layers
         if self.config.architecture == "gated":
-            vertical, hidden = first(codes, self.code_embedding.weight, conditions)
+            every_code = torch.arange(self.config.num_codes, device=codes.device)
+            vertical, hidden = first(codes, self.code_embedding(every_code), conditions)
             vertical, hidden = vertical + self.position_embedding, hidden + self.position_embedding
             for layer in others:
                 vertical, hidden = layer(vertical, hidden, conditions)

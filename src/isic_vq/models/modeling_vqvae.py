@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vqvae import VQVAEConfig
 from .finite import check_finite, damaged_or_overflow
-from .modes import evaluating
+from .modes import evaluating, weights_at_hand
 from .residual_quantizer import Phi, ResidualQuantizer
 from .strict_loading import StrictLoading
 from .vector_quantizer import VectorQuantizer
@@ -283,7 +283,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         """
         pixel_values = pixel_values.to(self.dtype)
         check_finite(pixel_values, "pixel_values", "expected RGB in [0, 1], as the image processor makes it")
-        with evaluating(self):
+        with weights_at_hand(self.quantizer), evaluating(self):
             latents = self.embed(pixel_values)
             check_finite(latents, "latents", damaged_or_overflow(self.dtype))
             return self.quantizer.encode(latents)
@@ -299,7 +299,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         Raises:
             ValueError: a code outside [0, K), codes that are not those of whole scales, or pixels that are not finite.
         """
-        with evaluating(self):
+        with weights_at_hand(self.quantizer), evaluating(self):
             quantized = self.quantizer.lookup(codes).to(self.dtype)
             check_finite(quantized, "codebook vectors", damaged_or_overflow(self.dtype))
             return check_finite(
@@ -318,8 +318,8 @@ class VQVAEModel(VQVAEPreTrainedModel):
     @torch.no_grad()
     def decode_alone(self, codes: Tensor, side: int = 1) -> Tensor:
         """What single codes draw: `(N, 3, side * f, side * f)` of codes `(N,)`, the vector of each filling a grid."""
-        vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
-        with evaluating(self):
+        with weights_at_hand(self.quantizer), evaluating(self):
+            vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
             pixels = self.decoder(vectors.to(self.dtype), codes[:, None, None].expand(-1, side, side))
         return check_finite(pixels, "decoded pixels", damaged_or_overflow(self.dtype))
 
@@ -337,12 +337,14 @@ class VQVAEModel(VQVAEPreTrainedModel):
         Returns:
             `(B, L - first side squared, D)`, one row for each code after the first scale; none without scales.
         """
-        return self.quantizer.context(codes)
+        with weights_at_hand(self.quantizer):
+            return self.quantizer.context(codes)
 
     @torch.no_grad()
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         """`context`, scale by scale; see `ResidualQuantizer.extend`."""
-        return self.quantizer.extend(features, codes, index)
+        with weights_at_hand(self.quantizer):
+            return self.quantizer.extend(features, codes, index)
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, quantize: bool = True, return_loss: bool = True) -> VQVAEOutput:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
 
 def open_cache(model: "PixelCNNModel", conditions: Tensor) -> "GatedCache | PlainCache":
-    """An empty cache for images of the conditions `(B,)`: `start_row`, then `logits` and `put` per column."""
+    """An empty cache for images of the conditions `(B,)`: `start_row`, then `logits` and `put` per column.
+
+    Raises:
+        ValueError: a layer was wrapped by another library; what that adds to its weights would be left out.
+    """
+    known = ("torch.", __package__ or "", type(model).__module__.rpartition(".")[0])
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(known):
+            raise ValueError(
+                f"the prior's {name} is a {type(module).__module__}.{type(module).__name__}: sampling folds the weights of "
+                "plain layers; merge adapters into them first (merge_and_unload() of peft)"
+            )
     return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, conditions)
 
 

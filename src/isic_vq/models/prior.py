@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
+from .modes import weights_at_hand
 from .sampling import Sampling, draw
 from .strict_loading import StrictLoading
 
@@ -163,11 +164,14 @@ class PriorModel(StrictLoading, PreTrainedModel):
         if not self.config.num_clusters:
             return None
         frequencies = code_frequencies(codes, self.config.sizes, self.config.num_codes)
-        return (frequencies @ self.cluster_scores.to(codes.device).double()).argmax(1)
+        with weights_at_hand(self):
+            scores = self.cluster_scores.to(codes.device).double()
+        return (frequencies @ scores).argmax(1)
 
     def cluster_log_probabilities(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """log p(cluster | class), `(B, C)` float64, of a prior with clusters."""
-        weights = self.cluster_weights[self.checked_labels(labels, batch_size)].double()
+        with weights_at_hand(self):
+            weights = self.cluster_weights[self.checked_labels(labels, batch_size)].double()
         return (weights / weights.sum(1, keepdim=True)).log()
 
     def draw_clusters(self, labels: Tensor | None, uniforms: Tensor) -> Tensor:
@@ -217,10 +221,10 @@ class PriorModel(StrictLoading, PreTrainedModel):
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
         sampling = replace(sampling or Sampling(), **settings)
-        conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
-        if sampling.guided:
-            conditions = torch.cat([conditions, self.without_class(conditions)])
-        with torch.inference_mode():
+        with weights_at_hand(self), torch.inference_mode():
+            conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
+            if sampling.guided:
+                conditions = torch.cat([conditions, self.without_class(conditions)])
             codes = self.draw_codes(uniforms, conditions, sampling, backend, on_step, extend)
         return codes.clone()  # a normal tensor: autograd refuses those of inference mode
 
