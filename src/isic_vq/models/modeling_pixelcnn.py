@@ -191,7 +191,8 @@ class PixelCNNModel(PriorModel):
 
         Args:
             codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional, of which
+                Trainer is told by `TrainingArguments(label_names=[])`.
             context: what coarser scales tell; a single grid has none, and it is not looked at.
             targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
             clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.

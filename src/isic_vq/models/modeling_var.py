@@ -198,7 +198,8 @@ class VARModel(PriorModel):
 
         Args:
             codes (`torch.LongTensor` of shape `(B, L)`): in [0, K), coarse to fine; they are only compared with.
-            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional, of which
+                Trainer is told by `TrainingArguments(label_names=[])`.
             context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
                 scales, `VQVAEModel.context(codes)`.
             targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
