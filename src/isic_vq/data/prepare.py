@@ -164,8 +164,7 @@ def prepare(
         old, work = _open_folder(output, settings, extend), Work(output / WORK, list(units), "parts")
         if old is not None and old.settings == settings:
             logger.info("%s is finished with these settings already", output.name)
-            begun = work.folder / SETTINGS
-            if not begun.is_file() or json.loads(begun.read_text()) == settings:
+            if not (begun := work.folder / SETTINGS).is_file() or json.loads(begun.read_text()) == settings:
                 shutil.rmtree(work.folder, ignore_errors=True)  # killed while it removed its work
             return old
         work.begin(settings)
@@ -195,15 +194,15 @@ def _finish(
     if len(bad) == len(rows):
         raise DataError("no image is left to prepare: check the sources and the licences")
     check_share(bad, len(bad), len(rows), preparation.max_corrupt_share, "unreadable")
-    old_rows = read_images(output) if old is not None else []
+    old_rows, old_shards = (read_images(output), old.shards) if old else ([], [])
     pairs = _assign(rows, wanted, old_rows, preparation)
-    shards = _write_shards(output, paths, rows, preparation, old.shards if old is not None else [])
+    shards = _write_shards(output, paths, rows, preparation, old_shards)
     everything = [*old_rows, *rows]
     report = duplicate_report(pairs, everything)
     report.pop("pairs")
     manifest = Manifest(
         settings=settings,
-        sources=[*(old.sources if old is not None else []), *infos],
+        sources=[*(old.sources if old else []), *infos],
         splits={split: count_rows([r for r in everything if r["split"] == split]) for split in SPLITS},
         shards=shards,
         unreadable={
