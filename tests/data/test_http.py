@@ -224,9 +224,9 @@ def test_a_slow_reader_bounds_what_is_fetched(server, fetcher):
 def _clients(before):
     """Threads that fetch, after they had time to end; those of the server are others."""
     until = time.monotonic() + 5
-    while (threads := [t for t in threading.enumerate() if t not in before and "(worker)" in t.name]) and (
-        time.monotonic() < until
-    ):
+    while (
+        threads := [t for t in threading.enumerate() if t not in before and t.name == "isic-vq-fetch"]
+    ) and (time.monotonic() < until):
         time.sleep(0.01)
     return threads
 
@@ -241,7 +241,7 @@ def test_closing_early_does_not_wait_for_a_server_that_is_busy_for_long(server):
     began = time.monotonic()
     results.close()
     assert time.monotonic() - began < 5, "the third attempt was half a minute away"
-    assert all(t.daemon for t in threading.enumerate() if "(worker)" in t.name), (
+    assert all(t.daemon for t in threading.enumerate() if t.name == "isic-vq-fetch"), (
         "nor does the interpreter's end"
     )
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from isic_vq.files import beside, tidy_once
 
-DIGEST_BYTES = 32
-
 
 class ByteCache:
     """Contents by key; methods raise OSError if the folder cannot be read or written.
@@ -37,7 +35,7 @@ class ByteCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        digest, content = stored[:32], stored[32:]
         return content if hashlib.sha256(content).digest() == digest else None
 
     def put(self, key: str, content: bytes) -> None:

@@ -10,9 +10,10 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -29,7 +30,6 @@ from isic_vq.data.uri import public_path
 READ_AHEAD = 1 << 20  # bytes that `RangeFile` reads beyond what it is asked for
 WINDOW = 16  # contents that `fetch` holds at most
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-LONGEST_RETRY_AFTER = 120  # seconds
 
 
 class RemoteError(DataError):
@@ -104,11 +104,7 @@ class Request(NamedTuple):
 
 
 class HttpClient:
-    """Fetches bytes; safe to use from several threads.
-
-    Args:
-        settings: addresses are the callers' business; this takes the rest.
-    """
+    """Fetches bytes from any address; safe to use from several threads."""
 
     def __init__(self, settings: RemoteSettings):
         self.settings = settings
@@ -117,7 +113,7 @@ class HttpClient:
             status_forcelist=BUSY,
             backoff_factor=settings.backoff / 2,  # urllib3 doubles it before the second retry
             backoff_jitter=settings.backoff / 2,  # many processes should not come back as one
-            retry_after_max=LONGEST_RETRY_AFTER,
+            retry_after_max=120,  # seconds
         )
         self.pool = urllib3.PoolManager(
             num_pools=4,
@@ -197,20 +193,25 @@ class HttpClient:
         A failure is yielded in its place. At most `WINDOW` results are held, fetched or under way, so that a slow
         reader bounds the memory.
         """
-        waiting: deque[AsyncResult[bytes | RemoteError]] = deque()
-        with ThreadPool(self.settings.connections) as pool:
-            for request in requests:
-                waiting.append(pool.apply_async(self._get_or_error, (request,)))
-                if len(waiting) >= WINDOW:
-                    yield waiting.popleft().get()
-            while waiting:
-                yield waiting.popleft().get()
+        waiting: deque[Future[bytes | RemoteError]] = deque()
+        for request in requests:
+            waiting.append(Future())
+            # A daemon, so that one that waits for a busy server delays nobody; `pool` bounds the connections.
+            Thread(
+                target=self._resolve, args=(waiting[-1], request), name="isic-vq-fetch", daemon=True
+            ).start()
+            if len(waiting) >= WINDOW:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
-    def _get_or_error(self, request: Request) -> bytes | RemoteError:
+    def _resolve(self, future: "Future[bytes | RemoteError]", request: Request) -> None:
         try:
-            return self.get(request)
+            future.set_result(self.get(request))
         except RemoteError as error:
-            return error
+            future.set_result(error)
+        except BaseException as error:
+            future.set_exception(error)
 
     def request(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> BaseHTTPResponse:
         """An answer that was read to its end: 200, 206, or 412, which is left to the caller.
