@@ -270,7 +270,9 @@ def tokenizer_row(
 
 def prior_row(folder: Path) -> dict[str, float]:
     """Validation bits per code of the best epoch, and the training loss of the last one in the same unit."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     epochs = [record for record in records if record["kind"] == "epoch"]
     return {
         "bits_per_code": Report.load(folder / "report.json").value("bits_per_code"),
@@ -388,7 +390,7 @@ def images(name: str, limit: int) -> list[torch.Tensor]:
 
 def rows_of(path: Path) -> dict[str, Any]:
     """The rows of a report so far; another process may write some, too."""
-    return json.loads(path.read_text())["rows"] if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ def as_sharp(change, images: Tensor, wanted: float, most: float) -> Tensor:
 
 def open_tokenizer(folder: str) -> VQVAEModel:
     """The tokenizer of a folder, alone or in a whole model."""
-    whole = "vqvae_config" in json.loads((Path(folder) / "config.json").read_text())
+    whole = "vqvae_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return (IsicVQModel.from_pretrained(folder).vqvae if whole else VQVAEModel.from_pretrained(folder)).eval()
 
 

@@ -138,7 +138,7 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory, reused, would not show
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): resets the peak
     start = peak_resident_bytes()
     step()
     return peak_resident_bytes() - start
@@ -146,7 +146,7 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int | None:
 
 def peak_resident_bytes() -> int:
     """Most memory this process held since the peak was reset."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
@@ -202,7 +202,7 @@ def timed(step: Callable[[], Any], repeats: int = 1) -> Sample:
 def foreign_seconds() -> float:
     """CPU seconds spent since boot by anything but this process, hypervisor included; 0 where not Linux."""
     try:
-        fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split(maxsplit=9)[1:9]
     except OSError:
         return 0.0
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)

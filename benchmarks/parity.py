@@ -234,7 +234,7 @@ def compare(job: Job, num_processes: int, folder: Path, reference: Path, steps: 
     """One row of the report: a run against the one of one process and whole batches."""
     seen = [torch.load(folder / f"process-{rank}.pt") for rank in range(num_processes)]
     (single,) = [torch.load(reference / "process-0.pt")]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [line for line in lines if line["kind"] == "batch"]
     codes = [in_sample_order(seen, step) for step in range(steps)]
     expected = [in_sample_order([single], step) for step in range(steps)]

@@ -146,7 +146,7 @@ def measure(name: str, steps: int) -> None:
 
 def finished_rows() -> dict[str, Any]:
     """What the report has."""
-    return json.loads(REPORT.read_text())["rows"] if REPORT.exists() else {}
+    return json.loads(REPORT.read_text(encoding="utf-8"))["rows"] if REPORT.exists() else {}
 
 
 def main() -> None:

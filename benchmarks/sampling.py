@@ -172,7 +172,9 @@ def print_peak_memory(grid: int, batch: int, name: str) -> None:
         network(grid)
     else:
         contestants(grid, batch, [name])[name].step()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    )
     print(int(status["VmHWM"].split()[0]) / 1024)
 
 

@@ -285,7 +285,7 @@ def speed_section(speed: dict[str, Any]) -> str:
 
 def next_scale_section() -> str:
     """The comparison, and how fast codes are drawn."""
-    speed = json.loads(NEXT_SCALE_REPORT.read_text())
+    speed = json.loads(NEXT_SCALE_REPORT.read_text(encoding="utf-8"))
     return "\n\n".join(
         [comparison((VAR_CHECKPOINT, CHECKPOINT), speed), "How fast codes are drawn:", speed_section(speed)]
     )
@@ -326,7 +326,7 @@ def main() -> None:
     fill(ROOT / "README.md", readme_section(reports))
     fill(ROOT / "docs" / "codec.md", codec_section(Report.load(CODEC_REPORT)))
     fill(ROOT / "docs" / "next-scale.md", next_scale_section())
-    speed = json.loads(NEXT_SCALE_REPORT.read_text())
+    speed = json.loads(NEXT_SCALE_REPORT.read_text(encoding="utf-8"))
     write_atomically(
         VAR_CHECKPOINT / COMPARISON, f"{comparison((VAR_CHECKPOINT, CHECKPOINT), speed)}\n".encode()
     )

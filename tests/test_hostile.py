@@ -5,6 +5,10 @@ import csv
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +25,9 @@ from isic_vq.hub import ModelError, load_model
 from isic_vq.yaml_text import read_yaml
 from tiny_repository import write_model, write_repository
 
-SCRIPT = "Clinic <script>alert(1)</script>\n# Cured\n---\nlicense: mit\n---\n| a | [b](http://c) `d"
+SCRIPT = (
+    "Clinic <script>alert(1)</script>\n# Cured\n---\nlicense: mit\n---\n| a | [b](https://example.org) `d"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +60,7 @@ def test_an_attribution_is_shown_and_does_nothing(model_folder):
     assert card.data.license == before.data.license != "mit"
     assert "<script" not in text
     assert [line for line in text.splitlines() if line.startswith(("# ", "---"))] == ["---", "---", "# tiny"]
-    shown = (
-        "Clinic &lt;script>alert(1)&lt;/script> # Cured --- license: mit --- \\| a \\| [b\\](http://c) \\`d"
-    )
+    shown = "Clinic &lt;script>alert(1)&lt;/script> # Cured --- license: mit --- \\| a \\| [b\\](https://example.org) \\`d"
     assert text.count(shown) >= 3
 
 
@@ -213,3 +217,43 @@ def test_a_sidecar_of_other_types_is_read_or_refused_in_one_line(tmp_path, photo
     (tmp_path / "a.json").write_text(json.dumps(about), encoding="utf-8")
     with contextlib.suppress(DataError):
         assert open_source(f"folder:{tmp_path}").num_rows == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_start_up_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "isic_vq", "score", "synthetic:2000", "-o", str(tmp_path)]
+    for seconds in (0.3, 0.6, 1.5, 3):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=60)[0], process.returncode) == ("interrupted\n", 130)
+
+
+def test_a_bug_says_that_it_is_one(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("isic_vq.hub.resolve", lambda model: {}[f"no\n{model}"])
+    code, _, stderr = run("generate", "-o", tmp_path)
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert stderr.startswith("error: KeyError: ")
+    assert "this is a bug in isic-vq" in stderr
+    with pytest.raises(KeyError):
+        run("--debug", "generate", "-o", tmp_path)
+
+
+def test_counts_that_no_memory_holds_are_refused_with_the_number(run, tmp_path):
+    many = 10**30
+    for options, message in (
+        (["-n", many], "at most 4096 PNGs"),
+        (["-n", many, "--shards", "parquet"], "at most 99,999 shards"),
+        (["-n", 10**9, "--shards", "parquet", "--shard-size", 16 * 10**8], "at most 16,384 images"),
+        (["-n", 2, "--batch-size", many], "expected 1 to 4096"),
+    ):
+        code, _, stderr = run("generate", "-o", tmp_path / "out", *options)
+        assert code == 1
+        assert message in stderr
+        assert "0" * 9 in stderr  # the number itself
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    code, stdout, _ = run("reconstruct", "synthetic:70", "-o", tmp_path / "many", "--limit", 70)
+    assert code == 0
+    assert stdout.startswith("70 images: ")
+    assert stdout.endswith("grid.png of the first 64\n")
+    assert len(list((tmp_path / "many").glob("image-*.png"))) == 70

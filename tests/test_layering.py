@@ -249,3 +249,20 @@ def test_light_modules_import_nothing_heavy_at_the_top():
         if top and module.split(".")[0] in heavy
     ]
     assert violations == []
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    violations = []
+    for name, path in FILES.items():
+        for call in (
+            n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)
+        ):
+            attribute = getattr(call.func, "attr", None)
+            modes = [node.value for node in call.args if isinstance(node, ast.Constant)]
+            is_text = attribute in ("read_text", "write_text") or (
+                (attribute == "open" or getattr(call.func, "id", "") == "open")
+                and any(mode in ("r", "w", "a", "x", "r+", "w+") for mode in modes)
+            )
+            if is_text and "encoding" not in {keyword.arg for keyword in call.keywords}:
+                violations.append(f"{name}, line {call.lineno}: {ast.unparse(call)[:80]}")
+    assert violations == []

@@ -146,7 +146,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / "provenance.json"
     if not path.is_file():
         raise ValueError(f"{folder.name} has no provenance.json: write the folder with isic-vq export")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def captions(folder: Path) -> dict[str, str]:

@@ -117,14 +117,17 @@ def render_classifier_card(folder: Path, name: str) -> str:
     Raises:
         ValueError: the folder holds another kind of model, or its report or record of training data is damaged.
     """
-    report, config = Report.load(folder / REPORT), json.loads((folder / "config.json").read_text())
+    report, config = (
+        Report.load(folder / REPORT),
+        json.loads((folder / "config.json").read_text(encoding="utf-8")),
+    )
     info = read_training_data(folder).get("classifier")
     if info is None or config["model_type"] != "resnet":
         raise ValueError(
             f"{folder.name} is no classifier of isic-vq: export one with isic-vq card classifier"
         )
     weights = folder / "model.safetensors"
-    prepared = json.loads((folder / "preprocessor_config.json").read_text())
+    prepared = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     license = weights_license(licenses_of({"classifier": vars(info)}))
     metadata = ModelCardData(
         license=license,

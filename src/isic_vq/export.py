@@ -123,7 +123,7 @@ def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, 
     found: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
         if (run / "run.json").is_file():
-            found[stage] = json.loads((run / "run.json").read_text())["data"]["train"]
+            found[stage] = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["train"]
     for stage, info in read_training_data(model).items():
         if info is not None:
             found[stage] = dataclasses.asdict(info)
@@ -210,7 +210,7 @@ def _record(folder: Path, model: str, origins: Origins) -> list[str]:
     """Do what `record_training` does, with the origins that it finds."""
     trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
     check_same_weights(trained, shipped, folder)
-    content = json.loads((folder / PROVENANCE_FILE).read_text())
+    content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
     counts = content.pop("training_code_counts")  # long, so it stays last
     content[BY_STAGE] = training_data_by_stage(Path(model), origins.runs, content["training_data"])
     write_license(folder, weights_license(licenses_of(content[BY_STAGE])))
@@ -228,13 +228,13 @@ def take_over(repository: Path, folder: Path) -> dict[str, Any]:
     """The training records of another repository folder, whose plots of runs are copied to this one's."""
     for path in sorted((repository / "figures").glob("*.png")):
         write_atomically(folder / "figures" / path.name, path.read_bytes())
-    return dict(json.loads((repository / PROVENANCE_FILE).read_text()).get("training", {}))
+    return dict(json.loads((repository / PROVENANCE_FILE).read_text(encoding="utf-8")).get("training", {}))
 
 
 def write_license(folder: Path, license: str) -> None:
     """Let a repository folder's config name the weights' licence, which more records may have changed."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     if config["license"] != license:
         text = json.dumps({**config, "license": license}, indent=2, sort_keys=True) + "\n"
         write_atomically(path, text.encode())
@@ -283,7 +283,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: it names an absolute path, which may not be published.
     """
-    text = (run / "recipe.yaml").read_text()
+    text = (run / "recipe.yaml").read_text(encoding="utf-8")
     if found := ABSOLUTE_PATH.search(text):
         raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({found[0].strip()}...): shorten it")
     return read_yaml(text)
@@ -293,7 +293,7 @@ def training_record(run: Path) -> dict[str, Any]:
     """What a run says of itself: recipe and changes to it, environment, optimizer steps, hours in them, and which weights it kept."""
     record: dict[str, Any] = {"recipe": read_recipe(run)}
     if (run / "run.json").is_file():
-        began = json.loads((run / "run.json").read_text())
+        began = json.loads((run / "run.json").read_text(encoding="utf-8"))
         record |= {key: began[key] for key in ("environment", "changes") if key in began}
     if (run / METRICS_FILE).is_file():
         steps = Run(run).metrics["batch"]

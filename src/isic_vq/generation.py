@@ -36,6 +36,8 @@ from isic_vq.models.sampling import Sampling
 from isic_vq.work import Work, settings_bytes
 
 MANIFEST = "generation.json"
+MAX_SHARDS = 10**5 - 1  # what their names number
+MAX_SHARD_SIZE = 2**14  # images, which a process holds in memory
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,11 @@ def _check_settings(asked: dict[str, Any], num_codes: int) -> None:
         raise ValueError(
             f"a shard of {size} images: expected a multiple of {block_size}, the images that are computed at once, "
             f"such as {max(round(size / block_size), 1) * block_size}"
+        )
+    if size > MAX_SHARD_SIZE or asked["num_images"] > MAX_SHARDS * size:
+        raise ValueError(
+            f"{asked['num_images']} images in shards of {size}: expected at most {MAX_SHARDS:,} shards of at most "
+            f"{MAX_SHARD_SIZE:,} images"
         )
     if num_codes > 2**16:
         raise ValueError(f"the model has {num_codes} codes: shards hold at most {2**16}")

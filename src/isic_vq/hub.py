@@ -76,7 +76,7 @@ def resolve(model: str | None) -> str:
 def class_names_of(model: str) -> dict[int, str] | None:
     """The classes of a model's folder, id to name, without loading it; None if they cannot be told so."""
     try:
-        config = json.loads((Path(model) / "config.json").read_text())
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         return {int(index): str(name) for index, name in config["prior_config"]["id2label"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -103,7 +103,7 @@ def begin(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS) -> No
         write_atomically(path, settings_bytes(settings))
         return
     try:
-        different = differences(dict(json.loads(path.read_text())), settings)
+        different = differences(dict(json.loads(path.read_text(encoding="utf-8"))), settings)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} does not hold settings ({error}): choose another folder") from error
     if different:

@@ -2,7 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +16,25 @@ from isic_vq import __version__
 from isic_vq.allocator import keep_freed_memory
 
 
+@contextmanager
+def _interruption_told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
+        raise typer.Exit(130) from error
+
+
 class _Commands(TyperGroup):
     """The commands; an interrupted one says where it stopped, which typer alone would swallow."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _interruption_told():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _interruption_told():
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            typer.echo(f"interrupted: {error}" if str(error) else "interrupted", err=True)
-            raise typer.Exit(130) from error
 
 
 app = typer.Typer(
@@ -91,6 +103,7 @@ def configure(
     _debug = debug
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("isic_vq").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's; ours is an error
 
 
 def check_first(
@@ -144,7 +157,7 @@ def quiet_transformers() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can act on are printed in one line."""
+    """Run the command line; errors are printed in one line, which says so where they are the program's own."""
     try:
         keep_freed_memory()
         app()
@@ -152,4 +165,13 @@ def main() -> None:
         if _debug:
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if _debug:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        typer.echo(
+            f"error: {what} (this is a bug in isic-vq: please report it with what isic-vq --debug shows)",
+            err=True,
+        )
         sys.exit(1)

@@ -141,4 +141,6 @@ def _encode(data: str, model: "IsicVQModel", max_corrupt_share: float) -> tuple[
             codes.append(model.encode(batch["pixel_values"].to(model.vqvae.device)).cpu())
             names += ids
             bar.update(len(ids))
+    if not names:
+        raise ValueError(f"{data} holds no readable image")
     return names, torch.cat(codes)

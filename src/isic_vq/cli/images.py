@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 
+MAX_SHOWN = 64  # reconstructions in a grid
+MAX_PNGS = 4096  # images that are made at once, in about a gigabyte
+
+
 @app.command(
     epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2\n\n"
     "  isic-vq generate -n 100000 --label melanoma --label nevus --shards parquet -o generated"
@@ -67,6 +71,10 @@ def generate(
 
     With --shards it may run in many processes (torchrun, accelerate launch), and goes on where it was interrupted.
     """
+    if shards is None and num_images > MAX_PNGS:
+        raise ValueError(
+            f"num_images is {num_images}: expected at most {MAX_PNGS} PNGs; add --shards parquet for a larger set"
+        )
     check_first(model, labels=label or ())
     from isic_vq.hub import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -143,7 +151,7 @@ def sheets(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the JPEGs.")] = Path("sheets"),
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     particles: Annotated[
-        int, typer.Option(help="Candidates per edit; more fit the rest of the image better.")
+        int, typer.Option(max=4096, help="Candidates per edit; more fit the rest of the image better.")
     ] = 64,
     data: Annotated[
         str | None,
@@ -195,8 +203,9 @@ def reconstruct(
     """Send images through the tokenizer and back, and write both beside each other."""
     check_first(model, sources=[data])
     import itertools
+    from collections.abc import Iterator
 
-    import torch
+    import numpy as np
 
     from isic_vq.evaluation.reconstruction import evaluate_reconstruction
     from isic_vq.figures.grid import image_grid, paired_grid
@@ -209,19 +218,33 @@ def reconstruct(
     tokenizer = load_model(VQVAEModel, model)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     batches, _ = read_images(data, processor, max_corrupt_share, stream=True)
-    images = itertools.chain.from_iterable(pixel_values.split(1) for _, pixel_values in batches)
-    originals, decoded = torch.cat(list(itertools.islice(images, limit))), []
-    result = evaluate_reconstruction(
-        tokenizer, originals.split(32), lambda images, codes, batch: decoded.append(batch.cpu())
-    )
-    before, after = (processor.postprocess(x, output_type="np") for x in (originals, torch.cat(decoded)))
-    for index, pixels in enumerate(after):
-        write_png(pixels, output / f"image-{index:05d}.png", {"Comment": "VQ-VAE reconstruction"})
+    numbers: Iterator[int] = itertools.count()
+    shown: list[tuple[Any, Any]] = []
+
+    def first() -> "Iterator[torch.Tensor]":
+        left = limit
+        while left > 0 and (batch := next(batches, None)) is not None:
+            yield batch[1][:left]
+            left -= len(batch[1])
+        if not shown:
+            raise ValueError(f"{data} holds no readable image")
+
+    def write(originals: "torch.Tensor", codes: "torch.Tensor", decoded: "torch.Tensor") -> None:
+        before, after = (processor.postprocess(images, output_type="np") for images in (originals, decoded))
+        for pair in zip(before, after, strict=True):
+            index = next(numbers)
+            write_png(pair[1], output / f"image-{index:05d}.png", {"Comment": "VQ-VAE reconstruction"})
+            if index < MAX_SHOWN:
+                shown.append(pair)
+
+    result = evaluate_reconstruction(tokenizer, first(), write)
+    before, after = (np.stack(images) for images in zip(*shown, strict=True))
     write_png(image_grid(after), output / "reconstructions.png", {"Comment": "VQ-VAE reconstructions"})
     pairs, _ = paired_grid(before, after)
     write_png(pairs, output / "grid.png", {"Comment": "originals above reconstructions"})
+    rest = f" of the first {MAX_SHOWN}" if result.num_images > MAX_SHOWN else ""
     typer.echo(
-        f"{result.num_images} images: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}; wrote {output / 'grid.png'}"
+        f"{result.num_images} images: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}; wrote {output / 'grid.png'}{rest}"
     )
 
 
@@ -243,10 +266,10 @@ def edit(
         str | None, typer.Option("--label", "-l", help="Diagnosis (name, alias or id) to draw it as.")
     ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, help="How many variants to draw.")
+        int, typer.Option("--num-images", "-n", min=1, max=256, help="How many variants to draw.")
     ] = 4,
     particles: Annotated[
-        int, typer.Option(help="Candidates per variant; more fit the rest of the image better.")
+        int, typer.Option(max=4096, help="Candidates per variant; more fit the rest of the image better.")
     ] = 64,
     seed: Annotated[int, typer.Option(help="Variant i depends on (seed, i) alone.")] = 0,
     dilation: Annotated[int, typer.Option(help="Codes by which the mask grows on all sides.")] = 0,

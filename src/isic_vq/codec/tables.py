@@ -77,7 +77,7 @@ def training_code_counts(model: str | None = None) -> list[int] | None:
             return None
     if not path.is_file():
         return None
-    counts = json.loads(path.read_text()).get("training_code_counts")
+    counts = json.loads(path.read_text(encoding="utf-8")).get("training_code_counts")
     if counts is not None and not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{path.name}: training_code_counts must be whole numbers of at least 0")
     return counts

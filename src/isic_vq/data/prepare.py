@@ -164,7 +164,10 @@ def prepare(
         old, work = _open_folder(output, settings, extend), Work(output / WORK, list(units), "parts")
         if old is not None and old.settings == settings:
             logger.info("%s is finished with these settings already", output.name)
-            if not (begun := work.folder / SETTINGS).is_file() or json.loads(begun.read_text()) == settings:
+            if (
+                not (begun := work.folder / SETTINGS).is_file()
+                or json.loads(begun.read_text(encoding="utf-8")) == settings
+            ):
                 shutil.rmtree(work.folder, ignore_errors=True)  # killed while it removed its work
             return old
         work.begin(settings)

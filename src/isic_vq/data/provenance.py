@@ -39,7 +39,7 @@ def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         content = content.get(BY_STAGE, {}) if path.name == PROVENANCE else content
         return {stage: None if info is None else SourceInfo(**info) for stage, info in content.items()}
     except (ValueError, TypeError, AttributeError) as error:

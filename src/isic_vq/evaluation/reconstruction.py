@@ -74,20 +74,21 @@ def evaluate_reconstruction(
     """
     model.eval()
     counts = torch.zeros(model.config.num_codes, dtype=torch.long)
-    parts: list[dict[str, Tensor]] = []
+    values: dict[str, list[float]] = {}  # tensors kept between large ones would cut the heap into pieces
     for batch in batches:
         images = batch.to(model.device)
         codes = model.encode(images)
         counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
         decoded = model.decode(codes).float()
-        parts.append(image_metrics(images, decoded))
+        for name, measured in image_metrics(images, decoded).items():
+            values.setdefault(name, []).extend(measured.tolist())
         if on_batch is not None:
             on_batch(images, codes, decoded)
-    if not parts:
+    if not values:
         raise ValueError("there are no images to reconstruct")
     usage, perplexity = usage_and_perplexity(counts)
     return Reconstruction(
-        values={name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]},
+        values={name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in values.items()},
         usage=usage,
         perplexity=perplexity,
         codebook_counts=counts.tolist(),

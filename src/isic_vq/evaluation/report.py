@@ -218,7 +218,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return the CPU's model name; outside Linux what `platform` knows, at least the architecture."""
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, name = line.partition(":")
             if key.strip() == "model name" and name.strip():
                 return name.strip()

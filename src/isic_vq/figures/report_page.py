@@ -64,7 +64,7 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ())
     titles = {"isic_vq": "isic-vq", "torch": "torch", "device": "", "git_commit": "commit"}
     known = {title: machine[key] for key, title in titles.items() if machine.get(key)}
     about = ", ".join(f"{title} {text}".strip() for title, text in known.items())
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         title=report.model.get("name", "report"),
         about=about,

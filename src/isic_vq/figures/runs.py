@@ -48,7 +48,7 @@ class Run:
             raise ValueError(
                 f"{path} is missing: without its `stage` the run cannot be read; copy the recipe there"
             )
-        recipe = read_yaml(path.read_text())
+        recipe = read_yaml(path.read_text(encoding="utf-8"))
         stage = recipe.get("stage") if isinstance(recipe, dict) else None
         if stage not in STAGES:
             raise ValueError(f"{path}: stage must be one of {STAGES}, got {stage!r}")

@@ -28,6 +28,8 @@ PRIOR_MODELS: dict[str, type[PriorModel]] = {
     model.config_class.model_type: model for model in (PixelCNNModel, VARModel)
 }
 BLOCK_SIZE = 16  # images computed at once
+MAX_BATCH = 4096
+MAX_IMAGES = 2**20  # of one call, which holds them all in memory
 
 Labels = int | str | Sequence[int | str] | Tensor | None
 
@@ -264,10 +266,14 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         """
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
+        if num_images > MAX_IMAGES:
+            raise ValueError(
+                f"num_images is {num_images}: expected at most {MAX_IMAGES} in one call; first_index goes on from there"
+            )
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        if not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(f"batch_size is {batch_size}: expected 1 to {MAX_BATCH}")
         sampling = replace(sampling or Sampling(), **settings)
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself

@@ -146,7 +146,9 @@ class SavedInParts:
         with TemporaryDirectory() as name:
             folder = Path(name)
             self.save_pretrained(folder)
-            (folder / "README.md").write_text(plain_card(full_name(repo_id, token), self.config, tags))
+            (folder / "README.md").write_text(
+                plain_card(full_name(repo_id, token), self.config, tags), encoding="utf-8"
+            )
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             result = upload_folder(
                 folder,
@@ -181,7 +183,7 @@ class SavedInParts:
                 share_weights(folder / part)
         single.unlink()
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -261,8 +263,8 @@ images = pipe(num_images=8, seed=0)
 
 
 def _update_json(path: Path, **fields: Any) -> None:
-    _write_json(path, {**json.loads(path.read_text()), **fields})
+    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **fields})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

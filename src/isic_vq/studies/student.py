@@ -244,7 +244,7 @@ class ClassifierStudy:
             batches = (batch.float() / 255 for batch in pixels.split(self.student.batch_size))
             write_atomically(path, json.dumps({"logits": predict(classifier, batches).tolist()}).encode())
             logger.info("trained %s", path.stem)
-        return torch.tensor(json.loads(path.read_text())["logits"])
+        return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["logits"])
 
 
 def study_records(

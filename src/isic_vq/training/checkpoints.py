@@ -196,7 +196,7 @@ class Checkpoints:
 
     def _read(self, path: Path, averaged: AveragedParameters | None) -> Progress:
         """Restore one checkpoint."""
-        fields = json.loads((path / "progress.json").read_text())
+        fields = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         num_processes = fields.pop("num_processes")
         if num_processes != self.processes.world:
             raise CheckpointError(
@@ -209,7 +209,7 @@ class Checkpoints:
                 "another output_dir"
             )
         random_state, feed = read_random_state(self._own(path, "random")), self._own(path, "feed")
-        self.feed = json.loads(feed.read_text()) if feed.exists() else None
+        self.feed = json.loads(feed.read_text(encoding="utf-8")) if feed.exists() else None
         average = load_file(path / "averaged.safetensors") if averaged is not None else {}
         self.state.load(path)
         if averaged is not None:

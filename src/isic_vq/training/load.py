@@ -273,7 +273,7 @@ def known_keys(cls: type, fields: dict[str, Any]) -> list[str]:
 
 def _config_fields(module: str) -> list[str]:
     """Fields of a model's config by its source: importing it would import torch, only to tell of a misspelt key."""
-    tree = ast.parse((Path(__file__).parents[1] / "models" / f"{module}.py").read_text())
+    tree = ast.parse((Path(__file__).parents[1] / "models" / f"{module}.py").read_text(encoding="utf-8"))
     bodies = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
     return [
         statement.target.id

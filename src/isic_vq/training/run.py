@@ -142,8 +142,8 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
         TrainingError: the run in the folder is another one, or does not say what it is.
     """
     try:
-        run = json.loads((folder / RUN).read_text())
-        recorded = read_yaml((folder / RECIPE).read_text())
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        recorded = read_yaml((folder / RECIPE).read_text(encoding="utf-8"))
         began, identifier, changes = run["data"], run["identifier"], run.get("changes", [])
         defaults = flat(public_recipe(type(recipe)()))  # of keys that an older version did not have
         begun = {**defaults, **flat(recorded), "stage": recorded["stage"]}

@@ -57,7 +57,7 @@ class TrainingState:
             OSError, SafetensorError, ValueError, KeyError, RuntimeError: a file is missing, damaged or another model's.
         """
         weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
-        schedule = json.loads((folder / SCHEDULE).read_text())
+        schedule = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in moments.items():
@@ -93,7 +93,7 @@ def read_random_state(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, KeyError: the file is missing or damaged.
     """
-    state = json.loads(path.read_text())
+    state = json.loads(path.read_text(encoding="utf-8"))
     version, internal, gauss = state["python"]
     return {
         "python": (version, tuple(internal), gauss),

@@ -69,7 +69,11 @@ class MetricLog:
         if not self.processes.is_main or not self.path.exists():
             return []
         try:
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [
+                line
+                for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             read = [(line, json.loads(line)) for line in lines]
             kept = [
                 (line, record)
@@ -88,7 +92,7 @@ class MetricLog:
         """Append a record and hand it to the trackers."""
         if not self.processes.is_main:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         if self.has_trackers:
             named = {f"{kind}/{name}": value for name, value in values.items()}

@@ -90,7 +90,7 @@ class Manifest:
                 f"{folder.name} has no {MANIFEST}: expected a folder that isic-vq data prepare has finished"
             )
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**content, "shards": [Shard(**shard) for shard in content["shards"]]})
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
