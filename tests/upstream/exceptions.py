@@ -6,7 +6,7 @@ A key is `case test`, where the case may end in `*`. What is not listed must pas
 from fnmatch import fnmatch
 
 HIDDEN_STATES = "forward returns what it is for: no hidden states and no attentions of layers"
-EMBEDDINGS = "images enter through a convolution: there is no table of input embeddings"
+EMBEDDINGS = "neither images nor codes are a vocabulary that could be resized: models have no input embeddings to exchange"
 SEQUENTIAL = "diffusers names the device cpu:0, of which accelerate makes tensors that are no parameters, of any module"
 VARIANT = "a repository has one set of weights: save_pretrained refuses a variant, in one line"
 
