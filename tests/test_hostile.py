@@ -111,9 +111,11 @@ def test_aliases_are_read_as_far_as_they_stay_small():
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
         ({"weight_map": [1]}, "has no weight_map"),
+        ({"weight_map": {"a": "prior/model.safetensors"}, "metadata": 5}, "has no weight_map"),
+        ({"weight_map": {}, "metadata": {}}, "has no weight_map"),
         ({"weight_map": {"a": 5}}, "has no weight_map"),
-        ({"weight_map": {"a": "../other/model.safetensors"}}, "outside"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "outside"),
+        ({"weight_map": {"a": "../other/model.safetensors"}, "metadata": {}}, "outside"),
+        ({"weight_map": {"a": "/etc/passwd"}, "metadata": {}}, "outside"),
     ],
     ids=repr,
 )

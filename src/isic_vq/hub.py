@@ -115,9 +115,14 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
 
 def _read_config(path: Path, name: str, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
     """The configuration, once the weights can be those of so large a model."""
+    import torch
+
     try:
         config = model_class.config_class.from_pretrained(name)
-    except (TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if not isinstance(part.dtype, torch.dtype | None):
+                raise TypeError(f"dtype is {part.dtype!r}")
+    except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"config.json is none that save_pretrained writes: {error}") from error
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))

@@ -29,11 +29,14 @@ def check_index(folder: Path) -> None:
     """
     for path in folder.glob("*.safetensors.index*.json"):
         try:
-            names = json.loads(path.read_bytes())["weight_map"].values()
+            index = json.loads(path.read_bytes())
+            names = list(dict(index["weight_map"]).values())
+            if not names or not isinstance(index["metadata"], dict):
+                raise ValueError("it is empty")
             inside = all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path.name} has no weight_map of tensor names and files: save the model again"
+                f"{path.name} has no weight_map of tensor names and files, or no metadata: save the model again"
             ) from error
         if not inside:
             raise ValueError(f"{path.name} names a file outside of {folder.name}: expected files in it")

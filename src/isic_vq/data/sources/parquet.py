@@ -124,13 +124,20 @@ def _usable(files: list[Path], name: str, is_folder: bool) -> tuple[Path, ...]:
 def _column_names(file: Path) -> list[str]:
     """Return the columns of a parquet file, which must have `image` among them."""
     try:
-        columns = pyarrow.parquet.read_schema(file).names
+        schema = pyarrow.parquet.read_schema(file)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file.name} is not a readable parquet file: {error}") from error
+    columns = schema.names
     if "image" not in columns:
         raise DataError(
             f"{file.name} has no column image, only {', '.join(columns)}. Rename the column of the images."
         )
+    kind = schema.field("image").type
+    names = {field.name for field in kind} if pyarrow.types.is_struct(kind) else set()
+    if not (
+        names & {"bytes", "path"} or str(kind) in ("binary", "large_binary", "string", "large_string", "null")
+    ):
+        raise DataError(f"{file.name}: the column image holds {kind}, expected images or their bytes.")
     return columns
 
 
@@ -167,13 +174,15 @@ def _rows(
         yield {**normal, "number": index} if numbered else normal
 
 
-def _stored_image(image: dict[str, Any] | bytes | None) -> dict[str, Any] | bytes | None:
+def _stored_image(image: dict[str, Any] | str | bytes | None) -> dict[str, Any] | bytes | None:
     """Return an image's bytes, its path where it has no bytes, or None where it has neither."""
+    if isinstance(image, str):
+        return {"bytes": None, "path": image}
     if not isinstance(image, dict):
         return image
-    if image["bytes"] is not None:
+    if image.get("bytes") is not None:
         return image["bytes"]
-    return image if image["path"] is not None else None
+    return {"bytes": None, "path": image["path"]} if image.get("path") is not None else None
 
 
 def _class_names(features: Features) -> dict[str, list[str]]:
