@@ -192,6 +192,15 @@ def test_reconstruct_a_folder_with_a_tokenizer_or_a_whole_model(run, tiny_run, t
     assert "image-00005.png" not in pngs(tmp_path)
 
 
+def test_a_folder_of_which_no_image_can_be_read_is_named(run, tiny_run, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
+    arguments = ("-m", tiny_run.vqvae / "model", "-o", tmp_path / "out", "--max-corrupt-share", 1)
+    code, _, err = run("reconstruct", tmp_path / "images", *arguments)
+    assert code == 1
+    assert f"{tmp_path / 'images'} holds no readable image" in err
+
+
 def test_reconstruct_measures_what_the_run_reported(run, tiny_run, tmp_path):
     report = Report.load(tiny_run.vqvae / "report.json")
     stdout = run(

@@ -1,6 +1,7 @@
 """The generalization study: domains hold what they should, and what it says follows from its numbers."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -49,6 +50,8 @@ def test_domains_hold_their_sources_and_share_nothing(two_sources, tmp_path):
     assert all("north" in name for name in found["north", "train"] | found["north", "validation"])
     assert not found["north", "train"] & found["south", "train"]
     assert found["north", "train"] < found["all", "train"]
+    images = pq.read_table(domain_file(recipe, "north", "train"))["image"].to_pylist()
+    assert all(image["bytes"] for image in images), "files of images that may go away"
     before = domain_file(recipe, "north", "train").read_bytes()
     write_domains(recipe)
     assert domain_file(recipe, "north", "train").read_bytes() == before

@@ -128,6 +128,16 @@ def _features(class_names: list[str], num_codes: int) -> Features:
     )
 
 
+def write_records(records: Any, path: Path) -> None:
+    """Write a `datasets.Dataset` as parquet, with the bytes of its images, atomically."""
+    from datasets.table import embed_table_storage
+
+    content = io.BytesIO()
+    embedded = records.with_format("arrow").map(embed_table_storage, batched=True, keep_in_memory=True)
+    embedded.with_format(None).to_parquet(content)
+    write_atomically(path, content.getvalue())
+
+
 def _to_parquet(samples: Sequence[Sample], class_names: list[str]) -> bytes:
     ids = {name: index for index, name in enumerate(class_names)}
     rows: list[dict[str, Any]] = [

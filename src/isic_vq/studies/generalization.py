@@ -7,7 +7,6 @@ help.
 """
 
 import fnmatch
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ from huggingface_hub.dataclasses import strict
 from isic_vq.data.augmentation import NUM_VIEWS
 from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
+from isic_vq.data.shards import write_records
 from isic_vq.data.sources import open_source
-from isic_vq.files import write_atomically
 from isic_vq.studies.chain import Chain, StudyRecipe
 from isic_vq.training.load import build_recipe
 
@@ -115,6 +114,4 @@ def write_domains(recipe: GeneralizationRecipe) -> None:
                     "change its sources or its num_images"
                 )
             chosen = sorted(rows[index] for index in seeded_subset(len(rows), wanted, seed=0).tolist())
-            content = io.BytesIO()
-            records.select(chosen).to_parquet(content)
-            write_atomically(path, content.getvalue())
+            write_records(records.select(chosen), path)

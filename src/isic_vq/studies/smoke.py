@@ -1,13 +1,12 @@
 """A study made so small that it runs in minutes: to see that it runs, not what it finds."""
 
 import dataclasses
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isic_vq.data.shards import write_records
 from isic_vq.data.sources import open_source
-from isic_vq.files import write_atomically
 from isic_vq.studies.generalization import GeneralizationRecipe
 from isic_vq.studies.granularity import GranularityRecipe
 
@@ -56,7 +55,5 @@ def few(uri: str, path: Path) -> str:
             seen[source] += 1
             if seen[source] <= IMAGES:
                 rows.append(row)
-        content = io.BytesIO()
-        records.select(rows).to_parquet(content)
-        write_atomically(path, content.getvalue())
+        write_records(records.select(rows), path)
     return f"parquet:{path}"
