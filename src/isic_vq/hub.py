@@ -98,7 +98,8 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     if path.is_dir():
         _check_class(path, model_class)
     try:
-        config = _read_config(path, name, model_class)
+        # from_pretrained itself says what is wrong with a repository and who may read it.
+        config = _read_config(path, model_class) if path.is_dir() else None
         loaded = model_class.from_pretrained(name, config=config)
     except (StrictDataclassError, RuntimeError, ValueError, OSError) as error:
         if (
@@ -113,23 +114,22 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _read_config(path: Path, name: str, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
-    """The configuration, once the weights can be those of so large a model."""
+def _read_config(path: Path, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
+    """The configuration of a folder, once the weights can be those of so large a model."""
     import torch
 
     try:
-        config = model_class.config_class.from_pretrained(name)
+        config = model_class.config_class.from_pretrained(str(path))
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             if not isinstance(part.dtype, torch.dtype | None):
                 raise TypeError(f"dtype is {part.dtype!r}")
     except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"config.json is none that save_pretrained writes: {error}") from error
-    if path.is_dir():
-        size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-        if getattr(config, "least_parameters", 0) > max(size, 2**24):
-            raise ValueError(
-                f"config.json asks for at least {config.least_parameters:,} parameters, and the weights are {size:,} bytes"
-            )
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    if getattr(config, "least_parameters", 0) > max(size, 2**24):
+        raise ValueError(
+            f"config.json asks for at least {config.least_parameters:,} parameters, and the weights are {size:,} bytes"
+        )
     return config
 
 

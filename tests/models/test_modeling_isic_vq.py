@@ -209,7 +209,7 @@ def test_an_image_is_the_same_to_the_last_bit_whichever_are_asked_for_with_it(ba
 
 
 def test_a_batch_size_of_zero_is_refused(composite):
-    with pytest.raises(ValueError, match="batch_size is 0: expected at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0: expected 1 to 4096"):
         composite.generate(1, seed=0, batch_size=0)
 
 

@@ -140,7 +140,7 @@ def test_progress_bar_counts_every_row_of_every_batch(pipe, capsys):
     [
         ({"num_images": 0}, "num_images is 0: expected a whole number of at least 1"),
         ({"labels": []}, "num_images is 0"),
-        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: expected 1 to 4096"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given"),
         ({"labels": "scc"}, "not a class of this model. Classes: 0 = melanoma"),
         ({"labels": ["mel", "nv"], "num_images": 3}, "2 labels for 3 images"),
