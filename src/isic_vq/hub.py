@@ -123,6 +123,8 @@ def _read_config(path: Path, model_class: "type[PreTrainedModel]") -> "PreTraine
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             if not isinstance(part.dtype, torch.dtype | None):
                 raise TypeError(f"dtype is {part.dtype!r}")
+            if part.model_type != type(part).model_type:
+                raise TypeError(f"model_type is {part.model_type!r}")
     except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"config.json is none that save_pretrained writes: {error}") from error
     size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
