@@ -213,6 +213,7 @@ def test_variables_are_replaced_and_kept_in_the_name(parquet_dir, monkeypatch):
         ("hf://datasets/a/b", "unknown scheme 'hf'. Expected .*parquet:PATTERN, folder:DIR"),
         ("https://example.org/a.zip", "unknown scheme 'https'. Expected .*webdataset:PATTERN"),
         ("synthetic:0", "positive NUM, such as synthetic:64:0"),
+        (f"synthetic:{10**30}", "of at most 7 digits"),
         ("synthetic:many", "positive NUM, such as synthetic:64:0"),
         ("parquet:", "names nothing"),
         ("", "names nothing"),
