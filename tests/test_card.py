@@ -13,15 +13,12 @@ from isic_vq.card_check import check_card
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.png import write_png
 from isic_vq.hub import DEFAULT_CHECKPOINT, default_checkpoint
-from tiny_repository import write_model, write_repository
+from tiny_repository import write_with_card
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card")
-    write_model(folder)
-    write_card(write_repository(folder))
-    return folder / "tiny"
+    return write_with_card(tmp_path_factory.mktemp("card"))
 
 
 @pytest.fixture

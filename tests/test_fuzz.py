@@ -139,6 +139,12 @@ def model(model_folder):
     return load_model(IsicVQModel, str(model_folder))
 
 
+@pytest.fixture(scope="module")
+def compressed(model):
+    codes = torch.randint(8, (11, 4, 4), generator=torch.Generator().manual_seed(0))
+    return compress(model, codes, [f"a{index}.png" for index in range(11)], lanes=4).content
+
+
 def normalised(rows):
     for number, row in enumerate(rows):
         normalise(row, f"row {number}")
@@ -179,10 +185,8 @@ def test_recipes(check, content):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_compressed_files(check, model, data):
-    codes = torch.randint(8, (11, 4, 4), generator=torch.Generator().manual_seed(0))
-    whole = compress(model, codes, [f"a{index}.png" for index in range(11)], lanes=4).content
-    content = data.draw(changed_bytes(whole))
+def test_compressed_files(check, model, compressed, data):
+    content = data.draw(changed_bytes(compressed))
     check(lambda folder: decompress(model, content))
 
 

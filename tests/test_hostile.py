@@ -17,13 +17,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from isic_vq import IsicVQModel, PixelCNNConfig, VARConfig, VQVAEConfig
-from isic_vq.card import as_text, render_card, write_card
+from isic_vq.card import as_text, render_card
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source, open_source
 from isic_vq.figures.write import csv_bytes
 from isic_vq.hub import ModelError, load_model
 from isic_vq.yaml_text import read_yaml
-from tiny_repository import write_model, write_repository
+from tiny_repository import write_with_card
 
 SCRIPT = (
     "Clinic <script>alert(1)</script>\n# Cured\n---\nlicense: mit\n---\n| a | [b](https://example.org) `d"
@@ -32,10 +32,7 @@ SCRIPT = (
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile")
-    write_model(folder)
-    write_card(write_repository(folder))
-    return folder / "tiny"
+    return write_with_card(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture
@@ -223,9 +220,14 @@ def test_a_sidecar_of_other_types_is_read_or_refused_in_one_line(tmp_path, photo
 
 @pytest.mark.slow
 def test_ctrl_c_during_start_up_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "isic_vq", "score", "synthetic:2000", "-o", str(tmp_path)]
+    # On a busy machine Python itself may need longer than the first wait, and its Ctrl-C is a traceback.
+    start = (
+        "import runpy, isic_vq; print('begun', flush=True); runpy.run_module('isic_vq', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", start, "score", "synthetic:2000", "-o", str(tmp_path)]
     for seconds in (0.3, 0.6, 1.5, 3):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout.readline() == "begun\n"
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         assert (process.communicate(timeout=60)[0], process.returncode) == ("interrupted\n", 130)

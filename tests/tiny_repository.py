@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from isic_vq.card import write_card
 from isic_vq.data.code_cache import write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.parts import open_part
@@ -42,4 +43,12 @@ def write_repository(folder: Path) -> Path:
     export_repository(str(folder / "model"), output, codes, bf16=False)
     images = ("validation", "synthetic:6:1")
     evaluate_checkpoint(str(output), [images], codes).report.save(output / "reports" / "validation.json")
+    return output
+
+
+def write_with_card(folder: Path) -> Path:
+    """Write the model and its repository folder `tiny/` with the card."""
+    write_model(folder)
+    output = write_repository(folder)
+    write_card(output)
     return output

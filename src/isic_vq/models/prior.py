@@ -241,5 +241,8 @@ class PriorModel(StrictLoading, PreTrainedModel):
         raise NotImplementedError
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> Walk:
-        """Begin images of the conditions `(B,)`, see `conditions`, with the tokenizer's `extend` where there are scales; call it and what it returns in inference mode, in eval mode."""
+        """Begin images of the conditions `(B,)`, see `conditions`; call it and what it returns in inference and eval mode.
+
+        `extend` is the tokenizer's, where there are scales.
+        """
         raise NotImplementedError
