@@ -48,7 +48,7 @@ def main() -> None:
     codes = [tokenizer.encode(image)[0] for image in pixel_values.split(1)]
     labels = [torch.tensor(classes.index(file.parent.name)) for file in files]
     config = PixelCNNConfig(grid_size=tokenizer.config.grid_size, id2label=dict(enumerate(classes)))
-    examples = [{"codes": c, "class_labels": label} for c, label in zip(codes, labels, strict=True)]
+    examples = [{"codes": c, "class_ids": label} for c, label in zip(codes, labels, strict=True)]
     prior = fit(PixelCNNModel(config), examples, runs / "prior", epochs)
     IsicVQModel.from_parts(tokenizer, prior).save_pretrained(arguments.output)
 

@@ -48,7 +48,7 @@ def prior_case(model: PreTrainedModel) -> Case:
     labels = torch.tensor([1, 3])
     return Case(
         model,
-        {"codes": codes, "class_labels": labels},
+        {"codes": codes, "class_ids": labels},
         loss=lambda model: model(codes, labels).loss,
         wrong_input=torch.zeros(2, 4, 5, dtype=torch.long),
         error=r"codes have shape \(2, 4, 5\): expected \(batch, 4, 4\)",
@@ -64,7 +64,7 @@ def var_case(model: PreTrainedModel) -> Case:
     labels = torch.tensor([1, 3])
     return Case(
         model,
-        {"codes": codes, "class_labels": labels, "context": context},
+        {"codes": codes, "class_ids": labels, "context": context},
         loss=lambda model: model(codes, labels, context).loss,
         wrong_input=torch.zeros(2, 20, dtype=torch.long),
         error=r"codes have shape \(2, 20\): expected \(batch, 21\)",

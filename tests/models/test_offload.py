@@ -90,7 +90,7 @@ def test_adapters_learn_and_samples_are_those_of_the_merged_weights(make_composi
     codes = model.generate(4, "nevus", seed=0).codes
     inputs = {
         "codes": codes,
-        "class_labels": torch.tensor([1, 1, 0, 3]),
+        "class_ids": torch.tensor([1, 1, 0, 3]),
         "context": model.vqvae.context(codes),
     }
     adapted = get_peft_model(model.prior, LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
@@ -108,7 +108,7 @@ def test_adapters_learn_and_samples_are_those_of_the_merged_weights(make_composi
             model.generate(4, "nevus", seed=1)
     model.prior = adapted.merge_and_unload()
     torch.testing.assert_close(
-        model.predict(codes, inputs["class_labels"]), adapted_logits, atol=1e-4, rtol=1e-4
+        model.predict(codes, inputs["class_ids"]), adapted_logits, atol=1e-4, rtol=1e-4
     )
     merged = model.generate(4, "nevus", seed=1).codes
     if settings:

@@ -45,7 +45,7 @@ def inputs_of(config: Any) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.rand(BATCH, 3, 16, 16, generator=generator)}
     inputs = {
         "codes": torch.randint(NUM_CODES, (BATCH, *config.code_shape), generator=generator),
-        "class_labels": torch.arange(BATCH),
+        "class_ids": torch.arange(BATCH),
     }
     if config.model_type == "isic_var":
         size = config.num_positions - config.sizes[0]

@@ -150,7 +150,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, class_labels: Tensor | None = None, return_loss: bool = True
+        self, pixel_values: Tensor, class_ids: Tensor | None = None, return_loss: bool = True
     ) -> IsicVQOutput:
         """Reconstruct images, predict their codes, and report every loss; returns a tuple with `return_dict=False`.
 
@@ -159,13 +159,13 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1].
-            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             return_loss: False leaves the losses and the prior's predictions out.
         """
         output = IsicVQOutput(**self.vqvae(pixel_values, return_loss=return_loss, return_dict=True))
         if return_loss:
             context = self.vqvae.context(output.codes)
-            predicted = self.prior(output.codes, class_labels, context, return_dict=True)
+            predicted = self.prior(output.codes, class_ids, context, return_dict=True)
             output.prior_loss, output.logits = predicted.loss, predicted.logits
             output.loss = output.loss + predicted.loss
         return output

@@ -178,7 +178,7 @@ class PixelCNNModel(PriorModel):
     def forward(
         self,
         codes: Tensor,
-        class_labels: Tensor | None = None,
+        class_ids: Tensor | None = None,
         context: Tensor | None = None,
         targets: Tensor | None = None,
         clusters: Tensor | None = None,
@@ -191,8 +191,7 @@ class PixelCNNModel(PriorModel):
 
         Args:
             codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional, of which
-                Trainer is told by `TrainingArguments(label_names=[])`.
+            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             context: what coarser scales tell; a single grid has none, and it is not looked at.
             targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
             clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
@@ -203,7 +202,7 @@ class PixelCNNModel(PriorModel):
         """
         self.checked_codes(codes)
         targets = codes if targets is None else targets
-        conditions = self.conditions_of(targets, class_labels, clusters)
+        conditions = self.conditions_of(targets, class_ids, clusters)
         first, *others = self.layers
         if self.config.architecture == "gated":
             every_code = torch.arange(self.config.num_codes, device=codes.device)

@@ -185,7 +185,7 @@ class VARModel(PriorModel):
     def forward(
         self,
         codes: Tensor,
-        class_labels: Tensor | None = None,
+        class_ids: Tensor | None = None,
         context: Tensor | None = None,
         targets: Tensor | None = None,
         clusters: Tensor | None = None,
@@ -198,8 +198,7 @@ class VARModel(PriorModel):
 
         Args:
             codes (`torch.LongTensor` of shape `(B, L)`): in [0, K), coarse to fine; they are only compared with.
-            class_labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional, of which
-                Trainer is told by `TrainingArguments(label_names=[])`.
+            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
                 scales, `VQVAEModel.context(codes)`.
             targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
@@ -218,7 +217,7 @@ class VARModel(PriorModel):
                 f"context has shape {found}: expected {expected}, what the tokenizer's context(codes) returns"
             )
         targets = codes if targets is None else targets
-        classes = self.class_embedding(self.conditions_of(targets, class_labels, clusters))
+        classes = self.class_embedding(self.conditions_of(targets, class_ids, clusters))
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
         logits = self.layers_and_head(given + self.position_embedding, classes, self.mask()[None, None])
