@@ -45,10 +45,10 @@ from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.appearance import Appearance
+from isic_vq.evaluation.bits_per_code import bits_per_code
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics, generated_images
 from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.likelihood import bits_per_code
 from isic_vq.evaluation.measures import psnr
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.files import write_atomically

@@ -23,11 +23,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import foreign_seconds, spread, training_contestant, write_report
 from torch import Tensor, nn
 
 from isic_vq.allocator import SWITCH, keep_freed_memory
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from measure import foreign_seconds, spread, training_contestant, write_report
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "isic-vq-128"
 BATCH, SAMPLED = 32, 16  # images

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import REPORTS
 from PIL import Image
 from torch import Tensor
 
 from isic_vq.codec.codec import Compressed, compress, decompress
-from isic_vq.codec.tables import PRECISION, static_weights, training_code_counts
+from isic_vq.codec.integer_weights import PRECISION, static_weights, training_code_counts
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.cost import MODEL
@@ -38,10 +37,11 @@ from isic_vq.evaluation.measures import image_metrics
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.comparisons import Curve, curves
 from isic_vq.files import write_atomically
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
+from measure import REPORTS
 
 OTHERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {  # settings and qualities
     "WebP": ({"method": 6}, (0, 2, 4, 10, 15, 20, 40)),

@@ -15,6 +15,7 @@ import tempfile
 import time
 
 import torch
+
 from measure import spread, write_report
 
 PARTS = """
@@ -23,7 +24,7 @@ clock = [time.perf_counter()]
 from isic_vq.cli.app import quiet_transformers
 from isic_vq.cli.pictures import write_png
 from isic_vq.figures import image_grid
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 from isic_vq.models.sampling import image_generators, position_uniforms

@@ -28,6 +28,7 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 import torch
+
 from measure import Contestant, compare, print_figures, write_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))

@@ -16,11 +16,11 @@ from typing import Any
 
 import numba
 import torch
-from measure import Contestant, compare, print_figures, write_report
 
 from isic_vq import IsicVQModel
 from isic_vq.models.finite import check_finite
 from isic_vq.models.pixelcnn_compiled import FLOAT32_MAX, lie_within
+from measure import Contestant, compare, print_figures, write_report
 
 MODELS = Path(__file__).resolve().parents[1] / "model_cards"
 BATCH = 16

@@ -14,13 +14,13 @@ from statistics import mean
 from typing import Any
 
 import torch
-from measure import write_report
 from torch import Tensor
 
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.sampling import Sampling, image_generators, position_uniforms
+from measure import write_report
 
 
 def settle(prior: PixelCNNModel, codes: Tensor, uniforms: Tensor, rows: slice) -> int:

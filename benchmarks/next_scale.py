@@ -17,15 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Contestant, compare, num_parameters, print_figures, write_report
 from torch import Tensor, nn
 
-from isic_vq.card import read_provenance
-from isic_vq.hub import load_model, resolve
+from isic_vq.evaluation.cost import count_flops, flops_per_image
+from isic_vq.hub.card import read_provenance
+from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_var import Head, Layer, VARModel
 from isic_vq.models.sampling import draw
-from isic_vq.studies.measure import count_flops, flops_per_image
+from measure import (
+    Contestant,
+    compare,
+    num_parameters,
+    print_figures,
+    write_report,
+)
 
 VAR, RASTER = "VAR", "raster transformer, cached"
 EAGER, COMPILED = "PixelCNN, eager", "PixelCNN, compiled"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Contestant, compare, print_figures, write_report
 from onnxruntime import InferenceSession, SessionOptions
 
-from isic_vq.hub import load_model
+from isic_vq.hub.onnx_export import export_onnx
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.onnx_export import export_onnx
+from measure import Contestant, compare, print_figures, write_report
 
 BATCH_SIZES = (1, 16)
 

@@ -26,7 +26,7 @@ from isic_vq.files import write_atomically
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Contestant, compare, print_figures, waited, write_report
 from peers import full_tap_pixelcnn, pythae_pixelcnn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.pixelcnn_cache import open_cache
+from measure import Contestant, compare, print_figures, waited, write_report
 
 NUM_CODES, NUM_LAYERS = 512, 15
 BASELINE, PYTHAE, FORWARD = "full taps, a pass per position", "pythae's sampler", "one full forward"

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Contestant, compare, peak_bytes, print_figures, training_contestant, waited, write_report
 from peers import (
     DiffusersQuantizer,
     MinimalQuantizer,
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from isic_vq.evaluation.report import environment
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from measure import Contestant, compare, peak_bytes, print_figures, training_contestant, waited, write_report
 
 CHECKPOINT = Path(__file__).parents[1] / "model_cards" / "isic-vq-128"
 NUM_IMAGES, GRID, CODE_DIM, NUM_CODES = 32, 32, 64, 512

@@ -21,15 +21,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import (
-    Contestant,
-    compare,
-    num_parameters,
-    print_figures,
-    timed,
-    training_contestant,
-    write_report,
-)
 from peers import MinimalQuantizer, MinimalVQVAE, full_tap_pixelcnn, pythae_vqvae, start_codebook
 from torch import Tensor, nn
 
@@ -47,6 +38,15 @@ from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, VQVAERecipe
 from isic_vq.training.run import Run
 from isic_vq.training.vqvae import VQVAETask
+from measure import (
+    Contestant,
+    compare,
+    num_parameters,
+    print_figures,
+    timed,
+    training_contestant,
+    write_report,
+)
 
 SAVE_EVERY = 250  # steps between checkpoints, as the recipes have it
 FAR = 10**6  # steps or epochs that no benchmark reaches

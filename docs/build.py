@@ -10,7 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from isic_vq.card import (
+from isic_vq.evaluation.report import Metric, Report
+from isic_vq.evaluation.report_tables import markdown_table
+from isic_vq.figures.report_page import Plot, report_plots
+from isic_vq.files import write_atomically
+from isic_vq.hub.card import (
     COMPARISON,
     audit_verdict,
     measured_on,
@@ -19,10 +23,6 @@ from isic_vq.card import (
     read_reports,
     topic_tables,
 )
-from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table
-from isic_vq.figures.report_page import Plot, report_plots
-from isic_vq.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"

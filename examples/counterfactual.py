@@ -10,7 +10,7 @@ import torch
 
 from isic_vq import IsicVQImageProcessor, IsicVQModel
 from isic_vq.figures import image_grid
-from isic_vq.hub import load_model, resolve
+from isic_vq.hub.pretrained import load_model, resolve
 
 
 def main() -> None:

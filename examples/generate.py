@@ -11,7 +11,7 @@ from transformers import pipeline
 
 import isic_vq  # noqa: F401  (makes the model and the task known to transformers)
 from isic_vq.figures import image_grid
-from isic_vq.hub import resolve
+from isic_vq.hub.pretrained import resolve
 
 
 def main() -> None:

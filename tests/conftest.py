@@ -88,7 +88,7 @@ def data_dir() -> Path:
 
 def write_images(folder: Path, seed: int, size: int) -> Path:
     """Write sixteen synthetic images, two of each diagnosis, with a metadata.csv."""
-    from isic_vq.data.synthetic import synthetic_image, synthetic_metadata
+    from isic_vq.data.synthetic_images import synthetic_image, synthetic_metadata
 
     folder.mkdir()
     rows = [{"file_name": f"{i:03d}.png", **synthetic_metadata(i, seed)} for i in range(16)]
@@ -153,7 +153,7 @@ def train_chain(folder: Path, vqvae: dict[str, Any], prior: dict[str, Any]) -> S
     from isic_vq.data.code_cache import write_code_cache
     from isic_vq.data.encoding import encode_source
     from isic_vq.data.parts import open_part
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
     from isic_vq.training.load import load_recipe

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isic_vq.data.sources import Source
-from isic_vq.data.synthetic import synthetic_metadata, synthetic_record
+from isic_vq.data.synthetic_images import synthetic_metadata, synthetic_record
 
 record_of = functools.cache(lambda index: synthetic_record(index, 0))
 

@@ -8,11 +8,18 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from isic_vq.card import column_title, dataset_title, metric_table, render_card, weights_license, write_card
-from isic_vq.card_check import check_card
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.png import write_png
-from isic_vq.hub import DEFAULT_CHECKPOINT, default_checkpoint
+from isic_vq.hub.card import (
+    column_title,
+    dataset_title,
+    metric_table,
+    render_card,
+    weights_license,
+    write_card,
+)
+from isic_vq.hub.card_check import check_card
+from isic_vq.hub.pretrained import DEFAULT_CHECKPOINT, default_checkpoint
 from tiny_repository import write_with_card
 
 

@@ -9,7 +9,7 @@ from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.reconstruction import evaluate_reconstruction
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import default_checkpoint, load_model
+from isic_vq.hub.pretrained import default_checkpoint, load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel

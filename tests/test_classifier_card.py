@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from isic_vq.classifier_card import REPORT, export_classifier, render_classifier_card
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Metric, Report
+from isic_vq.hub.classifier_card import REPORT, export_classifier, render_classifier_card
 from isic_vq.training.classifier import train_classifier
 from isic_vq.training.load import load_recipe
 from isic_vq.training.recipe import ClassifierRecipe

@@ -21,7 +21,7 @@ from PIL import Image
 from isic_vq import __version__, cli
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import ModelError
+from isic_vq.hub.pretrained import ModelError
 from isic_vq.training.state import TrainingState
 from isic_vq.training.vqvae import VQVAETask
 
@@ -594,7 +594,7 @@ def test_other_commands_end_quietly_on_ctrl_c(run, tiny_run, monkeypatch):
     def ctrl_c(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("isic_vq.hub.load_model", ctrl_c)
+    monkeypatch.setattr("isic_vq.hub.pretrained.load_model", ctrl_c)
     code, _, stderr = run("info", tiny_run.prior / "model")
     assert (code, stderr) == (130, "interrupted\n")
 

@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw
 
 from isic_vq.data.schema import DataError
 from isic_vq.demo.actions import ANY, DemoModel, checked_seed, chosen, made_before
-from isic_vq.demo.neighbours import TrainingIndex, grid_distances
-from isic_vq.demo.pictures import (
+from isic_vq.demo.code_maps import (
     BITS_COLORS,
     bits_map,
     code_colors,
@@ -27,8 +26,9 @@ from isic_vq.demo.pictures import (
     overlay,
     use_table,
 )
+from isic_vq.demo.training_index import TrainingIndex, grid_distances
 from isic_vq.figures.numbers import CodebookUse
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import MAX_PIXELS, ImageError
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
@@ -419,9 +419,9 @@ def test_the_spaces_card_has_what_the_hub_asks_for():
 def test_what_reads_an_uploaded_file_does_so_one_at_a_time(tiny_run):
     code = f"""
 import gradio, PIL.Image
-from isic_vq.demo.app import build_demo
-from isic_vq.demo.neighbours import TrainingIndex
-from isic_vq.hub import load_model
+from isic_vq.demo.page import build_demo
+from isic_vq.demo.training_index import TrainingIndex
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 model = load_model(IsicVQModel, {str(tiny_run.prior / "model")!r})

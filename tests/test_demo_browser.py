@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from isic_vq.demo.actions import ANY, DemoModel
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 playwright_api = pytest.importorskip(

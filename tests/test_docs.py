@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from isic_vq.card import read_reports
 from isic_vq.evaluation.report import Metric, Report
+from isic_vq.hub.card import read_reports
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from isic_vq import __version__
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from isic_vq import IsicVQModel
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import ABSOLUTE_PATH
-from isic_vq.export import export_repository, record_training, write_provenance
 from isic_vq.figures.png import write_png
-from isic_vq.hub import ModelError, default_checkpoint, load_model
+from isic_vq.hub.export import export_repository, record_training, write_provenance
+from isic_vq.hub.pretrained import ModelError, default_checkpoint, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from tiny_repository import write_model
 

@@ -33,9 +33,9 @@ from isic_vq import (
 from isic_vq.data.schema import DataError
 from isic_vq.data.shards import Sample, read_shard, to_png, write_shard
 from isic_vq.data.sources import describe_source, open_source
-from isic_vq.generation import generate_shards
-from isic_vq.hub import load_model
-from isic_vq.launch import launched_process
+from isic_vq.generate import generate_shards
+from isic_vq.hub.pretrained import load_model
+from isic_vq.work import launched_process
 
 CLASSES = {0: "melanoma", 1: "nevus", 2: "dermatofibroma"}
 SUFFIX = {"parquet": ".parquet", "webdataset": ".tar"}

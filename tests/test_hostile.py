@@ -17,11 +17,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from isic_vq import IsicVQModel, PixelCNNConfig, VARConfig, VQVAEConfig
-from isic_vq.card import as_text, render_card
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source, open_source
 from isic_vq.figures.write import csv_bytes
-from isic_vq.hub import ModelError, load_model
+from isic_vq.hub.card import as_text, render_card
+from isic_vq.hub.pretrained import ModelError, load_model
 from isic_vq.yaml_text import read_yaml
 from tiny_repository import write_with_card
 
@@ -201,7 +201,7 @@ def test_an_image_outside_of_its_parquet_files_folder_is_refused(tmp_path, photo
 
 @pytest.fixture
 def photo_bytes():
-    from isic_vq.data.synthetic import synthetic_record
+    from isic_vq.data.synthetic_images import synthetic_record
 
     return synthetic_record(0, 0)["image"]["bytes"]
 
@@ -234,7 +234,7 @@ def test_ctrl_c_during_start_up_is_one_line(tmp_path):
 
 
 def test_a_bug_says_that_it_is_one(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("isic_vq.hub.resolve", lambda model: {}[f"no\n{model}"])
+    monkeypatch.setattr("isic_vq.hub.pretrained.resolve", lambda model: {}[f"no\n{model}"])
     code, _, stderr = run("generate", "-o", tmp_path)
     assert (code, stderr.count("\n")) == (1, 1)
     assert stderr.startswith("error: KeyError: ")

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import isic_vq
 from isic_vq import IsicVQModel, PixelCNNConfig, PixelCNNModel, VQVAEConfig, VQVAEModel
-from isic_vq.hub import DEFAULT_CHECKPOINT, KINDS, ModelError, default_checkpoint, load_model, resolve
+from isic_vq.hub.pretrained import (
+    DEFAULT_CHECKPOINT,
+    KINDS,
+    ModelError,
+    default_checkpoint,
+    load_model,
+    resolve,
+)
 
 VQVAE = {"image_size": 8, "hidden_sizes": (4,), "num_residual_blocks": 0, "num_codes": 5, "code_dim": 2}
 PRIOR = {
@@ -189,10 +196,10 @@ def test_a_file_is_no_model(saved):
 
 
 def lay_out(site, checkpoints):
-    """Copy the package's top-level modules to `site`, and a checkpoint to `checkpoints`."""
+    """Copy the modules that find checkpoints to `site`, and a checkpoint to `checkpoints`."""
     source = Path(isic_vq.__file__).parent
-    (site / "isic_vq").mkdir(parents=True)
-    for name in ("__init__.py", "hub.py", "registration.py"):
+    (site / "isic_vq" / "hub").mkdir(parents=True)
+    for name in ("__init__.py", "hub/__init__.py", "hub/pretrained.py", "hub/registration.py"):
         shutil.copy(source / name, site / "isic_vq" / name)
     if checkpoints is not None:
         (checkpoints / DEFAULT_CHECKPOINT).mkdir(parents=True)
@@ -200,7 +207,7 @@ def lay_out(site, checkpoints):
 
 
 def default_checkpoint_of(site):
-    script = "import isic_vq.hub as hub; print(hub.__file__); print(hub.default_checkpoint())"
+    script = "import isic_vq.hub.pretrained as hub; print(hub.__file__); print(hub.default_checkpoint())"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert str(site) in done.stdout or "ModelError" in done.stderr, (

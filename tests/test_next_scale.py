@@ -13,7 +13,7 @@ from isic_vq.codec.codec import compress
 from isic_vq.codec.container import CodecError
 from isic_vq.data.code_cache import read_code_cache, tokenizer_hash
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import train_prior
 from isic_vq.training.recipe import PriorRecipe

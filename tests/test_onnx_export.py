@@ -24,9 +24,8 @@ from isic_vq.data.loading import iter_batches
 from isic_vq.data.parts import open_part
 from isic_vq.data.provenance import write_training_data
 from isic_vq.data.sources import open_source
-from isic_vq.data.synthetic import synthetic_image
-from isic_vq.hub import load_model
-from isic_vq.onnx_export import (
+from isic_vq.data.synthetic_images import synthetic_image
+from isic_vq.hub.onnx_export import (
     check_decoder,
     check_encoder,
     encoder_model,
@@ -34,6 +33,7 @@ from isic_vq.onnx_export import (
     known_license,
     open_session,
 )
+from isic_vq.hub.pretrained import load_model
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "onnx_inference.py"
 TINY = {

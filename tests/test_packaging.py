@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isic_vq.hub import DEFAULT_CHECKPOINT, default_checkpoint
+from isic_vq.hub.pretrained import DEFAULT_CHECKPOINT, default_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_CHECKPOINT_BYTES = 13_000_000
@@ -50,8 +50,8 @@ def test_the_wheel_states_both_licences(wheel):
 def test_an_installed_wheel_resolves_to_the_checkpoint_inside_it(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = "from isic_vq.hub import default_checkpoint; print(default_checkpoint())"
-    # -S -E keeps the editable install out; hub.py needs the standard library only.
+    code = "from isic_vq.hub.pretrained import default_checkpoint; print(default_checkpoint())"
+    # -S -E keeps the editable install out; hub/pretrained.py needs the standard library only.
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,

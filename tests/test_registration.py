@@ -16,7 +16,7 @@ from isic_vq import (
     VQVAEConfig,
     VQVAEModel,
 )
-from isic_vq.registration import HOOKS, install
+from isic_vq.hub.registration import HOOKS, install
 
 TASK = "unconditional-image-generation"
 
@@ -136,7 +136,7 @@ def test_hooked_modules_keep_their_own_loader(name):
 
 
 def test_other_imports_pass_the_finder_by():
-    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "isic_vq.registration")
+    finder = next(finder for finder in sys.meta_path if type(finder).__module__ == "isic_vq.hub.registration")
     assert finder.find_spec("transformers.pipelines.base") is None
     assert finder.find_spec("json") is None
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 from isic_vq.evaluation.corruptions import CORRUPTIONS
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.scores import SCORES
-from isic_vq.figures.scores import Gallery
-from isic_vq.hub import load_model
+from isic_vq.figures.score_plots import Gallery
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

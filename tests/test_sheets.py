@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isic_vq.hub import load_model
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.sheets import (
+from isic_vq.figures.sheets import (
     COLUMNS,
     NUM_PER_CLASS,
     NUM_UNCONDITIONAL,
@@ -15,6 +12,9 @@ from isic_vq.sheets import (
     interpolation_sheet,
     model_sheets,
 )
+from isic_vq.hub.pretrained import load_model
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 PANELS = ["interpolation", "completion", "counterfactual", "atlas"]
 

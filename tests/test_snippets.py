@@ -16,8 +16,8 @@ import pytest
 import typer
 
 from isic_vq import cli
-from isic_vq.card import write_card
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
+from isic_vq.hub.card import write_card
 from tiny_repository import write_model, write_repository
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from isic_vq.card import write_card
 from isic_vq.data.code_cache import write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.parts import open_part
 from isic_vq.data.provenance import write_training_data
 from isic_vq.evaluation.evaluate import evaluate_checkpoint
-from isic_vq.export import export_repository
+from isic_vq.hub.card import write_card
+from isic_vq.hub.export import export_repository
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

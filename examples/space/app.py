@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from isic_vq import IsicVQModel
-from isic_vq.demo.app import build_demo, launch_settings
-from isic_vq.demo.neighbours import TrainingIndex
-from isic_vq.hub import load_model
+from isic_vq.demo.page import build_demo, launch_settings
+from isic_vq.demo.training_index import TrainingIndex
+from isic_vq.hub.pretrained import load_model
 
 model = load_model(IsicVQModel)  # or load_model(IsicVQModel, "user/my-model")
 codes = Path(__file__).with_name("codes.parquet")

@@ -1,13 +1,13 @@
 """Discrete generative models of dermoscopy images: VQ-VAE tokenizer, PixelCNN prior, one Hub repository.
 
 Importing this package is cheap: names load on first use, and the Auto classes and the pipeline task become
-known to transformers when transformers' own modules are imported (`isic_vq.registration`).
+known to transformers when transformers' own modules are imported (`isic_vq.hub.registration`).
 """
 
 from importlib import import_module
 from typing import Any
 
-from isic_vq.registration import install
+from isic_vq.hub.registration import install
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ The settings it was begun with lie beside them; nobody goes on with others.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,3 +137,31 @@ def differences(begun: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
 def told(different: Mapping[str, tuple[Any, Any]]) -> str:
     """Differences as "loop.seed = 0, and this is 1; ..."."""
     return "; ".join(f"{key} = {old!r}, and this is {new!r}" for key, (old, new) in different.items())
+
+
+def launched_process() -> tuple[int, int]:
+    """Rank of this process and number of processes, from what torchrun and accelerate launch set; (0, 1) alone.
+
+    On a machine with several GPUs, the one of its local rank becomes the one it uses.
+
+    Raises:
+        ValueError: only one of RANK and WORLD_SIZE is set, or they contradict each other.
+    """
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(found) == 1:
+        raise ValueError(
+            "one of RANK and WORLD_SIZE is set in the environment: set both, as torchrun does, or neither"
+        )
+    rank, world = map(int, found) if found else (0, 1)
+    check_process(rank, world)
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return rank, world
+
+
+def check_process(rank: int, world: int) -> None:
+    """Raise ValueError unless there is a process of that number."""
+    if not 0 <= rank < world:
+        raise ValueError(f"this is process {rank} of {world}: expected a number from 0 to {world - 1}")

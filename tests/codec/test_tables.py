@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isic_vq.codec.container import CodecError
+from isic_vq.codec.integer_weights import integer_weights, static_weights, table_hash, training_code_counts
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
-from isic_vq.codec.tables import integer_weights, static_weights, table_hash, training_code_counts
-from isic_vq.hub import ModelError, default_checkpoint
+from isic_vq.hub.pretrained import ModelError, default_checkpoint
 
 ONE = 2**24
 

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from fault_server import Answer, FaultServer
 
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 SNAPSHOT_TIME = "2026-08-21T04:00:00+00:00"
 D2_MELANOMA = "Malignant melanocytic proliferations (Melanoma)"

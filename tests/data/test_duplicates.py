@@ -23,7 +23,7 @@ from isic_vq.data.duplicates import (
     near_hashes,
     signature,
 )
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 from isic_vq.models.image_processing_isic_vq import ImageError
 
 NUM_IMAGES = 48

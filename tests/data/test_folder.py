@@ -8,7 +8,7 @@ import pytest
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import describe_source, find_source, open_source
 from isic_vq.data.sources.folder import read_folder
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 
 def _images(folder, *names):

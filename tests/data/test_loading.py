@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from isic_vq.data.loading import DecodedImages, SkipCounter, collate, iter_batches
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import open_source
-from isic_vq.data.synthetic import synthetic_image, synthetic_record
+from isic_vq.data.synthetic_images import synthetic_image, synthetic_record
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
 LABEL2ID = {"melanoma": 0, "nevus": 1}

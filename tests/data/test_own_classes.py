@@ -17,7 +17,7 @@ from isic_vq.data.prepare import Preparation, prepare
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.splits import Assignment, assign_splits, split_rows
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 OWN = ("psoriasis", "eczema", "mel", "melanoma")  # labels of the four images of every source
 

@@ -19,7 +19,7 @@ from isic_vq.data.prepare import Preparation, prepare
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.sources.manifest import IMAGES, MANIFEST, Manifest, read_images
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 from isic_vq.data.verify import verify
 from source_contract import (
     assert_metadata_are_the_rows_without_images,

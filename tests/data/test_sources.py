@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from isic_vq.data.schema import DataError
 from isic_vq.data.sites import canonical_site
 from isic_vq.data.sources import SourceInfo, describe_source, find_source, open_source
-from isic_vq.data.synthetic import synthetic_image, synthetic_metadata, synthetic_record
+from isic_vq.data.synthetic_images import synthetic_image, synthetic_metadata, synthetic_record
 from source_contract import CONTRACT, rows_of
 
 

@@ -18,7 +18,7 @@ from isic_vq.data.splits import (
     split_rows,
     stratified_report,
 )
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 NUMBERS = st.integers(0, 2**32)
 

@@ -13,7 +13,7 @@ from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.streaming import Position, StreamedImages, StreamViews, read_into_memory
-from isic_vq.data.synthetic import synthetic_metadata
+from isic_vq.data.synthetic_images import synthetic_metadata
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from stream_only import StreamOnly, record_of
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 from isic_vq.data.tables import read_table
 
 ROWS = [{"file_name": "a.jpg", "dx": "mel"}, {"file_name": "b.jpg", "dx": "x, y"}]

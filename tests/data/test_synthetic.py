@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from isic_vq.data.schema import FEATURES
-from isic_vq.data.synthetic import (
+from isic_vq.data.synthetic_images import (
     synthetic_fingerprint,
     synthetic_image,
     synthetic_metadata,
@@ -42,7 +42,7 @@ def test_picture_depends_on_seed_index_and_size_only(index, seed, size):
 
 def test_another_process_draws_the_same_picture():
     code = (
-        "import hashlib; from isic_vq.data.synthetic import synthetic_image; "
+        "import hashlib; from isic_vq.data.synthetic_images import synthetic_image; "
         "print(hashlib.sha256(synthetic_image(3, 4).tobytes()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.shards import Sample, to_png, write_shard
 from isic_vq.data.sites import canonical_site
 from isic_vq.data.sources import describe_source, find_source, open_source
-from isic_vq.data.synthetic import synthetic_metadata, synthetic_record
+from isic_vq.data.synthetic_images import synthetic_metadata, synthetic_record
 from isic_vq.data.uri import expand_braces
 from source_contract import CONTRACT, rows_of
 

@@ -14,8 +14,8 @@ from isic_vq.evaluation.codebook import (
     codebook_metrics,
     counts_by_diagnosis,
 )
-from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import MIN_GROUP
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_vqvae import VQVAEModel
 

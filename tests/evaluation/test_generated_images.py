@@ -31,7 +31,7 @@ from isic_vq.evaluation.generation import (
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.texture import grid_power, texture
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
 from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
 from isic_vq.evaluation.reconstruction import image_metrics
 from isic_vq.evaluation.texture import (
     coherence,

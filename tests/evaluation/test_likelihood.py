@@ -8,14 +8,14 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
-from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.likelihood import (
+from isic_vq.evaluation.bits_per_code import (
     bits_per_code,
     class_bits,
     conditioning_metrics,
     likelihood_metrics,
     unigram_bits,
 )
+from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

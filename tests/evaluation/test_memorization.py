@@ -27,7 +27,7 @@ from isic_vq.evaluation.memorization import (
     tail_p_values,
 )
 from isic_vq.evaluation.neighbours import Nearest
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

@@ -22,7 +22,7 @@ from isic_vq.evaluation.out_of_distribution import (
 )
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.scores import SCORES
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -10,9 +10,9 @@ import torch
 from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation import scores
-from isic_vq.evaluation.likelihood import own_entropy, unigram_bits
+from isic_vq.evaluation.bits_per_code import own_entropy, unigram_bits
 from isic_vq.evaluation.scores import SCORES, Reference, image_scores, read_reference, score_images
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

@@ -4,7 +4,7 @@ import doors
 import numpy as np
 import pytest
 
-from isic_vq.hub import default_checkpoint
+from isic_vq.hub.pretrained import default_checkpoint
 
 CODES = np.arange(4).reshape(2, 2)
 OPENED = {"shape": [2, 2], "dtype": "int64", "values": [0, 1, 2, 3]}

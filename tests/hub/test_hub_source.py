@@ -17,7 +17,7 @@ from huggingface_hub import HfFileSystem
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.sources import hub as hub_module
-from isic_vq.data.synthetic import synthetic_record
+from isic_vq.data.synthetic_images import synthetic_record
 from source_contract import CONTRACT, rows_of
 
 FED = "flwrlabs/fed-isic2019"

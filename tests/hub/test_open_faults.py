@@ -8,7 +8,7 @@ from repository_folder import WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from isic_vq import IsicVQModel
-from isic_vq.hub import ModelError, load_model
+from isic_vq.hub.pretrained import ModelError, load_model
 from isic_vq.models.upload import HubError
 
 REPO = "user/tiny"

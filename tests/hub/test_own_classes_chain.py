@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from isic_vq import IsicVQModel
-from isic_vq.data.synthetic import synthetic_image
+from isic_vq.data.synthetic_images import synthetic_image
 
 NAMES = ("psoriasis", "contact eczema", "3", "a/b: Ekzem é", "unconditional", "melanoma")
 REPO = "user/own"

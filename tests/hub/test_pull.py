@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from repository_folder import CARD, WEIGHTS, contents, write_repository
 
-from isic_vq.hub import ModelError
-from isic_vq.layout import is_safe
+from isic_vq.hub.layout import is_safe
+from isic_vq.hub.pretrained import ModelError
+from isic_vq.hub.transfer import pull
 from isic_vq.models.upload import HubError, upload_folder
-from isic_vq.transfer import pull
 from planted import plant
 
 REPO = "user/tiny"

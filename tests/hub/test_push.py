@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 from repository_folder import CARD, WEIGHTS, contents, oids, write_picture
 from safetensors.numpy import load_file, save_file
 
-from isic_vq.hub import ModelError, default_checkpoint
-from isic_vq.layout import in_layout, is_safe
+from isic_vq.hub.layout import in_layout, is_safe
+from isic_vq.hub.pretrained import ModelError, default_checkpoint
+from isic_vq.hub.transfer import push
 from isic_vq.models.upload import HubError, PlannedFile, upload_folder
-from isic_vq.transfer import push
 
 REPO = "user/tiny"
 OTHERS_TOKEN = "hf_fake_other"
@@ -449,7 +449,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from isic_vq.transfer import push
+from isic_vq.hub.transfer import push
 
 HfApi.create_commit = lambda *arguments, **settings: os.kill(os.getpid(), signal.SIGKILL)
 push(Path(sys.argv[1]), sys.argv[2])

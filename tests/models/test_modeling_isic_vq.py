@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq import IsicVQConfig, IsicVQModel, PixelCNNModel, VQVAEModel
-from isic_vq.hub import default_checkpoint
+from isic_vq.hub.pretrained import default_checkpoint
 
 PART_CLASSES = {"vqvae": VQVAEModel, "prior": PixelCNNModel}
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from isic_vq import IsicVQModel, VQVAEConfig, VQVAEModel
-from isic_vq.models.prior import PriorModel
+from isic_vq.models.modeling_prior import PriorModel
 
 NUM_CODES = 7
 CLASSES = {0: "melanoma", 1: "nevus", 2: "dermatofibroma"}

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from isic_vq.studies.student import Student
+from isic_vq.evaluation.student import Student
 
 COLOURS = {"melanoma": (60, 30, 30), "nevus": (150, 100, 60), "vascular_lesion": (200, 40, 80)}
 NET = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_study import PRIOR, VQVAE
 
-from isic_vq.hub import load_model
+import chain as chains
+from chain import Chain
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies import chain as chains
-from isic_vq.studies.chain import Chain
 
 pytestmark = pytest.mark.slow  # all compare with one trained chain
 

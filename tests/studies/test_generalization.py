@@ -9,12 +9,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tiny_study import PRIOR, VQVAE
 
+import generalization
+from generalization import Measured, findings, shift_metric, webp_psnr
+from generalization_recipe import GeneralizationRecipe, chains, domain_file, write_domains
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import open_source
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
-from isic_vq.studies.generalization import GeneralizationRecipe, chains, domain_file, write_domains
-from isic_vq.studies.generalization_results import Measured, findings, shift_metric, webp_psnr
 from isic_vq.training.recipe import RecipeError
 
 DOMAINS = {
@@ -155,7 +156,7 @@ def test_webp_is_measured_image_by_image(two_sources):
 
 
 @pytest.mark.slow
-def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
+def test_the_command_writes_report_plots_and_page(capsys, two_sources, tmp_path):
     # Every other set is a part of all images: likelihood has nothing to tell them by.
     few = {
         "all": {"num_images": 8},
@@ -168,8 +169,8 @@ def test_the_command_writes_report_plots_and_page(run, two_sources, tmp_path):
         "tests": {"clinic": "synthetic:10:5"}, "seeds": [0], "vqvae": vqvae, "prior": PRIOR,
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe))
-    code, out, err = run("study", "generalization", "-c", tmp_path / "study.yaml")
-    assert code == 0, err
+    generalization.main([str(tmp_path / "study.yaml")])
+    out = capsys.readouterr().out
     folder = tmp_path / "study" / "results"
     report, page = Report.load(folder / "report.json"), (folder / "README.md").read_text()
     assert report.model == {"study": "generalization", "smoke": False}

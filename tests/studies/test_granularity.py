@@ -7,14 +7,15 @@ import torch
 import yaml
 from tiny_study import PRIOR, VQVAE
 
+import granularity
+from granularity import Measured, by_setting, findings
+from granularity_recipe import GranularityRecipe, chains
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies.granularity import GranularityRecipe, chains
-from isic_vq.studies.granularity_results import Measured, by_setting, findings
-from isic_vq.studies.page import SMOKE, StudyPage
 from isic_vq.training.load import load_recipe
 from isic_vq.training.recipe import RecipeError
+from page import SMOKE, StudyPage
 
 RECIPE = GranularityRecipe(
     train="a", validation="b", grids={"f8": {}, "f4": {}}, num_codes=[4, 8, 16], vqvae=VQVAE, prior=PRIOR
@@ -95,16 +96,14 @@ def test_diminishing_returns_are_told_where_every_seed_has_them():
 
 
 @pytest.mark.slow
-def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sources, tmp_path):
+def test_the_command_trains_measures_and_writes_a_try_that_says_so(capsys, two_sources, tmp_path):
     recipe = {
         "stage": "granularity", "output_dir": str(tmp_path / "study"), **two_sources, "grids": {"f4": {"hidden_sizes": [4, 8]}},
         "num_codes": [4, 8], "seeds": [0, 1], "vqvae": VQVAE, "prior": PRIOR,
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe))
-    code, out, err = run(
-        "study", "granularity", "-c", tmp_path / "study.yaml", "--smoke", "-o", tmp_path / "out"
-    )
-    assert code == 0, err
+    granularity.main([str(tmp_path / "study.yaml"), "--smoke", "-o", str(tmp_path / "out")])
+    out = capsys.readouterr().out
     assert not (tmp_path / "study").exists(), "a try has a folder of its own"
     report, page = Report.load(tmp_path / "out" / "report.json"), (tmp_path / "out" / "README.md").read_text()
     assert report.model["smoke"] is True
@@ -125,12 +124,13 @@ def test_the_command_trains_measures_and_writes_a_try_that_says_so(run, two_sour
     assert all(low < mean < high for mean, (low, high) in zip(of["means"], of["intervals"], strict=True))
 
 
-def test_a_try_is_refused_before_anything_is_trained(run, two_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("isic_vq.cli.studies._train", lambda chains: pytest.fail("trained"))
-    overrides = [f"output_dir={tmp_path / 'study'}", *(f"{part}={uri}" for part, uri in two_sources.items())]
-    code, _, err = run("study", "granularity", *overrides, "--smoke", "-o", tmp_path / "docs" / "x")
-    assert code == 1
-    assert "a smoke run is no result" in err
+def test_a_try_is_refused_before_anything_is_trained(two_sources, tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({"output_dir": str(tmp_path / "study"), **two_sources})
+    )
+    with pytest.raises(SystemExit, match="error: .*a smoke run is no result"):
+        granularity.main([str(tmp_path / "study.yaml"), "--smoke", "-o", str(tmp_path / "docs" / "x")])
+    assert not list(tmp_path.rglob("model*")), "nothing was trained"
 
 
 def test_a_try_is_refused_among_the_documentation(tmp_path):

@@ -7,12 +7,11 @@ import pytest
 import scipy.stats
 import torch
 
+from isic_vq.evaluation.cost import count_flops, flops_per_image
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.studies.measure import (
+from measure import (
     Difference,
-    count_flops,
-    flops_per_image,
     measure_chain,
     paired_difference,
     unpaired_difference,
@@ -71,7 +70,7 @@ def test_values_are_kept_and_another_data_set_of_the_name_is_measured(tiny_run, 
     found = {uri: measure_chain(chain, "x", uri) for uri in ("synthetic:5:1", "synthetic:6:2")}
     assert {uri: len(of["psnr"]) for uri, of in found.items()} == {"synthetic:5:1": 5, "synthetic:6:2": 6}
     assert found["synthetic:5:1"]["codebook_counts"].sum() == 5 * 16
-    monkeypatch.setattr("isic_vq.studies.measure.load_model", None)
+    monkeypatch.setattr("measure.load_model", None)
     again = measure_chain(chain, "x", "synthetic:5:1")
     assert all(torch.equal(again[name], of) for name, of in found["synthetic:5:1"].items())
 

@@ -10,16 +10,16 @@ from coloured_images import NET
 from sklearn.metrics import roc_auc_score
 
 from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.report import Report
-from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.studies.realism import (
+from isic_vq.evaluation.realism import (
     PAIRS,
     default_student,
     evaluate_realism,
     realism_metrics,
     reconstructed,
 )
-from isic_vq.studies.student import ClassifierStudy, LabelledImages, Student, train_student
+from isic_vq.evaluation.report import Report
+from isic_vq.evaluation.student import ClassifierStudy, LabelledImages, Student, train_student
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
 STUDENT = Student(steps=60, batch_size=12, image_size=16, learning_rate=1e-2, colour_strength=0.0, model=NET)
 

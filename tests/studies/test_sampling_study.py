@@ -7,11 +7,12 @@ import torch
 from coloured_images import COLOURS, write_coloured
 from transformers import ResNetConfig, ResNetForImageClassification
 
+import sampling_study
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.generation import Yardstick, evaluate_generation
 from isic_vq.evaluation.report import Report
 from isic_vq.models.sampling import Sampling
-from isic_vq.studies.sampling import combinations, evaluate_sampling, setting_name
+from sampling_study import combinations, evaluate_sampling, setting_name
 
 SETTINGS = combinations([1.0, 0.5], [None], [1.0, 3.0])
 
@@ -111,13 +112,23 @@ def test_another_seed_settings_alike_and_none_are_refused(
             evaluate_sampling(noise_generator, yardsticks, coloured_sets[1], settings, tmp_path)
 
 
-def test_the_command_writes_a_report(run, coloured_sets, noise_generator, skin, tmp_path):
+def test_the_command_writes_a_report(capsys, coloured_sets, noise_generator, skin, tmp_path):
     noise_generator.save_pretrained(tmp_path / "model")
-    code, out, err = run(
-        *("study", "sampling", "-m", tmp_path / "model", "--data", coloured_sets[1], "--features", skin),
-        *("--top-p", 1, "--top-p", 0.5, "--work-dir", tmp_path / "work", "-o", tmp_path / "sampling.json"),
+    sampling_study.main(
+        [
+            *("-m", str(tmp_path / "model"), "--data", coloured_sets[1], "--features", str(skin)),
+            *(
+                "--top-p",
+                "1",
+                "0.5",
+                "--work-dir",
+                str(tmp_path / "work"),
+                "-o",
+                str(tmp_path / "sampling.json"),
+            ),
+        ]
     )
-    assert code == 0, err
+    out = capsys.readouterr().out
     report = Report.load(tmp_path / "sampling.json")
     assert [setting["top_p"] for setting in report.model["settings"]] == [None, 0.5]
     assert "kernel_distance[top_p=0.5, skin]" in out

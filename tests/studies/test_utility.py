@@ -11,14 +11,14 @@ from coloured_images import COLOURS, NET, STUDENT
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
-from isic_vq.studies.student import (
+from isic_vq.evaluation.student import (
     ClassifierStudy,
     LabelledImages,
     Student,
     train_student,
     two_level_interval,
 )
-from isic_vq.studies.utility import ARMS, evaluate_utility, utility_metrics
+from isic_vq.evaluation.utility import ARMS, evaluate_utility, utility_metrics
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def make_vqvae_task(tiny_run: SimpleNamespace) -> Callable[..., Any]:
     from isic_vq.models.configuration_vqvae import VQVAEConfig
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
-    from isic_vq.training.images import open_images
+    from isic_vq.training.image_task import open_images
     from isic_vq.training.load import load_recipe
     from isic_vq.training.recipe import VQVAERecipe
     from isic_vq.training.run import build_config

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from isic_vq.data.loading import collate, decoded_item, iter_batches
 from isic_vq.data.sources import find_source
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes

@@ -14,7 +14,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.report import Report
 from isic_vq.figures import write_figures
-from isic_vq.hub import ModelError, load_model
+from isic_vq.hub.pretrained import ModelError, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.decoder import train_decoder

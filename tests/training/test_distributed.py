@@ -21,7 +21,7 @@ from run_folder import digests, records, untimed
 from safetensors.torch import load_file
 
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.batches import EpochBatches

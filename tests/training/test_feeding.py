@@ -30,7 +30,7 @@ from isic_vq.data.sources import find_source
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.feed import RowFeed
-from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import InterruptedTraining
 from isic_vq.training.processes import Processes, TrainingError

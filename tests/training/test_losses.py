@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from isic_vq.training.losses import grid_loss, spectrum_loss
+from isic_vq.training.image_losses import grid_loss, spectrum_loss
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from isic_vq.data.sources import SourceInfo, describe_source
 from isic_vq.evaluation.distances import frechet_distance
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import ModelError, load_model
+from isic_vq.hub.pretrained import ModelError, load_model
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.diagnosis import DIAGNOSES
@@ -23,8 +23,8 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.clusters import fit_clusters
 from isic_vq.training.context_noise import annealed_share, disturb_context
+from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, open_task, train_prior
 from isic_vq.training.processes import Processes

@@ -9,12 +9,12 @@ import yaml
 from transformers import ResNetConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from generalization_recipe import GeneralizationRecipe
+from granularity_recipe import GranularityRecipe
 from isic_vq.data.classes import Classes
 from isic_vq.models.configuration_pixelcnn import PixelCNNConfig
 from isic_vq.models.configuration_var import VARConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
-from isic_vq.studies.generalization import GeneralizationRecipe
-from isic_vq.studies.granularity import GranularityRecipe
 from isic_vq.training.load import build_recipe, known_keys, load_recipe
 from isic_vq.training.prior import build_prior_config
 from isic_vq.training.recipe import (

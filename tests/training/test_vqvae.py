@@ -16,7 +16,7 @@ from isic_vq.data.loading import collate
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.report import Report
-from isic_vq.hub import load_model
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.load import load_recipe

@@ -5,22 +5,22 @@ them, so that `isic-vq --help` does not pay for torch. Errors are one line; `--d
 """
 
 from isic_vq.cli import (
-    audit,
+    auditing,
     compression,
     data,
     demo,
     images,
     measuring,
     publishing,
+    repositories,
     studies,
     training,
-    transfer,
 )
 from isic_vq.cli.app import app, main
 
 __all__ = [
     "app",
-    "audit",
+    "auditing",
     "compression",
     "data",
     "demo",
@@ -30,5 +30,5 @@ __all__ = [
     "publishing",
     "studies",
     "training",
-    "transfer",
+    "repositories",
 ]

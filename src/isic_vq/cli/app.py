@@ -124,7 +124,7 @@ def check_first(
         ValueError: there is no such model, file, folder or class.
     """
     from isic_vq.data.uri import check_uri
-    from isic_vq.hub import class_names_of, resolve
+    from isic_vq.hub.pretrained import class_names_of, resolve
     from isic_vq.models.diagnosis import resolve_label
 
     for uri in sources:

@@ -42,9 +42,9 @@ def compress(
     from tqdm import tqdm
 
     from isic_vq.codec.codec import compress as compress_codes
-    from isic_vq.codec.tables import training_code_counts
+    from isic_vq.codec.integer_weights import training_code_counts
     from isic_vq.files import write_atomically
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.locks import hold
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
@@ -85,11 +85,11 @@ def decompress(
 
     from isic_vq.codec.codec import decompress as decompress_codes
     from isic_vq.codec.container import CodecError
+    from isic_vq.codec.integer_weights import training_code_counts
     from isic_vq.codec.names import png_paths
-    from isic_vq.codec.tables import training_code_counts
     from isic_vq.data.classes import NUM_LISTED, and_more
     from isic_vq.figures.png import write_png
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
@@ -125,8 +125,8 @@ def _encode(data: str, model: "IsicVQModel", max_corrupt_share: float) -> tuple[
     from isic_vq.data.classes import AUTO, Classes
     from isic_vq.data.loading import iter_batches
     from isic_vq.data.sources import find_source
-    from isic_vq.data.sources.files import image_names
     from isic_vq.data.sources.folder import FolderSource
+    from isic_vq.data.sources.image_files import image_names
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
     source = find_source(data, Classes.parse(AUTO))

@@ -76,7 +76,7 @@ def generate(
             f"num_images is {num_images}: expected at most {MAX_PNGS} PNGs; add --shards parquet for a larger set"
         )
     check_first(model, labels=label or ())
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.sampling import Sampling
 
@@ -102,8 +102,8 @@ def _write_shards(
     model: "IsicVQModel", labels: list[str], num_images: int, settings: dict[str, Any], output: Path
 ) -> None:
     """Generate this process's shards of a set of images."""
-    from isic_vq.generation import generate_shards
-    from isic_vq.launch import launched_process
+    from isic_vq.generate import generate_shards
+    from isic_vq.work import launched_process
 
     rank, world = launched_process()
     made, kept = generate_shards(
@@ -122,7 +122,7 @@ def _write_images(
     """Generate images and write each, and a grid of all, as PNGs."""
     from isic_vq.figures import image_grid
     from isic_vq.figures.png import write_png
-    from isic_vq.hub import resolve
+    from isic_vq.hub.pretrained import resolve
     from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 
     result = UnconditionalImageGenerationPipeline(model)(
@@ -170,10 +170,10 @@ def sheets(
     from isic_vq.data.classes import Classes
     from isic_vq.data.sources import find_source
     from isic_vq.figures.png import write_jpeg
+    from isic_vq.figures.sheets import model_sheets, real_sheets
     from isic_vq.files import file_name
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
-    from isic_vq.sheets import model_sheets, real_sheets
 
     quiet_transformers()
     artist = load_model(IsicVQModel, model)
@@ -210,7 +210,7 @@ def reconstruct(
     from isic_vq.evaluation.reconstruction import evaluate_reconstruction
     from isic_vq.figures.grid import image_grid, paired_grid
     from isic_vq.figures.png import write_png
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
 
@@ -284,7 +284,7 @@ def edit(
 
     from isic_vq.figures import image_grid
     from isic_vq.figures.png import write_png
-    from isic_vq.hub import load_model, resolve
+    from isic_vq.hub.pretrained import load_model, resolve
     from isic_vq.models.editing import pixel_mask
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -136,10 +136,10 @@ def score(
     from tqdm import tqdm
 
     from isic_vq.evaluation.scores import read_reference, score_images
-    from isic_vq.figures.scores import Gallery
+    from isic_vq.figures.score_plots import Gallery
     from isic_vq.figures.write import check_matplotlib, csv_bytes
     from isic_vq.files import write_atomically
-    from isic_vq.hub import load_model
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
@@ -198,7 +198,7 @@ def ood(
     """Measure how well likelihood scores tell images from spoiled ones and from other photographs."""
     check_first(model, sources=[data], codes=[train_codes])
     from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
-    from isic_vq.figures.scores import write_score_histograms
+    from isic_vq.figures.score_plots import write_score_histograms
     from isic_vq.figures.write import check_matplotlib
 
     check_matplotlib()

@@ -35,7 +35,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a Hub repository folder: weights, processor, previews and provenance."""
-    from isic_vq.export import export_repository
+    from isic_vq.hub.export import export_repository
 
     quiet_transformers()
     export_repository(model, output, train_codes, bf16, onnx)
@@ -57,9 +57,9 @@ def onnx(
 
     They are written once ONNX Runtime computes with them what torch does. Needs the extra onnx.
     """
-    from isic_vq.hub import load_model
+    from isic_vq.hub.onnx_export import export_onnx, known_license
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.modeling_vqvae import VQVAEModel
-    from isic_vq.onnx_export import export_onnx, known_license
 
     quiet_transformers()
     paths = export_onnx(load_model(VQVAEModel, model), output, known_license(model))
@@ -69,7 +69,7 @@ def onnx(
 @card_app.command(epilog="Example:\n\n  isic-vq card write model_cards/my-model")
 def write(folder: RepositoryFolder) -> None:
     """Render the model card of a repository folder from its reports and its provenance."""
-    from isic_vq.card import write_card
+    from isic_vq.hub.card import write_card
 
     write_card(folder)
     typer.echo(f"wrote {folder / 'README.md'}; next: isic-vq card check {folder}")
@@ -81,7 +81,7 @@ def check(folder: RepositoryFolder) -> None:
 
     Prints a line for each problem, and then exits with 1. Prose without numbers is yours to write.
     """
-    from isic_vq.card_check import check_card
+    from isic_vq.hub.card_check import check_card
 
     problems = check_card(folder)
     for problem in problems:
@@ -100,7 +100,7 @@ def record(
 
     Its weights must be the model's, and stay as they are. `isic-vq export` does the same by itself.
     """
-    from isic_vq.export import record_training
+    from isic_vq.hub.export import record_training
 
     quiet_transformers()
     stages = record_training(folder, model)
@@ -115,7 +115,7 @@ def classifier(
     folder: Annotated[Path, typer.Argument(help="Folder to write; what is there is replaced.")],
 ) -> None:
     """Write a trained classifier as a Hub repository's folder, with a card of its report's numbers."""
-    from isic_vq.classifier_card import export_classifier
+    from isic_vq.hub.classifier_card import export_classifier
 
     export_classifier(run, folder)
     typer.echo(f"wrote {folder}")
@@ -126,7 +126,7 @@ def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub i
     """Describe a model: sizes, classes, licence, training images and measured quality."""
     from isic_vq.data.provenance import read_training_data
     from isic_vq.evaluation.report import Report
-    from isic_vq.hub import load_model, resolve
+    from isic_vq.hub.pretrained import load_model, resolve
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
     quiet_transformers()

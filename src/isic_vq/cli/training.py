@@ -77,10 +77,10 @@ def encode(
     check_first(model, sources=[data])
     from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
-    from isic_vq.hub import load_model
-    from isic_vq.launch import launched_process
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
     from isic_vq.models.modeling_vqvae import VQVAEModel
+    from isic_vq.work import launched_process
 
     quiet_transformers()
     rank, world = launched_process()

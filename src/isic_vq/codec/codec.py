@@ -21,10 +21,10 @@ from isic_vq.codec.container import (
     read_container,
     write_container,
 )
+from isic_vq.codec.integer_weights import Weights, static_weights, table_hash
 from isic_vq.codec.names import check_names
 from isic_vq.codec.prior_coder import PriorCoder, coder_of
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
-from isic_vq.codec.tables import Weights, static_weights, table_hash
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isic_vq.codec.container import CodecError, Layout
+from isic_vq.codec.integer_weights import PRECISION, Weights, integer_weights, static_weights
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
-from isic_vq.codec.tables import PRECISION, Weights, integer_weights, static_weights
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modes import exactly
 from isic_vq.models.pixelcnn_cache import open_cache

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isic_vq.codec.container import CodecError
-from isic_vq.codec.tables import Weights
+from isic_vq.codec.integer_weights import Weights
 
 try:
     from constriction import stream

@@ -3,7 +3,7 @@
 The same samples give the same bytes: nothing in a file tells when, where or by which process it was written.
 Sources: the parquet layout of Hugging Face's image data sets; the WebDataset convention, where the members of
 one sample share a name (https://github.com/webdataset/webdataset).
-It does not generate: `isic_vq.generation` says which images a shard holds.
+It does not generate: `isic_vq.generate` says which images a shard holds.
 """
 
 import io

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from isic_vq.demo.neighbours import Neighbour, TrainingIndex
-from isic_vq.demo.pictures import bits_map, code_colors, code_map, overlay
+from isic_vq.demo.code_maps import bits_map, code_colors, code_map, overlay
+from isic_vq.demo.training_index import Neighbour, TrainingIndex
 from isic_vq.evaluation.measures import psnr
 from isic_vq.figures.numbers import CodebookUse
-from isic_vq.hub import is_default
+from isic_vq.hub.pretrained import is_default
 from isic_vq.models.editing import code_masks, pixel_mask
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -51,7 +51,7 @@ def serve(
     """Serve a model's page until interrupted; uploads lie in a temporary folder that goes with the server.
 
     Args:
-        model: as `isic_vq.hub.load_model` takes it.
+        model: as `isic_vq.hub.pretrained.load_model` takes it.
         index: code cache of the training images, or None.
         host: "127.0.0.1" for this machine alone.
         port: 1 to 65535.
@@ -63,8 +63,8 @@ def serve(
         OSError: the address cannot be used.
         DataError: the index is damaged, or another tokenizer made it.
     """
-    from isic_vq.demo.neighbours import TrainingIndex
-    from isic_vq.hub import load_model
+    from isic_vq.demo.training_index import TrainingIndex
+    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
     check_address(host, port)
@@ -74,7 +74,7 @@ def serve(
     with TemporaryDirectory(prefix=f"{UPLOADS}{os.getpid()}-") as folder:
         # Gradio reads these while it is imported.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        from isic_vq.demo.app import build_demo, launch_settings
+        from isic_vq.demo.page import build_demo, launch_settings
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # or the folder would stay
         page = build_demo(loaded, training)

@@ -8,6 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from isic_vq.demo.actions import DemoModel, Generated, chosen, made_before
+from isic_vq.demo.code_maps import MOST_BITS, use_table
 from isic_vq.demo.controls import (
     COMPUTING,
     PRIVATE,
@@ -21,8 +22,7 @@ from isic_vq.demo.controls import (
     upload_field,
     with_messages,
 )
-from isic_vq.demo.neighbours import TrainingIndex
-from isic_vq.demo.pictures import MOST_BITS, use_table
+from isic_vq.demo.training_index import TrainingIndex
 from isic_vq.models.sampling import Sampling
 
 MAX_IMAGES = 16  # of one seed; computed as one block

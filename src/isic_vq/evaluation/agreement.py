@@ -16,8 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from isic_vq.data.classes import NUM_LISTED, Classes
 from isic_vq.evaluation.features import FeatureModel, image_settings
-from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import MIN_GROUP
 from isic_vq.evaluation.report import Metric
 
 logger = logging.getLogger(__name__)

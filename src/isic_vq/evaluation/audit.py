@@ -30,10 +30,10 @@ from isic_vq.data.encoding import encode_source
 from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
+from isic_vq.evaluation.bits_per_code import bits_per_code
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.images import class_ids
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval, share_interval
-from isic_vq.evaluation.likelihood import bits_per_code
+from isic_vq.evaluation.measured_images import class_ids
 from isic_vq.evaluation.measures import auroc
 from isic_vq.evaluation.memorization import (
     LEVEL,
@@ -46,7 +46,7 @@ from isic_vq.evaluation.memorization import (
 )
 from isic_vq.evaluation.neighbours import CodeIndex, Nearest, nearest_by_features
 from isic_vq.evaluation.report import Metric, Report, model_report
-from isic_vq.hub import load_model, resolve
+from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from isic_vq.evaluation.images import MIN_GROUP, MeasuredImages
 from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
+from isic_vq.evaluation.measured_images import MIN_GROUP, MeasuredImages
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity

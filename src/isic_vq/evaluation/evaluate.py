@@ -14,10 +14,18 @@ from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.order import seeded_subset
 from isic_vq.data.sources import Source, find_source
+from isic_vq.evaluation.bits_per_code import (
+    bits_metrics,
+    bits_per_code,
+    class_bits,
+    conditioning_metrics,
+    unigram_bits,
+)
 from isic_vq.evaluation.codebook import code_counts, codebook_metrics, counts_by_diagnosis
 from isic_vq.evaluation.cost import cost_metrics
 from isic_vq.evaluation.generation import Yardstick, evaluate_generation
-from isic_vq.evaluation.images import (
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import (
     BATCH_SIZE,
     MeasuredImages,
     class_ids,
@@ -25,19 +33,11 @@ from isic_vq.evaluation.images import (
     measure_images,
     sampled_images,
 )
-from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.likelihood import (
-    bits_metrics,
-    bits_per_code,
-    class_bits,
-    conditioning_metrics,
-    unigram_bits,
-)
 from isic_vq.evaluation.measures import UNITS
 from isic_vq.evaluation.perceptual import PerceptualDistance
 from isic_vq.evaluation.reconstruction import evaluate_reconstruction, psnr_by_batch_statistics
 from isic_vq.evaluation.report import Metric, Report, model_report
-from isic_vq.hub import load_model, resolve
+from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

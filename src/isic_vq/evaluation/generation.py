@@ -41,8 +41,8 @@ from isic_vq.evaluation.distances import (
     precision_recall_density_coverage,
 )
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.images import class_ids
 from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
+from isic_vq.evaluation.measured_images import class_ids
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from isic_vq.data.classes import AUTO, Classes
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
-from isic_vq.evaluation.images import sampled_images
 from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import sampled_images
 from isic_vq.evaluation.measures import auroc
 from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.evaluation.scores import SCORES, image_scores, read_reference
-from isic_vq.hub import load_model, resolve
+from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

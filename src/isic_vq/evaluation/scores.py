@@ -22,7 +22,7 @@ from torch import Tensor
 from isic_vq.data.code_cache import check_tokenizer, read_code_cache
 from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
-from isic_vq.evaluation.likelihood import own_entropy, unigram_bits
+from isic_vq.evaluation.bits_per_code import own_entropy, unigram_bits
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 

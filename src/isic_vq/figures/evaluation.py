@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from isic_vq.evaluation.codebook import code_atlas
-from isic_vq.evaluation.images import worst_reconstructions
+from isic_vq.evaluation.measured_images import worst_reconstructions
 from isic_vq.figures.grid import image_grid, paired_grid
 from isic_vq.figures.png import png_content, write_png
 from isic_vq.figures.report_page import PICTURES, Plot, write_report_page

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .finite import check_finite, damaged_or_overflow
+from .modeling_prior import PriorModel, Walk
 from .modeling_vqvae import VQVAEModel
 from .modes import exactly, weights_at_hand
-from .prior import PriorModel, Walk
 from .sampling import draw, image_generators, position_uniforms
 
 

@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_isic_vq import IsicVQConfig
 from .finite import check_finite, damaged_or_overflow
+from .modeling_prior import PriorModel
 from .modes import evaluating
-from .prior import PriorModel
 
 BATCH_SIZE = 32
 

@@ -17,9 +17,9 @@ from .diagnosis import resolve_label
 from .editing import EditOutput, central_region, code_masks, pixel_mask, redraw_codes
 from .likelihood import BATCH_SIZE, ScoreOutput, score_codes, spread_over_grid
 from .modeling_pixelcnn import PixelCNNModel
+from .modeling_prior import PriorModel
 from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
-from .prior import PriorModel
 from .repository import SavedInParts
 from .sampling import Sampling, image_generators, position_uniforms
 from .strict_loading import StrictLoading

@@ -23,10 +23,10 @@ from transformers.utils import can_return_tuple
 from .clusters import ConditionEmbedding
 from .code_convolution import CodeConv2d
 from .configuration_pixelcnn import PixelCNNConfig
+from .modeling_prior import Extend, PriorModel, PriorOutput
 from .modes import exactly
 from .pixelcnn_cache import RasterWalk
 from .pixelcnn_sampler import best_backend, sample_codes
-from .prior import Extend, PriorModel, PriorOutput
 from .sampling import Sampling
 
 

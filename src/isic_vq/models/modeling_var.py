@@ -23,8 +23,8 @@ from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
 from .configuration_var import VARConfig
+from .modeling_prior import Extend, PriorModel, PriorOutput
 from .modes import evaluating
-from .prior import Extend, PriorModel, PriorOutput
 from .sampling import Sampling
 
 MAX_LOG_SCALE = math.log(100)  # of attention scores, which are cosines

@@ -26,12 +26,12 @@ from isic_vq.data.classes import ordered_classes
 from isic_vq.data.loading import DecodedImages
 from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
-from isic_vq.evaluation.images import MIN_GROUP
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.measured_images import MIN_GROUP
 from isic_vq.evaluation.measures import classifier_measures
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.training.images import ImageTask, open_data
+from isic_vq.training.image_task import ImageTask, open_data
 from isic_vq.training.loop import Trainer
 from isic_vq.training.recipe import ClassifierRecipe
 from isic_vq.training.run import build_config, save_model

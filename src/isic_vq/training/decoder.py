@@ -26,14 +26,14 @@ from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.figures.grid import paired_grid
-from isic_vq.hub import ModelError, load_model, resolve
+from isic_vq.hub.pretrained import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import Decoder, Refinement, VQVAEModel
 from isic_vq.training.discriminator import LeCam, PatchDiscriminator, discriminator_loss
-from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.image_losses import grid_loss, spectrum_loss, ssim_loss
+from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.loop import Trainer
-from isic_vq.training.losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe, RecipeError
 from isic_vq.training.run import save_model

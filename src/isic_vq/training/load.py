@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from isic_vq.data.errors import DataError
 from isic_vq.data.uri import check_uri
-from isic_vq.hub import resolve
+from isic_vq.hub.pretrained import resolve
 from isic_vq.training.recipe import DecoderRecipe, Recipe, RecipeError
 from isic_vq.yaml_text import read_yaml
 

@@ -15,23 +15,23 @@ from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
+from isic_vq.evaluation.bits_per_code import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.likelihood import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import image_grid
 from isic_vq.files import write_tensors
-from isic_vq.hub import ModelError, load_model, resolve
+from isic_vq.hub.pretrained import ModelError, load_model, resolve
 from isic_vq.models.configuration_isic_vq import prior_config_class
 from isic_vq.models.configuration_prior import PriorConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
+from isic_vq.models.modeling_prior import PriorModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.models.prior import PriorModel
-from isic_vq.training.clusters import fit_clusters
 from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.feed import RowFeed
+from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError

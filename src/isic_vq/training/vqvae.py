@@ -27,13 +27,13 @@ from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
-from isic_vq.training.codebook import SharedCodebook, SharedRows
-from isic_vq.training.images import ImageTask, open_images
+from isic_vq.training.image_losses import ssim_loss
+from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.loop import Trainer
-from isic_vq.training.losses import ssim_loss
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.run import build_config, save_model
+from isic_vq.training.shared_codebook import SharedCodebook, SharedRows
 from isic_vq.training.stage import choose_best, run_stage
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook

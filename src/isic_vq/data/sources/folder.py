@@ -21,7 +21,7 @@ from datasets import Dataset
 from isic_vq.data.classes import UNKNOWN, Classes, Reading
 from isic_vq.data.schema import FEATURES, DataError, is_label, is_read, normalise
 from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.files import image_id, image_names
+from isic_vq.data.sources.image_files import image_id, image_names
 from isic_vq.data.sources.sidecar import read_sidecar
 from isic_vq.data.tables import is_table, raise_together, read_table
 from isic_vq.data.uri import find_folder, public_path

@@ -10,14 +10,14 @@ from datasets import Dataset
 from isic_vq.data.classes import Reading
 from isic_vq.data.schema import FEATURES, DataError
 from isic_vq.data.sources.base import Source
-from isic_vq.data.synthetic import synthetic_fingerprint, synthetic_metadata, synthetic_record
+from isic_vq.data.synthetic_images import synthetic_fingerprint, synthetic_metadata, synthetic_record
 
 IMAGES_PER_PART = 16
 
 
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    """Images of `isic_vq.data.synthetic`.
+    """Images of `isic_vq.data.synthetic_images`.
 
     Attributes:
         num_images: how many.

@@ -28,8 +28,8 @@ from isic_vq.data.http import RangeFile
 from isic_vq.data.schema import DataError, normalise
 from isic_vq.data.sources.base import Source
 from isic_vq.data.sources.cached import cached_dataset
-from isic_vq.data.sources.files import image_id, is_mask
 from isic_vq.data.sources.folder import file_digest, folder_label
+from isic_vq.data.sources.image_files import image_id, is_mask
 from isic_vq.data.sources.sidecar import read_sidecar
 from isic_vq.data.uri import IMAGE_SUFFIXES, find_tars, is_url, public_path
 

@@ -1,0 +1,1 @@
+../../src/isic_vq/models/modeling_prior.py

@@ -1,0 +1,110 @@
+"""Can a small classifier tell generated images from real ones? On images it was not trained on; half is perfect.
+
+Source: the classifier two-sample test, Lopez-Paz and Oquab, "Revisiting Classifier Two-Sample Tests", arXiv 1610.06545,
+with a convolutional network on pixels; differs: it is trained with several seeds, and numbers have intervals over
+seeds and test images at once.
+
+Three pairs are told apart, which together say whose fault a difference is: real images and their reconstructions (the
+tokenizer's), reconstructions and samples (the prior's), real images and samples (both). Samples follow the real
+images one for one: image i is asked for with the diagnosis of real image i. All images are rounded to 8 bits first.
+
+In the work folder: `samples-train/`, `samples-test/` and PAIR-seedN.json; see `ClassifierStudy`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import auroc
+from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.student import (
+    ClassifierStudy,
+    LabelledImages,
+    Student,
+    two_level_interval,
+)
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+PAIRS = (("real", "reconstructions"), ("reconstructions", "samples"), ("real", "samples"))
+
+
+def evaluate_realism(study: ClassifierStudy, resamples: int = 1000) -> list[Metric]:
+    """Train the classifiers that are not trained yet, and test them on images they have not seen.
+
+    Returns:
+        For each of `PAIRS` (labels `images` and `others`) `two_sample_accuracy` and `two_sample_auc`, means over the seeds;
+        0.5 where the two cannot be told apart. Intervals: `two_level_interval` of so many bootstrap draws.
+
+    Raises:
+        ValueError: the folder holds images of another model.
+        DataError: the images cannot be used.
+    """
+    sets: dict[str, dict[str, Tensor]] = {}
+    size = study.model.config.vqvae_config.image_size
+    for seed, (part, records) in enumerate(study.records.items()):
+        sets[part] = {
+            "real": study.read(records).pixels,
+            "reconstructions": reconstructed(
+                study.model, study.read(records, size).pixels, study.student.image_size
+            ),
+            "samples": study.read(study.generated(f"samples-{part}", part, seed)).pixels,
+        }
+    metrics = []
+    for pair in PAIRS:
+        tested, images = _told_apart(sets["test"], pair), partial(_told_apart, sets["train"], pair)
+        logits = [study.logits("-".join(pair), seed, images, pair, tested.pixels) for seed in study.seeds]
+        metrics += realism_metrics(pair, logits, tested.labels, study.on, resamples)
+    return metrics
+
+
+def default_student(model: IsicVQModel) -> Student:
+    """Sees every pixel and the colours as they are."""
+    return Student(steps=600, image_size=model.config.vqvae_config.image_size, colour_strength=0.0)
+
+
+@torch.inference_mode()
+def reconstructed(model: IsicVQModel, pixels: Tensor, size: int) -> Tensor:
+    """Images `(N, 3, H, W)` uint8 through the tokenizer, brought to `(N, 3, size, size)` uint8 as files would be."""
+    processor, parts = IsicVQImageProcessor(size=size), []
+    for batch in pixels.split(32):
+        decoded = model.decode(model.encode(batch.to(model.device).float() / 255))
+        pictures = processor.postprocess(decoded, output_type="pil")
+        values: Any = processor(pictures, return_tensors="pt")["pixel_values"]
+        parts.append((values * 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def realism_metrics(
+    pair: tuple[str, str],
+    logits: list[Tensor],
+    labels: Tensor,
+    on: MeasuredOn,
+    resamples: int = 1000,
+) -> list[Metric]:
+    """The two lines of a pair of sets, from logits `(N, 2)` of the test images for each seed; labels `(N,)` number their set."""
+
+    def accuracy(seed: int, rows: Tensor) -> float:
+        return (logits[seed][rows].argmax(1) == labels[rows]).double().mean().item()
+
+    def auc(seed: int, rows: Tensor) -> float:
+        scores, second = logits[seed][rows].diff(dim=1)[:, 0], labels[rows] == 1
+        return auroc(scores[~second], scores[second])
+
+    metrics = []
+    for name, statistic in (("two_sample_accuracy", accuracy), ("two_sample_auc", auc)):
+        rows = torch.arange(len(labels))
+        low, high, mean = two_level_interval(statistic, len(logits), labels, rows, resamples)
+        shown = dict(zip(("images", "others"), pair, strict=True))
+        metrics.append(on.metric(name, mean, "1", len(labels), 0, [low, high], **shown))
+    return metrics
+
+
+def _told_apart(sets: dict[str, Tensor], pair: tuple[str, str]) -> LabelledImages:
+    """The images of two sets, labelled with the number of their set."""
+    first, second = (sets[name] for name in pair)
+    labels = torch.cat([torch.zeros(len(first)), torch.ones(len(second))]).long()
+    return LabelledImages(torch.cat([first, second]), labels)

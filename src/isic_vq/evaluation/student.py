@@ -1,0 +1,267 @@
+"""Small classifiers that studies train many of: what they learn from, how, and what their numbers are worth.
+
+A `Student` says how a classifier is trained, `train_student` trains one in memory, on any labels, and
+`two_level_interval` tells how sure a mean over several of them is.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import ResNetForImageClassification
+
+from isic_vq.data.augmentation import dihedral, random_views
+from isic_vq.data.classes import Classes
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.order import seeded_subset
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import find_source
+from isic_vq.data.sources.base import hash_ids
+from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.files import write_atomically
+from isic_vq.generate import generate_shards
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+from isic_vq.training.classifier import (
+    balanced_cross_entropy,
+    build_classifier,
+    class_log_shares,
+    known_classes,
+    labelled,
+    normalised,
+    predict,
+    random_colours,
+    recoloured,
+)
+from isic_vq.training.loop import learning_rate_scale
+from isic_vq.work import begin
+
+logger = logging.getLogger(__name__)
+
+Statistic = Callable[[int, Tensor], float]  # of a seed's number and the rows of test images
+
+
+@dataclass(frozen=True)
+class Student:
+    """How every classifier of the study is trained.
+
+    Attributes:
+        image_size: side in pixels.
+        learning_rate: peak of the schedule: a tenth of the steps up, then cosine to zero.
+        colour_strength: as the classifier's recipe has it; views are dihedral.
+        model: fields of `ResNetConfig`.
+    """
+
+    steps: int = 1500
+    batch_size: int = 32
+    image_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    colour_strength: float = 0.15
+    model: dict[str, Any] = field(
+        default_factory=lambda: {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64, 128],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+        }
+    )
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in memory.
+
+    Attributes:
+        pixels: `(N, 3, H, W)` uint8.
+        labels: `(N,)` int64 class ids.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __add__(self, other: "LabelledImages") -> "LabelledImages":
+        return LabelledImages(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
+
+
+def train_student(
+    images: LabelledImages, classes: Sequence[str], student: Student, seed: int
+) -> ResNetForImageClassification:
+    """Train a new classifier, on the GPU if there is one; a function of the arguments on one machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_classifier(student.model, classes).to(device).train()
+    log_shares = class_log_shares(images.labels, len(classes)).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_scale(step, max(1, student.steps // 10), student.steps)
+    )
+    number, size = len(images.labels), min(student.batch_size, len(images.labels))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(student.steps):
+        epoch, batch = divmod(step, number // size)
+        if batch == 0:
+            order = torch.randperm(number, generator=generator)
+            views = random_views(number, seed, epoch)
+            colours = random_colours(number, student.colour_strength, seed, epoch)
+        rows = order[batch * size : (batch + 1) * size]
+        pixel_values = dihedral(images.pixels[rows], views[rows]).to(device).float() / 255
+        pixel_values = recoloured(pixel_values, colours[rows].to(device))
+        logits = model(normalised(pixel_values).contiguous(memory_format=torch.channels_last)).logits
+        optimizer.zero_grad(set_to_none=True)
+        balanced_cross_entropy(logits, images.labels[rows].to(device), log_shares).backward()
+        optimizer.step()
+        scheduler.step()
+    return model
+
+
+def two_level_interval(
+    statistic: Statistic,
+    num_seeds: int,
+    labels: Tensor,
+    rows: Tensor,
+    resamples: int = 1000,
+) -> tuple[float, float, float]:
+    """Interval of a mean over seeds of a statistic of test images, where both could have been others.
+
+    Seeds and, within each class, test images are drawn together by `bootstrap_interval`: the seeds are one more
+    stratum. All seeds are tested on the same images, so one draw of images serves all of them. Five seeds are few:
+    where they decide more than the images do, the interval is somewhat too narrow.
+
+    Args:
+        statistic: of a seed's number and of rows, which may occur twice.
+        num_seeds: how many seeds there are.
+        labels: `(N,)` int64, classes of all test images.
+        rows: `(M,)` int64, the test images that the statistic is of.
+        resamples: bootstrap draws.
+
+    Returns:
+        Low, high, and the mean over seeds of the statistic of `rows`.
+    """
+    strata = np.concatenate([np.full(num_seeds, -1), labels[rows].numpy()])
+
+    def mean_over_seeds(drawn: NDArray[np.int64]) -> float:
+        images = rows[torch.from_numpy(drawn[drawn >= num_seeds] - num_seeds)]
+        numbers, counts = np.unique(drawn[drawn < num_seeds], return_counts=True)
+        return float(np.average([statistic(int(seed), images) for seed in numbers], weights=counts))
+
+    everything = np.arange(len(strata))
+    low, high = bootstrap_interval(mean_over_seeds, everything, strata=strata, resamples=resamples)
+    return low, high, mean_over_seeds(everything)
+
+
+class ClassifierStudy:
+    """Real images, and the generated ones that follow them, for classifiers that are trained with several seeds.
+
+    In the work folder: `settings.json`, folders of shards of generated images, and a JSON file of the test images' logits
+    for each classifier. What is there is not done again, so a killed run goes on where it was.
+
+    Args:
+        model: what generates, in eval mode.
+        train: URI of the real training images; those labelled `unknown` are left out.
+        test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
+            training images' are left out.
+        work_dir: the study's folder.
+        seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
+        student: how each classifier is trained.
+        limit: train and test on a seeded subset of at most so many images each; for a quick try.
+        split: what the report's lines call the test images.
+
+    Attributes:
+        records: of the real images, "train" and "test".
+        classes: the training images' diagnoses.
+        on: the test images' split and data set.
+
+    Raises:
+        ValueError: fewer than two seeds, or the folder was begun with other settings.
+        DataError: the images cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: IsicVQModel,
+        train: str,
+        test: str,
+        work_dir: Path,
+        *,
+        seeds: int,
+        student: Student,
+        limit: int | None = None,
+        split: str = "test",
+    ):
+        if seeds < 2:
+            raise ValueError(
+                f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides"
+            )
+        self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
+        self.labels = Classes.of_model(model.config.class_names.values())
+        train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
+        test_records, _, test_about = study_records(test, self.classes, limit, self.labels)
+        self.records = {"train": train_records, "test": test_records}
+        self.on = MeasuredOn(split, test_about["name"])
+        begin(work_dir, {"train": train_about, "test": test_about, "student": asdict(student)})
+
+    def read(self, records: Any, size: int | None = None) -> LabelledImages:
+        """Images of records in memory, by default at the size that classifiers see."""
+        processor = IsicVQImageProcessor(size=size or self.student.image_size)
+        label2id = {name: index for index, name in enumerate(self.classes)}
+        batches = list(iter_batches(records, processor, 64, label2id))
+        pixels = torch.cat([(batch["pixel_values"] * 255).round().to(torch.uint8) for batch in batches])
+        return LabelledImages(pixels.contiguous(), torch.cat([batch["labels"] for batch in batches]))
+
+    def generated(self, name: str, part: str, seed: int) -> Any:
+        """Records of generated images, image i for the diagnosis of real image i of a part; made unless they are there."""
+        diagnoses, folder = self.records[part]["diagnosis"], self.work_dir / name
+        generate_shards(self.model, folder, len(diagnoses), diagnoses, seed=seed)
+        return find_source(f"parquet:{folder / 'images-*.parquet'}", self.labels).dataset()
+
+    def logits(
+        self,
+        name: str,
+        seed: int,
+        images: Callable[[], LabelledImages],
+        classes: Sequence[str],
+        pixels: Tensor,
+    ) -> Tensor:
+        """The logits `(N, C)` of test images `(N, 3, H, W)` uint8 by a classifier: from its file, or else it is trained, and the file written.
+
+        Returns:
+            `(N, C)`.
+        """
+        path = self.work_dir / f"{name}-seed{seed}.json"
+        if not path.is_file():
+            classifier = train_student(images(), classes, self.student, seed)
+            batches = (batch.float() / 255 for batch in pixels.split(self.student.batch_size))
+            write_atomically(path, json.dumps({"logits": predict(classifier, batches).tolist()}).encode())
+            logger.info("trained %s", path.stem)
+        return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["logits"])
+
+
+def study_records(
+    uri: str, classes: list[str] | None, limit: int | None, labels: Classes | None = None
+) -> tuple[Any, list[str], dict[str, Any]]:
+    """Records of the classes, by default all that occur; the classes; and what settles which records these are.
+
+    Raises:
+        DataError: the records can only be streamed, or cannot be used.
+    """
+    source = find_source(uri, labels)
+    if not source.has_random_access:
+        raise DataError(f"{source.name} can only be streamed: write it to files with isic-vq data prepare")
+    records = source.dataset()
+    if limit is not None and limit < len(records):
+        records = records.select(sorted(seeded_subset(len(records), limit, seed=0).tolist()))
+    classes = classes or known_classes(records["diagnosis"], source.classes.names)
+    records = labelled(records, classes, source.name)
+    about = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}
+    return records, classes, {**about, "ids_sha256": hash_ids(records["isic_id"]), "classes": classes}

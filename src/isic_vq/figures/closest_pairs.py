@@ -1,0 +1,96 @@
+"""Pictures of the closest pairs of an audit: a sample, and beside it the training image it is nearest to.
+
+They may show patients' images. Write them where nothing is published from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isic_vq.data.augmentation import dihedral
+from isic_vq.data.classes import AUTO, Classes
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.schema import DataError
+from isic_vq.data.sources import find_source
+from isic_vq.evaluation.audit import Audit
+from isic_vq.evaluation.measured_images import BATCH_SIZE
+from isic_vq.figures.grid import enlarge, image_grid
+from isic_vq.figures.png import write_png
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+
+PAIRS_PER_ROW = 4
+
+
+def write_pairs(audit: Audit, folder: Path, train_images: str | None = None) -> list[Path]:
+    """Write the closest pairs of every channel side by side, a PNG for each.
+
+    Raises:
+        DataError: as `pair_images`.
+    """
+    paths = []
+    for channel in audit.pairs:
+        both = torch.stack(pair_images(audit, channel, train_images), dim=1).flatten(0, 1)
+        pixels = np.asarray(IsicVQImageProcessor().postprocess(both, output_type="np"))
+        labels = []
+        for pair in audit.shown_pairs(channel):
+            found = " found" if pair.found else ""
+            labels += [f"{audit.samples.names[pair.sample]}{found}"]
+            labels += [f"{audit.train.isic_ids[pair.row]} {pair.distance:.3g}"]
+        grid = image_grid(enlarge(pixels), columns=2 * PAIRS_PER_ROW, labels=labels)
+        about = {
+            "Title": "samples and their nearest training images",
+            "Comment": f"closest pairs by {channel}",
+        }
+        paths.append(folder / f"{channel.replace('/', '-')}.png")
+        write_png(grid, paths[-1], about)
+    return paths
+
+
+@torch.inference_mode()
+def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> tuple[Tensor, Tensor]:
+    """The pairs of a channel that are shown: what the samples' codes decode to, and training images turned likewise.
+
+    Args:
+        audit: as `audit_checkpoint` returns it.
+        channel: name of the channel.
+        train_images: source of the training images; None shows what their codes decode to.
+
+    Returns:
+        Both `(P, 3, H, W)` in [0, 1], on the CPU.
+
+    Raises:
+        DataError: the source cannot be read, or lacks an image.
+    """
+    pairs, model = audit.shown_pairs(channel), audit.model
+    chosen = audit.samples.codes[[pair.sample for pair in pairs]]
+    samples = model.decode(chosen.to(model.device)).float().cpu()
+    rows = [pair.row for pair in pairs]
+    if train_images is None:
+        images = model.decode(audit.train.first_views()[rows].to(model.device)).float().cpu()
+    else:
+        images = named_images(train_images, [audit.train.isic_ids[row] for row in rows], samples.shape[-1])
+    return samples, dihedral(images, torch.tensor([pair.view for pair in pairs]))
+
+
+def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
+    """Images of a source by their ids, `(len(names), 3, size, size)` in [0, 1].
+
+    Raises:
+        DataError: the source cannot be read, or lacks an image.
+    """
+    source = find_source(uri, Classes.parse(AUTO))
+    wanted, processor = set(names), IsicVQImageProcessor(size=size)
+    records = source.records()
+    if source.has_random_access:
+        rows = [row for row, about in enumerate(source.metadata()) if about["isic_id"] in wanted]
+        records = source.dataset().select(rows)
+    found: dict[str, Tensor] = {}
+    for batch in iter_batches(records, processor, BATCH_SIZE):
+        kept = dict(zip(batch["isic_ids"], batch["pixel_values"], strict=True))
+        found |= {name: kept[name] for name in wanted & kept.keys()}
+    if missing := wanted - found.keys():
+        raise DataError(f"{source.name} lacks {len(missing)} of the images to show, such as {min(missing)}")
+    return torch.stack([found[name] for name in names])

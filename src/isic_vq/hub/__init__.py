@@ -1,0 +1,1 @@
+"""A Hub repository: opened, exported, described, pushed and pulled."""

@@ -1,0 +1,162 @@
+"""Find and open checkpoints: the shipped one, a folder, or a Hub repository.
+
+Opening is strict: a folder of another class is refused by name, where transformers alone would warn and go on.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+KINDS = {
+    "isic_vq": "a whole model",
+    "isic_vqvae": "a tokenizer",
+    "isic_pixelcnn": "a PixelCNN prior",
+    "isic_var": "a VAR prior",
+}
+DEFAULT_CHECKPOINT = "isic-vq-128"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ModelError(ValueError):
+    """A checkpoint that is missing, damaged or of another class."""
+
+
+def default_checkpoint() -> Path:
+    """Folder of the shipped checkpoint: inside an installed wheel, or in `model_cards/` of a clone.
+
+    Raises:
+        ModelError: it is in neither place.
+    """
+    for folder in _default_places():
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelError(f"the checkpoint {DEFAULT_CHECKPOINT} is not part of this installation: name a model")
+
+
+def _default_places() -> list[Path]:
+    package = Path(__file__).resolve().parents[1]
+    return [
+        place / DEFAULT_CHECKPOINT for place in (package / "checkpoints", package.parents[1] / "model_cards")
+    ]
+
+
+def is_default(model: str) -> bool:
+    """Whether a model's folder is that of the shipped checkpoint, which commands take unasked."""
+    return Path(model).resolve() in _default_places()
+
+
+def resolve(model: str | None) -> str:
+    """Turn what a user calls a model into what `from_pretrained` takes.
+
+    Args:
+        model: a folder, a Hub id "user/name", or None for the shipped checkpoint.
+
+    Raises:
+        ModelError: it is none of them.
+    """
+    if model is None:
+        return str(default_checkpoint())
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} holds no config.json: expected a model folder, such as a run's model/")
+        return model
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model} is neither a model folder nor a Hub id such as user/isic-vq-128")
+    return model
+
+
+def class_names_of(model: str) -> dict[int, str] | None:
+    """The classes of a model's folder, id to name, without loading it; None if they cannot be told so."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return {int(index): str(name) for index, name in config["prior_config"]["id2label"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
+    """Open a checkpoint as `model_class`, in eval mode, on the GPU if there is one.
+
+    Raises:
+        ModelError: the checkpoint is of another class, or its tensors are not exactly the model's.
+        OSError: a Hub repository cannot be reached.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    name = resolve(model)
+    path = Path(name)
+    if path.is_dir():
+        _check_class(path, model_class)
+    try:
+        # from_pretrained itself says what is wrong with a repository and who may read it.
+        config = _read_config(path, model_class) if path.is_dir() else None
+        loaded = model_class.from_pretrained(name, config=config)
+    except (StrictDataclassError, RuntimeError, ValueError, OSError) as error:
+        if (
+            isinstance(error, OSError)
+            and not isinstance(error.__cause__, SafetensorError)
+            and not path.is_dir()
+        ):
+            raise  # the Hub, not the folder
+        kind = KINDS.get(model_class.config_class.model_type, "a model")
+        reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
+        raise ModelError(f"{path.name} cannot be read as {kind}: {reason}") from error
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _read_config(path: Path, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
+    """The configuration of a folder, once the weights can be those of so large a model."""
+    import torch
+
+    try:
+        config = model_class.config_class.from_pretrained(str(path))
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if not isinstance(part.dtype, torch.dtype | None):
+                raise TypeError(f"dtype is {part.dtype!r}")
+            if part.model_type != type(part).model_type:
+                raise TypeError(f"model_type is {part.model_type!r}")
+    except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise ValueError(f"config.json is none that save_pretrained writes: {error}") from error
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    if getattr(config, "least_parameters", 0) > max(size, 2**24):
+        raise ValueError(
+            f"config.json asks for at least {config.least_parameters:,} parameters, and the weights are {size:,} bytes"
+        )
+    return config
+
+
+def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
+    """Refuse a folder whose config is neither the class's nor that of a whole that contains it."""
+    config = read_object(folder / "config.json")
+    wanted = model_class.config_class
+    found, part = config.get("model_type"), config.get(wanted.base_config_key)
+    if wanted.model_type not in (found, part.get("model_type") if isinstance(part, dict) else None):
+        raise ModelError(
+            f"{folder.name} is {KINDS.get(str(found), f'a {found!r} checkpoint')}: expected "
+            f"{KINDS.get(wanted.model_type, wanted.model_type)}"
+        )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}): expected what isic-vq export writes") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object: expected what isic-vq export writes")
+    return content

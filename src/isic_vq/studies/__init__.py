@@ -1,1 +1,0 @@
-"""Studies: many models trained alike, to see what one choice does. They train, measure and compare; nothing imports them."""

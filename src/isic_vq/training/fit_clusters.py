@@ -1,0 +1,66 @@
+"""The clusters that a prior is conditioned on beside the class: k-means of the training images' mean code vectors.
+
+Of the tokenizer's own vectors, never of features that samples are judged by. An image is seen in all its views.
+"""
+
+import torch
+from torch import Tensor
+
+from isic_vq.models.clusters import cluster_scores, code_frequencies
+from isic_vq.models.modeling_prior import PriorModel
+from isic_vq.models.vector_quantizer import kmeans
+
+ITERATIONS = 50
+PSEUDO_IMAGES = 8  # of all classes' frequencies, so that a class of few images draws others' clusters, too
+
+
+@torch.no_grad()
+def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Tensor, seed: int) -> None:
+    """Give a prior with clusters their scores, and their frequencies given each class and given none.
+
+    Args:
+        prior: its buffers are filled; without clusters nothing happens.
+        codebook (`torch.Tensor` of shape `(K, D)`): the tokenizer's.
+        codes (`torch.LongTensor` of shape `(N, views, ...)`): of the training images.
+        labels (`torch.LongTensor` of shape `(N,)`): their class ids.
+        seed: of the run.
+
+    Raises:
+        ValueError: fewer images than clusters.
+    """
+    config = prior.config
+    if not config.num_clusters:
+        return
+    views = codes.shape[1]
+    frequencies = code_frequencies(codes.flatten(0, 1), config.sizes, config.num_codes)
+    means = frequencies @ codebook.double()
+    generator = torch.Generator().manual_seed(seed)
+    centres = kmeans(means, config.num_clusters, generator, ITERATIONS)
+    prior.cluster_scores.copy_(cluster_scores(codebook.double(), centres))
+    clusters = prior.clusters_of(codes.flatten(0, 1))
+    prior.cluster_weights.copy_(
+        cluster_frequencies(
+            clusters, labels.repeat_interleave(views), config.unconditional_id, config.num_clusters, views
+        )
+    )
+
+
+def cluster_frequencies(
+    clusters: Tensor, labels: Tensor, num_classes: int, num_clusters: int, views: int
+) -> Tensor:
+    """Frequencies of clusters given each class, and last given none, `(num_classes + 1, C)` int64 of at least 1.
+
+    In proportion to n(y, c) + PSEUDO_IMAGES n(c) / N within a row, in whole numbers, which a codec needs.
+
+    Args:
+        clusters (`torch.LongTensor` of shape `(N * views,)`): of the views.
+        labels (`torch.LongTensor` of the same shape): class ids; `num_classes` is none.
+        num_classes: of the prior.
+        num_clusters: C.
+        views: of each image.
+    """
+    rows = labels * num_clusters + clusters
+    counts = torch.bincount(rows, minlength=(num_classes + 1) * num_clusters).view(-1, num_clusters)
+    total = counts.sum(0)
+    counts[-1] = total
+    return counts * len(clusters) + PSEUDO_IMAGES * views * total + 1
