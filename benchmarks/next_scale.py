@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isic_vq.evaluation.cost import count_flops, flops_per_image
-from isic_vq.hub.card import read_provenance
+from isic_vq.hub.card import history, read_provenance
 from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_var import Head, Layer, VARModel
@@ -137,7 +137,10 @@ def contestants(
 def training_pflop(name: str, model: IsicVQModel) -> dict[str, float]:
     """Operations that training took by part, in 1e15: three passes forward (one back is two) of every image of every step."""
     runs, flops = read_provenance(Path(resolve(name)))["training"], flops_per_image(model)
-    images = {part: runs[part]["steps"] * runs[part]["recipe"]["loop"]["batch_size"] for part in runs}
+    images = {
+        part: sum(stage["steps"] * stage["recipe"]["loop"]["batch_size"] for stage in history(record))
+        for part, record in runs.items()
+    }
     return {
         "vqvae": 3 * flops["tokenizer"] * images["vqvae"] / 1e15,
         "prior": 3 * flops["prior"] * images["prior"] / 1e15,

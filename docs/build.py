@@ -17,6 +17,7 @@ from isic_vq.files import write_atomically
 from isic_vq.hub.card import (
     COMPARISON,
     audit_verdict,
+    history,
     measured_on,
     metric_cell,
     read_provenance,
@@ -229,9 +230,17 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
             f"training, {title}, PFLOP",
             [speed["training_pflop"][name][part] for name in ("VAR", "PixelCNN")],
         )
-        records = [origin["training"][part] for origin in origins]
-        told(f"training, {title}, hours in steps", [r["hours"] for r in records], "{:.2g}")
-        told(f"training, {title}, optimizer steps", [r["steps"] for r in records], "{:,}")
+        runs = [history(origin["training"][part]) for origin in origins]
+        told(
+            f"training, {title}, hours in steps",
+            [sum(r["hours"] for r in stages) for stages in runs],
+            "{:.2g}",
+        )
+        told(
+            f"training, {title}, optimizer steps",
+            [sum(r["steps"] for r in stages) for stages in runs],
+            "{:,}",
+        )
     weights = [origin["training"]["vqvae"]["recipe"].get("ssim_weight", 0) for origin in origins]
     rows.append(
         ["weight of SSIM in the tokenizer's loss", *(f"{weight:g}" for weight in weights), "recipes differ"]

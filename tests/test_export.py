@@ -16,6 +16,7 @@ from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.report import ABSOLUTE_PATH
 from isic_vq.figures.png import write_png
+from isic_vq.hub.card import history, training_column
 from isic_vq.hub.export import export_repository, record_training, write_provenance
 from isic_vq.hub.pretrained import ModelError, default_checkpoint, load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -236,6 +237,22 @@ def test_a_run_that_began_with_a_repository_takes_over_its_record_and_may_replac
     assert plots == {"vqvae_epoch_loss", "prior_epoch_loss", "codebook_usage"}
 
 
+def test_a_prior_that_goes_on_from_another_records_both_trainings(tiny_run, runs, caplog):
+    first = export_run(tiny_run, Path("out"))["training"]["prior"]
+    shutil.copytree("prior", "second")
+    for start in ("prior/model", "out"):
+        rewrite_recipe(Path("second"), start=start)
+        export_repository("second/model", Path("again"), tiny_run.codes["train"], bf16=False)
+        record = json.loads(Path("again/provenance.json").read_text())["training"]["prior"]
+        assert history(record) == [record, first], start
+        steps, hours = (training_column(record)[row] for row in ("optimizer steps", "time in steps"))
+        assert steps == f"{first['steps']:,} after {first['steps']:,}" and hours.count(" h") == 2
+    rewrite_recipe(Path("second"), start="gone/model")
+    export_repository("second/model", Path("again"), tiny_run.codes["train"], bf16=False)
+    assert "started_from" not in json.loads(Path("again/provenance.json").read_text())["training"]["prior"]
+    assert "gone/model is not a model in a run's folder" in caplog.text
+
+
 def test_the_run_of_another_tokenizer_is_not_recorded(tiny_run, runs, caplog):
     path = runs / "vqvae" / "model"
     other = load_model(IsicVQModel, "prior/model").vqvae
@@ -279,8 +296,9 @@ def test_recording_refuses_a_folder_with_other_weights(tiny_run, runs):
 def test_the_shipped_provenance_records_both_stages_and_may_be_published():
     text = (default_checkpoint() / "provenance.json").read_text()
     training = json.loads(text)["training"]
-    assert list(training) == ["vqvae", "prior"]
-    assert all({"recipe", "environment", "steps", "hours"} <= set(record) for record in training.values())
+    assert list(training)[:2] == ["vqvae", "prior"]
+    for stages in map(history, training.values()):
+        assert all({"recipe", "environment", "steps", "hours"} <= set(record) for record in stages)
     assert not ABSOLUTE_PATH.search(text)
 
 

@@ -308,12 +308,17 @@ def training_data_table(origin: dict[str, Any]) -> str:
     )
 
 
+def history(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A stage's training record, and those of the runs that its weights come from, the latest first."""
+    return [record, *(history(record["started_from"]) if "started_from" in record else [])]
+
+
 def training_column(record: dict[str, Any]) -> dict[str, str]:
     """One part's cells of the training table, by row."""
     recipe, machine = record.get("recipe", {}), record.get("environment", {})
     loop = recipe.get("loop", {})
     return {
-        "optimizer steps": say("{steps:,}", record),
+        "optimizer steps": " after ".join(say("{steps:,}", stage) for stage in history(record)),
         "batch size": say("{batch_size} images", loop),
         "optimizer": say("AdamW, weight decay {weight_decay:g}", loop),
         "learning rate": say("{learning_rate:g}, {warmup_steps} steps of warm-up, then cosine to zero", loop),
@@ -323,7 +328,7 @@ def training_column(record: dict[str, Any]) -> dict[str, str]:
         "precision": say("{precision}", loop),
         "seed": say("{seed}", loop),
         "device": say("{device}, {cores} cores", machine),
-        "time in steps": say("{hours:.2g} h", record),
+        "time in steps": " after ".join(say("{hours:.2g} h", stage) for stage in history(record)),
         "software": say("isic-vq {isic_vq}, torch {torch}, transformers {transformers}", machine),
         "commit": say("`{git_commit:.12}`" + (", with changes" if machine.get("git_dirty") else ""), machine),
     }

@@ -289,9 +289,25 @@ def read_recipe(run: Path) -> dict[str, Any]:
     return read_yaml(text)
 
 
+def earlier_record(model: Path, stage: str) -> dict[str, Any] | None:
+    """The training record of the model that a stage's weights come from, in a run's folder or a repository."""
+    if (model.parent / "recipe.yaml").is_file():
+        return training_record(model.parent)
+    path = model / PROVENANCE_FILE
+    if path.is_file():
+        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8"))["training"].get(stage)
+        return found
+    logger.warning("%s is not a model in a run's folder: its training is not recorded", model)
+    return None
+
+
 def training_record(run: Path) -> dict[str, Any]:
     """What a run says of itself: recipe and changes to it, environment, optimizer steps, hours in them, and which weights it kept."""
     record: dict[str, Any] = {"recipe": read_recipe(run)}
+    if (start := record["recipe"].get("start")) and (
+        before := earlier_record(Path(start), record["recipe"]["stage"])
+    ):
+        record["started_from"] = before
     if (run / "run.json").is_file():
         began = json.loads((run / "run.json").read_text(encoding="utf-8"))
         record |= {key: began[key] for key in ("environment", "changes") if key in began}
