@@ -246,7 +246,8 @@ def test_a_prior_that_goes_on_from_another_records_both_trainings(tiny_run, runs
         record = json.loads(Path("again/provenance.json").read_text())["training"]["prior"]
         assert history(record) == [record, first], start
         steps, hours = (training_column(record)[row] for row in ("optimizer steps", "time in steps"))
-        assert steps == f"{first['steps']:,} after {first['steps']:,}" and hours.count(" h") == 2
+        assert steps == f"{first['steps']:,} after {first['steps']:,}"
+        assert hours.count(" h") == 2
     rewrite_recipe(Path("second"), start="gone/model")
     export_repository("second/model", Path("again"), tiny_run.codes["train"], bf16=False)
     assert "started_from" not in json.loads(Path("again/provenance.json").read_text())["training"]["prior"]
