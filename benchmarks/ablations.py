@@ -238,7 +238,7 @@ def run(stage: str, name: str, overrides: list[str]) -> Path:
     folder = ROOT / "runs/ablations" / stage / "".join(c if c.isalnum() else "-" for c in name)
     if not (folder / "report.json").exists():
         settings = STAGES[stage]
-        command = [sys.executable, "-m", "isic_vq", "train", settings["train"], "-c", settings["config"]]
+        command = [sys.executable, "-m", "isic_vq", "train", settings["config"]]
         command += [*settings["shared"], *overrides, f"output_dir={folder.relative_to(ROOT)}"]
         if list(folder.glob("checkpoints/step-*")):
             command.append("--resume")

@@ -3,7 +3,7 @@
     python benchmarks/onnx_runtime.py
 
 Encoding and decoding with model_cards/isic-vq-128 on the CPU, in batches of 1 and of 16: `VQVAEModel.encode` and `decode`
-next to the files that `isic-vq onnx` writes, with as many threads; contestants take turns as measure.py has it. The
+next to the files that `isic-vq export --onnx` writes, with as many threads; contestants take turns as measure.py has it. The
 export itself checks that both compute the same. Results go to benchmarks/reports/onnx-runtime.json.
 """
 

@@ -1,6 +1,6 @@
 """Reconstruct an image with the ONNX files alone: numpy, onnxruntime and Pillow, no torch.
 
-isic-vq onnx -o deployment  # where isic-vq is installed, once
+isic-vq export isic-vq-128 deployment --onnx  # where isic-vq is installed, once
 python examples/onnx_inference.py nevus.jpg deployment/onnx
 """
 

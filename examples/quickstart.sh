@@ -20,10 +20,10 @@ if [ -e "$run" ]; then
   exit 1
 fi
 
-isic-vq train vqvae --config "$configs/vqvae-tiny.yaml" output_dir=$run/vqvae "data.train=$data" ${declared[@]+"${declared[@]}"}
+isic-vq train "$configs/vqvae-tiny.yaml" output_dir=$run/vqvae "data.train=$data" ${declared[@]+"${declared[@]}"}
 isic-vq encode $run/vqvae/model --data "$data" ${classes[@]+"${classes[@]}"} --part train --output $run/codes/train.parquet
 isic-vq encode $run/vqvae/model --data "$data" ${classes[@]+"${classes[@]}"} --part validation --views 1 --output $run/codes/validation.parquet
-isic-vq train prior --config "$configs/prior-tiny.yaml" output_dir=$run/prior tokenizer=$run/vqvae/model \
+isic-vq train "$configs/prior-tiny.yaml" output_dir=$run/prior tokenizer=$run/vqvae/model \
   train_codes=$run/codes/train.parquet validation_codes=$run/codes/validation.parquet
 isic-vq generate --model $run/prior/model --num-images 16 --output $run/samples
 isic-vq figures $run --output $run/figures

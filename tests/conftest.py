@@ -188,7 +188,7 @@ def train_chain(folder: Path, vqvae: dict[str, Any], prior: dict[str, Any]) -> S
         },
     }
     for stage, recipe in recipes.items():
-        run.configs[stage].write_text(yaml.safe_dump(recipe))
+        run.configs[stage].write_text(yaml.safe_dump({"stage": stage, **recipe}))
     train_vqvae(load_recipe(VQVAERecipe, run.configs["vqvae"], []))
     tokenizer = load_model(VQVAEModel, str(run.vqvae / "model"))
     for part, images in run.images.items():

@@ -328,7 +328,7 @@ def test_code_may_be_added_and_its_numbers_are_numbers_too(repository):
 
 
 def unwritten(line):
-    return f"a number stands in a line that isic-vq card write does not write: {line!r}"
+    return f"a number stands in a line that isic-vq card does not write: {line!r}"
 
 
 @pytest.mark.parametrize(
@@ -349,9 +349,7 @@ def test_a_reports_number_in_a_sentence_of_ones_own_is_named(repository, report)
 def test_two_numbers_of_the_table_that_changed_places_are_found(repository, report):
     psnr, perplexity = (f"{report.value(name, 'validation'):.5g}" for name in ("psnr", "perplexity"))
     edit(repository, f"| psnr | dB | {psnr} (", f"| psnr | dB | {perplexity} (")
-    assert "the table of measurements is not that of reports/: run isic-vq card write" in check_card(
-        repository
-    )
+    assert "the table of measurements is not that of reports/: run isic-vq card" in check_card(repository)
 
 
 def test_a_report_that_is_newer_than_the_card_is_found(repository, report):
@@ -406,13 +404,13 @@ def test_a_card_without_metadata_is_found(repository):
     text = (repository / "README.md").read_text()
     (repository / "README.md").write_text(text.split("\n---\n", 1)[1])
     assert check_card(repository) == [
-        "README.md has no metadata between --- lines at its start: run isic-vq card write"
+        "README.md has no metadata between --- lines at its start: run isic-vq card"
     ]
 
 
 def test_a_missing_card_is_a_problem(repository):
     (repository / "README.md").unlink()
-    assert check_card(repository) == ["README.md is missing: run isic-vq card write"]
+    assert check_card(repository) == ["README.md is missing: run isic-vq card"]
 
 
 def test_pictures_that_do_not_say_who_made_them_and_of_what_are_found(repository):
@@ -454,16 +452,16 @@ def test_results_that_are_not_the_reports_are_found(old, new, found, repository)
 
 
 def test_card_check_prints_a_line_per_problem_and_fails(repository, run):
-    assert run("card", "check", repository)[0] == 0
+    assert run("card", repository, "--check")[0] == 0
     add_prose(repository, "SSIM 0.91, AUC 0.99.")
-    code, _, stderr = run("card", "check", repository)
+    code, _, stderr = run("card", repository, "--check")
     assert code == 1
     assert stderr.splitlines() == [unwritten("SSIM 0.91, AUC 0.99.")]
 
 
 def test_card_write_writes_what_is_rendered(repository, run):
     (repository / "README.md").write_text("old")
-    assert run("card", "write", repository)[0] == 0
+    assert run("card", repository)[0] == 0
     assert (repository / "README.md").read_text() == render_card(repository, "tiny")
 
 

@@ -222,8 +222,8 @@ def test_encode_writes_the_codes_that_the_library_writes(run, tiny_run, tmp_path
 def test_train_both_stages_from_their_recipes(run, tiny_run, tmp_path):
     for stage, said in (("vqvae", "validation images; wrote"), ("prior", "bits per code on validation")):
         output = tmp_path / stage
-        options = ["-c", tiny_run.configs[stage], f"output_dir={output}", "loop.max_steps=3"]
-        code, stdout, _ = run("train", stage, *options)
+        options = [tiny_run.configs[stage], f"output_dir={output}", "loop.max_steps=3"]
+        code, stdout, _ = run("train", *options)
         assert code == 0
         assert said in stdout
         assert stdout.endswith(f"wrote {output}/model\n")
@@ -293,10 +293,10 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     codes = ["--train-codes", tiny_run.codes["train"]]
     assert run("export", tiny_run.prior / "model", folder, *codes)[0] == 0
     assert run("evaluate", folder, "--data", data, *codes, "-o", folder / "reports" / "a.json")[0] == 0
-    code, stdout, stderr = run("card", "write", folder)
+    code, stdout, stderr = run("card", folder)
     assert code == 0, stderr
     assert stdout.startswith(f"wrote {folder / 'README.md'}; next: ")
-    assert run("card", "check", folder)[0] == 0
+    assert run("card", folder, "--check")[0] == 0
     stdout = run("info", folder)[1]
     assert "weights licence:" in stdout
     assert "bits_per_code" in stdout, "info shows the reports of a repository"
@@ -446,7 +446,7 @@ def test_one_corrupt_image_in_training_is_counted_and_named(run, tiny_run, tmp_p
     images = shutil.copytree(tiny_run.images["train"], tmp_path / "images")
     (images / "003.png").write_text("this is no image")
     options = [f"output_dir={tmp_path / 'run'}", f"data.train=folder:{images}", "data.max_corrupt_share=0.1"]
-    assert run("train", "vqvae", "-c", tiny_run.configs["vqvae"], *options, "loop.max_steps=4")[0] == 0
+    assert run("train", tiny_run.configs["vqvae"], *options, "loop.max_steps=4")[0] == 0
     named = [
         record.getMessage() for record in caplog.records if "Skipped a corrupt image" in record.getMessage()
     ]
@@ -497,17 +497,26 @@ def test_corrupt_images_within_the_share_are_skipped_and_counted(run, tiny_run, 
 )
 def test_recipe_that_cannot_run_is_answered_in_one_line(fails, tiny_run, tmp_path, options, message):
     output = f"output_dir={tmp_path / 'run'}"
-    assert message in fails("train", "vqvae", "-c", tiny_run.configs["vqvae"], output, *options)
+    assert message in fails("train", tiny_run.configs["vqvae"], output, *options)
 
 
-def test_recipe_of_the_other_stage_and_missing_recipe(fails, tiny_run, tmp_path):
-    assert "is not a file: expected a YAML recipe" in fails("train", "prior", "-c", tmp_path / "no.yaml")
-    (tmp_path / "a.yaml").write_text("stage: vqvae\n")
-    assert "this is a 'vqvae' recipe" in fails("train", "prior", "-c", tmp_path / "a.yaml")
+def test_the_recipe_names_the_stage(fails, tmp_path):
+    assert "is not a file: expected a YAML recipe" in fails("train", tmp_path / "no.yaml")
+    recipe, stages = tmp_path / "a.yaml", "expected one of vqvae, prior, decoder, classifier"
+    for text, told in (
+        ("output_dir: x\n", "no stage is named"),
+        ("stage: vqvea\n", "stage is 'vqvea'"),
+        ("stage: [vqvae]\n", "stage is ['vqvae']"),
+    ):
+        recipe.write_text(text)
+        assert f"a.yaml: {told}, {stages}" in fails("train", recipe)
+    assert f"no stage is named, {stages}" in fails("train", "data.train=synthetic:8:0")
+    recipe.write_text("stage: vqvae\n")
+    assert "this is a 'vqvae' recipe" in fails("train", recipe, "stage=prior")
 
 
 def test_finished_run_is_not_overwritten(fails, tiny_run):
-    assert "vqvae already holds a run" in fails("train", "vqvae", "-c", tiny_run.configs["vqvae"])
+    assert "vqvae already holds a run" in fails("train", tiny_run.configs["vqvae"])
 
 
 def test_code_cache_that_is_none_is_named(fails, tiny_run, tmp_path):
@@ -551,15 +560,15 @@ def test_full_disk_at_a_checkpoint_names_the_last_one_and_the_way_on(
             full_disk()
         save(self, folder)
 
-    options = ["-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    options = [tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
         patch.setattr(TrainingState, "save", full_after_the_first)
-        line = fails("train", "vqvae", *options)
+        line = fails("train", *options)
     assert "checkpoint of step 4 was not written" in line
     assert (
         "the last good one is step-00000002. Free some space and run the same command with --resume" in line
     )
-    assert run("train", "vqvae", *options, "--resume")[0] == 0
+    assert run("train", *options, "--resume")[0] == 0
 
 
 def test_weights_that_cannot_be_written_are_one_line_too(fails, tiny_run, tmp_path):
@@ -577,7 +586,7 @@ def test_weights_that_cannot_be_written_are_one_line_too(fails, tiny_run, tmp_pa
 
 
 def test_interrupted_training_says_where_it_stopped_and_how_to_go_on(run, tiny_run, tmp_path, monkeypatch):
-    options = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    options = ["train", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
         patch.setattr(
             VQVAETask, "before_step", lambda self, step: step == 1 and signal.raise_signal(signal.SIGINT)
@@ -603,7 +612,7 @@ def test_other_commands_end_quietly_on_ctrl_c(run, tiny_run, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_a_real_process_keeps_a_checkpoint_that_resumes(run, tiny_run, tmp_path, number):
     metrics = tmp_path / "run" / "metrics.jsonl"
-    options = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    options = ["train", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     options = [*map(str, options), "loop.max_steps=200"]
     command = [sys.executable, "-c", "from isic_vq.cli import main; main()", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

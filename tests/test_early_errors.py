@@ -31,10 +31,10 @@ COMMANDS = [
     (["generate", "-m", "nowhere"], "nowhere is neither a model folder nor a Hub id"),
     (["generate", "-m", SHIPPED, "-l", "psoriasis"], "label 'psoriasis' is not a class of this model"),
     (["audit", "--train-codes", "nowhere.parquet", "--held-out-codes", "x"], "nowhere.parquet is not a file"),
-    (["train", "vqvae", "data.train=folder:nowhere"], "folder:nowhere is not a directory"),
-    (["train", "prior", "tokenizer=nowhere"], "nowhere is neither a model folder nor a Hub id"),
+    (["train", "stage=vqvae", "data.train=folder:nowhere"], "folder:nowhere is not a directory"),
+    (["train", "stage=prior", "tokenizer=nowhere"], "nowhere is neither a model folder nor a Hub id"),
     (
-        ["train", "vqvae", "image_size=64", "loop.max_steps=x", "data.trian=y"],
+        ["train", "stage=vqvae", "image_size=64", "loop.max_steps=x", "data.trian=y"],
         "3 mistakes in the recipe: unknown recipe key image_size: did you mean model.image_size? | "
         "loop.max_steps: expected int, got str ('x') | unknown recipe key data.trian: did you mean data.train?",
     ),

@@ -245,7 +245,7 @@ def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_commands_write_the_same_files(run, tmp_path):
+def test_alone_and_in_a_repository_the_same_files_are_written(run, tmp_path):
     prior = {"num_codes": 7, "grid_size": 4, "hidden_size": 8, "num_layers": 1, "head_size": 8}
     model = IsicVQModel(IsicVQConfig(vqvae_config=dict(TINY), prior_config=prior, license="cc0-1.0")).eval()
     model.save_pretrained(tmp_path / "model")
@@ -260,7 +260,7 @@ def test_both_commands_write_the_same_files(run, tmp_path):
     assert code == 0, error
     alone.mkdir()
     (alone / "notes.txt").write_text("mine")
-    code, out, error = run("onnx", "-m", tmp_path / "model", "-o", alone)
+    code, out, error = run("export", tmp_path / "model", alone, "--onnx")
     assert code == 0, error
     assert out == f"wrote {alone}/onnx/encoder.onnx and {alone}/onnx/decoder.onnx\n"
     assert (alone / "notes.txt").read_text() == "mine"

@@ -174,9 +174,9 @@ def test_the_gallery_keeps_the_first_and_the_extremes():
 
 def test_ood_writes_its_report_and_the_histograms_beside_it(run, tiny_run, tmp_path):
     output = tmp_path / "reports" / "ood.json"
-    options = ["-m", tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "-o", output]
-    data = f"folder:{tiny_run.images['validation']}"
-    code, stdout, stderr = run("ood", "--data", data, *options, "--limit", 5, "--split", "test")
+    options = [tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "-o", output]
+    data = f"test=folder:{tiny_run.images['validation']}"
+    code, stdout, stderr = run("evaluate", "--only", "ood", "--data", data, *options, "--limit", 5)
     assert code == 0, stderr
     assert files(tmp_path / "reports") == ["ood.json", "ood.png"]
     report = Report.load(output)

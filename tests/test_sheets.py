@@ -86,7 +86,8 @@ def test_the_atlas_has_a_tile_for_each_code_the_brightest_first(model, sheets):
 
 def test_the_command_writes_jpegs_that_say_what_they_are(run, tiny_run, tmp_path):
     code, out, err = run(
-        "sheets", "-m", tiny_run.prior / "model", "-o", tmp_path / "sheets", "--particles", 2
+        *("evaluate", tiny_run.prior / "model", "--only", "sheets"),
+        *("-o", tmp_path / "sheets", "--particles", 2),
     )
     assert code == 0, err
     written = sorted(path.name for path in (tmp_path / "sheets").iterdir())
@@ -99,7 +100,14 @@ def test_the_command_writes_jpegs_that_say_what_they_are(run, tiny_run, tmp_path
 
 def test_real_images_stand_above_generated_ones_of_the_same_diagnosis(run, tiny_run, tmp_path):
     code, _, err = run(
-        *("sheets", "-m", tiny_run.prior / "model", "--data", f"folder:{tiny_run.images['validation']}"),
+        *(
+            "evaluate",
+            tiny_run.prior / "model",
+            "--only",
+            "sheets",
+            "--data",
+            f"folder:{tiny_run.images['validation']}",
+        ),
         *("-o", tmp_path),
     )
     assert code == 0, err

@@ -239,7 +239,7 @@ def test_differences_are_named_by_key():
 def test_commands_say_who_is_at_their_output(run, tiny_run, tmp_path):
     images, model = f"folder:{tiny_run.images['train']}", tiny_run.prior / "model"
     commands = {
-        "run": ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"],
+        "run": ["train", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"],
         "codes.parquet": [
             "encode",
             tiny_run.vqvae / "model",

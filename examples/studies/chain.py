@@ -4,7 +4,7 @@
     FOLDER/prior/   the prior's run; prior/model is the whole model
 
 A stage whose `report.json` is there is finished: it is the last file that a run writes. Every stage is the same as
-its command's, `isic-vq train vqvae`, `encode` and `train prior`.
+its command's, `isic-vq train` and `isic-vq encode`.
 """
 
 import logging

@@ -23,7 +23,7 @@ def arguments(name, tiny_run):
     images = f"folder:{tiny_run.images['train']}"
     model = str(tiny_run.prior / "model")
     return {
-        "train": ["train", "vqvae", "-c", tiny_run.configs["vqvae"], "output_dir=out", "loop.max_steps=12", "--resume"],
+        "train": ["train", tiny_run.configs["vqvae"], "output_dir=out", "loop.max_steps=12", "--resume"],
         "encode": ["encode", tiny_run.vqvae / "model", "--data", images, "-o", "out.parquet"],
         "prepare": ["data", "prepare", "out", "--data", images, "--size", "16"],
         "generate": [

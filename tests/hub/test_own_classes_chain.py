@@ -76,15 +76,18 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
     )
     sources = {part: f"prepared:{data}:{part}" for part in codes}
     recipes["vqvae"].write_text(
-        yaml.safe_dump({"data": sources, "loop": LOOP, "model": VQVAE, "codebook_warmup_steps": 2})
+        yaml.safe_dump(
+            {"stage": "vqvae", "data": sources, "loop": LOOP, "model": VQVAE, "codebook_warmup_steps": 2}
+        )
     )
-    succeed("train", "vqvae", "-c", recipes["vqvae"], f"output_dir={tmp_path}/vqvae")
+    succeed("train", recipes["vqvae"], f"output_dir={tmp_path}/vqvae")
     for part, path in codes.items():
         succeed("encode", tmp_path / "vqvae/model", "--data", sources[part], "-o", path, "--views", 2)
     places = {f"{part}_codes": str(path) for part, path in codes.items()}
     recipes["prior"].write_text(
         yaml.safe_dump(
             {
+                "stage": "prior",
                 "tokenizer": f"{tmp_path}/vqvae/model",
                 **places,
                 "loop": LOOP,
@@ -93,7 +96,7 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
             }
         )
     )
-    succeed("train", "prior", "-c", recipes["prior"], f"output_dir={tmp_path}/prior")
+    succeed("train", recipes["prior"], f"output_dir={tmp_path}/prior")
     model = tmp_path / "prior/model"
     assert IsicVQModel.from_pretrained(model).config.class_names == dict(enumerate(NAMES))
     for name in ("3", "MEL", "a/b: ekzem é"):
@@ -105,12 +108,12 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
     recipes["classifier"].write_text(
         yaml.safe_dump(
             {
-                "data": sources, "loop": LOOP, "image_size": 16,
+                "stage": "classifier", "data": sources, "loop": LOOP, "image_size": 16,
                 "model": {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"},
             }
         )
     )  # fmt: skip
-    succeed("train", "classifier", "-c", recipes["classifier"], f"output_dir={tmp_path}/classifier")
+    succeed("train", recipes["classifier"], f"output_dir={tmp_path}/classifier")
     report = tmp_path / "report.json"
     out = succeed(
         *(
@@ -133,7 +136,7 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
     succeed("compress", images, tmp_path / "images.ivq", "-m", model, "--label", "3")
     succeed("decompress", tmp_path / "images.ivq", tmp_path / "decoded", "-m", model)
     assert len(list((tmp_path / "decoded").glob("*.png"))) == 60
-    succeed("sheets", "-m", model, "--data", f"folder:{images}", "-o", tmp_path / "sheets")
+    succeed("evaluate", model, "--only", "sheets", "--data", f"folder:{images}", "-o", tmp_path / "sheets")
     assert {path.name for path in (tmp_path / "sheets").iterdir()} >= {
         "real-a%2Fb%3A Ekzem é.jpg",
         "real-3.jpg",
@@ -142,8 +145,8 @@ def test_own_classes_from_a_folder_to_the_hub(run, succeed, images, online_hub, 
     succeed("export", model, folder, "--train-codes", codes["train"])
     (folder / "reports").mkdir(exist_ok=True)
     (folder / "reports" / "evaluation.json").write_text(report.read_text())
-    succeed("card", "write", folder)
-    succeed("card", "check", folder)
+    succeed("card", folder)
+    succeed("card", folder, "--check")
     card = (folder / "README.md").read_text()
     assert "![a/b: Ekzem é](previews/a%252Fb%253A%20Ekzem%20%C3%A9.png)" in card
     assert (folder / "previews" / "class unconditional.png").is_file()

@@ -476,7 +476,7 @@ def test_a_card_with_a_number_that_no_report_has_is_refused(online_hub, tmp_path
     push(folder, REPO, dry_run=True)  # premise: as it is shipped it may go
     card = folder / "README.md"
     card.write_text(card.read_text() + "\nIts FID is 3.21.\n")
-    refused("a number stands in a line .*3.21.*isic-vq card check", folder, REPO, error=ModelError)
+    refused("a number stands in a line .*3.21.*isic-vq card .*--check", folder, REPO, error=ModelError)
     assert requests(online_hub, "POST", "PUT") == []
 
 

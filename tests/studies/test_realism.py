@@ -138,16 +138,8 @@ def test_other_settings_and_a_single_seed_are_refused(study, coloured_sets, nois
 def test_the_command_writes_a_report(run, coloured_sets, noise_generator, tmp_path):
     noise_generator.save_pretrained(tmp_path / "model")
     code, out, err = run(
-        *(
-            "study",
-            "realism",
-            "-m",
-            tmp_path / "model",
-            "--train",
-            coloured_sets[0],
-            "--test",
-            coloured_sets[1],
-        ),
+        *("evaluate", tmp_path / "model", "--only", "realism"),
+        *("--train-data", coloured_sets[0], "--data", f"test={coloured_sets[1]}"),
         *("-o", tmp_path / "realism.json", "--work-dir", tmp_path / "work", "--seeds", 2, "--steps", 2),
         *("--limit", 20),
     )

@@ -209,16 +209,8 @@ def test_images_that_every_seed_gets_right_leave_the_seeds_to_decide():
 def test_the_command_writes_a_report(run, coloured_sets, noise_generator, tmp_path):
     noise_generator.save_pretrained(tmp_path / "model")
     code, out, err = run(
-        *(
-            "study",
-            "utility",
-            "-m",
-            tmp_path / "model",
-            "--train",
-            coloured_sets[0],
-            "--test",
-            coloured_sets[1],
-        ),
+        *("evaluate", tmp_path / "model", "--only", "utility"),
+        *("--train-data", coloured_sets[0], "--data", f"test={coloured_sets[1]}"),
         *("-o", tmp_path / "utility.json", "--work-dir", tmp_path / "work", "--seeds", 2, "--steps", 2),
         *("--limit", 20),
     )

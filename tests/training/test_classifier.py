@@ -262,7 +262,7 @@ def test_a_run_has_its_figures(make_recipe, tmp_path):
 
 def test_the_command_trains(run, tiny_run, tmp_path):
     code, out, err = run(
-        *("train", "classifier", f"output_dir={tmp_path / 'cli'}", f"model={TINY}", "image_size=32"),
+        *("train", "stage=classifier", f"output_dir={tmp_path / 'cli'}", f"model={TINY}", "image_size=32"),
         *(f"data.{part}=folder:{images}" for part, images in tiny_run.images.items()),
         *("loop.max_steps=4", "loop.batch_size=4", "loop.warmup_steps=1", "loop.precision=fp32"),
     )

@@ -151,9 +151,7 @@ def test_prior_of_two_processes_is_that_of_one(scenarios, tiny_run, tmp_path):
 
 def test_tokenizer_is_trained_by_two_processes(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
-    output = run_pair(
-        tmp_path, start, "train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"
-    )
+    output = run_pair(tmp_path, start, "train", tiny_run.configs["vqvae"], f"output_dir={run_dir}")
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert [record["step"] for record in records(run_dir, "batch")] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records(run_dir, "epoch")] == [0, 1]
@@ -162,7 +160,7 @@ def test_tokenizer_is_trained_by_two_processes(tiny_run, tmp_path):
 
 def test_decoder_is_trained_by_two_processes(parts, decoder_settings, tmp_path):
     run_dir = tmp_path / "run"
-    output = run_pair(tmp_path, start, "train", "decoder", f"output_dir={run_dir}", *decoder_settings)
+    output = run_pair(tmp_path, start, "train", "stage=decoder", f"output_dir={run_dir}", *decoder_settings)
     assert output.count(f"wrote {run_dir}/model") == 1, output
     assert {path.parent.name for path in run_dir.rglob("preprocessor_config.json")} == {"best", "model"}
     assert list(run_dir.rglob("report.json")) == [run_dir / "report.json"]
@@ -186,7 +184,7 @@ def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(tiny_run, tmp_p
     def command(run_dir, *more):
         loop = [f"loop.max_steps={PRIOR_STEPS}", "loop.eval_every=10", "loop.save_every=50"]
         config = tiny_run.configs["prior"]
-        return ["-m", "isic_vq", "train", "prior", "-c", config, f"output_dir={run_dir}", *loop, *more]
+        return ["-m", "isic_vq", "train", config, f"output_dir={run_dir}", *loop, *more]
 
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     code, output = run(torchrun(*command(whole)), tmp_path / "whole-log")
@@ -230,7 +228,7 @@ def test_terminated_torchrun_saves_and_resumes_to_the_same_bytes(tiny_run, tmp_p
 )
 def test_the_other_process_gives_up_and_says_why(tiny_run, tmp_path, victim, number):
     run_dir, seconds = tmp_path / "run", 20
-    arguments = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={run_dir}"]
+    arguments = ["train", tiny_run.configs["vqvae"], f"output_dir={run_dir}"]
     arguments += ["loop.max_steps=1000000", "loop.eval_every=1000000", "loop.save_every=1000000"]
     arguments += [f"loop.process_timeout={seconds}"]
     pair, logs = start_pair(tmp_path, start, *arguments)
@@ -250,7 +248,7 @@ def test_the_other_process_gives_up_and_says_why(tiny_run, tmp_path, victim, num
 
 
 def test_sharded_launches_are_refused(tiny_run, tmp_path):
-    arguments = ["train", "vqvae", "-c", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
+    arguments = ["train", tiny_run.configs["vqvae"], f"output_dir={tmp_path / 'run'}"]
     process = start(tmp_path / "log", *arguments, fsdp=True, ACCELERATE_USE_FSDP="true")
     process.join(TIMEOUT)
     output = (tmp_path / "log").read_text()
@@ -268,7 +266,7 @@ def test_killed_five_times_and_resumed_is_the_uninterrupted_run(tiny_run, tmp_pa
     if precision == "bf16" and not native_bf16(torch.device("cpu")):
         pytest.skip("this CPU does not multiply bfloat16")
     loop = ["loop.max_steps=150", "loop.eval_every=8", f"loop.save_every={SAVE_EVERY}"]
-    command = ["train", stage, "-c", tiny_run.configs[stage], *loop, f"loop.precision={precision}"]
+    command = ["train", tiny_run.configs[stage], *loop, f"loop.precision={precision}"]
     reference = start(tmp_path / "reference-log", *command, f"output_dir={tmp_path / 'reference'}")
     reference.join(TIMEOUT)
     assert reference.exitcode == 0, (tmp_path / "reference-log").read_text()

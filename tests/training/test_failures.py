@@ -251,7 +251,7 @@ cli.main()
 def test_memory_that_runs_out_in_a_real_process_is_one_line(tiny_run, tmp_path):
     """The first layer's output for 16 images takes 32 MiB, and 20 are left."""
     overrides = [f"output_dir={tmp_path / 'run'}", "model.image_size=32", "model.hidden_sizes=[2048, 8]"]
-    arguments = ["train", "vqvae", "-c", str(tiny_run.configs["vqvae"]), *overrides, "loop.batch_size=16"]
+    arguments = ["train", str(tiny_run.configs["vqvae"]), *overrides, "loop.batch_size=16"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True, check=False, timeout=300
     )

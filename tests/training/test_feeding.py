@@ -411,7 +411,7 @@ def test_a_streamed_run_of_two_processes_is_interrupted_and_resumed_to_the_same_
         config = tiny_run.configs["vqvae"]
         loop = ["loop.max_steps=150", "loop.batch_size=8", "loop.num_workers=1"]
         arguments = [*streamed, f"data.train={small_parquet}", *loop, f"output_dir={folder}", *more]
-        return torchrun("-m", "isic_vq", "train", "vqvae", "-c", config, *arguments)
+        return torchrun("-m", "isic_vq", "train", config, *arguments)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     code, output = run(command(whole), tmp_path / "log")

@@ -13,7 +13,6 @@ from isic_vq.cli import (
     measuring,
     publishing,
     repositories,
-    studies,
     training,
 )
 from isic_vq.cli.app import app, main
@@ -28,7 +27,6 @@ __all__ = [
     "main",
     "measuring",
     "publishing",
-    "studies",
     "training",
     "repositories",
 ]

@@ -25,8 +25,49 @@ def _interruption_told() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+# The commands in the order in which one uses them.
+GROUPS = {
+    "Use a model": ("generate", "reconstruct", "edit", "score", "compress", "decompress", "demo", "info"),
+    "Train": ("train", "encode", "figures"),
+    "Data": ("data",),
+    "Judge a model": ("evaluate", "audit"),
+    "Publish": ("export", "card", "push", "pull"),
+}
+# Commands of earlier versions, and what does the same now.
+MOVED = {
+    "train vqvae": "isic-vq train CONFIG",
+    "train prior": "isic-vq train CONFIG",
+    "train decoder": "isic-vq train CONFIG",
+    "train classifier": "isic-vq train CONFIG",
+    "ood": "isic-vq evaluate --only ood",
+    "sheets": "isic-vq evaluate --only sheets",
+    "study utility": "isic-vq evaluate --only utility",
+    "study realism": "isic-vq evaluate --only realism",
+    "study sampling": "python examples/studies/sampling_study.py",
+    "study granularity": "python examples/studies/granularity.py CONFIG",
+    "study generalization": "python examples/studies/generalization.py CONFIG",
+    "onnx": "isic-vq export MODEL DIR --onnx",
+    "card write": "isic-vq card DIR",
+    "card check": "isic-vq card DIR --check",
+    "card record": "isic-vq card DIR --record MODEL",
+    "card classifier": "isic-vq export RUN DIR",
+}
+
+
 class _Commands(TyperGroup):
-    """The commands; an interrupted one says where it stopped, which typer alone would swallow."""
+    """The commands by group; an interrupted one says where it stopped, which typer alone would swallow."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        for panel, names in GROUPS.items():
+            for name in names:
+                self.commands[name].rich_help_panel = panel  # type: ignore[attr-defined]
+        return [name for names in GROUPS.values() for name in names]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        for words in (" ".join(args[:2]), args[0]):
+            if words in MOVED:
+                raise ValueError(f"isic-vq {words} is now {MOVED[words]}")
+        return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _interruption_told():
@@ -45,8 +86,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train a tokenizer or a prior.", no_args_is_help=True)
-app.add_typer(train_app, name="train")
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model folder or Hub id; default: the shipped checkpoint.")
@@ -76,7 +115,6 @@ OtherClassesOption = Annotated[
 CorruptShareOption = Annotated[
     float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")
 ]
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe.")

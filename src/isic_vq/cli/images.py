@@ -144,51 +144,6 @@ def _write_images(
 
 
 @app.command(
-    epilog="Examples:\n\n  isic-vq sheets\n\n  isic-vq sheets -m runs/prior-f8/model --data folder:train_images -o runs/sheets"
-)
-def sheets(
-    model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the JPEGs.")] = Path("sheets"),
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    particles: Annotated[
-        int, typer.Option(max=4096, help="Candidates per edit; more fit the rest of the image better.")
-    ] = 64,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Real images, as for encode: put some beside generated ones instead; not to be published where they "
-            "are not.",
-        ),
-    ] = None,
-    max_corrupt_share: CorruptShareOption = 0.01,
-) -> None:
-    """Draw sheets to judge a model by: images of every class, mixtures, completions, counterfactuals, codes."""
-    check_first(model, sources=[data])
-    from tqdm import tqdm
-
-    from isic_vq.data.classes import Classes
-    from isic_vq.data.sources import find_source
-    from isic_vq.figures.png import write_jpeg
-    from isic_vq.figures.sheets import model_sheets, real_sheets
-    from isic_vq.files import file_name
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
-
-    quiet_transformers()
-    artist = load_model(IsicVQModel, model)
-    if data is None:
-        made = model_sheets(artist, seed, particles)
-    else:
-        classes = Classes.of_model(artist.config.class_names.values())
-        made = real_sheets(artist, find_source(data, classes), seed, max_corrupt_share)
-    for sheet in tqdm(made, unit="sheet", disable=not sys.stderr.isatty()):
-        path = output / f"{file_name(sheet.name)}.jpg"
-        write_jpeg(sheet.picture, path, sheet.caption)
-        tqdm.write(f"wrote {path}: {sheet.caption}")
-
-
-@app.command(
     epilog="Examples:\n\n  isic-vq reconstruct my_images/\n\n  isic-vq reconstruct photo.jpg -o out/"
 )
 def reconstruct(

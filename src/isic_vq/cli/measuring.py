@@ -2,45 +2,77 @@
 
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from isic_vq.cli.app import CorruptShareOption, DataOption, ModelOption, app, check_first, quiet_transformers
+from isic_vq.cli.app import CorruptShareOption, ModelOption, app, check_first, quiet_transformers
 from isic_vq.cli.pictures import read_images
 
 if TYPE_CHECKING:
     from isic_vq.evaluation.report import Report
 
 
+# What evaluate measures with --only, and the options that each takes; None is the usual evaluation.
+OPTIONS = {
+    None: (
+        "train_codes",
+        "train_data",
+        "features",
+        "floor_data",
+        "lpips",
+        "gallery",
+        "seed",
+        "max_corrupt_share",
+    ),
+    "ood": ("train_codes", "non_skin", "limit", "seed", "max_corrupt_share"),
+    "realism": ("train_data", "work_dir", "seeds", "steps", "limit"),
+    "utility": ("train_data", "work_dir", "seeds", "steps", "limit", "auc_of"),
+    "sheets": ("particles", "seed", "max_corrupt_share"),
+}
+
+
 @app.command(
     epilog="Examples:\n\n  isic-vq evaluate --data test=folder:test_images --train-codes runs/codes/train.parquet\n\n"
     "  isic-vq evaluate runs/prior-f8/model --data validation=folder:a --data clinic=folder:b --out report.json\n\n"
-    "  isic-vq evaluate --data validation=folder:a --features model_cards/isic-derm-features --floor-data folder:train"
+    "  isic-vq evaluate --data validation=folder:a --features model_cards/isic-derm-features --floor-data folder:train\n\n"
+    "  isic-vq evaluate --only utility --train-data folder:train --data test=folder:test -o utility.json\n\n"
+    "  isic-vq evaluate --only sheets -o sheets"
 )
 def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the shipped checkpoint.")
+    ] = None,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             help="[NAME=]SOURCE: images, and what the report calls them; repeat it for several. NAME: validation by "
-            "default; SOURCE: as for encode.",
+            "default; SOURCE: as for encode. Of sheets: real images, shown beside generated ones instead of other sheets.",
         ),
-    ],
-    model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; default: the shipped checkpoint.")
+    ] = None,
+    only: Annotated[
+        Literal["ood", "realism", "utility", "sheets"] | None,
+        typer.Option(
+            help="Measure this instead: how well likelihood finds unusual images (ood); how well a classifier tells "
+            "generated images from real ones (realism); what they are worth to one that is trained on them (utility). Or "
+            "draw sheets to judge a model by: every class, mixtures, completions, counterfactuals, codes."
+        ),
     ] = None,
     train_codes: Annotated[
         Path | None,
         typer.Option(
-            help="Code cache of the training images, for the unigram yardstick and their likelihood."
+            help="Code cache of the training images, for the unigram yardstick and their likelihood; ood needs it."
         ),
     ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(
-            help="Training images, as for --data: how much better they come back, and BatchNorm's gap."
+            help="Training images, as for --data: how much better they come back, and BatchNorm's gap; realism and "
+            "utility need it."
         ),
     ] = None,
     features: Annotated[
@@ -60,27 +92,95 @@ def evaluate(
         bool, typer.Option("--lpips", help="Measure LPIPS, too; needs the extra lpips.")
     ] = False,
     output: Annotated[
-        Path, typer.Option("--out", "--output", "-o", help="Report to write, and a page and PNGs beside it.")
-    ] = Path("report.json"),
+        Path | None,
+        typer.Option(
+            "--out",
+            "--output",
+            "-o",
+            help="Report to write (default report.json), and a page and PNGs beside it; of sheets: their folder.",
+        ),
+    ] = None,
     gallery: Annotated[
         Path | None,
         typer.Option(
             help="Folder for the worst reconstructions beside their originals: not to be published where those are not."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of subsets, resampling and generated images.")] = 0,
+    non_skin: Annotated[
+        str | None,
+        typer.Option(
+            help="ood: images that show no skin, as for --data; default: photographs of scikit-learn."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="ood: at most so many images, 300 by default; realism, utility: of each set, a quick try.",
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="realism, utility: folder of generated images and finished classifiers, so that a killed run goes on; "
+            "default: runs/realism, runs/utility."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="realism, utility: how often each classifier is trained; 3, 5.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="realism, utility: optimizer steps of each classifier; 600, 1500."),
+    ] = None,
+    auc_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--auc-of",
+            help="utility: class whose AUC against all others is reported; repeatable. Default: all.",
+        ),
+    ] = None,
+    particles: Annotated[
+        int,
+        typer.Option(max=4096, help="sheets: candidates per edit; more fit the rest of the image better."),
+    ] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of subsets, resampling, spoiled and generated images.")
+    ] = 0,
     max_corrupt_share: CorruptShareOption = 0.01,
 ) -> None:
     """Measure reconstruction, codebook, likelihood, generated images and cost, with intervals; write a page, too."""
-    sets = [_named(text) for text in data]
-    sources = [*(uri for _, uri in sets), train_data, floor_data]
+    _check_options(context, only)
+    sets = [_named(text) for text in data or []]
+    sources = [*(uri for _, uri in sets), train_data, floor_data, non_skin]
     check_first(model, *(features or ()), sources=sources, codes=[train_codes])
+    what = "evaluate" if only is None else f"evaluate --only {only}"
+    if not sets and only != "sheets":
+        raise ValueError(f"{what} needs --data")
+    if train_codes is None and only == "ood":
+        raise ValueError(f"{what} needs --train-codes")
+    if train_data is None and only in ("realism", "utility"):
+        raise ValueError(f"{what} needs --train-data")
+    if only is not None and len(sets) > 1:
+        raise ValueError(f"{what} takes one --data, got {len(sets)}")
+    quiet_transformers()
+    if only == "sheets":
+        uri = sets[0][1] if sets else None
+        return _draw_sheets(model, uri, output or Path("sheets"), seed, particles, max_corrupt_share)
+    output = output or Path("report.json")
+    if only == "ood" and train_codes is not None:
+        return _evaluate_ood(
+            model, sets[0], train_codes, non_skin, limit or 300, seed, max_corrupt_share, output
+        )
+    if only is not None and train_data is not None:
+        return _train_classifiers(
+            only, model, train_data, sets[0], work_dir, seeds, steps, limit, auc_of, output
+        )
     from isic_vq.evaluation.evaluate import evaluate_checkpoint
     from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
     from isic_vq.figures.write import check_matplotlib
 
     check_matplotlib()
-    quiet_transformers()
     evaluation = evaluate_checkpoint(
         model,
         sets,
@@ -99,12 +199,112 @@ def evaluate(
     typer.echo(f"wrote {output} and {page}")
     for path in [] if gallery is None else write_gallery(evaluation, gallery):
         typer.echo(f"wrote {path}")
+    return None
 
 
 def _named(text: str) -> tuple[str, str]:
     """Parse [NAME=]SOURCE."""
     match = re.match(r"([\w-]+)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match else ("validation", text)
+
+
+def _check_options(context: typer.Context, only: str | None) -> None:
+    """Refuse options that what is measured does not take."""
+    for name in context.params:
+        owners = [str(owner or "the usual evaluation") for owner, names in OPTIONS.items() if name in names]
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and owners and name not in OPTIONS[only]:
+            what = "without --only" if only is None else f"with --only {only}"
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing {what}: it is for {', '.join(owners)}"
+            )
+
+
+def _draw_sheets(
+    model: str | None, data: str | None, output: Path, seed: int, particles: int, max_corrupt_share: float
+) -> None:
+    from tqdm import tqdm
+
+    from isic_vq.data.classes import Classes
+    from isic_vq.data.sources import find_source
+    from isic_vq.figures.png import write_jpeg
+    from isic_vq.figures.sheets import model_sheets, real_sheets
+    from isic_vq.files import file_name
+    from isic_vq.hub.pretrained import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    artist = load_model(IsicVQModel, model)
+    if data is None:
+        made = model_sheets(artist, seed, particles)
+    else:
+        classes = Classes.of_model(artist.config.class_names.values())
+        made = real_sheets(artist, find_source(data, classes), seed, max_corrupt_share)
+    for sheet in tqdm(made, unit="sheet", disable=not sys.stderr.isatty()):
+        path = output / f"{file_name(sheet.name)}.jpg"
+        write_jpeg(sheet.picture, path, sheet.caption)
+        tqdm.write(f"wrote {path}: {sheet.caption}")
+
+
+def _evaluate_ood(
+    model: str | None,
+    named: tuple[str, str],
+    train_codes: Path,
+    non_skin: str | None,
+    limit: int,
+    seed: int,
+    max_corrupt_share: float,
+    output: Path,
+) -> None:
+    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
+    from isic_vq.figures.score_plots import write_score_histograms
+    from isic_vq.figures.write import check_matplotlib
+
+    check_matplotlib()
+    split, data = named
+    report = evaluate_out_of_distribution(
+        model, data, train_codes, split, non_skin, limit, seed, max_corrupt_share, sys.stderr.isatty()
+    )  # fmt: skip
+    report.save(output)
+    write_score_histograms(report, output.with_suffix(".png"))
+    print_report(report)
+    typer.echo(f"wrote {output} and {output.with_suffix('.png')}")
+
+
+def _train_classifiers(
+    only: str,
+    model: str | None,
+    train: str,
+    named: tuple[str, str],
+    work_dir: Path | None,
+    seeds: int | None,
+    steps: int | None,
+    limit: int | None,
+    auc_of: list[str] | None,
+    output: Path,
+) -> None:
+    from isic_vq.evaluation.realism import default_student, evaluate_realism
+    from isic_vq.evaluation.report import Report, environment
+    from isic_vq.evaluation.student import ClassifierStudy, Student
+    from isic_vq.evaluation.utility import evaluate_utility
+    from isic_vq.hub.pretrained import load_model, resolve
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    generator = load_model(IsicVQModel, model)
+    student, usual_seeds = (Student(), 5) if only == "utility" else (default_student(generator), 3)
+    if steps is not None:
+        student = replace(student, steps=steps)
+    split, test = named
+    study = ClassifierStudy(
+        generator, train, test, work_dir or Path("runs", only),
+        seeds=seeds or usual_seeds, student=student, limit=limit, split=split,
+    )  # fmt: skip
+    metrics = evaluate_utility(study, auc_of=auc_of) if only == "utility" else evaluate_realism(study)
+    about = {"classifier": asdict(student), "seeds": len(study.seeds), "limit": limit}
+    report = Report({"name": Path(resolve(model)).name, **about}, metrics, environment=environment())
+    report.save(output)
+    print_report(report)
+    typer.echo(f"wrote {output}")
 
 
 @app.command(
@@ -174,50 +374,6 @@ def score(
         f"{len(rows)} images: {sum(bits) / len(bits):.3f} bits per code ({way}), from {min(bits):.3f} to "
         f"{max(bits):.3f}; wrote {output / 'scores.csv'}"
     )
-
-
-@app.command(
-    epilog="Example:\n\n  isic-vq ood --data folder:test_images --split test --train-codes runs/codes/train.parquet"
-)
-def ood(
-    data: DataOption,
-    train_codes: Annotated[Path, typer.Option(help="Code cache of the training images.")],
-    model: ModelOption = None,
-    non_skin: Annotated[
-        str | None,
-        typer.Option(help="Images that show no skin, as for --data; default: photographs of scikit-learn."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="What the report calls these images.")] = "validation",
-    limit: Annotated[int, typer.Option(min=1, help="At most this many images, a seeded subset.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of the subset and of what spoils the images.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Report to write, and histograms as PNG beside it.")
-    ] = Path("report.json"),
-    max_corrupt_share: CorruptShareOption = 0.01,
-) -> None:
-    """Measure how well likelihood scores tell images from spoiled ones and from other photographs."""
-    check_first(model, sources=[data], codes=[train_codes])
-    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
-    from isic_vq.figures.score_plots import write_score_histograms
-    from isic_vq.figures.write import check_matplotlib
-
-    check_matplotlib()
-    quiet_transformers()
-    report = evaluate_out_of_distribution(
-        model,
-        data,
-        train_codes,
-        split,
-        non_skin,
-        limit,
-        seed,
-        max_corrupt_share,
-        progress=sys.stderr.isatty(),
-    )
-    report.save(output)
-    write_score_histograms(report, output.with_suffix(".png"))
-    print_report(report)
-    typer.echo(f"wrote {output} and {output.with_suffix('.png')}")
 
 
 def print_report(report: "Report") -> None:

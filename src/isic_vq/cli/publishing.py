@@ -6,24 +6,22 @@ from typing import Annotated
 import typer
 
 from isic_vq import __version__
-from isic_vq.cli.app import ModelOption, app, quiet_transformers
+from isic_vq.cli.app import app, check_first, quiet_transformers
 from isic_vq.cli.measuring import print_report
-
-card_app = typer.Typer(help="Write and check a model's card.", no_args_is_help=True)
-app.add_typer(card_app, name="card")
-
-RepositoryFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Repository folder, as export leaves it, with reports/.")
-]
 
 
 @app.command(
-    epilog="Example:\n\n  isic-vq export runs/prior/model model_cards/my-model --train-codes runs/codes/train.parquet"
+    epilog="Examples:\n\n  isic-vq export runs/prior/model model_cards/my-model --train-codes runs/codes/train.parquet\n\n"
+    "  isic-vq export isic-vq-128 deployment --onnx\n\n  isic-vq export runs/derm-features model_cards/my-features"
 )
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a whole model.")],
-    output: Annotated[Path, typer.Argument(help="Repository folder to write; replaced whole.")],
-    train_codes: Annotated[Path, typer.Option(help="Code cache of the training images: their provenance.")],
+    model: Annotated[str, typer.Argument(help="Folder of a whole model, or of a classifier's finished run.")],
+    output: Annotated[
+        Path, typer.Argument(help="Repository folder to write; replaced whole, but for --onnx alone.")
+    ],
+    train_codes: Annotated[
+        Path | None, typer.Option(help="Code cache of the training images: their provenance.")
+    ] = None,
     bf16: Annotated[
         bool,
         typer.Option(
@@ -31,56 +29,84 @@ def export(
         ),
     ] = False,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Add the tokenizer as ONNX files; isic-vq onnx writes them alone.")
+        bool,
+        typer.Option(
+            "--onnx",
+            help="Add the tokenizer as ONNX files, for programs without torch; without --train-codes these alone. "
+            "Needs the extra onnx.",
+        ),
     ] = False,
 ) -> None:
-    """Write a Hub repository folder: weights, processor, previews and provenance."""
-    from isic_vq.hub.export import export_repository
+    """Write a Hub repository folder: weights, processor, previews and provenance; or ONNX files alone."""
+    from isic_vq.hub.classifier_card import export_classifier, is_classifier_run
 
-    quiet_transformers()
-    export_repository(model, output, train_codes, bf16, onnx)
-    typer.echo(
-        f"wrote {output}; next: isic-vq evaluate {output} --data ... -o {output}/reports/..., isic-vq card write {output}"
-    )
+    if is_classifier_run(Path(model)):
+        if train_codes is not None or bf16 or onnx:
+            raise ValueError("a classifier is exported as it is: leave out --train-codes, --bf16 and --onnx")
+        export_classifier(Path(model), output)
+        typer.echo(f"wrote {output}")
+    elif train_codes is not None:
+        from isic_vq.hub.export import export_repository
+
+        quiet_transformers()
+        export_repository(model, output, train_codes, bf16, onnx)
+        typer.echo(
+            f"wrote {output}; next: isic-vq evaluate {output} --data ... -o {output}/reports/..., isic-vq card {output}"
+        )
+    elif onnx and not bf16:
+        check_first(model)
+        from isic_vq.hub.onnx_export import export_onnx, known_license
+        from isic_vq.hub.pretrained import load_model
+        from isic_vq.models.modeling_vqvae import VQVAEModel
+
+        quiet_transformers()
+        paths = export_onnx(load_model(VQVAEModel, model), output, known_license(model))
+        typer.echo(f"wrote {' and '.join(map(str, paths))}")
+    else:
+        raise ValueError(
+            "expected --train-codes with the code cache of the training images, or --onnx alone for ONNX files"
+        )
 
 
 @app.command(
-    epilog="Examples:\n\n  isic-vq onnx -o deployment\n\n  isic-vq onnx -m model_cards/my-model -o model_cards/my-model"
+    epilog="Examples:\n\n  isic-vq card model_cards/my-model\n\n  isic-vq card model_cards/my-model --check\n\n"
+    "  isic-vq card model_cards/my-model --record runs/prior/model"
 )
-def onnx(
-    model: ModelOption = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder that gets onnx/; what else it holds stays.")
-    ] = Path("."),
+def card(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Repository folder, as export leaves it, with reports/.")
+    ],
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Write nothing: compare the card with the reports (metadata, every number, links, pictures), print a "
+            "line for each problem, and exit with 1 if there is any.",
+        ),
+    ] = False,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Trained model in its run's folder: first add how it was trained (recipes, environment, plots) to a "
+            "folder that was exported without. Its weights must be the folder's.",
+        ),
+    ] = None,
 ) -> None:
-    """Write the tokenizer as ONNX files, for programs without torch: onnx/encoder.onnx and onnx/decoder.onnx.
+    """Render the model card of a repository folder from its reports and its provenance, or check it."""
+    if check and record is not None:
+        raise ValueError("--check writes nothing and --record does: expected one of them")
+    if record is not None:
+        from isic_vq.hub.export import record_training
 
-    They are written once ONNX Runtime computes with them what torch does. Needs the extra onnx.
-    """
-    from isic_vq.hub.onnx_export import export_onnx, known_license
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_vqvae import VQVAEModel
+        quiet_transformers()
+        typer.echo(f"recorded {', '.join(record_training(folder, record)) or 'no run'}")
+    if not check:
+        from isic_vq.hub.card import write_card
 
-    quiet_transformers()
-    paths = export_onnx(load_model(VQVAEModel, model), output, known_license(model))
-    typer.echo(f"wrote {' and '.join(map(str, paths))}")
-
-
-@card_app.command(epilog="Example:\n\n  isic-vq card write model_cards/my-model")
-def write(folder: RepositoryFolder) -> None:
-    """Render the model card of a repository folder from its reports and its provenance."""
-    from isic_vq.hub.card import write_card
-
-    write_card(folder)
-    typer.echo(f"wrote {folder / 'README.md'}; next: isic-vq card check {folder}")
-
-
-@card_app.command(epilog="Example:\n\n  isic-vq card check model_cards/isic-vq-128")
-def check(folder: RepositoryFolder) -> None:
-    """Compare a model card with the reports: metadata, every number, links and pictures.
-
-    Prints a line for each problem, and then exits with 1. Prose without numbers is yours to write.
-    """
+        write_card(folder)
+        typer.echo(f"wrote {folder / 'README.md'}; next: isic-vq card {folder} --check")
+        return
     from isic_vq.hub.card_check import check_card
 
     problems = check_card(folder)
@@ -89,36 +115,6 @@ def check(folder: RepositoryFolder) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{folder / 'README.md'} says what the reports say")
-
-
-@card_app.command(epilog="Example:\n\n  isic-vq card record model_cards/my-model runs/prior/model")
-def record(
-    folder: RepositoryFolder,
-    model: Annotated[str, typer.Argument(help="Folder of the trained model, in its run's folder.")],
-) -> None:
-    """Add to a folder that was exported earlier how its model was trained: recipes, environment and plots.
-
-    Its weights must be the model's, and stay as they are. `isic-vq export` does the same by itself.
-    """
-    from isic_vq.hub.export import record_training
-
-    quiet_transformers()
-    stages = record_training(folder, model)
-    typer.echo(f"recorded {', '.join(stages) or 'no run'}; next: isic-vq card write {folder}")
-
-
-@card_app.command(
-    epilog="Example:\n\n  isic-vq card classifier runs/derm-features model_cards/isic-derm-features"
-)
-def classifier(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run of isic-vq train classifier.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write; what is there is replaced.")],
-) -> None:
-    """Write a trained classifier as a Hub repository's folder, with a card of its report's numbers."""
-    from isic_vq.hub.classifier_card import export_classifier
-
-    export_classifier(run, folder)
-    typer.echo(f"wrote {folder}")
 
 
 @app.command(epilog="Example:\n\n  isic-vq info model_cards/isic-vq-128")

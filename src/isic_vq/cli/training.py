@@ -8,7 +8,6 @@ import typer
 
 from isic_vq.cli.app import (
     ClassesOption,
-    ConfigOption,
     CorruptShareOption,
     DataOption,
     OtherClassesOption,
@@ -18,37 +17,63 @@ from isic_vq.cli.app import (
     check_first,
     declared_classes,
     quiet_transformers,
-    train_app,
 )
 
-
-def _train(recipe: str, config: Path | None, overrides: list[str] | None, resume: bool) -> tuple[Any, str]:
-    """Run the stage of a class of recipes; returns what the main process measured, and where the model is."""
-    from isic_vq.training import recipe as recipes
-    from isic_vq.training.load import check_places, load_recipe
-
-    checked = load_recipe(getattr(recipes, recipe), config, overrides or [], resume)
-    check_places(checked)
-    stage = import_module(f"isic_vq.training.{checked.stage}")  # imports torch
-    quiet_transformers()
-    return getattr(stage, f"train_{checked.stage}")(checked, resume), f"wrote {checked.output_dir}/model"
+CHANGED = {"frechet_distance": "Frechet distance", "feature_distance": "feature distance", "psnr": "PSNR"}
 
 
-@train_app.command(
-    "vqvae",
-    epilog="Examples:\n\n  isic-vq train vqvae -c examples/configs/vqvae-f8.yaml\n\n"
-    "  isic-vq train vqvae -c examples/configs/vqvae-tiny.yaml data.train=folder:my_images loop.max_steps=500",
+@app.command(
+    epilog="Examples:\n\n  isic-vq train examples/configs/vqvae-f8.yaml\n\n"
+    "  isic-vq train examples/configs/vqvae-tiny.yaml data.train=folder:my_images loop.max_steps=500"
 )
-def train_vqvae(
-    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
+def train(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="YAML recipe, whose stage: says what is trained; or stage=STAGE."
+        ),
+    ],
+    overrides: Overrides = None,
+    resume: ResumeOption = False,
 ) -> None:
-    """Train a VQ-VAE tokenizer on images."""
-    result, wrote = _train("VQVAERecipe", config, overrides, resume)
-    if result is None:
-        return  # the main process tells
-    typer.echo(
-        f"{result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {result.usage:.1%} of codes used, perplexity "
-        f"{result.perplexity:.0f} on {result.num_images} validation images; {wrote}"
+    """Train a tokenizer (stage vqvae), a prior on its codes, a decoder with texture, or an image classifier.
+
+    Several processes share a run under torchrun or accelerate launch.
+    """
+    from isic_vq.training.load import check_places, load_stage
+
+    is_file = "=" not in config or Path(config).is_file()
+    changes = [*([] if is_file else [config]), *(overrides or [])]
+    recipe = load_stage(Path(config) if is_file else None, changes, resume)
+    check_places(recipe)
+    stage = import_module(f"isic_vq.training.{recipe.stage}")  # imports torch
+    quiet_transformers()
+    result = getattr(stage, f"train_{recipe.stage}")(recipe, resume)
+    if result is not None:  # of several processes, the main one tells
+        typer.echo(f"{_summary(recipe.stage, result)}; wrote {recipe.output_dir}/model")
+
+
+def _summary(stage: str, result: Any) -> str:
+    """What a stage measured on validation images, in a line."""
+    if stage == "vqvae":
+        return (
+            f"{result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {result.usage:.1%} of codes used, perplexity "
+            f"{result.perplexity:.0f} on {result.num_images} validation images"
+        )
+    value = result.value
+    if stage == "prior":
+        return (
+            f"{value('bits_per_code'):.3f} bits per code on validation (unigram "
+            f"{value('bits_per_code_unigram'):.3f}, flat {value('bits_per_code_flat'):.0f})"
+        )
+    if stage == "decoder":
+        changes = [
+            f"{words} {value(name, state='before'):.4g} -> {value(name):.4g}"
+            for name, words in CHANGED.items()
+        ]
+        return f"{', '.join(changes)} dB on validation"
+    return (
+        f"balanced accuracy {value('balanced_accuracy'):.3f}, accuracy {value('accuracy'):.3f} on validation"
     )
 
 
@@ -96,58 +121,6 @@ def encode(
         typer.echo(f"wrote the codes of {number} images in {views} views to {output}")
         if number < source.num_images:
             typer.echo(f"left out, unreadable: {source.num_images - number} of {source.num_images} images")
-
-
-@train_app.command("prior", epilog="Example:\n\n  isic-vq train prior -c examples/configs/prior-f8.yaml")
-def train_prior(
-    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
-) -> None:
-    """Train a prior on codes, a PixelCNN or a VAR, and join it with its tokenizer."""
-    report, wrote = _train("PriorRecipe", config, overrides, resume)
-    if report is None:
-        return  # the main process tells
-    typer.echo(
-        f"{report.value('bits_per_code'):.3f} bits per code on validation (unigram "
-        f"{report.value('bits_per_code_unigram'):.3f}, flat {report.value('bits_per_code_flat'):.0f}); "
-        f"{wrote}"
-    )
-
-
-@train_app.command(
-    "decoder", epilog="Example:\n\n  isic-vq train decoder -c examples/configs/decoder-f8.yaml"
-)
-def train_decoder(
-    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
-) -> None:
-    """Fine-tune a tokenizer's decoder with perceptual and adversarial losses; its codes stay the same."""
-    report, wrote = _train("DecoderRecipe", config, overrides, resume)
-    if report is None:
-        return  # the main process tells
-    changes = [
-        f"{words} {report.value(name, state='before'):.4g} -> {report.value(name):.4g}"
-        for name, words in (
-            ("frechet_distance", "Frechet distance"),
-            ("feature_distance", "feature distance"),
-            ("psnr", "PSNR"),
-        )
-    ]
-    typer.echo(f"{', '.join(changes)} dB on validation; {wrote}")
-
-
-@train_app.command(
-    "classifier", epilog="Example:\n\n  isic-vq train classifier -c examples/configs/derm-features.yaml"
-)
-def train_classifier(
-    config: ConfigOption = None, overrides: Overrides = None, resume: ResumeOption = False
-) -> None:
-    """Train an image classifier of diagnoses: a feature space for distances between images."""
-    report, wrote = _train("ClassifierRecipe", config, overrides, resume)
-    if report is None:
-        return  # the main process tells
-    typer.echo(
-        f"balanced accuracy {report.value('balanced_accuracy'):.3f}, accuracy {report.value('accuracy'):.3f} on "
-        f"validation; {wrote}"
-    )
 
 
 @app.command(epilog="Example:\n\n  isic-vq figures runs/quickstart")

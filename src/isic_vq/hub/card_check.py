@@ -30,7 +30,7 @@ def check_card(folder: Path) -> list[str]:
     """
     path = folder / "README.md"
     if not path.is_file():
-        return ["README.md is missing: run isic-vq card write"]
+        return ["README.md is missing: run isic-vq card"]
     try:
         card = read_card(path)
     except ModelError as error:
@@ -38,7 +38,7 @@ def check_card(folder: Path) -> list[str]:
     expected = ModelCard(render_card(folder, card.data.get("model_name") or folder.resolve().name))
     problems = [*metadata_problems(card.data, expected.data), *number_problems(card.text, expected.text)]
     if metric_table(read_reports(folder).values()) not in card.text:
-        problems.append("the table of measurements is not that of reports/: run isic-vq card write")
+        problems.append("the table of measurements is not that of reports/: run isic-vq card")
     return [*problems, *link_problems(card.text, folder), *picture_problems(folder)]
 
 
@@ -46,7 +46,7 @@ def metadata_problems(found: CardData, expected: CardData) -> Iterator[str]:
     """Compare the metadata, the model-index result by result."""
     fields, wanted = found.to_dict(), expected.to_dict()
     if not fields:
-        yield "README.md has no metadata between --- lines at its start: run isic-vq card write"
+        yield "README.md has no metadata between --- lines at its start: run isic-vq card"
         return
     fields["tags"] = [tag for tag in wanted["tags"] if tag in (fields.get("tags") or [])]
     for key in wanted.keys() - {"model-index"}:
@@ -55,10 +55,10 @@ def metadata_problems(found: CardData, expected: CardData) -> Iterator[str]:
     published, measured = found.get("eval_results") or [], expected.get("eval_results") or []
     for result in published:
         if result not in measured:
-            yield f"model-index says {_text(result)}, which no report does: run isic-vq card write"
+            yield f"model-index says {_text(result)}, which no report does: run isic-vq card"
     for result in measured:
         if result not in published:
-            yield f"model-index lacks {_text(result)}, which a report says: run isic-vq card write"
+            yield f"model-index lacks {_text(result)}, which a report says: run isic-vq card"
 
 
 def _text(result: EvalResult) -> str:
@@ -72,7 +72,7 @@ def number_problems(text: str, expected: str) -> Iterator[str]:
     rendered = {line.strip() for line in expected.splitlines()}
     for line in dict.fromkeys(line.strip() for line in text.splitlines()):
         if line not in rendered and re.search(r"\d", NAME.sub(lambda n: "" if n[0] in names else n[0], line)):
-            yield f"a number stands in a line that isic-vq card write does not write: {line!r}"
+            yield f"a number stands in a line that isic-vq card does not write: {line!r}"
 
 
 def link_problems(text: str, folder: Path) -> Iterator[str]:

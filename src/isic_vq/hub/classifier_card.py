@@ -16,6 +16,7 @@ from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.hub.card import as_text, counts_text, dataset_title, measured_on
+from isic_vq.yaml_text import read_yaml
 
 REPORT = "reports/validation.json"
 TEMPLATE = """---
@@ -84,8 +85,17 @@ Weights: {{ license }}, the most restrictive of the training images' licences. C
 """
 
 
+def is_classifier_run(folder: Path) -> bool:
+    """Whether a folder is that of a run that trains a classifier."""
+    try:
+        recipe = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(recipe, dict) and recipe.get("stage") == "classifier"
+
+
 def export_classifier(run: Path, folder: Path) -> None:
-    """Write a finished run of `isic-vq train classifier` as a Hub repository's folder.
+    """Write a classifier's finished run as a Hub repository's folder.
 
     Args:
         run: the run's folder.
@@ -96,7 +106,9 @@ def export_classifier(run: Path, folder: Path) -> None:
     """
     for name in ("report.json", "recipe.yaml", f"model/{TRAINING_DATA}"):
         if not (run / name).is_file():
-            raise ValueError(f"{run.name} has no {name}: expected a finished run of isic-vq train classifier")
+            raise ValueError(
+                f"{run.name} has no {name}: expected a finished run of isic-vq train with a classifier's recipe"
+            )
     with replaced_directory(folder) as temporary:
         shutil.copytree(run / "model", temporary, dirs_exist_ok=True)
         shutil.copy(run / "recipe.yaml", temporary)
@@ -123,9 +135,7 @@ def render_classifier_card(folder: Path, name: str) -> str:
     )
     info = read_training_data(folder).get("classifier")
     if info is None or config["model_type"] != "resnet":
-        raise ValueError(
-            f"{folder.name} is no classifier of isic-vq: export one with isic-vq card classifier"
-        )
+        raise ValueError(f"{folder.name} is no classifier of isic-vq: export one with isic-vq export RUN DIR")
     weights = folder / "model.safetensors"
     prepared = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     license = weights_license(licenses_of({"classifier": vars(info)}))

@@ -171,14 +171,14 @@ def read_card(path: Path) -> ModelCard:
         return ModelCard(text)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{path} has unreadable metadata ({reason}): run isic-vq card write") from error
+        raise ModelError(f"{path} has unreadable metadata ({reason}): run isic-vq card") from error
 
 
 def _check_card(path: Path) -> None:
     """Refuse a card without metadata, which the Hub would not find by any filter."""
     card = read_card(path)
     if not card.data.to_dict():
-        raise ModelError(f"{path} has no metadata between --- lines at its start: run isic-vq card write")
+        raise ModelError(f"{path} has no metadata between --- lines at its start: run isic-vq card")
 
 
 def check_picture(path: Path) -> None:

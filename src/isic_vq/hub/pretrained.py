@@ -56,14 +56,14 @@ def resolve(model: str | None) -> str:
     """Turn what a user calls a model into what `from_pretrained` takes.
 
     Args:
-        model: a folder, a Hub id "user/name", or None for the shipped checkpoint.
+        model: a folder, a Hub id "user/name", or None or "isic-vq-128" for the shipped checkpoint.
 
     Raises:
         ModelError: it is none of them.
     """
-    if model is None:
+    path = Path(model or DEFAULT_CHECKPOINT)
+    if model is None or (model == DEFAULT_CHECKPOINT and not path.exists()):
         return str(default_checkpoint())
-    path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{model} holds no config.json: expected a model folder, such as a run's model/")

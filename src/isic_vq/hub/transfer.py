@@ -115,14 +115,14 @@ def _check_claims(folder: Path, files: list[str]) -> None:
         if problems:
             raise ModelError(
                 f"{card} does not say what the folder's files say: {problems[0]} (problem 1 of {len(problems)}); see "
-                f"isic-vq card check {folder}"
+                f"isic-vq card {folder} --check"
             )
         return
     loaded = ModelCard.load(card)
     prose = NAME.sub("", CODE_BLOCK.sub("", loaded.text))
     if "model-index" in loaded.data.to_dict() or any(number_problems(prose, "")):
         raise ModelError(
-            f"{card} publishes numbers but the folder has no reports/: run isic-vq evaluate and isic-vq card write"
+            f"{card} publishes numbers but the folder has no reports/: run isic-vq evaluate and isic-vq card"
         )
 
 

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -50,18 +50,7 @@ def load_recipe(
     Raises:
         RecipeError: the file is missing or not a mapping; or keys are unknown or values wrong, all of which are named.
     """
-    fields: dict[str, Any] = {}
-    if config is not None:
-        if not config.is_file():
-            raise RecipeError(
-                f"{config} is not a file: expected a YAML recipe, such as one of examples/configs"
-            )
-        try:
-            fields = read_yaml(config.read_text(encoding="utf-8")) or {}
-        except ValueError as error:
-            raise RecipeError(f"{config} is not YAML: {error}") from error
-        if not isinstance(fields, dict):
-            raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
+    fields = _read_fields(config)
     stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
     if fields.get("stage", stage) != stage:
         raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
@@ -70,6 +59,38 @@ def load_recipe(
     recorded = _recorded(recipe_class, fields) if resume else {}
     shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides}, recorded)
     return build_recipe(recipe_class, fields, problems)
+
+
+def load_stage(config: Path | None, overrides: list[str], resume: bool = False) -> Recipe:
+    """Read a training recipe as `load_recipe` does, of the class that its `stage` names.
+
+    Raises:
+        RecipeError: neither the file nor an override names a stage, or it is an unknown one.
+    """
+    stages = {recipe_class.stage: recipe_class for recipe_class in get_args(Recipe)}
+    fields = _read_fields(config)
+    for override in overrides:
+        if override.startswith("stage="):
+            _override(fields, override)
+    stage = fields.get("stage")
+    if not isinstance(stage, str) or stage not in stages:
+        what = "no stage is named" if stage is None else f"stage is {stage!r}"
+        raise RecipeError(f"{config or 'the recipe'}: {what}, expected one of {', '.join(stages)}")
+    return load_recipe(stages[stage], config, overrides, resume)
+
+
+def _read_fields(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if not config.is_file():
+        raise RecipeError(f"{config} is not a file: expected a YAML recipe, such as one of examples/configs")
+    try:
+        fields = read_yaml(config.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
+        raise RecipeError(f"{config} is not YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{config} holds a {type(fields).__name__}: expected keys and values")
+    return fields
 
 
 def check_places(recipe: Recipe) -> None:
