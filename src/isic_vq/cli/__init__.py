@@ -4,29 +4,7 @@ Commands parse arguments, call the library and print what they wrote. Everything
 them, so that `isic-vq --help` does not pay for torch. Errors are one line; `--debug` shows the traceback.
 """
 
-from isic_vq.cli import (
-    auditing,
-    compression,
-    data,
-    demo,
-    images,
-    measuring,
-    publishing,
-    repositories,
-    training,
-)
+from isic_vq.cli import data, judge, publish, train, use
 from isic_vq.cli.app import app, main
 
-__all__ = [
-    "app",
-    "auditing",
-    "compression",
-    "data",
-    "demo",
-    "images",
-    "main",
-    "measuring",
-    "publishing",
-    "training",
-    "repositories",
-]
+__all__ = ["app", "data", "judge", "main", "publish", "train", "use"]

@@ -112,8 +112,9 @@ OtherClassesOption = Annotated[
         "--drop-other-classes", help="Leave out, and count, images of classes that are not declared."
     ),
 ]
-CorruptShareOption = Annotated[
-    float, typer.Option("--max-corrupt-share", help="Share of unreadable images past which to fail.")
+DataArgument = Annotated[str, typer.Argument(help="Image file, folder, or a URI as for --data of encode.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
 Overrides = Annotated[
@@ -149,6 +150,7 @@ def check_first(
     sources: Iterable[str | None] = (),
     labels: Iterable[str] = (),
     codes: Iterable[Path | None] = (),
+    seed: int = 0,
 ) -> None:
     """Refuse what a mistyped argument names before any large library is imported.
 
@@ -157,10 +159,13 @@ def check_first(
         sources: URIs of images, or image files; None names nothing.
         labels: classes of the first model.
         codes: code caches; None names nothing.
+        seed: at least 0.
 
     Raises:
-        ValueError: there is no such model, file, folder or class.
+        ValueError: there is no such model, file, folder or class, or the seed is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: expected 0 or more")
     from isic_vq.data.uri import check_uri
     from isic_vq.hub.pretrained import class_names_of, resolve
     from isic_vq.models.diagnosis import resolve_label

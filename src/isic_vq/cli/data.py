@@ -10,19 +10,16 @@ import typer
 
 from isic_vq.cli.app import (
     ClassesOption,
-    CorruptShareOption,
     OtherClassesOption,
     app,
     check_first,
     declared_classes,
     quiet_transformers,
 )
+from isic_vq.cli.flags import options_of
 
 data_app = typer.Typer(help="Look at images, prepare them for training, check them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-SAMPLES = 32
-SAMPLE_SIZE = 128
 
 
 @data_app.command(
@@ -66,7 +63,9 @@ def summary(
         write_atomically(json_file, (json.dumps(counted, indent=2) + "\n").encode())
         typer.echo(f"wrote {json_file}")
     if sample is not None:
-        typer.echo(f"wrote {_write_sample(source, counted['num_images'], sample, seed)} images to {sample}")
+        from isic_vq.pictures import write_sample
+
+        typer.echo(f"wrote {write_sample(source, counted['num_images'], sample, seed)} images to {sample}")
 
 
 @data_app.command(
@@ -74,35 +73,26 @@ def summary(
     epilog="Examples:\n\n  isic-vq data prepare my_data --data folder:my_images\n\n"
     "  isic-vq data prepare ham --data challenge:2018 --data test=challenge:2018:test --workers 4",
 )
+@options_of(
+    "data/prepare.py:Preparation",
+    "size encoding quality format rows_per_shard licenses seed keep_duplicates max_corrupt_share",
+    licenses="license",
+)
 def prepare(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     data: Annotated[
         list[str],
         typer.Option("--data", help="[SPLIT=]SOURCE; repeat it for several. SPLIT: train, validation, test."),
     ],
-    size: Annotated[int, typer.Option(help="Side of the prepared images, in pixels.")] = 128,
-    encoding: Annotated[str, typer.Option(help="jpeg, or png, which is lossless and larger.")] = "jpeg",
-    quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
-    shard_format: Annotated[str, typer.Option("--format", help="parquet or webdataset.")] = "parquet",
-    rows_per_shard: Annotated[int, typer.Option(help="Images in a file.")] = 1024,
     validation_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.1,
     test_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.0,
-    license: Annotated[
-        list[str] | None,
-        typer.Option("--license", help="Only images under this licence, such as CC-0; repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes; they decide no byte of the result.")] = 1,
     extend: Annotated[
         bool, typer.Option("--extend", help="Add to a finished folder, whose images stay.")
     ] = False,
-    keep_duplicates: Annotated[
-        bool,
-        typer.Option("--keep-duplicates", help="Keep training images that validation or test shows, too."),
-    ] = False,
-    max_corrupt_share: CorruptShareOption = 0.01,
     classes: ClassesOption = None,
     drop_other_classes: OtherClassesOption = False,
+    **settings: Any,
 ) -> None:
     """Write images at the training size in shards, split by lesion and patient, without near-duplicates across splits."""
     check_first(sources=[_with_split(text)[1] for text in data])
@@ -110,22 +100,13 @@ def prepare(
     from isic_vq.data.prepare import prepare as run
 
     quiet_transformers()
-    preparation = Preparation(
-        size=size,
-        encoding=encoding,
-        quality=quality,
-        format=shard_format,
-        rows_per_shard=rows_per_shard,
-        shares={"validation": validation_share, "test": test_share},
-        seed=seed,
-        licenses=tuple(license or ()),
-        keep_duplicates=keep_duplicates,
-        max_corrupt_share=max_corrupt_share,
-    )
+    shares = {"validation": validation_share, "test": test_share}
+    if "licenses" in settings:
+        settings["licenses"] = tuple(settings["licenses"])
     manifest = run(
         output,
         [_with_split(text) for text in data],
-        preparation,
+        Preparation(shares=shares, **settings),
         workers,
         extend,
         sys.stderr.isatty(),
@@ -172,27 +153,3 @@ def _print_counts(title: str, counts: dict[str, int], total: int) -> None:
     for value, count in counts.items():
         share = f"{count / total:7.1%}" if count <= total else ""
         typer.echo(f"  {value[:70]:<70} {count:>8} {share}")
-
-
-def _write_sample(source: Any, number: int, path: Path, seed: int) -> int:
-    """Write a grid of some images of a source; returns how many it shows."""
-    import numpy as np
-
-    from isic_vq.data.loading import iter_batches
-    from isic_vq.figures import image_grid
-    from isic_vq.figures.png import write_png
-    from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-
-    chosen = sorted(np.random.default_rng(seed).permutation(number)[:SAMPLES].tolist())
-    # Of a stream the first ones: the others are far away.
-    records = source.dataset().select(chosen) if source.has_random_access else source.stream().take(SAMPLES)
-    processor = IsicVQImageProcessor(size=SAMPLE_SIZE)
-    batches = [
-        batch["pixel_values"] for batch in iter_batches(records, processor, SAMPLES, max_corrupt_share=1.0)
-    ]
-    if not batches:
-        raise ValueError(f"{source.name} holds no readable image among {len(chosen)}")
-    pixels = np.concatenate([processor.postprocess(batch, output_type="np") for batch in batches])
-    comment = f"{len(pixels)} images of {source.name}, seed {seed}: source images, not generated ones"
-    write_png(image_grid(pixels, columns=8), path, {"Title": "sample", "Comment": comment})
-    return len(pixels)

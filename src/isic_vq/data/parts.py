@@ -133,9 +133,9 @@ def open_part(
 
     Args:
         uri: as for `find_source`.
-        part: "all", "train" or "validation".
-        share: as for `split_source`.
-        licenses: as for `licensed`.
+        part: all, or the train or validation part, see `split_source`.
+        share: of the images that go to the validation part, see `split_source`.
+        licenses: only images under one of these, such as CC-0, see `licensed`.
         classes: as for `find_source`.
 
     Returns:

@@ -143,6 +143,7 @@ def audit_checkpoint(
     limit: int = 1000,
     max_corrupt_share: float = 0.01,
     progress: bool = False,
+    device: str | None = None,
 ) -> Audit:
     """Compare samples with training images, by codes and by features, and training images' likelihoods with others'.
 
@@ -157,6 +158,7 @@ def audit_checkpoint(
         limit: at most this many training images, and held-out ones, whose likelihood is compared.
         max_corrupt_share: of `samples_from`, share of unreadable images past which to fail.
         progress: show bars.
+        device: as `load_model` takes it.
 
     Raises:
         ModelError, DataError: as their docstrings say; held-out images that are training images.
@@ -169,7 +171,7 @@ def audit_checkpoint(
     names = [Path(name).resolve().name if Path(name).is_dir() else name for name in features]
     if len({CODES, *names}) <= len(names):
         raise ValueError(f"the feature models are called {names}: expected each name once, and none {CODES}")
-    loaded = load_model(IsicVQModel, model).eval()
+    loaded = load_model(IsicVQModel, model, device).eval()
     train, held_out = read_code_cache(train_codes), read_code_cache(held_out_codes)
     for cache, path in ((train, train_codes), (held_out, held_out_codes)):
         check_tokenizer(cache, loaded.vqvae, path.name)

@@ -72,6 +72,7 @@ def evaluate_checkpoint(
     max_corrupt_share: float = 0.01,
     seed: int = 0,
     progress: bool = False,
+    device: str | None = None,
 ) -> Evaluation:
     """Measure a whole model on every image of some data sets.
 
@@ -79,16 +80,17 @@ def evaluate_checkpoint(
         model: folder or Hub id; None is the shipped checkpoint.
         data: at least one split (what the report calls it, no two alike) and URI of images.
         train_codes: code cache of the training images; with it the report has the unigram yardstick and the
-            likelihood of training images, up to `TRAIN_SAMPLE` of them in their first view.
+            likelihood of training images, up to 1000 of them in their first view.
         train_data: URI of the training images; with it the report has the reconstruction of as many of them, and that of
             the first data set with BatchNorm as in training, where the tokenizer has BatchNorm.
         features: folders or Hub ids of image models; with them as many images are generated as the first data set has, and
             compared with it, see `evaluate_generation`.
         floor_data: URI of other real images for that comparison, such as the training images.
-        lpips: measure LPIPS, too, see `PerceptualDistance`.
+        lpips: measure LPIPS, too, see `PerceptualDistance`; needs the extra lpips.
         max_corrupt_share: share of unreadable images past which to fail.
         seed: of subsets, resampling and generated images.
         progress: show a bar while images are generated and compared.
+        device: as `load_model` takes it.
 
     Raises:
         ValueError: there are no data sets, or two of one split; features without `floor_data` or the reverse; as
@@ -103,7 +105,7 @@ def evaluate_checkpoint(
             "generated images are compared by image models and beside other real images: give both, --features and "
             "--floor-data, or neither"
         )
-    loaded = load_model(IsicVQModel, model).eval()
+    loaded = load_model(IsicVQModel, model, device).eval()
     names = list(loaded.config.class_names.values())
     yardsticks = [Yardstick.from_pretrained(name, names) for name in features]
     perceptual = PerceptualDistance(loaded.device) if lpips else None

@@ -64,6 +64,7 @@ def evaluate_out_of_distribution(
     seed: int = 0,
     max_corrupt_share: float = 0.01,
     progress: bool = False,
+    device: str | None = None,
 ) -> Report:
     """Score images, spoiled copies of them and images that show no skin, and tell each kind from the first.
 
@@ -72,12 +73,13 @@ def evaluate_out_of_distribution(
         uri: the usual images; not those the model was trained on.
         train_codes: code cache of the training images.
         split: what the report calls the usual images.
-        non_skin: images that show no skin; None takes `photograph_tiles`.
+        non_skin: URI of images that show no skin; by default photographs of scikit-learn, see `photograph_tiles`.
         limit: at most this many images of a source, a seeded subset; of one that is streamed, up to
             `isic_vq.data.streaming.MAX_SAMPLE`.
         seed: of the subsets and of the corruptions.
         max_corrupt_share: share of unreadable images past which to fail.
         progress: show a bar.
+        device: as `load_model` takes it.
 
     Returns:
         A report with `auroc` for each score and kind of unusual images, `bits_per_code` for each kind (labels `score` and
@@ -87,7 +89,7 @@ def evaluate_out_of_distribution(
         ImportError: scikit-learn is needed and not installed.
         ModelError, DataError: as their docstrings say.
     """
-    loaded = load_model(IsicVQModel, model)
+    loaded = load_model(IsicVQModel, model, device)
     report = model_report(Path(resolve(model)).name, loaded)
     processor = IsicVQImageProcessor(size=loaded.config.vqvae_config.image_size)
     if non_skin is None:

@@ -11,7 +11,9 @@ images one for one: image i is asked for with the diagnosis of real image i. All
 In the work folder: `samples-train/`, `samples-test/` and PAIR-seedN.json; see `ClassifierStudy`.
 """
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +21,62 @@ from torch import Tensor
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measures import auroc
-from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.student import (
     ClassifierStudy,
     LabelledImages,
     Student,
     two_level_interval,
 )
+from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 PAIRS = (("real", "reconstructions"), ("reconstructions", "samples"), ("real", "samples"))
+
+
+def realism_report(
+    model: str | None,
+    train: str,
+    test: str,
+    work_dir: Path | None = None,
+    *,
+    seeds: int | None = None,
+    steps: int | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    device: str | None = None,
+) -> Report:
+    """Open a checkpoint, and have classifiers tell what it generates from real images.
+
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+        train: URI of real training images.
+        test: URI of other real images, which the model was not trained on either.
+        work_dir: folder of generated images and finished classifiers, so that a killed call goes on.
+        seeds: how often each classifier is trained, at least 2; by default 3.
+        steps: optimizer steps of each classifier; by default its own.
+        limit: at most so many images of each set, a seeded subset; by default all.
+        split: what the report calls the test images.
+        device: as `load_model` takes it.
+
+    Raises:
+        ModelError, ValueError, DataError: as `load_model`, `ClassifierStudy` and `evaluate_realism`.
+    """
+    generator = load_model(IsicVQModel, model, device)
+    student = default_student(generator)
+    student = student if steps is None else replace(student, steps=steps)
+    study = ClassifierStudy(
+        generator,
+        train,
+        test,
+        work_dir or Path("runs/realism"),
+        seeds=seeds or 3,
+        student=student,
+        limit=limit,
+        split=split,
+    )
+    return study.report(evaluate_realism(study))
 
 
 def evaluate_realism(study: ClassifierStudy, resamples: int = 1000) -> list[Metric]:

@@ -25,8 +25,10 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.sources.base import hash_ids
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
+from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.files import write_atomically
 from isic_vq.generate import generate_shards
+from isic_vq.hub.pretrained import find_device
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.training.classifier import (
@@ -92,14 +94,14 @@ class LabelledImages:
 
 
 def train_student(
-    images: LabelledImages, classes: Sequence[str], student: Student, seed: int
+    images: LabelledImages, classes: Sequence[str], student: Student, seed: int, device: str | None = None
 ) -> ResNetForImageClassification:
-    """Train a new classifier, on the GPU if there is one; a function of the arguments on one machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Train a new classifier, on the GPU if there is one or on `device`; a function of the arguments on one machine."""
+    place = find_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_classifier(student.model, classes).to(device).train()
-    log_shares = class_log_shares(images.labels, len(classes)).to(device)
+        model = build_classifier(student.model, classes).to(place).train()
+    log_shares = class_log_shares(images.labels, len(classes)).to(place)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
     )
@@ -115,11 +117,11 @@ def train_student(
             views = random_views(number, seed, epoch)
             colours = random_colours(number, student.colour_strength, seed, epoch)
         rows = order[batch * size : (batch + 1) * size]
-        pixel_values = dihedral(images.pixels[rows], views[rows]).to(device).float() / 255
-        pixel_values = recoloured(pixel_values, colours[rows].to(device))
+        pixel_values = dihedral(images.pixels[rows], views[rows]).to(place).float() / 255
+        pixel_values = recoloured(pixel_values, colours[rows].to(place))
         logits = model(normalised(pixel_values).contiguous(memory_format=torch.channels_last)).logits
         optimizer.zero_grad(set_to_none=True)
-        balanced_cross_entropy(logits, images.labels[rows].to(device), log_shares).backward()
+        balanced_cross_entropy(logits, images.labels[rows].to(place), log_shares).backward()
         optimizer.step()
         scheduler.step()
     return model
@@ -204,12 +206,22 @@ class ClassifierStudy:
                 f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides"
             )
         self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
-        self.labels = Classes.of_model(model.config.class_names.values())
+        self.limit, self.labels = limit, Classes.of_model(model.config.class_names.values())
         train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
         test_records, _, test_about = study_records(test, self.classes, limit, self.labels)
         self.records = {"train": train_records, "test": test_records}
         self.on = MeasuredOn(split, test_about["name"])
         begin(work_dir, {"train": train_about, "test": test_about, "student": asdict(student)})
+
+    def report(self, metrics: list[Metric]) -> Report:
+        """A report of what was measured, which names the model and how the classifiers were trained."""
+        about = {
+            "name": Path(self.model.name_or_path).name,
+            "classifier": asdict(self.student),
+            "seeds": len(self.seeds),
+            "limit": self.limit,
+        }
+        return Report(about, metrics, environment=environment(str(self.model.device)))
 
     def read(self, records: Any, size: int | None = None) -> LabelledImages:
         """Images of records in memory, by default at the size that classifiers see."""
@@ -240,7 +252,7 @@ class ClassifierStudy:
         """
         path = self.work_dir / f"{name}-seed{seed}.json"
         if not path.is_file():
-            classifier = train_student(images(), classes, self.student, seed)
+            classifier = train_student(images(), classes, self.student, seed, str(self.model.device))
             batches = (batch.float() / 255 for batch in pixels.split(self.student.batch_size))
             write_atomically(path, json.dumps({"logits": predict(classifier, batches).tolist()}).encode())
             logger.info("trained %s", path.stem)

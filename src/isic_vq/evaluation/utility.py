@@ -13,7 +13,9 @@ In the work folder: `synthetic-seedN/` and ARM-seedN.json; see `ClassifierStudy`
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +24,64 @@ from torch import Tensor
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measured_images import MIN_GROUP
 from isic_vq.evaluation.measures import Measure, classifier_measures
-from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.student import (
     ClassifierStudy,
     LabelledImages,
     Statistic,
+    Student,
     two_level_interval,
 )
+from isic_vq.hub.pretrained import load_model
+from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 ARMS = ("real", "synthetic", "real+synthetic")
+
+
+def utility_report(
+    model: str | None,
+    train: str,
+    test: str,
+    work_dir: Path | None = None,
+    *,
+    seeds: int | None = None,
+    steps: int | None = None,
+    limit: int | None = None,
+    split: str = "test",
+    auc_of: Sequence[str] | None = None,
+    device: str | None = None,
+) -> Report:
+    """Open a checkpoint, train classifiers on real and on generated images, and test them on real ones.
+
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+        train: URI of real training images.
+        test: URI of other real images, which the model was not trained on either.
+        work_dir: folder of generated images and finished classifiers, so that a killed call goes on; by default in runs/.
+        seeds: how often each classifier is trained, at least 2; by default 3 for realism, 5 for utility.
+        steps: optimizer steps of each classifier; by default 600 for realism, 1500 for utility.
+        limit: at most so many images of each set, a seeded subset; by default all, for ood 300.
+        split: what the report calls the test images.
+        auc_of: classes whose AUC against all others is reported; by default all, see `evaluate_utility`.
+        device: as `load_model` takes it.
+
+    Raises:
+        ModelError, ValueError, DataError: as `load_model`, `ClassifierStudy` and `evaluate_utility`.
+    """
+    generator = load_model(IsicVQModel, model, device)
+    student = Student()
+    student = student if steps is None else replace(student, steps=steps)
+    study = ClassifierStudy(
+        generator,
+        train,
+        test,
+        work_dir or Path("runs/utility"),
+        seeds=seeds or 5,
+        student=student,
+        limit=limit,
+        split=split,
+    )
+    return study.report(evaluate_utility(study, auc_of=auc_of))
 
 
 def evaluate_utility(

@@ -65,6 +65,20 @@ def image_grid(
     return picture
 
 
+def captioned(picture: Image.Image, text: str, least_width: int = 320) -> Image.Image:
+    """A picture with a line of text under it, in as many rows as its width, or `least_width` pixels, asks for."""
+    font = ImageFont.load_default(size=14)
+    width = max(picture.width, least_width)
+    rows = wrap(text, width - 8, font)
+    height = picture.height + 8 + (rows.count("\n") + 1) * sum(font.getmetrics())  # type: ignore[union-attr]
+    framed = Image.new("RGB", (width, height), BACKGROUND)
+    framed.paste(picture, (0, 0))
+    ImageDraw.Draw(framed).multiline_text(
+        (4, picture.height + 2), rows, font=font, fill=TEXT_COLOR, spacing=0
+    )
+    return framed
+
+
 def paired_grid(
     above: np.ndarray, below: np.ndarray, columns: int = 8, padding: int = 2
 ) -> tuple[Image.Image, list[tuple[int, int]]]:

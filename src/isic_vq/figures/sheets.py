@@ -6,6 +6,7 @@ may not be.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +14,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from isic_vq.data.classes import Classes
 from isic_vq.data.loading import iter_batches
-from isic_vq.data.sources import Source
+from isic_vq.data.sources import Source, find_source
 from isic_vq.evaluation.codebook import code_atlas
-from isic_vq.figures.grid import image_grid, paired_grid
+from isic_vq.figures.grid import captioned, image_grid, paired_grid
+from isic_vq.figures.png import write_jpeg
+from isic_vq.files import file_name
 from isic_vq.models.editing import pixel_mask
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -63,6 +68,44 @@ def model_sheets(model: IsicVQModel, seed: int = 0, particles: int = 64) -> Iter
     if model.config.class_names:
         yield counterfactual_sheet(model, seed, particles)
     yield atlas_sheet(model)
+
+
+def write_sheets(
+    model: IsicVQModel,
+    output: Path,
+    data: str | None = None,
+    *,
+    seed: int = 0,
+    particles: int = 64,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> Iterator[tuple[Path, str]]:
+    """Write `model_sheets`, or with data `real_sheets`, as JPEGs with their captions; yield each file and its caption.
+
+    Args:
+        model: as they take it.
+        output: folder.
+        data: URI of real images.
+        seed: of everything that is drawn.
+        particles: candidates per edit, at most 4096; more fit the rest of the image better.
+        max_corrupt_share: share of unreadable images past which to fail.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: too many particles.
+        DataError: the images cannot be used.
+    """
+    if particles > 4096:
+        raise ValueError(f"particles is {particles}: expected at most 4096")
+    if data is None:
+        sheets = model_sheets(model, seed, particles)
+    else:
+        source = find_source(data, Classes.of_model(model.config.class_names.values()))
+        sheets = real_sheets(model, source, seed, max_corrupt_share)
+    for sheet in tqdm(sheets, unit="sheet", disable=not progress):
+        path = output / f"{file_name(sheet.name)}.jpg"
+        write_jpeg(captioned(sheet.picture, sheet.caption), path, sheet.caption)
+        yield path, sheet.caption
 
 
 def interpolation_sheet(model: IsicVQModel, seed: int) -> Sheet:

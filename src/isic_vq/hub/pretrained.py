@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
@@ -82,17 +83,22 @@ def class_names_of(model: str) -> dict[int, str] | None:
         return None
 
 
-def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
-    """Open a checkpoint as `model_class`, in eval mode, on the GPU if there is one.
+def load_model(model_class: "type[Model]", model: str | None = None, device: str | None = None) -> "Model":
+    """Open a checkpoint as `model_class`, in eval mode.
+
+    Args:
+        model_class: `IsicVQModel`, `VQVAEModel` or a prior's class.
+        model: as `resolve` takes it.
+        device: such as "cpu", "cuda:1" or "mps"; by default the first GPU if there is one, the CPU otherwise.
 
     Raises:
-        ModelError: the checkpoint is of another class, or its tensors are not exactly the model's.
+        ModelError: the checkpoint is of another class, or its tensors are not exactly the model's; or there is no such device.
         OSError: a Hub repository cannot be reached.
     """
-    import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    place = find_device(device)
     name = resolve(model)
     path = Path(name)
     if path.is_dir():
@@ -111,7 +117,27 @@ def load_model(model_class: "type[Model]", model: str | None = None) -> "Model":
         kind = KINDS.get(model_class.config_class.model_type, "a model")
         reason = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
         raise ModelError(f"{path.name} cannot be read as {kind}: {reason}") from error
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.to(place)
+
+
+def find_device(device: str | None = None) -> "torch.device":
+    """The device of a name; by default the first GPU if there is one, the CPU otherwise.
+
+    Raises:
+        ModelError: it has no tensors.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()  # which a meta device refuses
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(
+            f"device {device!r} cannot be used: expected cpu, cuda, cuda:1 or mps ({reason})"
+        ) from error
+    return torch.device(device)
 
 
 def _read_config(path: Path, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":

@@ -67,7 +67,7 @@ def push(
     Args:
         folder: a repository folder, as `isic-vq export` and `isic-vq card` leave it.
         repo_id: "user/name".
-        private: visibility of the repository; None leaves it as it is.
+        private: visibility of the repository; by default as it is, or the account's.
         create_pr: propose the commit as a pull request.
         revision: the branch; main by default.
         tag: name for the commit, which must be new.

@@ -23,10 +23,10 @@ class Sampling:
 
     Args:
         temperature: below 1 sharpens, above 1 flattens the distributions.
-        top_k: keep this many most likely codes; None keeps all.
-        top_p: keep the most likely codes that hold this much probability; None keeps all.
-        guidance_scale: 1 is off; see `guided_logits`.
-        guidance_power: p, if guidance is to grow over the codes, see `guidance_share`; None leaves it as the prior has it.
+        top_k: keep this many most likely codes; by default all.
+        top_p: keep the most likely codes that hold this much probability; by default all.
+        guidance_scale: 1 is off, more follows the label more; see `guided_logits`.
+        guidance_power: of guidance that grows over the codes, see `guidance_share`; by default as the prior has it.
 
     Raises:
         ValueError: a setting without a meaning, or one that float32 does not hold.

@@ -1,4 +1,4 @@
-"""Commands that train: tokenizers, codes, priors, decoders, and the figures of their runs."""
+"""Commands that train: a model by its recipe, the codes that a prior learns, the figures of a run."""
 
 from importlib import import_module
 from pathlib import Path
@@ -8,8 +8,8 @@ import typer
 
 from isic_vq.cli.app import (
     ClassesOption,
-    CorruptShareOption,
     DataOption,
+    DeviceOption,
     OtherClassesOption,
     Overrides,
     ResumeOption,
@@ -18,6 +18,7 @@ from isic_vq.cli.app import (
     declared_classes,
     quiet_transformers,
 )
+from isic_vq.cli.flags import options_of
 
 CHANGED = {"frechet_distance": "Frechet distance", "feature_distance": "feature distance", "psnr": "PSNR"}
 
@@ -80,23 +81,16 @@ def _summary(stage: str, result: Any) -> str:
 @app.command(
     epilog="Example:\n\n  isic-vq encode runs/vqvae-f8/model --data folder:my_images -o runs/codes/train.parquet"
 )
+@options_of("data/encoding.py:Encoding", "num_views batch_size max_corrupt_share", num_views="views")
+@options_of("data/parts.py:open_part", "part share licenses", share="validation-share", licenses="license")
 def encode(
     model: Annotated[str, typer.Argument(help="Folder of a tokenizer, or of a whole model.")],
     data: DataOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")],
-    views: Annotated[int, typer.Option(help="Dihedral views per image, 1 to 8.")] = 8,
-    part: Annotated[
-        str, typer.Option(help="all, or the train or validation part that training splits off by itself.")
-    ] = "all",
-    validation_share: Annotated[float, typer.Option(help="As data.validation_share of the recipe.")] = 0.1,
-    license: Annotated[
-        list[str] | None,
-        typer.Option("--license", help="Only images under this licence, such as CC-0; repeatable."),
-    ] = None,
-    max_corrupt_share: CorruptShareOption = 0.01,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
     classes: ClassesOption = None,
     drop_other_classes: OtherClassesOption = False,
+    device: DeviceOption = None,
+    **settings: Any,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
     check_first(model, sources=[data])
@@ -109,16 +103,16 @@ def encode(
 
     quiet_transformers()
     rank, world = launched_process()
-    declared = declared_classes(classes, drop_other_classes)
-    records, source = open_part(data, part, validation_share, license or (), declared)
-    tokenizer = load_model(VQVAEModel, model)
+    chosen = {key: settings.pop(key) for key in ("part", "share", "licenses") if key in settings}
+    records, source = open_part(data, **chosen, classes=declared_classes(classes, drop_other_classes))
+    tokenizer = load_model(VQVAEModel, model, device)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    encoding = Encoding(tokenizer, processor, records, source, views, batch_size, max_corrupt_share)
+    encoding = Encoding(tokenizer, processor, records, source, **settings)
     number = encode_to_file(encoding, output, rank, world, progress=rank == 0)
     if number is None:
         typer.echo(f"process {rank} of {world} is done; the last one writes {output}")
     else:
-        typer.echo(f"wrote the codes of {number} images in {views} views to {output}")
+        typer.echo(f"wrote the codes of {number} images in {encoding.num_views} views to {output}")
         if number < source.num_images:
             typer.echo(f"left out, unreadable: {source.num_images - number} of {source.num_images} images")
 

@@ -1,13 +1,16 @@
-"""Commands around a model's repository folder: export, card, description."""
+"""Commands around a model's Hub repository: export, card, push, pull."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
-from isic_vq import __version__
 from isic_vq.cli.app import app, check_first, quiet_transformers
-from isic_vq.cli.measuring import print_report
+from isic_vq.cli.flags import options_of
+
+SHOWN_LEFT_OUT = 20
+RepositoryArgument = Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.")]
 
 
 @app.command(
@@ -117,31 +120,58 @@ def card(
     typer.echo(f"{folder / 'README.md'} says what the reports say")
 
 
-@app.command(epilog="Example:\n\n  isic-vq info model_cards/isic-vq-128")
-def info(model: Annotated[str | None, typer.Argument(help="Model folder or Hub id.")] = None) -> None:
-    """Describe a model: sizes, classes, licence, training images and measured quality."""
-    from isic_vq.data.provenance import read_training_data
-    from isic_vq.evaluation.report import Report
-    from isic_vq.hub.pretrained import load_model, resolve
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
+@app.command(epilog="Example:\n\n  isic-vq push model_cards/my-model user/my-model --dry-run")
+@options_of(
+    "hub/transfer.py:push",
+    "private create_pr revision tag commit_message dry_run",
+    private="private/--public",
+    commit_message="message",
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Repository folder, as export leaves it.")],
+    repo_id: RepositoryArgument,
+    **settings: Any,
+) -> None:
+    """Make a Hub repository exactly what a repository folder holds, in one checked commit.
 
-    quiet_transformers()
-    loaded = load_model(IsicVQModel, model)
-    folder = Path(resolve(model))
-    vqvae, prior = loaded.config.vqvae_config, loaded.config.prior_config
-    typer.echo(f"isic-vq {__version__}, model {folder.name}")
-    typer.echo(
-        f"tokenizer: {loaded.vqvae.num_parameters():,} parameters, {vqvae.image_size} px -> "
-        f"{' + '.join(f'{side}x{side}' for side in vqvae.sides)} codes of {vqvae.num_codes}"
-    )
-    typer.echo(f"prior: {prior.model_type}, {loaded.prior.num_parameters():,} parameters")
-    typer.echo(
-        "classes: " + (", ".join(f"{i} {n}" for i, n in prior.id2label.items()) or "none (unconditional)")
-    )
-    typer.echo(f"weights licence: {loaded.config.license or 'not recorded'}")
-    for stage, about in read_training_data(folder).items():
-        licenses = about and ", ".join(f"{name} {count:,}" for name, count in about.licenses.items())
-        known = about and f"{about.num_images:,} images of {about.name}, by licence: {licenses}"
-        typer.echo(f"{stage} trained on {known or 'images that are not recorded'}")
-    for path in sorted(folder.glob("reports/*.json")):
-        print_report(Report.load(path))
+    Files that the folder lacks are deleted there. Only files of a model's layout go: no data images, caches,
+    checkpoints or hidden files. A repeated push sends only what is missing.
+    """
+    from isic_vq.hub import transfer
+
+    done = transfer.push(folder, repo_id, **settings)
+    if done.result is None:
+        for file in done.plan:
+            typer.echo(f"{file.action:>8} {decimal(file.size):>9}  {file.path}")
+    for path, num_bytes in done.left_out[:SHOWN_LEFT_OUT]:
+        typer.echo(f"left out {decimal(num_bytes):>9}  {path}")
+    if len(done.left_out) > SHOWN_LEFT_OUT:
+        typer.echo(f"left out {len(done.left_out) - SHOWN_LEFT_OUT} more files")
+    sent = [file.size for file in done.plan if file.action in ("add", "change")]
+    gone = sum(file.action == "delete" for file in done.plan)
+    what = f"{len(sent)} files ({decimal(sum(sent))}), {gone} deleted, {len(done.plan) - len(sent) - gone} unchanged"
+    if done.result is None:
+        state = "" if done.exists else ", which does not exist yet or is private"
+        typer.echo(f"dry run: would push {what} to {repo_id}{state}")
+    elif not done.result.changed:
+        typer.echo(f"nothing to push: all {len(done.plan)} files are there, {done.result.url}")
+    else:
+        typer.echo(f"pushed {what}; checked at {done.result.pr_url or done.result.url}")
+
+
+@app.command(epilog="Example:\n\n  isic-vq pull user/my-model -o models/my-model --revision v1.0")
+def pull(
+    repo_id: RepositoryArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: the repository's name.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
+) -> None:
+    """Copy a Hub repository of a model into a folder: whole, checked by hash, and nothing in it is run.
+
+    A repeated pull asks only for the files that are missing.
+    """
+    from isic_vq.hub import transfer
+
+    folder = transfer.pull(repo_id, output or Path(repo_id.rpartition("/")[2]), revision=revision)
+    typer.echo(f"wrote {folder}; next: isic-vq info {folder}")

@@ -1,0 +1,290 @@
+"""Commands that judge a model: what it measures on images, and whether it repeats its training images."""
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from isic_vq.cli.app import DeviceOption, ModelOption, app, check_first, quiet_transformers
+from isic_vq.cli.flags import options_of
+
+if TYPE_CHECKING:
+    from isic_vq.evaluation.audit import Audit
+    from isic_vq.evaluation.report import Report
+
+# What evaluate measures with --only, and the options that each takes; None is the usual evaluation.
+OPTIONS = {
+    None: (
+        "train_codes",
+        "train_data",
+        "features",
+        "floor_data",
+        "lpips",
+        "gallery",
+        "seed",
+        "max_corrupt_share",
+    ),
+    "ood": ("train_codes", "non_skin", "limit", "seed", "max_corrupt_share"),
+    "realism": ("train_data", "work_dir", "seeds", "steps", "limit"),
+    "utility": ("train_data", "work_dir", "seeds", "steps", "limit", "auc_of"),
+    "sheets": ("particles", "seed", "max_corrupt_share"),
+}
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq evaluate --data test=folder:test_images --train-codes runs/codes/train.parquet\n\n"
+    "  isic-vq evaluate runs/prior-f8/model --data validation=folder:a --data clinic=folder:b --out report.json\n\n"
+    "  isic-vq evaluate --data validation=folder:a --features model_cards/isic-derm-features --floor-data folder:train\n\n"
+    "  isic-vq evaluate --only utility --train-data folder:train --data test=folder:test -o utility.json\n\n"
+    "  isic-vq evaluate --only sheets -o sheets"
+)
+@options_of("figures/sheets.py:write_sheets", "particles", "With --only sheets")
+@options_of(
+    "evaluation/utility.py:utility_report",
+    "work_dir seeds steps limit auc_of",
+    "With --only realism or utility (limit: ood, too; auc-of: utility alone)",
+)
+@options_of("evaluation/out_of_distribution.py:evaluate_out_of_distribution", "non_skin", "With --only ood")
+@options_of(
+    "evaluation/evaluate.py:evaluate_checkpoint",
+    "train_codes train_data features floor_data lpips seed max_corrupt_share",
+)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; default: the shipped checkpoint.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="[NAME=]SOURCE: images, and what the report calls them; repeat it for several. NAME: validation by "
+            "default; SOURCE: as for encode. Of sheets: real images, shown beside generated ones instead of other sheets.",
+        ),
+    ] = None,
+    only: Annotated[
+        Literal["ood", "realism", "utility", "sheets"] | None,
+        typer.Option(
+            help="Measure this instead: how well likelihood finds unusual images (ood); how well a classifier tells "
+            "generated images from real ones (realism); what they are worth to one that is trained on them (utility). Or "
+            "draw sheets to judge a model by: every class, mixtures, completions, counterfactuals, codes."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "--output",
+            "-o",
+            help="Report to write (default report.json), and a page and PNGs beside it; of sheets: their folder.",
+        ),
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the worst reconstructions beside their originals: not to be published where those are not."
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    **settings: Any,
+) -> None:
+    """Measure reconstruction, codebook, likelihood, generated images and cost, with intervals; write a page, too."""
+    _check_options(context, only)
+    sets = [_named(text) for text in data or []]
+    train_codes, train_data = settings.get("train_codes"), settings.get("train_data")
+    sources = [*(uri for _, uri in sets), train_data, settings.get("floor_data"), settings.get("non_skin")]
+    check_first(
+        model, *settings.get("features", ()), sources=sources, codes=[train_codes], seed=settings["seed"]
+    )
+    what = "evaluate" if only is None else f"evaluate --only {only}"
+    if not sets and only != "sheets":
+        raise ValueError(f"{what} needs --data")
+    if only is not None and len(sets) > 1:
+        raise ValueError(f"{what} takes one --data, got {len(sets)}")
+    if train_codes is None and only == "ood":
+        raise ValueError(f"{what} needs --train-codes")
+    if train_data is None and only in ("realism", "utility"):
+        raise ValueError(f"{what} needs --train-data")
+    quiet_transformers()
+    settings = {name: value for name, value in settings.items() if name in OPTIONS[only]}
+    output = output or Path("sheets" if only == "sheets" else "report.json")
+    if only == "sheets":
+        _draw_sheets(model, sets[0][1] if sets else None, output, device, settings)
+    elif only == "ood":
+        _evaluate_ood(model, *sets[0], output, device, settings)
+    elif only is not None:
+        _train_classifiers(only, model, *sets[0], output, device, settings)
+    else:
+        _evaluate(model, sets, output, gallery, device, settings)
+
+
+def _evaluate(
+    model: str | None,
+    sets: list[tuple[str, str]],
+    output: Path,
+    gallery: Path | None,
+    device: str | None,
+    settings: dict[str, Any],
+) -> None:
+    from isic_vq.evaluation.evaluate import evaluate_checkpoint
+    from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
+    from isic_vq.figures.write import check_matplotlib
+
+    check_matplotlib()
+    evaluation = evaluate_checkpoint(model, sets, **settings, progress=sys.stderr.isatty(), device=device)
+    _write_report(evaluation.report, output)
+    typer.echo(f"wrote {write_evaluation_page(evaluation, output.with_suffix('.html'))}")
+    for path in [] if gallery is None else write_gallery(evaluation, gallery):
+        typer.echo(f"wrote {path}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Parse [NAME=]SOURCE."""
+    match = re.match(r"([\w-]+)=(.+)", text, re.DOTALL)
+    return (match[1], match[2]) if match else ("validation", text)
+
+
+def _check_options(context: typer.Context, only: str | None) -> None:
+    """Refuse options that what is measured does not take."""
+    for name in context.params:
+        owners = [str(owner or "the usual evaluation") for owner, names in OPTIONS.items() if name in names]
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and owners and name not in OPTIONS[only]:
+            what = "without --only" if only is None else f"with --only {only}"
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing {what}: it is for {', '.join(owners)}"
+            )
+
+
+def _draw_sheets(
+    model: str | None, data: str | None, output: Path, device: str | None, settings: dict[str, Any]
+) -> None:
+    from isic_vq.figures.sheets import write_sheets
+    from isic_vq.hub.pretrained import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+    artist = load_model(IsicVQModel, model, device)
+    for path, caption in write_sheets(artist, output, data, progress=sys.stderr.isatty(), **settings):
+        typer.echo(f"wrote {path}: {caption}")
+
+
+def _evaluate_ood(
+    model: str | None, split: str, data: str, output: Path, device: str | None, settings: dict[str, Any]
+) -> None:
+    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
+    from isic_vq.figures.score_plots import write_score_histograms
+    from isic_vq.figures.write import check_matplotlib
+
+    check_matplotlib()
+    report = evaluate_out_of_distribution(
+        model, data, split=split, progress=sys.stderr.isatty(), device=device, **settings
+    )
+    _write_report(report, output)
+    write_score_histograms(report, output.with_suffix(".png"))
+    typer.echo(f"wrote {output.with_suffix('.png')}")
+
+
+def _train_classifiers(
+    only: str,
+    model: str | None,
+    split: str,
+    data: str,
+    output: Path,
+    device: str | None,
+    settings: dict[str, Any],
+) -> None:
+    from isic_vq.evaluation.realism import realism_report
+    from isic_vq.evaluation.utility import utility_report
+
+    train_data = settings.pop("train_data")
+    measure: Any = utility_report if only == "utility" else realism_report
+    _write_report(measure(model, train_data, data, split=split, device=device, **settings), output)
+
+
+def _write_report(report: "Report", output: Path) -> None:
+    report.save(output)
+    print_report(report)
+    typer.echo(f"wrote {output}")
+
+
+@app.command(
+    epilog="Examples:\n\n  isic-vq audit --train-codes runs/codes/train.parquet --held-out-codes "
+    "runs/codes/validation.parquet --features models/derm-features\n\n  isic-vq audit --train-codes train.parquet "
+    "--held-out-codes validation.parquet --samples-from folder:theirs"
+)
+@options_of(
+    "evaluation/audit.py:audit_checkpoint",
+    "features num_samples samples_from seed limit max_corrupt_share",
+    num_samples="samples",
+)
+def audit(
+    train_codes: Annotated[
+        Path, typer.Option(help="Code cache of the training images, best in all eight views.")
+    ],
+    held_out_codes: Annotated[
+        Path, typer.Option(help="Code cache of images of the same origin that are new to the model.")
+    ],
+    model: ModelOption = None,
+    train_images: Annotated[
+        str | None,
+        typer.Option(
+            help="The training images, to be shown in pairs; without it, what their codes decode to."
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path,
+        typer.Option(help="Folder for pictures of the closest pairs: they may show patients' images."),
+    ] = Path("runs/audit/pairs"),
+    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Report to write.")] = Path(
+        "runs/audit/report.json"
+    ),
+    device: DeviceOption = None,
+    **settings: Any,
+) -> None:
+    """Tell whether samples are nearer to training images than new images are, and show the closest pairs."""
+    check_first(
+        model, *settings.get("features", ()), codes=[train_codes, held_out_codes], seed=settings["seed"]
+    )
+    from isic_vq.evaluation.audit import audit_checkpoint
+    from isic_vq.figures.closest_pairs import write_pairs
+
+    quiet_transformers()
+    result = audit_checkpoint(
+        model, train_codes, held_out_codes, progress=sys.stderr.isatty(), device=device, **settings
+    )
+    result.report.save(output)
+    print_report(result.report)
+    for path in write_pairs(result, pairs, train_images):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"wrote {output}")
+    for line in _verdict(result):
+        typer.echo(line)
+
+
+def _verdict(result: "Audit") -> list[str]:
+    """What was decided, in a line per channel and one for all."""
+    lines = []
+    for channel, excess in result.excess.items():
+        needed = "no number is" if excess.threshold is None else f"from {excess.threshold} on it is"
+        found = sum(pair.found for pair in result.pairs[channel])
+        lines.append(
+            f"{channel}: {excess.count} samples are near to training images, {excess.expected:.1f} by chance "
+            f"(p = {excess.p_value:.2g}; {needed} a verdict); {found} found as copies"
+        )
+    decided = "more samples are near to training images than" if result.verdict else "no more than"
+    return [*lines, f"verdict: {decided} chance explains"]
+
+
+def print_report(report: "Report") -> None:
+    """Print a report's metrics as a table; those of parts of a data set are in the file."""
+    shown = [metric for metric in report.metrics if metric.group is None]
+    width = max(28, *(len(metric.text) for metric in shown))
+    for metric in shown:
+        low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
+        typer.echo(
+            f"  {metric.text:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, "
+            f"n = {metric.n}"
+        )

@@ -1,0 +1,135 @@
+"""Images to one compressed file and back; between lie a model's codes."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from isic_vq.codec.codec import Compressed, compress, decompress
+from isic_vq.codec.container import CodecError
+from isic_vq.codec.integer_weights import training_code_counts
+from isic_vq.codec.names import png_paths
+from isic_vq.data.classes import AUTO, NUM_LISTED, Classes, and_more
+from isic_vq.data.loading import iter_batches
+from isic_vq.data.sources import find_source
+from isic_vq.data.sources.folder import FolderSource
+from isic_vq.data.sources.image_files import image_names
+from isic_vq.figures.png import write_png
+from isic_vq.files import write_atomically
+from isic_vq.locks import hold
+from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+BATCH_SIZE = 32
+
+
+class Restored(NamedTuple):
+    """What a compressed file gave.
+
+    Attributes:
+        paths: the PNGs.
+        num_blocks: of the file.
+        damage: a sentence for each block whose images are lost.
+    """
+
+    paths: list[Path]
+    num_blocks: int
+    damage: list[str]
+
+    def check(self, file: Path) -> None:
+        """Raise CodecError if a block is damaged."""
+        if self.damage:
+            listed = "; ".join(self.damage[:NUM_LISTED]) + and_more(len(self.damage))
+            raise CodecError(f"{file.name} is damaged, and the images of these blocks are lost: {listed}")
+
+
+def compress_images(
+    model: IsicVQModel,
+    data: str,
+    output: Path,
+    *,
+    portable: bool = False,
+    label: str | None = None,
+    max_corrupt_share: float = 0.01,
+    progress: bool = False,
+) -> Compressed:
+    """Compress all images of a source to one file; lossy, at the model's resolution.
+
+    Args:
+        model: a whole model; its prior is moved to the CPU.
+        data: URI of the images; a folder's are named as its files are.
+        output: file, such as images.ivq.
+        portable: larger, but decompresses on any machine: without it, on one that computes alike.
+        label: diagnosis (name, alias or id) of all images; saves little.
+        max_corrupt_share: share of unreadable images past which to fail.
+        progress: show progress bars.
+
+    Raises:
+        DataError: too many images are corrupt.
+        ValueError: an unknown label, or no image can be read.
+    """
+    label_id = None if label is None else int(model.label_ids(label, 1)[0])
+    with hold(output):
+        names, codes = _encode(data, model, max_corrupt_share, progress)
+        model.prior.cpu()
+        counts = training_code_counts(model.name_or_path)
+        with tqdm(total=len(names), unit="image", desc="coding", disable=not progress) as bar:
+            result = compress(model, codes, names, label_id, counts, portable, on_block=bar.update)
+        write_atomically(output, result.content)
+    return result
+
+
+def decompress_images(model: IsicVQModel, file: Path, output: Path, progress: bool = False) -> Restored:
+    """Write the images of a compressed file as PNGs; of a damaged file, those of every intact block.
+
+    Args:
+        model: the one that compressed it; its prior is moved to the CPU.
+        file: as `compress_images` writes it.
+        output: folder.
+        progress: show a progress bar.
+
+    Raises:
+        CodecError: nothing of the file can be read, or another model wrote it.
+    """
+    content = file.read_bytes()
+    device = model.vqvae.device
+    model.prior.cpu()
+    with tqdm(unit="image", desc="decoding", disable=not progress) as bar:
+        result = decompress(model, content, training_code_counts(model.name_or_path), on_block=bar.update)
+    paths = png_paths(result.names, output)
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    for part, places in zip(result.codes.split(BATCH_SIZE), _chunks(paths), strict=False):
+        with torch.inference_mode():
+            images = processor.postprocess(model.decode(part.to(device)), output_type="np")
+        for pixels, path in zip(images, places, strict=True):
+            write_png(pixels, path, {"Comment": "VQ-VAE reconstruction"})
+    return Restored(paths, result.num_blocks, list(result.damage))
+
+
+def _chunks(paths: list[Path]) -> list[list[Path]]:
+    return [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
+
+
+def _encode(
+    data: str, model: IsicVQModel, max_corrupt_share: float, progress: bool
+) -> tuple[list[str], Tensor]:
+    """Names and codes `(N, h, w)` on the CPU of a source's images."""
+    source = find_source(data, Classes.parse(AUTO))
+    files = image_names(source.folder)[0] if isinstance(source, FolderSource) else None
+    processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
+    names: list[str] = []
+    codes = []
+    batches = iter_batches(
+        source.records(), processor, batch_size=BATCH_SIZE, max_corrupt_share=max_corrupt_share
+    )
+    with tqdm(unit="image", desc="encoding", disable=not progress) as bar, torch.inference_mode():
+        for batch in batches:
+            ids = batch["isic_ids"] if files is None else [files[row] for row in batch["indices"].tolist()]
+            codes.append(model.encode(batch["pixel_values"].to(model.vqvae.device)).cpu())
+            names += ids
+            bar.update(len(ids))
+    if not names:
+        raise ValueError(f"{data} holds no readable image")
+    return names, torch.cat(codes)

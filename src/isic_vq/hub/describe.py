@@ -1,0 +1,102 @@
+"""What a model is, in a few lines: classes, codes, parameters, licence, training images, measured quality."""
+
+from pathlib import Path
+
+from isic_vq import __version__
+from isic_vq.data.provenance import read_training_data
+from isic_vq.evaluation.report import Metric, Report
+from isic_vq.hub.pretrained import load_model, resolve
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+# Metrics by name and labels, and how they are told.
+HEADLINES: tuple[tuple[str, dict[str, str], str], ...] = (
+    ("psnr", {}, "reconstruction {:.1f} dB PSNR"),
+    ("bits_per_code", {}, "{:.2f} bits per code"),
+    ("frechet_distance", {"images": "samples"}, "Frechet distance {:.2f}"),
+    ("seconds_per_image", {"action": "generate", "batch": "16"}, "{:.2g} s per generated image"),
+)
+HARDLY_TRAINED = 0.95  # of the bits that code frequencies alone ask for
+
+
+def describe_model(model: str | None = None) -> list[str]:
+    """Eight lines on a whole model; what no report of its repository says is left out of the last.
+
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be read.
+    """
+    loaded = load_model(IsicVQModel, model, "cpu")
+    folder = Path(resolve(model))
+    vqvae, prior = loaded.config.vqvae_config, loaded.config.prior_config
+    grids = " + ".join(f"{side}x{side}" for side in vqvae.sides)
+    trained = read_training_data(folder)
+    images = {
+        f"{about.num_images:,} images of {about.name} ({', '.join(about.licenses)})"
+        if about
+        else "not recorded"
+        for about in trained.values()
+    }
+    return [
+        f"model      {folder.name}, isic-vq {__version__}: generates, encodes and decodes images of skin lesions",
+        f"tokenizer  {vqvae.image_size} px -> {grids} codes of {vqvae.num_codes}, {loaded.vqvae.num_parameters():,} parameters",
+        f"prior      {prior.model_type.removeprefix('isic_')}, {loaded.prior.num_parameters():,} parameters",
+        "classes    "
+        + (", ".join(f"{i} {name}" for i, name in prior.id2label.items()) or "none (unconditional)"),
+        f"trained on {'; '.join(sorted(images)) or 'not recorded'}",
+        f"licence    weights {loaded.config.license or 'not recorded'}",
+        f"measured   {headline(read_reports(model)) or 'no report'}",
+        "use        research on synthetic images; not a diagnostic device",
+    ]
+
+
+def training_details(model: str | None = None) -> list[str]:
+    """A line on the training images of each stage: how many, of what data set, by licence."""
+    lines = []
+    for stage, about in read_training_data(Path(resolve(model))).items():
+        licenses = about and ", ".join(f"{name} {count:,}" for name, count in about.licenses.items())
+        known = about and f"{about.num_images:,} images of {about.name}, by licence: {licenses}"
+        lines.append(f"{stage} trained on {known or 'images that are not recorded'}")
+    return lines
+
+
+def read_reports(model: str | None = None) -> list[Report]:
+    """The reports of a model's repository folder, or of the run that the model's folder lies in."""
+    folder = Path(resolve(model))
+    paths = sorted(folder.glob("reports/*.json")) or [
+        path for path in [folder.parent / "report.json"] if folder.name == "model" and path.is_file()
+    ]
+    return [Report.load(path) for path in paths]
+
+
+def headline(reports: list[Report]) -> str:
+    """The numbers of `HEADLINES` that reports have of images which are not training images."""
+    found = (_metric(reports, name, labels) for name, labels, _ in HEADLINES)
+    told = [form.format(metric.value) for metric, (*_, form) in zip(found, HEADLINES, strict=True) if metric]
+    return ", ".join(told)
+
+
+def training_warning(model: str | None = None) -> str | None:
+    """A sentence if the reports of a model say that its prior was hardly trained: nothing that it draws has a structure.
+
+    Args:
+        model: as `describe_model` has it; of a Hub id nothing is read.
+    """
+    reports = read_reports(model)
+    bits, unigram = (_metric(reports, f"bits_per_code{end}", {}) for end in ("", "_unigram"))
+    if bits is None or unigram is None or bits.value < HARDLY_TRAINED * unigram.value:
+        return None
+    return (
+        f"this model was hardly trained: its prior needs {bits.value:.2f} bits per code, the codes' frequencies alone "
+        f"{unigram.value:.2f}; expect images without structure"
+    )
+
+
+def _metric(reports: list[Report], name: str, labels: dict[str, str]) -> Metric | None:
+    """The first metric of a name and labels, of any yardstick."""
+    for metric in (metric for report in reports for metric in report.metrics):
+        own = {key: value for key, value in metric.labels.items() if key != "yardstick"}
+        if metric.name == name and metric.split != "train" and own == labels:
+            return metric
+    return None
