@@ -22,7 +22,7 @@ PARTS = """
 import json, sys, time
 clock = [time.perf_counter()]
 from isic_vq.cli.app import quiet_transformers
-from isic_vq.cli.pictures import write_png
+from isic_vq.figures.png import write_png
 from isic_vq.figures import image_grid
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,46 @@ def test_one_label_per_image(run, tiny_run, tmp_path):
     assert titles == ["melanoma", "nevus"]
 
 
+def test_a_grid_says_what_it_shows(run, tiny_run, tmp_path):
+    """Under the images, which stay as they are: the caption is ink on white below the last row."""
+    model = tiny_run.prior / "model"
+    for arguments in (
+        ("generate", "-n", 2, "--temperature", 0.5),
+        ("reconstruct", tiny_run.images["validation"], "--limit", 2),
+    ):
+        assert run(*arguments, "-m", model, "-o", tmp_path)[0] == 0
+        grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+        caption = grid[-24:]
+        assert 0.01 < (caption < 128).mean() < 0.3, arguments
+        assert (caption[:, 0] == 255).all(), arguments
+
+
+def test_generate_tells_of_a_model_that_was_hardly_trained(run, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.prior, tmp_path / "run")
+    report = Report.load(folder / "report.json")
+    unigram = report.value("bits_per_code_unigram", "validation")
+    for share, told in ((0.96, True), (0.94, False)):
+        metrics = [
+            replace(metric, value=share * unigram, interval=None)
+            if metric.text == "bits_per_code" and metric.split == "validation"
+            else metric
+            for metric in report.metrics
+        ]
+        Report(report.model, metrics, environment=report.environment).save(folder / "report.json")
+        code, _, stderr = run("generate", "-n", 1, "-m", folder / "model", "-o", tmp_path / "out")
+        assert code == 0
+        assert ("warning: this model was hardly trained" in stderr) == told
+        assert (f"{share * unigram:.2f} bits per code" in stderr) == told
+
+
+def test_a_device_that_is_not_there_is_named(fails, tiny_run, tmp_path):
+    model = tiny_run.prior / "model"
+    for device in ("warp", "meta"):
+        line = fails("generate", "-m", model, "-o", tmp_path / "out", "--device", device)
+        assert f"device {device!r} cannot be used: expected cpu, cuda, cuda:1 or mps" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
 def test_reconstruct_a_folder_with_a_tokenizer_or_a_whole_model(run, tiny_run, tmp_path, stage):
     model, images = getattr(tiny_run, stage) / "model", tiny_run.images["validation"]
@@ -279,11 +320,17 @@ def test_figures_of_a_run_are_drawn(run, tiny_run, tmp_path):
 def test_info_describes_the_model(run, tiny_run):
     code, stdout, _ = run("info", tiny_run.prior / "model")
     assert code == 0
-    assert f"isic-vq {__version__}, model model" in stdout
-    assert "16 px -> 4x4 codes of 8" in stdout
-    assert "prior: isic_pixelcnn" in stdout
-    assert "0 melanoma, 1 nevus" in stdout
-    assert "weights licence: not recorded" in stdout, "it is none of the config's of a run"
+    assert len(stdout.splitlines()) == 8
+    assert stdout.startswith(f"model      model, isic-vq {__version__}: ")
+    assert "16 px -> 4x4 codes of 8," in stdout
+    assert "prior      pixelcnn, " in stdout
+    assert "classes    0 melanoma, 1 nevus\n" in stdout
+    assert "trained on 16 images of folder:train (CC0-1.0)\n" in stdout
+    assert "weights not recorded" in stdout, "it is none of the config's of a run"
+    report = Report.load(tiny_run.prior / "report.json")
+    assert f"measured   {report.value('bits_per_code', 'validation'):.2f} bits per code\n" in stdout
+    code, stdout, _ = run("info", tiny_run.prior / "model", "--all")
+    assert "  bits_per_code_unigram " in stdout
     for stage in ("vqvae", "prior"):
         assert f"{stage} trained on 16 images of folder:train, by licence: CC0-1.0 16\n" in stdout
 
@@ -298,8 +345,9 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     assert stdout.startswith(f"wrote {folder / 'README.md'}; next: ")
     assert run("card", folder, "--check")[0] == 0
     stdout = run("info", folder)[1]
-    assert "weights licence:" in stdout
-    assert "bits_per_code" in stdout, "info shows the reports of a repository"
+    assert "licence    weights cc0-1.0" in stdout
+    assert " dB PSNR, " in stdout, "info shows the reports of a repository"
+    assert " s per generated image\n" in stdout
     private = str(tiny_run.prior.parent).encode()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert [path.name for path in files if private in path.read_bytes()] == []
@@ -526,7 +574,7 @@ def test_code_cache_that_is_none_is_named(fails, tiny_run, tmp_path):
     assert "codes.parquet is not a code cache" in fails("evaluate", "--data", data, *options)
 
 
-@pytest.mark.parametrize("option", [["--limit", 0], ["--limit", "few"], ["--colour", "red"]])
+@pytest.mark.parametrize("option", [["--limit", "few"], ["--colour", "red"]])
 def test_usage_error_exits_with_2(run, reconstruct, option):
     code, _, stderr = run(*reconstruct, "photo.jpg", *option)
     assert code == 2
@@ -603,7 +651,7 @@ def test_other_commands_end_quietly_on_ctrl_c(run, tiny_run, monkeypatch):
     def ctrl_c(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("isic_vq.hub.pretrained.load_model", ctrl_c)
+    monkeypatch.setattr("isic_vq.hub.describe.load_model", ctrl_c)
     code, _, stderr = run("info", tiny_run.prior / "model")
     assert (code, stderr) == (130, "interrupted\n")
 

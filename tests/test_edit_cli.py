@@ -94,7 +94,9 @@ def test_a_mask_picture_marks_what_is_white(edit, tmp_path, picture):
 def test_the_lower_half_is_drawn_exactly_with_one_particle(edit, tmp_path, picture):
     code, stdout, _ = edit("--lower-half", "-n", 2)
     assert code == 0
-    assert stdout.startswith("exact with one particle: nothing is kept after the first code drawn anew\n")
+    assert stdout.startswith(
+        "exact with one particle: nothing is kept after the first code that is redrawn\n"
+    )
     assert not changed(tmp_path, picture)[:8].any()
     assert changed(tmp_path, picture)[8:].any()
 
@@ -117,7 +119,7 @@ def test_the_same_seed_draws_the_same_variants(edit, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "what to draw anew: expected one of --mask, --box and --lower-half"),
+        ([], "what to redraw: expected one of --mask, --box and --lower-half"),
         (["--lower-half", "--box", "0,0,8,8"], "expected one of --mask, --box and --lower-half"),
         (["--box", "1,2,3"], "--box is '1,2,3': expected LEFT,TOP,RIGHT,BOTTOM in whole pixels"),
         (["--box", "a,b,c,d"], "--box is 'a,b,c,d': expected LEFT,TOP,RIGHT,BOTTOM"),

@@ -26,6 +26,7 @@ RANKS = {
     "evaluation.report_tables": 2,
     "evaluation": 3,
     "figures": 3,
+    "hub.describe": 2,
     "hub.layout": 3,
     "hub.card": 3,
     "hub.onnx_export": 3,
@@ -34,6 +35,8 @@ RANKS = {
     "figures.closest_pairs": 4,
     "figures.evaluation": 4,  # shows what an evaluation measured; the other figures are given numbers
     "figures.sheets": 4,
+    "pictures": 4,
+    "codec.image_archive": 4,  # reads images and writes PNGs; the codec itself knows codes alone
     "hub.export": 4,
     "hub.card_check": 4,
     "hub.classifier_card": 4,
