@@ -25,7 +25,7 @@ def options(command):
     ("command", "target", "names"),
     [
         ("generate", Sampling, "temperature top_k top_p guidance_scale guidance_power"),
-        ("generate", write_generated, "num_images seed batch_size backend cluster"),
+        ("generate", write_generated, "num_images seed backend cluster"),
         ("edit", write_edits, "mask lower_half label num_images particles seed dilation"),
         ("audit", audit_checkpoint, "num_samples samples_from seed limit max_corrupt_share"),
         (

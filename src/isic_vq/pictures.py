@@ -74,7 +74,7 @@ def write_generated(
         labels: diagnosis (name, alias or id); several are one per image, none generates without one.
         sampling: how codes are drawn; by default from the prior's own distribution.
         seed: image i depends on (seed, i) alone.
-        batch_size: images computed at once; another number may round an image differently.
+        batch_size: images computed at once, 16 by default; another number may round an image differently.
         backend: one of eager, compiled (needs numba), cuda_graph, or auto: the fastest of those tested on such a device.
         cluster: of a prior with clusters, that of all images; drawn for each by default.
         progress: show a progress bar.

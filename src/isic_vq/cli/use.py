@@ -78,7 +78,8 @@ def _generate_shards(
     from isic_vq.work import launched_process
 
     rank, world = launched_process()
-    settings["block_size"] = settings.pop("batch_size")
+    if "batch_size" in settings:
+        settings["block_size"] = settings.pop("batch_size")
     made, kept = generate_shards(
         model, output, labels=labels or None, sampling=sampling, format=form, images_per_shard=size or 1024,
         rank=rank, world=world, progress=True, **settings,

@@ -43,7 +43,7 @@ class Encoding:
         processor: fixes the size.
         records: with random access, or a source that is streamed part by part.
         source: what may be published about the images.
-        num_views: the first so many dihedral views of each image.
+        num_views: the first so many dihedral views of each image, 8 by default.
         batch_size: images encoded at once.
         max_corrupt_share: share of unreadable images past which to fail.
 

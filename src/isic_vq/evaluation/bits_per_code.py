@@ -6,6 +6,7 @@ the unigram cross-entropy (an entropy coder that knows how often each code occur
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,14 +80,18 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) ->
     ]
 
 
-def class_bits(model: Scorer, codes: Tensor) -> Tensor:
+def class_bits(model: Scorer, codes: Tensor, on_class: Callable[[], object] | None = None) -> Tensor:
     """Bits of the codes `(N, h, w)` or `(N, L)` of each image given each class: what tells which diagnosis explains an image best.
 
     Returns:
         `torch.Tensor` of shape `(N, num_classes)`, float64, bits per code.
     """
-    classes = range(len(model.config.class_names))
-    return torch.stack([bits_per_code(model, codes, torch.full((len(codes),), y)) for y in classes], dim=1)
+    columns = []
+    for class_id in range(len(model.config.class_names)):
+        columns.append(bits_per_code(model, codes, torch.full((len(codes),), class_id)))
+        if on_class is not None:
+            on_class()
+    return torch.stack(columns, dim=1)
 
 
 def conditioning_metrics(

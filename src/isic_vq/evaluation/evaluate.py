@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from isic_vq.data.classes import UNKNOWN, Classes, counted
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
@@ -61,6 +62,26 @@ class Evaluation:
     measured: dict[str, MeasuredImages]
 
 
+class Steps:
+    """Tells what an evaluation is doing, and by a bar how long each step still takes; without bars it is logged.
+
+    Args:
+        number: of steps.
+        progress: show bars.
+    """
+
+    def __init__(self, number: int, progress: bool):
+        self.number, self.progress, self.done = number, progress, 0
+
+    def begin(self, what: str, total: int | None = None, unit: str = "image") -> tqdm:
+        """Begin the next step; its bar counts to `total`."""
+        self.done += 1
+        name = f"{self.done}/{self.number} {what}"
+        if not self.progress:
+            logger.info("%s%s", name, "" if total is None else f" ({total})")
+        return tqdm(total=total, unit=unit, desc=name, disable=not self.progress)
+
+
 def evaluate_checkpoint(
     model: str | None,
     data: Sequence[tuple[str, str]],
@@ -89,7 +110,7 @@ def evaluate_checkpoint(
         lpips: measure LPIPS, too, see `PerceptualDistance`; needs the extra lpips.
         max_corrupt_share: share of unreadable images past which to fail.
         seed: of subsets, resampling and generated images.
-        progress: show a bar while images are generated and compared.
+        progress: show what is done and a bar for each step, otherwise log the steps.
         device: as `load_model` takes it.
 
     Raises:
@@ -114,39 +135,59 @@ def evaluate_checkpoint(
         cache = read_code_cache(train_codes)
         check_tokenizer(cache, loaded.vqvae, train_codes.name)
     report = model_report(Path(resolve(model)).name, loaded)
+    asked = (cache is not None, train_data is not None, floor_data is not None)
+    steps = Steps(2 * len(data) + sum(asked) + 1, progress)
     if cache is not None:
-        report.metrics += train_metrics(loaded, cache, seed)
+        with steps.begin("likelihood of training images"):
+            report.metrics += train_metrics(loaded, cache, seed)
     evaluation = Evaluation(loaded, report, {})
     classes = Classes.of_model(names)
     for split, uri in data:
         source = find_source(uri, classes)
-        measured = measure_images(loaded, source, max_corrupt_share, perceptual)
+        number = len(source.dataset()) if source.has_random_access else None
+        with steps.begin(f"{split}: encode and decode", number) as bar:
+            measured = measure_images(loaded, source, max_corrupt_share, perceptual, bar.update)
         evaluation.measured[split] = measured
-        add_data_set(evaluation, split, measured, None if cache is None else cache.counts(), seed)
+        with steps.begin(f"{split}: likelihood under every class", len(names), "class") as bar:
+            add_data_set(
+                evaluation, split, measured, None if cache is None else cache.counts(), seed, bar.update
+            )
     if train_data is not None:
         first = evaluation.measured[splits[0]]
-        report.metrics += gap_metrics(
-            loaded, find_source(train_data, classes), first, splits[0], seed, max_corrupt_share
-        )
+        with steps.begin("training images: encode and decode"):
+            report.metrics += gap_metrics(
+                loaded, find_source(train_data, classes), first, splits[0], seed, max_corrupt_share
+            )
     if floor_data is not None:
         reference, others = evaluation.measured[splits[0]].source, find_source(floor_data, classes)
+        steps.begin("generate and compare images").close()
         metrics, report.tables["generation"] = evaluate_generation(
             loaded, yardsticks, reference, others, splits[0], seed=seed,
             max_corrupt_share=max_corrupt_share, progress=progress,
         )  # fmt: skip
         report.metrics += metrics
     dataset_name = evaluation.measured[splits[0]].info.name
-    report.metrics += cost_metrics(loaded, report.value("bits_per_code", splits[0], dataset_name), seed)
+    with steps.begin("seconds and bytes"):
+        report.metrics += cost_metrics(loaded, report.value("bits_per_code", splits[0], dataset_name), seed)
     return evaluation
 
 
 def add_data_set(
-    evaluation: Evaluation, split: str, measured: MeasuredImages, train_counts: Tensor | None, seed: int
+    evaluation: Evaluation,
+    split: str,
+    measured: MeasuredImages,
+    train_counts: Tensor | None,
+    seed: int,
+    on_class: Callable[[], object] | None = None,
 ) -> None:
-    """Add a data set's lines and tables to the report."""
+    """Add a data set's lines and tables to the report; `on_class` is called after each class of the likelihood."""
     model, report, name = evaluation.model, evaluation.report, measured.info.name
     on = MeasuredOn(split, name)
-    by_class = class_bits(model, measured.codes) if 0 < len(model.config.class_names) <= MAX_CLASSES else None
+    by_class = (
+        class_bits(model, measured.codes, on_class)
+        if 0 < len(model.config.class_names) <= MAX_CLASSES
+        else None
+    )
     bits = {"bits_per_code_unconditional": bits_per_code(model, measured.codes, None)}
     bits["bits_per_code"] = bits["bits_per_code_unconditional"].clone()
     if by_class is not None:  # an image without a diagnosis of the model's is scored without one

@@ -1,7 +1,7 @@
 """What is measured of every image of a data set, and the means of it: over all, and over parts of the data set."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +53,11 @@ def measure_images(
     source: Source,
     max_corrupt_share: float = 0.01,
     perceptual: PerceptualDistance | None = None,
+    on_images: Callable[[int], object] | None = None,
 ) -> MeasuredImages:
     """Encode and reconstruct every image of a source, which is read once.
 
-    MS-SSIM is measured of images that are large enough for it, LPIPS if `perceptual` is given.
+    `on_images` is called with the number of images of each batch. MS-SSIM is measured of images that are large enough for it, LPIPS if `perceptual` is given.
 
     Raises:
         DataError: the source cannot be read, or too many of its images are corrupt.
@@ -77,6 +78,8 @@ def measure_images(
 
     def measure(images: Tensor, codes: Tensor, decoded: Tensor) -> None:
         all_codes.append(codes.cpu())
+        if on_images is not None:
+            on_images(len(images))
         real.add(images)
         reconstructed.add(decoded)
         if size >= MS_SSIM_MIN_SIZE:
