@@ -158,8 +158,8 @@ def test_generate_says_which_other_images_a_folder_holds(run, tiny_run, tmp_path
     def generate(number):
         return run("generate", "-m", tiny_run.prior / "model", "-n", number, "-o", tmp_path)
 
-    assert "warning" not in generate(3)[2]
-    assert "warning" not in generate(3)[2], "the same images are replaced"
+    assert "other images" not in generate(3)[2]
+    assert "other images" not in generate(3)[2], "the same images are replaced"
     (tmp_path / "lesion.JPG").touch()
     code, _, stderr = generate(2)
     assert code == 0
@@ -193,7 +193,7 @@ def test_a_grid_says_what_it_shows(run, tiny_run, tmp_path):
         assert run(*arguments, "-m", model, "-o", tmp_path)[0] == 0
         grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
         caption = grid[-24:]
-        assert 0.01 < (caption < 128).mean() < 0.3, arguments
+        assert 0.002 < (caption < 128).mean() < 0.3, arguments
         assert (caption[:, 0] == 255).all(), arguments
 
 
@@ -324,7 +324,7 @@ def test_info_describes_the_model(run, tiny_run):
     assert stdout.startswith(f"model      model, isic-vq {__version__}: ")
     assert "16 px -> 4x4 codes of 8," in stdout
     assert "prior      pixelcnn, " in stdout
-    assert "classes    0 melanoma, 1 nevus\n" in stdout
+    assert "classes    0 melanoma, 1 nevus" in stdout
     assert "trained on 16 images of folder:train (CC0-1.0)\n" in stdout
     assert "weights not recorded" in stdout, "it is none of the config's of a run"
     report = Report.load(tiny_run.prior / "report.json")

@@ -113,6 +113,7 @@ OtherClassesOption = Annotated[
     ),
 ]
 DataArgument = Annotated[str, typer.Argument(help="Image file, folder, or a URI as for --data of encode.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; default: a GPU if there is one.")
 ]
@@ -197,6 +198,16 @@ def quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def open_model(model: str | None, device: str | None = None, tokenizer: bool = False) -> Any:
+    """Load a whole model, or a tokenizer alone."""
+    from isic_vq.hub.pretrained import load_model
+    from isic_vq.models.modeling_isic_vq import IsicVQModel
+    from isic_vq.models.modeling_vqvae import VQVAEModel
+
+    quiet_transformers()
+    return load_model(VQVAEModel if tokenizer else IsicVQModel, model, device)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from isic_vq.cli.app import DeviceOption, ModelOption, app, check_first, quiet_transformers
+from isic_vq.cli.app import DeviceOption, ModelOption, app, check_first, open_model, quiet_transformers
 from isic_vq.cli.flags import options_of
 
 if TYPE_CHECKING:
@@ -163,10 +163,8 @@ def _draw_sheets(
     model: str | None, data: str | None, output: Path, device: str | None, settings: dict[str, Any]
 ) -> None:
     from isic_vq.figures.sheets import write_sheets
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
 
-    artist = load_model(IsicVQModel, model, device)
+    artist = open_model(model, device)
     for path, caption in write_sheets(artist, output, data, progress=sys.stderr.isatty(), **settings):
         typer.echo(f"wrote {path}: {caption}")
 

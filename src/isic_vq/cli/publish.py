@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from isic_vq.cli.app import app, check_first, quiet_transformers
+from isic_vq.cli.app import app, check_first, open_model, quiet_transformers
 from isic_vq.cli.flags import options_of
 
 SHOWN_LEFT_OUT = 20
@@ -59,11 +59,8 @@ def export(
     elif onnx and not bf16:
         check_first(model)
         from isic_vq.hub.onnx_export import export_onnx, known_license
-        from isic_vq.hub.pretrained import load_model
-        from isic_vq.models.modeling_vqvae import VQVAEModel
 
-        quiet_transformers()
-        paths = export_onnx(load_model(VQVAEModel, model), output, known_license(model))
+        paths = export_onnx(open_model(model, tokenizer=True), output, known_license(model))
         typer.echo(f"wrote {' and '.join(map(str, paths))}")
     else:
         raise ValueError(

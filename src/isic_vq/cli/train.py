@@ -16,6 +16,7 @@ from isic_vq.cli.app import (
     app,
     check_first,
     declared_classes,
+    open_model,
     quiet_transformers,
 )
 from isic_vq.cli.flags import options_of
@@ -96,16 +97,14 @@ def encode(
     check_first(model, sources=[data])
     from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
-    from isic_vq.hub.pretrained import load_model
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-    from isic_vq.models.modeling_vqvae import VQVAEModel
     from isic_vq.work import launched_process
 
     quiet_transformers()
     rank, world = launched_process()
     chosen = {key: settings.pop(key) for key in ("part", "share", "licenses") if key in settings}
     records, source = open_part(data, **chosen, classes=declared_classes(classes, drop_other_classes))
-    tokenizer = load_model(VQVAEModel, model, device)
+    tokenizer = open_model(model, device, tokenizer=True)
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     encoding = Encoding(tokenizer, processor, records, source, **settings)
     number = encode_to_file(encoding, output, rank, world, progress=rank == 0)

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from isic_vq.cli.app import DataArgument, DeviceOption, ModelOption, app, check_first, quiet_transformers
+from isic_vq.cli.app import (
+    DataArgument,
+    DeviceOption,
+    ModelOption,
+    OutputOption,
+    app,
+    check_first,
+    open_model,
+    quiet_transformers,
+)
 from isic_vq.cli.flags import options_of
 
 
@@ -20,7 +29,7 @@ from isic_vq.cli.flags import options_of
 )
 def generate(
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
+    output: OutputOption = Path("samples"),
     shards: Annotated[
         str | None,
         typer.Option(
@@ -45,14 +54,11 @@ def generate(
         )
     check_first(model, labels=labels)
     from isic_vq.hub.describe import training_warning
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.models.sampling import Sampling
     from isic_vq.pictures import other_images, write_generated
 
-    quiet_transformers()
     sampling = Sampling(**{key: settings.pop(key) for key in Sampling().__dict__ if key in settings})
-    loaded = load_model(IsicVQModel, model, device)
+    loaded = open_model(model, device)
     if warning := training_warning(model):
         typer.echo(f"warning: {warning}", err=True)
     if shards is not None:
@@ -94,20 +100,15 @@ def _generate_shards(
 def reconstruct(
     data: DataArgument,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path(
-        "reconstructions"
-    ),
+    output: OutputOption = Path("reconstructions"),
     device: DeviceOption = None,
     **settings: Any,
 ) -> None:
     """Send images through the tokenizer and back, and write both beside each other."""
     check_first(model, sources=[data])
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_vqvae import VQVAEModel
     from isic_vq.pictures import MAX_SHOWN, write_reconstructions
 
-    quiet_transformers()
-    result = write_reconstructions(load_model(VQVAEModel, model, device), data, output, **settings)
+    result = write_reconstructions(open_model(model, device, tokenizer=True), data, output, **settings)
     rest = f" of the first {MAX_SHOWN}" if result.num_images > MAX_SHOWN else ""
     typer.echo(
         f"{result.num_images} images: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}; wrote {output / 'grid.png'}{rest}"
@@ -126,7 +127,7 @@ def edit(
         typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Redraw this; in the image's pixels."),
     ] = None,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNGs.")] = Path("edited"),
+    output: OutputOption = Path("edited"),
     device: DeviceOption = None,
     **settings: Any,
 ) -> None:
@@ -136,12 +137,9 @@ def edit(
         settings["box"] = _numbers(box)
     from tqdm import tqdm
 
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.pictures import write_edits
 
-    quiet_transformers()
-    editor = load_model(IsicVQModel, model, device)
+    editor = open_model(model, device)
     steps = settings["num_images"] * editor.config.prior_config.num_steps
     with tqdm(total=steps, disable=not sys.stderr.isatty(), unit="step", desc="editing") as bar:
         edited: Any = write_edits(editor, image, output, on_step=bar.update, **settings)
@@ -171,20 +169,15 @@ def _numbers(box: str) -> tuple[int, ...]:
 def score(
     data: DataArgument,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table and the PNGs.")] = Path(
-        "scores"
-    ),
+    output: OutputOption = Path("scores"),
     device: DeviceOption = None,
     **settings: Any,
 ) -> None:
     """Measure how likely the prior finds images, and map where they surprise it."""
     check_first(model, sources=[data], codes=[settings.get("train_codes")])
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
     from isic_vq.pictures import write_scores
 
-    quiet_transformers()
-    scorer = load_model(IsicVQModel, model, device)
+    scorer = open_model(model, device)
     rows = write_scores(scorer, data, output, progress=sys.stderr.isatty(), **settings)
     bits = [row["bits_per_code"] for row in rows]
     typer.echo(
@@ -210,11 +203,8 @@ def compress(
     """
     check_first(model, sources=[data])
     from isic_vq.codec.image_archive import compress_images
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
 
-    quiet_transformers()
-    coder = load_model(IsicVQModel, model, device)
+    coder = open_model(model, device)
     result = compress_images(coder, data, output, progress=sys.stderr.isatty(), **settings)
     size = len(result.content)
     typer.echo(
@@ -239,11 +229,8 @@ def decompress(
     """Write the images of a compressed file as PNGs; of a damaged file, those of every intact block."""
     check_first(model)
     from isic_vq.codec.image_archive import decompress_images
-    from isic_vq.hub.pretrained import load_model
-    from isic_vq.models.modeling_isic_vq import IsicVQModel
 
-    quiet_transformers()
-    coder = load_model(IsicVQModel, model, device)
+    coder = open_model(model, device)
     restored = decompress_images(coder, file, output, sys.stderr.isatty())
     number, intact = len(restored.paths), restored.num_blocks - len(restored.damage)
     typer.echo(f"wrote {number} images to {output}; {intact} of {restored.num_blocks} blocks are intact")
