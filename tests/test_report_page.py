@@ -186,7 +186,7 @@ def test_evaluate_measures_reconstruction_codebook_likelihood_generation_and_cos
     assert (folder / "report-figures" / "spectrum-test.png").exists()
     assert ("parameters[prior]", "model") in names
     assert report.tables["generation"]["others"] == "synthetic:400:7"
-    assert f"wrote {folder / 'report.json'} and {folder / 'report.html'}" in stdout
+    assert f"wrote {folder / 'report.json'}\nwrote {folder / 'report.html'}\n" in stdout
     assert {path.name for path in (folder / "gallery").iterdir()} == {"worst-test.png", "worst-other.png"}
     with Image.open(folder / "gallery" / "worst-test.png") as picture:
         assert "source images, not generated ones" in picture.info["Comment"]

@@ -3,16 +3,12 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from isic_vq.cli.app import DeviceOption, ModelOption, app, check_first, open_model, quiet_transformers
 from isic_vq.cli.flags import options_of
-
-if TYPE_CHECKING:
-    from isic_vq.evaluation.audit import Audit
-    from isic_vq.evaluation.report import Report
 
 # What evaluate measures with --only, and the options that each takes; None is the usual evaluation.
 OPTIONS = {
@@ -111,32 +107,60 @@ def evaluate(
     settings = {name: value for name, value in settings.items() if name in OPTIONS[only]}
     output = output or Path("sheets" if only == "sheets" else "report.json")
     if only == "sheets":
-        _draw_sheets(model, sets[0][1] if sets else None, output, device, settings)
-    elif only == "ood":
-        _evaluate_ood(model, *sets[0], output, device, settings)
-    elif only is not None:
-        _train_classifiers(only, model, *sets[0], output, device, settings)
+        _write_sheets(model, sets[0][1] if sets else None, output, device, settings)
     else:
-        _evaluate(model, sets, output, gallery, device, settings)
+        _write_measured(only, model, sets, output, gallery, {**settings, "device": device})
 
 
-def _evaluate(
+def _write_sheets(
+    model: str | None, data: str | None, output: Path, device: str | None, settings: dict[str, Any]
+) -> None:
+    from isic_vq.figures.sheets import write_sheets
+
+    artist = open_model(model, device)
+    for path, caption in write_sheets(artist, output, data, progress=sys.stderr.isatty(), **settings):
+        typer.echo(f"wrote {path}: {caption}")
+
+
+def _write_measured(
+    only: str | None,
     model: str | None,
     sets: list[tuple[str, str]],
     output: Path,
     gallery: Path | None,
-    device: str | None,
     settings: dict[str, Any],
 ) -> None:
+    """Measure, write the report and what is drawn of it, and print it."""
     from isic_vq.evaluation.evaluate import evaluate_checkpoint
+    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
+    from isic_vq.evaluation.realism import realism_report
+    from isic_vq.evaluation.report_tables import report_lines
+    from isic_vq.evaluation.utility import utility_report
     from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
+    from isic_vq.figures.score_plots import write_score_histograms
     from isic_vq.figures.write import check_matplotlib
 
-    check_matplotlib()
-    evaluation = evaluate_checkpoint(model, sets, **settings, progress=sys.stderr.isatty(), device=device)
-    _write_report(evaluation.report, output)
-    typer.echo(f"wrote {write_evaluation_page(evaluation, output.with_suffix('.html'))}")
-    for path in [] if gallery is None else write_gallery(evaluation, gallery):
+    if only in (None, "ood"):
+        check_matplotlib()
+    (split, data), progress, paths = sets[0], sys.stderr.isatty(), []
+    if only is None:
+        evaluation = evaluate_checkpoint(model, sets, progress=progress, **settings)
+        report = evaluation.report
+    elif only == "ood":
+        report = evaluate_out_of_distribution(model, data, split=split, progress=progress, **settings)
+    else:
+        measure: Any = utility_report if only == "utility" else realism_report
+        report = measure(model, settings.pop("train_data"), data, split=split, **settings)
+    report.save(output)
+    for line in report_lines(report):
+        typer.echo(line)
+    if only is None:
+        paths = [write_evaluation_page(evaluation, output.with_suffix(".html"))]
+        paths += [] if gallery is None else write_gallery(evaluation, gallery)
+    elif only == "ood":
+        write_score_histograms(report, output.with_suffix(".png"))
+        paths = [output.with_suffix(".png")]
+    for path in (output, *paths):
         typer.echo(f"wrote {path}")
 
 
@@ -157,55 +181,6 @@ def _check_options(context: typer.Context, only: str | None) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} means nothing {what}: it is for {', '.join(owners)}"
             )
-
-
-def _draw_sheets(
-    model: str | None, data: str | None, output: Path, device: str | None, settings: dict[str, Any]
-) -> None:
-    from isic_vq.figures.sheets import write_sheets
-
-    artist = open_model(model, device)
-    for path, caption in write_sheets(artist, output, data, progress=sys.stderr.isatty(), **settings):
-        typer.echo(f"wrote {path}: {caption}")
-
-
-def _evaluate_ood(
-    model: str | None, split: str, data: str, output: Path, device: str | None, settings: dict[str, Any]
-) -> None:
-    from isic_vq.evaluation.out_of_distribution import evaluate_out_of_distribution
-    from isic_vq.figures.score_plots import write_score_histograms
-    from isic_vq.figures.write import check_matplotlib
-
-    check_matplotlib()
-    report = evaluate_out_of_distribution(
-        model, data, split=split, progress=sys.stderr.isatty(), device=device, **settings
-    )
-    _write_report(report, output)
-    write_score_histograms(report, output.with_suffix(".png"))
-    typer.echo(f"wrote {output.with_suffix('.png')}")
-
-
-def _train_classifiers(
-    only: str,
-    model: str | None,
-    split: str,
-    data: str,
-    output: Path,
-    device: str | None,
-    settings: dict[str, Any],
-) -> None:
-    from isic_vq.evaluation.realism import realism_report
-    from isic_vq.evaluation.utility import utility_report
-
-    train_data = settings.pop("train_data")
-    measure: Any = utility_report if only == "utility" else realism_report
-    _write_report(measure(model, train_data, data, split=split, device=device, **settings), output)
-
-
-def _write_report(report: "Report", output: Path) -> None:
-    report.save(output)
-    print_report(report)
-    typer.echo(f"wrote {output}")
 
 
 @app.command(
@@ -247,6 +222,7 @@ def audit(
         model, *settings.get("features", ()), codes=[train_codes, held_out_codes], seed=settings["seed"]
     )
     from isic_vq.evaluation.audit import audit_checkpoint
+    from isic_vq.evaluation.report_tables import report_lines
     from isic_vq.figures.closest_pairs import write_pairs
 
     quiet_transformers()
@@ -254,35 +230,9 @@ def audit(
         model, train_codes, held_out_codes, progress=sys.stderr.isatty(), device=device, **settings
     )
     result.report.save(output)
-    print_report(result.report)
-    for path in write_pairs(result, pairs, train_images):
-        typer.echo(f"wrote {path}")
-    typer.echo(f"wrote {output}")
-    for line in _verdict(result):
+    for line in report_lines(result.report):
         typer.echo(line)
-
-
-def _verdict(result: "Audit") -> list[str]:
-    """What was decided, in a line per channel and one for all."""
-    lines = []
-    for channel, excess in result.excess.items():
-        needed = "no number is" if excess.threshold is None else f"from {excess.threshold} on it is"
-        found = sum(pair.found for pair in result.pairs[channel])
-        lines.append(
-            f"{channel}: {excess.count} samples are near to training images, {excess.expected:.1f} by chance "
-            f"(p = {excess.p_value:.2g}; {needed} a verdict); {found} found as copies"
-        )
-    decided = "more samples are near to training images than" if result.verdict else "no more than"
-    return [*lines, f"verdict: {decided} chance explains"]
-
-
-def print_report(report: "Report") -> None:
-    """Print a report's metrics as a table; those of parts of a data set are in the file."""
-    shown = [metric for metric in report.metrics if metric.group is None]
-    width = max(28, *(len(metric.text) for metric in shown))
-    for metric in shown:
-        low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
-        typer.echo(
-            f"  {metric.text:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, "
-            f"n = {metric.n}"
-        )
+    for path in (*write_pairs(result, pairs, train_images), output):
+        typer.echo(f"wrote {path}")
+    for line in result.verdict_lines():
+        typer.echo(line)

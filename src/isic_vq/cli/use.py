@@ -268,11 +268,14 @@ def info(
 ) -> None:
     """Describe a model: classes, codes, parameters, licence, training images and headline numbers."""
     check_first(model)
-    from isic_vq.cli.judge import print_report
+    from isic_vq.evaluation.report_tables import report_lines
     from isic_vq.hub.describe import describe_model, read_reports, training_details
 
     quiet_transformers()
-    for line in [*describe_model(model), *(training_details(model) if everything else [])]:
+    lines = describe_model(model)
+    if everything:
+        lines += training_details(model) + [
+            line for report in read_reports(model) for line in report_lines(report)
+        ]
+    for line in lines:
         typer.echo(line)
-    for report in read_reports(model) if everything else []:
-        print_report(report)

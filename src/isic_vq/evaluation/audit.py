@@ -130,6 +130,19 @@ class Audit:
         """The pairs of a channel that were found, and the closest others up to `NUM_PAIRS`; the closest first."""
         return [pair for rank, pair in enumerate(self.pairs[channel]) if pair.found or rank < NUM_PAIRS]
 
+    def verdict_lines(self) -> list[str]:
+        """What was decided, in a line per channel and one for all."""
+        lines = []
+        for channel, excess in self.excess.items():
+            needed = "no number is" if excess.threshold is None else f"from {excess.threshold} on it is"
+            found = sum(pair.found for pair in self.pairs[channel])
+            lines.append(
+                f"{channel}: {excess.count} samples are near to training images, {excess.expected:.1f} by chance "
+                f"(p = {excess.p_value:.2g}; {needed} a verdict); {found} found as copies"
+            )
+        decided = "more samples are near to training images than" if self.verdict else "no more than"
+        return [*lines, f"verdict: {decided} chance explains"]
+
 
 def audit_checkpoint(
     model: str | None,

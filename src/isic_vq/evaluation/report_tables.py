@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from isic_vq.evaluation.report import Metric
+from isic_vq.evaluation.report import Metric, Report
 
 APPEARANCE = "Sharpness, grids and coherence"
 GENERATED = "Generated images"
@@ -26,6 +26,19 @@ TOPICS = {  # titles, and how the names of their metrics begin
     "Cost": ("parameters", "weight_bytes", "bytes_per_image", "seconds_per_image"),
 }
 OTHER = "Other measurements"
+
+
+def report_lines(report: Report) -> list[str]:
+    """A report's metrics, a line each; those of parts of a data set are left to its file."""
+    shown = [metric for metric in report.metrics if metric.group is None]
+    width = max(28, *(len(metric.text) for metric in shown))
+    lines = []
+    for metric in shown:
+        low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
+        lines.append(
+            f"  {metric.text:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, n = {metric.n}"
+        )
+    return lines
 
 
 @dataclass
