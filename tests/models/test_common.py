@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from isic_vq.models import run_on
+
 
 @dataclass
 class Case:
@@ -199,6 +201,18 @@ def test_bfloat16_runs_finite_and_near_float32(case, folder):
     output, expected = loaded(**case.inputs), case.model(**case.inputs)
     assert all(torch.isfinite(value).all() for value in output.values())
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_precision_that_a_cpu_lacks_is_warned_of_once(make_composite, dtype, caplog):
+    run_on.warn_if_slow.cache_clear()
+    model = make_composite().to(dtype)
+    for _ in range(2):
+        model.encode(model.generate(2, seed=0).pixel_values)
+    supported = getattr(
+        torch.ops.mkldnn, f"_is_mkldnn_{'fp' if dtype == torch.float16 else 'bf'}16_supported"
+    )()
+    assert caplog.text.count("dtype=torch.float32") == (not supported)
 
 
 # --- calling -------------------------------------------------------------------------------------------------------

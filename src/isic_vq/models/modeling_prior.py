@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
 from .modes import weights_at_hand
+from .run_on import warn_if_slow
 from .sampling import Sampling, draw
 from .strict_loading import StrictLoading
 
@@ -220,6 +221,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
             raise ValueError(
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
+        warn_if_slow(self.device.type, self.dtype)
         sampling = replace(sampling or Sampling(), **settings)
         with weights_at_hand(self), torch.inference_mode():
             conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,24 +29,6 @@ from .modes import evaluating
 from .sampling import Sampling
 
 MAX_LOG_SCALE = math.log(100)  # of attention scores, which are cosines
-
-
-class KeyValueCache:
-    """Keys and values of a layer, of all codes so far: `(B, heads, n, channels)` each."""
-
-    def __init__(self) -> None:
-        self.keys_values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of a scale; returns all of them."""
-        new = torch.stack([keys, values])
-        self.keys_values = new if self.keys_values is None else torch.cat([self.keys_values, new], dim=3)
-        return self.keys_values[0], self.keys_values[1]
-
-    def reorder(self, ancestors: Tensor) -> None:
-        """Image i goes on from image `ancestors[i]`."""
-        if self.keys_values is not None:
-            self.keys_values = self.keys_values[:, ancestors]
 
 
 def eager_attention(
@@ -62,22 +45,22 @@ def eager_attention(
 class Attention(nn.Module):
     """Attention among the codes of a scale and all coarser ones."""
 
-    def __init__(self, config: VARConfig):
+    def __init__(self, config: VARConfig, index: int):
         super().__init__()
-        self.config = config
+        self.config, self.index = config, index
         self.num_heads = config.num_heads
         self.log_scale = nn.Parameter(torch.empty(config.num_heads, 1, 1))
         self.queries_keys_values = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         """Features `(B, n, C)` to the same shape; a mask `(1, 1, n, n)` is True where a row may look."""
         heads = self.queries_keys_values(hidden).unflatten(2, (3, self.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().to(queries.dtype)
         queries, keys = F.normalize(queries, dim=-1) * scale, F.normalize(keys, dim=-1)
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = cache.update(keys, values, self.index)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         seen, _ = attend(
             self, queries, keys.to(queries.dtype), values, mask, dropout=0.0, scaling=1.0, is_causal=False
@@ -88,10 +71,10 @@ class Attention(nn.Module):
 class Layer(GradientCheckpointingLayer):
     """Attention and a feed-forward part, each on modulated features and added with a gate."""
 
-    def __init__(self, config: VARConfig):
+    def __init__(self, config: VARConfig, index: int):
         super().__init__()
         size, inner = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.feed_forward = nn.Sequential(
             nn.Linear(size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, size)
         )
@@ -105,7 +88,7 @@ class Layer(GradientCheckpointingLayer):
         hidden: Tensor,
         condition: Tensor,
         mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: DynamicCache | None = None,
     ) -> Tensor:
         """Features `(B, n, C)` to the same shape; `condition` is `(B, 6, C)`."""
         parts = (condition + self.modulation).unsqueeze(2).unbind(1)
@@ -146,6 +129,7 @@ class VARModel(PriorModel):
 
     config: VARConfig
     supports_gradient_checkpointing = True
+    # Not flash attention, which takes no mask, nor flex attention, which does not train on a CPU and was not run on a GPU.
     _no_split_modules = ["Layer"]
 
     def __init__(self, config: VARConfig):
@@ -155,7 +139,7 @@ class VARModel(PriorModel):
         self.position_embedding = nn.Parameter(torch.empty(config.num_positions, size))
         self.features = nn.Linear(config.code_dim, size)
         self.modulation = nn.Linear(size, 6 * size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.head = Head(config)
         self.post_init()
 
@@ -225,12 +209,12 @@ class VARModel(PriorModel):
         return PriorOutput(loss=loss, logits=logits.transpose(1, 2))
 
     def layers_and_head(
-        self, hidden: Tensor, classes: Tensor, mask: Tensor | None, caches: list[KeyValueCache] | None = None
+        self, hidden: Tensor, classes: Tensor, mask: Tensor | None, cache: DynamicCache | None = None
     ) -> Tensor:
         """Logits `(B, n, K)` of input features `(B, n, C)`."""
         condition = self.modulation(F.silu(classes)).unflatten(1, (6, -1))
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, condition, mask, None if caches is None else caches[index])
+        for layer in self.layers:
+            hidden = layer(hidden, condition, mask, cache)
         return self.head(hidden, classes)
 
     def mask(self) -> Tensor:
@@ -291,7 +275,7 @@ class ScaleWalk:
     def __init__(self, model: VARModel, conditions: Tensor, extend: Extend):
         self.model, self.extend = model, extend
         self.classes = model.class_embedding(conditions)
-        self.caches = [KeyValueCache() for _ in model.layers]
+        self.cache = DynamicCache()
         self.features: Tensor | None = None
         self.context: Tensor | None = None  # what the next scale is given, but for the first
         ends = torch.tensor(model.config.sizes).cumsum(0).tolist()
@@ -307,7 +291,7 @@ class ScaleWalk:
             self.classes[:, None] if self.context is None else model.features(self.context.to(model.dtype))
         )
         hidden = given + model.position_embedding[group]
-        return model.layers_and_head(hidden, self.classes, None, self.caches)
+        return model.layers_and_head(hidden, self.classes, None, self.cache)
 
     def put(self, group: slice, codes: Tensor) -> None:
         """Take in the codes `(B, n)` of that scale."""
@@ -316,7 +300,6 @@ class ScaleWalk:
 
     def reorder(self, ancestors: Tensor) -> None:
         """Image i goes on from what image `ancestors[i]` was."""
-        for cache in self.caches:
-            cache.reorder(ancestors)
+        self.cache.reorder_cache(ancestors)
         self.features = self.features[ancestors]
         self.context = None if self.context is None else self.context[ancestors]

@@ -22,6 +22,7 @@ from .configuration_vqvae import VQVAEConfig
 from .finite import check_finite, damaged_or_overflow
 from .modes import evaluating, weights_at_hand
 from .residual_quantizer import Phi, ResidualQuantizer
+from .run_on import warn_if_slow
 from .strict_loading import StrictLoading
 from .vector_quantizer import VectorQuantizer
 
@@ -281,6 +282,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         Raises:
             ValueError: images of another shape, or pixels or latents that are not finite.
         """
+        warn_if_slow(self.device.type, self.dtype)
         pixel_values = pixel_values.to(self.dtype)
         check_finite(pixel_values, "pixel_values", "expected RGB in [0, 1], as the image processor makes it")
         with weights_at_hand(self.quantizer), evaluating(self):
@@ -299,6 +301,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
         Raises:
             ValueError: a code outside [0, K), codes that are not those of whole scales, or pixels that are not finite.
         """
+        warn_if_slow(self.device.type, self.dtype)
         with weights_at_hand(self.quantizer), evaluating(self):
             quantized = self.quantizer.lookup(codes).to(self.dtype)
             check_finite(quantized, "codebook vectors", damaged_or_overflow(self.dtype))

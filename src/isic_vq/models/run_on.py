@@ -7,6 +7,8 @@ to be asked for by name, and says so. Add a line with the commit at which the te
 import functools
 import logging
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 RUN_ON = {
@@ -26,3 +28,17 @@ def label_unrun(device: str, what: str) -> None:
     """Warn, once, of something that this project has not run on a kind of device."""
     if not was_run(device, what):
         logger.warning("%s on %s is not tested: no machine of this project has run it", what, device)
+
+
+@functools.cache
+def warn_if_slow(device: str, dtype: torch.dtype) -> None:
+    """Warn, once, of a 16-bit precision on a CPU without instructions for it: 20 to 60 times slower than float32."""
+    names = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
+    if device != "cpu" or dtype not in names or not torch.backends.mkldnn.is_available():
+        return
+    if not getattr(torch.ops.mkldnn, names[dtype])():
+        logger.warning(
+            "this CPU has no instructions for %s, and takes tens of times as long as in torch.float32: load the model with "
+            "dtype=torch.float32",
+            dtype,
+        )
