@@ -66,10 +66,16 @@ def test_offloaded_weights_give_what_weights_at_hand_give(make_composite, settin
                 assert torch.equal(a, b), name
 
 
-def test_a_part_on_the_disk_is_refused_with_the_way_out(make_composite, tmp_path):
+def test_weights_left_on_the_disk_are_refused_with_the_way_out(make_composite, tmp_path):
     make_composite().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="load the model, then accelerate.disk_offload"):
-        IsicVQModel.from_pretrained(tmp_path, device_map={"vqvae": "cpu", "prior": "disk"})
+    for settings in (
+        {"device_map": {"vqvae": "cpu", "prior": "disk"}},
+        {"device_map": "auto", "max_memory": {"cpu": 6000}},
+    ):
+        with pytest.raises(ValueError, match="accelerate.disk_offload"):
+            IsicVQModel.from_pretrained(tmp_path, **settings)
+    opened = IsicVQModel.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "1GB"})
+    assert opened.generate(1, seed=0).codes.shape == (1, 4, 4)
 
 
 @pytest.mark.filterwarnings(

@@ -100,14 +100,17 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         """Load as `StrictLoading.from_pretrained` does.
 
         Raises:
-            ValueError: a `device_map` with a part on the disk, besides what it refuses.
+            ValueError: a `device_map` (or what "auto" makes of it) with weights on the disk, besides what it refuses.
         """
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            # transformers looks for each part's weights in the folder of the first.
             raise ValueError(
-                f"device_map is {device_map}: expected devices; load the model, then accelerate.disk_offload(model, folder)"
+                f"device_map is {kwargs['device_map']!r} and leaves weights on the disk: load the model without it, then "
+                "accelerate.disk_offload(model, folder)"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return loaded
 
     @classmethod
     def from_parts(cls, vqvae: VQVAEModel, prior: PriorModel, license: str | None = None) -> "IsicVQModel":
