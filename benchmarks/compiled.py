@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import write_report
 from torch import Tensor, nn
 
 from isic_vq import IsicVQModel, VARModel, VQVAEModel
 from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.models.sampling import draw, image_generators, position_uniforms
 from isic_vq.models.vector_quantizer import rows
+from measure import write_report
 
 MODELS = Path(__file__).resolve().parents[1] / "model_cards"
 BATCHES = (2, 1, 5)
