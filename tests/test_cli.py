@@ -272,12 +272,20 @@ def test_train_both_stages_from_their_recipes(run, tiny_run, tmp_path):
         assert yaml.safe_load((output / "recipe.yaml").read_text())["loop"]["max_steps"] == 3
 
 
-def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path):
+def test_evaluate_reports_what_training_reported(run, tiny_run, tmp_path, caplog):
     data = f"folder:{tiny_run.images['validation']}"
     output = tmp_path / "report.json"
     options = [tiny_run.prior / "model", "--train-codes", tiny_run.codes["train"], "--out", output]
     code, stdout, _ = run("evaluate", "--data", data, *options)
     assert code == 0
+    steps = [line for record in caplog.records if (line := record.getMessage())[1:2] == "/"]
+    number = len(list(tiny_run.images["validation"].glob("*.png")))
+    assert steps == [
+        "1/4 likelihood of training images",
+        f"2/4 validation: encode and decode ({number})",
+        "3/4 validation: likelihood under every class (8)",
+        "4/4 seconds and bytes",
+    ]
     found = Report.load(output)
     for stage in ("vqvae", "prior"):
         for metric in Report.load(getattr(tiny_run, stage) / "report.json").metrics:

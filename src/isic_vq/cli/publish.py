@@ -157,12 +157,13 @@ def push(
 
 
 @app.command(epilog="Example:\n\n  isic-vq pull user/my-model -o models/my-model --revision v1.0")
+@options_of("hub/transfer.py:pull", "revision")
 def pull(
     repo_id: RepositoryArgument,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: the repository's name.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
+    **settings: Any,
 ) -> None:
     """Copy a Hub repository of a model into a folder: whole, checked by hash, and nothing in it is run.
 
@@ -170,5 +171,5 @@ def pull(
     """
     from isic_vq.hub import transfer
 
-    folder = transfer.pull(repo_id, output or Path(repo_id.rpartition("/")[2]), revision=revision)
+    folder = transfer.pull(repo_id, output or Path(repo_id.rpartition("/")[2]), **settings)
     typer.echo(f"wrote {folder}; next: isic-vq info {folder}")
