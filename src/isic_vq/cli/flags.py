@@ -83,13 +83,15 @@ def _literal(node: ast.expr | None) -> Any:
 def _parameter(setting: Setting, option: str, panel: str | None) -> inspect.Parameter:
     kind: Any = TYPES[setting.annotation.removesuffix(" | None")]
     default = setting.default
-    if kind == list[str]:
+    several = kind == list[str]
+    if several:
         kind, default = list[str] | None, None
     elif default is None:
         kind = kind | None
     names = [f"--{option}", *([SHORT[setting.name]] if setting.name in SHORT else [])]
     text = re.sub(r"`(\w+)`", r"\1", re.sub(r"[;,] see `[^`]+`", "", setting.help))
-    info = typer.Option(*names, help=text[:1].upper() + text[1:], rich_help_panel=panel)
+    text = text[:1].upper() + text[1:] + (" Repeat it for several." if several else "")
+    info = typer.Option(*names, help=text, rich_help_panel=panel)
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

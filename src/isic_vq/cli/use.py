@@ -191,7 +191,7 @@ def score(
 )
 @options_of("codec/image_archive.py:compress_images", "portable label max_corrupt_share")
 def compress(
-    data: DataArgument,
+    data: Annotated[str, typer.Argument(help="Folder of images, or a URI as for --data of encode.")],
     output: Annotated[Path, typer.Argument(help="File to write, such as images.ivq.")],
     model: ModelOption = None,
     device: DeviceOption = None,

@@ -134,7 +134,7 @@ def open_part(
     Args:
         uri: as for `find_source`.
         part: all, or the train or validation part, see `split_source`.
-        share: of the images that go to the validation part, see `split_source`.
+        share: share of the images that go to the validation part, see `split_source`.
         licenses: only images under one of these, such as CC-0, see `licensed`.
         classes: as for `find_source`.
 

@@ -164,7 +164,7 @@ def audit_checkpoint(
         model: folder or Hub id; None is the shipped checkpoint.
         train_codes: code cache of the training images, best in all eight views.
         held_out_codes: code cache of images of the same origin that the model was not trained on; their first view.
-        features: folders or Hub ids of image models, as `FeatureModel.from_pretrained` takes them.
+        features: folders or Hub ids of image models to compare by, too, see `FeatureModel`.
         num_samples: how many images to generate, with the diagnoses of the training images.
         samples_from: images to audit instead.
         seed: of samples, subsets and resampling.

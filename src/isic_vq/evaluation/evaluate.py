@@ -79,7 +79,8 @@ class Steps:
         name = f"{self.done}/{self.number} {what}"
         if not self.progress:
             logger.info("%s%s", name, "" if total is None else f" ({total})")
-        return tqdm(total=total, unit=unit, desc=name, disable=not self.progress)
+        form = None if total else "{desc} ({elapsed})"
+        return tqdm(total=total, unit=unit, desc=name, disable=not self.progress, bar_format=form)
 
 
 def evaluate_checkpoint(

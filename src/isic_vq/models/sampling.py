@@ -26,7 +26,7 @@ class Sampling:
         top_k: keep this many most likely codes; by default all.
         top_p: keep the most likely codes that hold this much probability; by default all.
         guidance_scale: 1 is off, more follows the label more; see `guided_logits`.
-        guidance_power: of guidance that grows over the codes, see `guidance_share`; by default as the prior has it.
+        guidance_power: exponent of guidance that grows over the codes, see `guidance_share`; by default as the prior has it.
 
     Raises:
         ValueError: a setting without a meaning, or one that float32 does not hold.
