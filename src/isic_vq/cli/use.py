@@ -52,7 +52,7 @@ def generate(
         raise ValueError(
             "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
         )
-    check_first(model, labels=labels)
+    check_first(model, labels=labels, seed=settings["seed"])
     from isic_vq.hub.describe import training_warning
     from isic_vq.models.sampling import Sampling
     from isic_vq.pictures import other_images, write_generated
@@ -132,7 +132,7 @@ def edit(
     **settings: Any,
 ) -> None:
     """Redraw a part of an image so that it fits the rest, in several variants."""
-    check_first(model, labels=[settings["label"]] if "label" in settings else [])
+    check_first(model, labels=[settings["label"]] if "label" in settings else [], seed=settings["seed"])
     if box is not None:
         settings["box"] = _numbers(box)
     from tqdm import tqdm
