@@ -354,8 +354,8 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     assert run("card", folder, "--check")[0] == 0
     stdout = run("info", folder)[1]
     assert "licence    weights cc0-1.0" in stdout
-    assert " dB PSNR, " in stdout, "info shows the reports of a repository"
-    assert " s per generated image\n" in stdout
+    assert "measured   PSNR " in stdout, "info shows the reports of a repository"
+    assert " s per image in batches of 16\n" in stdout
     private = str(tiny_run.prior.parent).encode()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert [path.name for path in files if private in path.read_bytes()] == []

@@ -8,12 +8,12 @@ from isic_vq.evaluation.report import Metric, Report
 from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
-# Metrics by name and labels, and how they are told.
+# Metrics by name and labels, and how they are told with their split and labels.
 HEADLINES: tuple[tuple[str, dict[str, str], str], ...] = (
-    ("psnr", {}, "reconstruction {:.1f} dB PSNR"),
+    ("psnr", {}, "PSNR {:.1f} dB ({split})"),
     ("bits_per_code", {}, "{:.2f} bits per code"),
-    ("frechet_distance", {"images": "samples"}, "Frechet distance {:.2f}"),
-    ("seconds_per_image", {"action": "generate", "batch": "16"}, "{:.2g} s per generated image"),
+    ("frechet_distance", {"images": "samples"}, "Frechet distance {:.2f} ({yardstick})"),
+    ("seconds_per_image", {"action": "generate", "batch": "16"}, "{:.2g} s per image in batches of 16"),
 )
 HARDLY_TRAINED = 0.95  # of the bits that code frequencies alone ask for
 
@@ -73,7 +73,11 @@ def read_reports(model: str | None = None) -> list[Report]:
 def headline(reports: list[Report]) -> str:
     """The numbers of `HEADLINES` that reports have of images which are not training images."""
     found = (_metric(reports, name, labels) for name, labels, _ in HEADLINES)
-    told = [form.format(metric.value) for metric, (*_, form) in zip(found, HEADLINES, strict=True) if metric]
+    told = [
+        form.format(metric.value, split=metric.split, yardstick=metric.labels.get("yardstick", "unnamed"))
+        for metric, (*_, form) in zip(found, HEADLINES, strict=True)
+        if metric
+    ]
     return ", ".join(told)
 
 
