@@ -153,9 +153,7 @@ def vqvae_contestants(args: argparse.Namespace, stack: ExitStack) -> tuple[dict[
 
 def checkpoint_row(trainer: Trainer, step_seconds: float) -> dict[str, float]:
     """What saving a checkpoint costs, also as a share of the steps between two of them."""
-    seconds = median(
-        timed(lambda: trainer.checkpoints.save(trainer.averaged, trainer.progress)).seconds for _ in range(5)
-    )
+    seconds = median(timed(lambda: trainer.checkpoints.save(trainer.progress)).seconds for _ in range(5))
     return {"seconds": seconds, "every": SAVE_EVERY, "share_of_step": seconds / SAVE_EVERY / step_seconds}
 
 

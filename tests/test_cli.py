@@ -23,7 +23,7 @@ from isic_vq import __version__, cli
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.evaluation.report import Report
 from isic_vq.hub.pretrained import ModelError
-from isic_vq.training.state import TrainingState
+from isic_vq.training.checkpoints import TrainingState
 from isic_vq.training.vqvae import VQVAETask
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,8 +38,8 @@ class WatchedTask(ImageTask):
 
     def __init__(self, recipe, processor, log):
         train_set, validation_set, _ = open_images(recipe.data, processor)
-        super().__init__(processor, train_set, validation_set, recipe)
-        self.model, self.log, self.step_ids = nn.Linear(1, 1), log, []
+        super().__init__(nn.Linear(1, 1), processor, train_set, validation_set, recipe)
+        self.log, self.step_ids = log, []
         self.row_ids = train_set.records["isic_id"] if hasattr(train_set, "records") else None
 
     def compiled_parts(self):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isic_vq.training.batches import EpochBatches
+from isic_vq.training.feed import EpochBatches
 from isic_vq.training.processes import TrainingError
 
 

@@ -41,7 +41,7 @@ def test_checkpoint_restores_everything_bit_for_bit(trainer, make_trainer):
     expected = fingerprint(trainer)
     other = make_trainer(max_steps=6)
     torch.manual_seed(99)
-    progress = other.checkpoints.load_newest(other.averaged)
+    progress = other.checkpoints.load_newest()
     assert progress == trainer.progress
     found = fingerprint(other)
     assert set(found) == set(expected)
@@ -61,7 +61,7 @@ def test_only_the_last_k_are_kept(make_trainer):
 
 def test_saving_the_same_step_again_replaces_it(trainer):
     trainer.progress.best_loss = 0.125
-    trainer.checkpoints.save(trainer.averaged, trainer.progress)
+    trainer.checkpoints.save(trainer.progress)
     assert names(trainer) == ["step-00000003", "step-00000006"]
     saved = json.loads((trainer.checkpoints.folder / "step-00000006" / "progress.json").read_text())
     assert saved["best_loss"] == 0.125
@@ -73,7 +73,7 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next_checkpoint(train
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     assert names(trainer) == ["step-00000003", "step-00000006"], "it never counts as a checkpoint"
-    trainer.checkpoints.save(trainer.averaged, trainer.progress)
+    trainer.checkpoints.save(trainer.progress)
     found = {path.name for path in trainer.checkpoints.folder.iterdir()}
     assert found == {"step-00000003", "step-00000006"}
 
@@ -92,7 +92,7 @@ def test_kill_while_a_checkpoint_is_replaced_leaves_one_to_resume(trainer, make_
     found = fingerprint(other)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    other.checkpoints.save(other.averaged, other.progress)
+    other.checkpoints.save(other.progress)
     found = {path.name for path in folder.iterdir()}
     assert found == {"step-00000003", "step-00000006"}, "the next save tidies up"
 
@@ -116,7 +116,7 @@ def test_without_averaging_no_average_is_written(make_trainer):
     trainer = make_trainer(max_steps=2, average_decay=0)
     trainer.train()
     assert not (trainer.checkpoints.list()[-1] / "averaged.safetensors").exists()
-    assert trainer.checkpoints.load_newest(None).step == 2
+    assert trainer.checkpoints.load_newest().step == 2
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(trainer, make_tr
     else:
         (newest / name).write_bytes((newest / name).read_bytes()[: (newest / name).stat().st_size // 2])
     with caplog.at_level(logging.WARNING, logger="isic_vq"):
-        progress = older.checkpoints.load_newest(older.averaged)
+        progress = older.checkpoints.load_newest()
     assert progress.step == 3
     found = fingerprint(older)
     shutil.rmtree(newest)
-    older.checkpoints.load_newest(older.averaged)
+    older.checkpoints.load_newest()
     for key, value in fingerprint(older).items():
         assert torch.equal(found[key], value), f"{key}: part of the damaged checkpoint stayed loaded"
     (record,) = (record for record in caplog.records if record.name.startswith("isic_vq"))
@@ -157,13 +157,13 @@ def test_run_without_a_readable_checkpoint_says_how_to_go_on(trainer):
     with pytest.raises(
         CheckpointError, match="run has no readable checkpoint: delete that folder, or choose"
     ):
-        trainer.checkpoints.load_newest(trainer.averaged)
+        trainer.checkpoints.load_newest()
 
 
 def test_run_without_any_checkpoint_says_how_to_go_on(make_trainer):
     trainer = make_trainer()
     with pytest.raises(CheckpointError, match="start without --resume"):
-        trainer.checkpoints.load_newest(trainer.averaged)
+        trainer.checkpoints.load_newest()
 
 
 def test_full_disk_keeps_the_last_checkpoint_and_names_the_way_out(trainer, monkeypatch):
@@ -173,7 +173,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_names_the_way_out(trainer, monk
     monkeypatch.setattr(trainer.checkpoints.state, "save", full_disk)
     trainer.progress.step = 8
     with pytest.raises(CheckpointError) as error:
-        trainer.checkpoints.save(trainer.averaged, trainer.progress)
+        trainer.checkpoints.save(trainer.progress)
     assert "checkpoint of step 8 was not written" in str(error.value)
     assert "No space left on device" in str(error.value)
     assert "the last good one is step-00000006" in str(error.value)
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_written_to_the_end_are_a_checkpoint_error(trainer,
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(CheckpointError, match="the last good one is step-00000006"):
-            trainer.checkpoints.save(trainer.averaged, trainer.progress)
+            trainer.checkpoints.save(trainer.progress)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     found = {path: path.read_bytes() for path in trainer.checkpoints.folder.rglob("*") if path.is_file()}
@@ -203,4 +203,4 @@ def test_first_checkpoint_that_fails_says_that_there_is_none(make_trainer, monke
     # That folder exists: an OSError.
     monkeypatch.setattr(trainer.checkpoints.state, "save", lambda *_: os.mkdir(trainer.run.folder))
     with pytest.raises(CheckpointError, match="the last good one is none"):
-        trainer.checkpoints.save(trainer.averaged, Progress(step=3))
+        trainer.checkpoints.save(Progress(step=3))

@@ -24,7 +24,7 @@ from isic_vq.evaluation.report import Report
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.batches import EpochBatches
+from isic_vq.training.feed import EpochBatches
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import train_prior
 from isic_vq.training.processes import native_bf16

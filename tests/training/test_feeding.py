@@ -29,13 +29,12 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.training.feed import RowFeed
+from isic_vq.training.feed import RowFeed, StreamFeed
 from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.load import load_recipe
 from isic_vq.training.loop import InterruptedTraining
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import LoopRecipe, VQVAERecipe
-from isic_vq.training.stream_feed import StreamFeed
 from isic_vq.training.vqvae import VQVAETask, train_vqvae
 from stream_only import StreamOnly
 
@@ -223,7 +222,9 @@ def test_prepared_images_are_read_shard_by_shard(tiny_run, small_prepared):
     )
     processor = IsicVQImageProcessor(size=16)
     train_set, validation_set, _ = open_images(recipe.data, processor)
-    feed = ImageTask(processor, train_set, validation_set, recipe).feed(recipe.loop, Numbered())
+    feed = ImageTask(torch.nn.Linear(1, 1), processor, train_set, validation_set, recipe).feed(
+        recipe.loop, Numbered()
+    )
     for epoch in (0, 2):
         feed.batches.epoch = epoch
         rows = sum(feed.batches, [])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from isic_vq.data.code_cache import CodeCache, read_code_cache, write_code_cache
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import SourceInfo, describe_source
+from isic_vq.evaluation.code_noise import annealed_share, disturb_context
 from isic_vq.evaluation.distances import frechet_distance
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Report
@@ -23,7 +24,6 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.load import load_recipe
 from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, open_task, train_prior
@@ -369,7 +369,7 @@ def test_a_run_goes_on_from_a_trained_prior_and_may_add_clusters(make_recipe, ti
     ("override", "message"),
     [
         ("model.hidden_size=4", r"start has hidden_size \d+, and this run 4: expected the same"),
-        ("select_by=fid", "select_by is 'fid': expected one of bits_per_code, frechet_distance, recall"),
+        ("select_by=fid", "select_by is 'fid': expected 'bits_per_code', 'frechet_distance' or 'recall'"),
         ("select_by=recall", "select_by is 'recall' and feature_model is not set"),
         ("select_samples=3", "select_samples is 3: expected at least 12"),
     ],

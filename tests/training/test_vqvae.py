@@ -24,7 +24,6 @@ from isic_vq.training.loop import Trainer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import RecipeError, VQVAERecipe
 from isic_vq.training.run import Run
-from isic_vq.training.stage import choose_best
 from isic_vq.training.vqvae import (
     refit_batch_norm,
     refit_codebook,
@@ -343,7 +342,7 @@ def test_the_model_with_the_lower_validation_error_is_chosen(make_vqvae_trainer,
         nn.init.constant_(spoilt.decoder.to_pixels.bias, 10)
         spoilt.save_pretrained(tmp_path / "best")
     task.sources = {"train": find_source("synthetic:4:0").describe()}
-    assert choose_best(task, trainer, "mse_loss", "vqvae") == better
+    assert task.choose_best(trainer, "mse_loss", "vqvae") == better
     saved = load_model(VQVAEModel, str(tmp_path / "model"))
     bias = saved.decoder.to_pixels.bias
     expected = trainer.averaged.shadow["decoder.to_pixels.bias"]
@@ -362,7 +361,7 @@ def test_without_averaging_the_raw_model_is_chosen(make_vqvae_trainer):
     trainer = make_vqvae_trainer("loop.max_steps=3", "loop.average_decay=0")
     trainer.train()
     trainer.task.sources = {"train": find_source("synthetic:4:0").describe()}
-    assert choose_best(trainer.task, trainer, "mse_loss", "vqvae") == "raw"
+    assert trainer.task.choose_best(trainer, "mse_loss", "vqvae") == "raw"
 
 
 # Pictures

@@ -21,8 +21,8 @@ class AveragedParameters:
     Args:
         model: the model whose parameters are followed.
         decay: limit of the decay per step, in [0, 1).
-        warms_up: False lets the parameters that it begins with count from the first step, as those of a trained model
-            should; a new model's are noise, and the warm-up forgets them.
+        warms_up: whether the first parameters are forgotten soon, as the noise of a new model should be; those of a
+            trained one count from the first step.
     """
 
     def __init__(self, model: nn.Module, decay: float, warms_up: bool = True):
@@ -40,7 +40,7 @@ class AveragedParameters:
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Run a block with the averaged parameters in the model; the raw ones come back afterwards."""
+        """Run a block with the averaged parameters in the model, and restore the raw ones."""
         self._exchange(model)
         try:
             yield
@@ -68,7 +68,6 @@ class AveragedParameters:
         return {**shadow, "num_updates": torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
         self.num_updates = int(state["num_updates"])
         for name, tensor in self.shadow.items():
             tensor.copy_(state[name])

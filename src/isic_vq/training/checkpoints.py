@@ -1,32 +1,32 @@
 """A run's checkpoints: written aside and renamed, the last few kept, the newest readable one resumed.
 
-The private state of a run is accelerate's own format (model, optimizer, scheduler, random states) plus
-the averaged parameters and the position in the run. Published weights are written elsewhere, as
-safetensors only.
+A checkpoint is tensors and JSON: model, averaged parameters, optimizer, schedule, position in the run and, of each process,
+random states and feed. Unlike a pickle, neither can hold code that runs when it is read. Published weights lie elsewhere.
 """
 
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from isic_vq.files import write_atomically, write_tensors
 from isic_vq.training.averaging import AveragedParameters
 from isic_vq.training.processes import Processes
-from isic_vq.training.state import (
-    TrainingState,
-    read_random_state,
-    restore_random_state,
-    save_random_state,
-)
 
 logger = logging.getLogger(__name__)
+
+MODEL, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.safetensors", "schedule.json"
+AVERAGED, PROGRESS = "averaged.safetensors", "progress.json"
 
 
 class CheckpointError(RuntimeError):
@@ -35,23 +35,14 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        step: optimizer steps done.
-        epoch: epochs begun before the current one.
-        batch: batches done in the current epoch.
-        best_loss: lowest `Task.selection` so far; None before the first validation.
-        best_step: step of that validation.
-        validations_since_best: what early stopping counts.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    validations_since_best: int = 0
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs begun before the current one
+    batch: int = 0  # batches done in the current epoch
+    best_loss: float | None = None  # lowest `Task.selection` so far; None before the first validation
+    best_step: int = 0  # step of that validation
+    validations_since_best: int = 0  # what early stopping counts
 
 
 class Checkpoints:
@@ -61,17 +52,26 @@ class Checkpoints:
     that all of them see. The main process makes and renames.
 
     Args:
-        folder: where they are.
+        folder: holds them.
         keep: how many of them are kept.
         processes: the group.
         state: what is trained.
+        averaged: averaged parameters, if there are any.
 
     Attributes:
         feed: what `save` was given as this process's feed in the checkpoint loaded last; None if it was given none.
     """
 
-    def __init__(self, folder: Path, keep: int, processes: Processes, state: TrainingState):
-        self.folder, self.keep, self.processes, self.state = folder, keep, processes, state
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        processes: Processes,
+        state: "TrainingState",
+        averaged: AveragedParameters | None = None,
+    ):
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.state, self.averaged = state, averaged
         self.feed: dict[str, Any] | None = None
 
     def list(self) -> list[Path]:
@@ -83,23 +83,20 @@ class Checkpoints:
         saved = self.list()
         return saved[-1].name if saved else "none"
 
-    def save(
-        self, averaged: AveragedParameters | None, progress: Progress, feed: dict[str, Any] | None = None
-    ) -> Path:
+    def save(self, progress: Progress, feed: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint and drop the oldest ones past `keep`.
 
         Args:
-            averaged: averaged parameters, if there are any.
             progress: where the run stands, in all processes.
-            feed: what else this process has to know to be fed the rest of an epoch.
+            feed: what else this process has to know to be fed the rest of an epoch; JSON.
 
         Raises:
-            CheckpointError: it cannot be written, by any process; the earlier checkpoints are untouched.
+            CheckpointError: some process cannot write it; the earlier checkpoints are untouched.
         """
         target = self.folder / f"step-{progress.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
         error = self._attempt(lambda: self._begin(temporary), on_main=True)
-        error = error or self._attempt(lambda: self._fill(temporary, averaged, progress, feed))
+        error = error or self._attempt(lambda: self._fill(temporary, progress, feed))
         error = error or self._attempt(lambda: self._publish(temporary, target), on_main=True)
         if error:
             if self.processes.is_main:
@@ -111,7 +108,7 @@ class Checkpoints:
         return target
 
     def _attempt(self, action: Callable[[], None], on_main: bool = False) -> str | None:
-        """Do something in every process, or in the main one; what went wrong in this one or elsewhere."""
+        """Do something in every process, or in the main one; returns why it failed in this one or another."""
         error = None
         try:
             if self.processes.is_main or not on_main:
@@ -124,36 +121,28 @@ class Checkpoints:
         return None
 
     def _begin(self, temporary: Path) -> None:
-        """Make an empty folder; what a killed run left half-written goes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step-*"):
+        for leftover in self.folder.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def _fill(
-        self,
-        temporary: Path,
-        averaged: AveragedParameters | None,
-        progress: Progress,
-        feed: dict[str, Any] | None,
-    ) -> None:
+    def _fill(self, temporary: Path, progress: Progress, feed: dict[str, Any] | None) -> None:
         """Write this process's part."""
-        save_random_state(self._own(temporary, "random"))
+        write_atomically(self._path(temporary, "random"), json.dumps(random_state()).encode())
         if feed is not None:
-            write_atomically(self._own(temporary, "feed"), json.dumps(feed).encode())
+            write_atomically(self._path(temporary, "feed"), json.dumps(feed).encode())
         if self.processes.is_main:
             self.state.save(temporary)
-            if averaged is not None:
-                write_tensors(temporary / "averaged.safetensors", averaged.state_dict())
-            state = {**asdict(progress), "num_processes": self.processes.world}
-            write_atomically(temporary / "progress.json", json.dumps(state).encode())
+            if self.averaged is not None:
+                write_tensors(temporary / AVERAGED, self.averaged.state_dict())
+            fields = {**asdict(progress), "num_processes": self.processes.world}
+            write_atomically(temporary / PROGRESS, json.dumps(fields).encode())
 
-    def _own(self, folder: Path, name: str) -> Path:
-        """A file of this process."""
+    def _path(self, folder: Path, name: str) -> Path:
         return folder / f"{name}-{self.processes.rank}.json"
 
     def _publish(self, temporary: Path, target: Path) -> None:
-        """Let the finished folder take its name, and drop the oldest ones."""
+        """Rename the finished folder, and drop the oldest ones."""
         old = self.folder / f"{target.name}.old"  # still listed, should the process be killed right here
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -164,7 +153,7 @@ class Checkpoints:
         for path in self.list()[: -self.keep]:
             shutil.rmtree(path)
 
-    def load_newest(self, averaged: AveragedParameters | None) -> Progress:
+    def load_newest(self) -> Progress:
         """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning.
 
         Raises:
@@ -173,30 +162,23 @@ class Checkpoints:
         for path in reversed(self.list()):
             progress, error = None, None
             try:
-                progress = self._read(path, averaged)
+                progress = self._read(path)
             except CheckpointError:
                 raise
-            except (
-                Exception
-            ) as failure:  # torch, safetensors and json each raise their own for a damaged file
+            except Exception as failure:  # torch, safetensors and json raise their own for a damaged file
                 error = failure
-            if self.processes.agree(error is not None):
-                logger.warning(
-                    "checkpoint %s cannot be read (%s); trying the one before it",
-                    path.name,
-                    error or "by another process",
-                )
-                continue
-            assert progress is not None
-            return progress
+            if not self.processes.agree(error is not None):
+                assert progress is not None
+                return progress
+            reason = error or "by another process"
+            logger.warning("checkpoint %s cannot be read (%s); trying the one before it", path.name, reason)
         raise CheckpointError(
             f"{self.folder.parent.name} has no readable checkpoint: delete that folder, or choose another "
             "output_dir, and start without --resume"
         )
 
-    def _read(self, path: Path, averaged: AveragedParameters | None) -> Progress:
-        """Restore one checkpoint."""
-        fields = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    def _read(self, path: Path) -> Progress:
+        fields = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         num_processes = fields.pop("num_processes")
         if num_processes != self.processes.world:
             raise CheckpointError(
@@ -208,11 +190,91 @@ class Checkpoints:
                 f"{path.name} holds pickles, which may run code and are not read: an older version wrote it; start again in "
                 "another output_dir"
             )
-        random_state, feed = read_random_state(self._own(path, "random")), self._own(path, "feed")
+        # All files are read before anything changes.
+        state = json.loads(self._path(path, "random").read_text(encoding="utf-8"))
+        feed = self._path(path, "feed")
         self.feed = json.loads(feed.read_text(encoding="utf-8")) if feed.exists() else None
-        average = load_file(path / "averaged.safetensors") if averaged is not None else {}
+        average = {} if self.averaged is None else load_file(path / AVERAGED)
         self.state.load(path)
-        if averaged is not None:
-            averaged.load_state_dict(average)
-        restore_random_state(random_state)
+        if self.averaged is not None:
+            self.averaged.load_state_dict(average)
+        restore_random_state(state)
         return Progress(**fields)
+
+
+class TrainingState:
+    """Model (not wrapped for several processes), its optimizer, and the schedule of the learning rate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+
+    def save(self, folder: Path) -> None:
+        """Write three files.
+
+        Raises:
+            OSError: one cannot be written.
+        """
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            f"{index}.{name}": tensor.contiguous()
+            for index, state in optimizer["state"].items()
+            for name, tensor in state.items()
+        }
+        schedule = {"schedule": self.scheduler.state_dict(), "groups": optimizer["param_groups"]}
+        weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        write_tensors(folder / MODEL, weights)
+        write_tensors(folder / OPTIMIZER, moments)
+        write_atomically(folder / SCHEDULE, json.dumps(schedule).encode())
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` has written; all files are read before anything changes.
+
+        Raises:
+            OSError, SafetensorError, ValueError, KeyError, RuntimeError: a file is missing, damaged or another model's.
+        """
+        weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+        schedule = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in moments.items():
+            index, name = key.split(".", 1)
+            parameter = parameters[int(index)]
+            if (
+                tensor.shape == parameter.shape
+            ):  # fused optimizers take the parameter's memory format for granted
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            state.setdefault(int(index), {})[name] = tensor
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
+        self.scheduler.load_state_dict(schedule["schedule"])
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's global generators in this process; JSON."""
+    name, keys, *position = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *position],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [device.tolist() for device in torch.cuda.get_rng_state_all()],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned, before or after JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged.
+    """
+    version, internal, gauss = state["python"]
+    cuda = [torch.tensor(device, dtype=torch.uint8) for device in state["cuda"]]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)

@@ -10,7 +10,7 @@ them. As in the tokenizer's stage, the better of the best raw model and the aver
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,18 @@ from isic_vq.data.schema import DataError
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
 from isic_vq.evaluation.measured_images import MIN_GROUP
 from isic_vq.evaluation.measures import classifier_measures
-from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.report import Metric, Report
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.training.image_task import ImageTask, open_data
-from isic_vq.training.loop import Trainer
+from isic_vq.training.loop import Trainer, run_stage
+from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import ClassifierRecipe
 from isic_vq.training.run import build_config, save_model
-from isic_vq.training.stage import choose_best, run_stage
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-Measure = Callable[[Tensor, Tensor], float]  # of logits (N, C) and labels (N,)
 
 MEAN = STD = 0.5  # of each channel, as preprocessor_config.json has them
 REFIT_BATCHES = 64  # batches that re-estimate BatchNorm's statistics under averaged parameters
@@ -77,10 +75,7 @@ def class_log_shares(labels: Tensor, num_classes: int) -> Tensor:
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_shares: Tensor) -> Tensor:
     """Logit-adjusted cross-entropy in nats per image: -log softmax(logits + log_shares)[label], mean over the batch.
 
-    Args:
-        logits: `(B, C)`.
-        labels: `(B,)` int64.
-        log_shares: `(C,)`, see `class_log_shares`.
+    Of logits `(B, C)`, labels `(B,)` int64, and `(C,)` logarithms of `class_log_shares`.
     """
     return F.cross_entropy(logits.float() + log_shares, labels)
 
@@ -88,15 +83,9 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_shares: Tensor) -
 def random_colours(num_images: int, strength: float, seed: int, epoch: int) -> Tensor:
     """Draw how the colours of each image of a data set change in an epoch: a function of the arguments alone.
 
-    Args:
-        num_images: number of images of the data set.
-        strength: largest change, in [0, 1).
-        seed: seed of the run, not negative.
-        epoch: number of the epoch, not negative.
-
     Returns:
         `(num_images, 2, 3)` float32: by image, a factor for each channel, uniform in 1 +- strength, and an offset,
-        uniform in +- strength / 2, see `recoloured`.
+        uniform in +- strength / 2, strength in [0, 1); see `recoloured`.
     """
     state = np.random.SeedSequence(seed, spawn_key=(epoch, 1)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
@@ -105,45 +94,30 @@ def random_colours(num_images: int, strength: float, seed: int, epoch: int) -> T
 
 
 def recoloured(pixel_values: Tensor, colours: Tensor) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1], each times its factors and plus its offsets, cut off at 0 and 1.
-
-    Args:
-        pixel_values: the images.
-        colours: `(B, 2, 3)`, see `random_colours`.
-    """
+    """Images `(B, 3, H, W)` in [0, 1] times factors and plus offsets `(B, 2, 3)` of `random_colours`, clamped to [0, 1]."""
     factors, offsets = colours[..., None, None].unbind(1)
     return (pixel_values * factors + offsets).clamp(0, 1)
 
 
 class ClassifierTask(ImageTask):
-    """The classifier stage, as the loop sees it.
+    """The classifier stage: `model` is a `ResNetForImageClassification`, and every image has a class.
 
-    Args:
-        model: the classifier, on its device after the trainer was built; the others as for `ImageTask`, all images of
-            a class.
+    Attributes:
+        left_out: number of images without a class, by split.
     """
 
-    def __init__(
-        self,
-        model: ResNetForImageClassification,
-        processor: IsicVQImageProcessor,
-        train_set: DecodedImages,
-        validation_set: DecodedImages,
-        recipe: ClassifierRecipe,
-    ):
-        super().__init__(processor, train_set, validation_set, recipe)
-        self.model, self.recipe = model, recipe
-        self.left_out: dict[str, int] = {}  # images of no class, by split
-        self.log_shares = class_log_shares(torch.tensor(train_set.labels), model.config.num_labels)
+    left_out: dict[str, int]
+
+    def begin(self, processes: Processes) -> None:
+        super().begin(processes)
+        self.log_shares = class_log_shares(torch.tensor(self.train_set.labels), self.model.config.num_labels)
 
     def before_epoch(self, epoch: int) -> None:
-        """Draw the epoch's views and colours."""
         super().before_epoch(epoch)
         strength = self.recipe.colour_strength
         self.colours = random_colours(self.train_set.num_images, strength, self.loop.seed, epoch)
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Cross-entropy of a batch, and how many of it are named rightly."""
         pixel_values = self.pixel_values(batch)
         labels = batch["labels"].to(pixel_values.device)
         if self.augment:
@@ -161,45 +135,39 @@ class ClassifierTask(ImageTask):
         return predict(self.model, images), torch.cat([batch["labels"] for batch in batches])
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the model on the validation images; `loss` is what is minimised."""
         logits, labels = self.validated = self.predict()
         loss = balanced_cross_entropy(logits, labels, self.log_shares).item()
         classes = list(self.model.config.id2label.values())
-        found = classifier_measures(classes, labels)
-        values = {name: found[name, None](logits, labels) for name in ("accuracy", "balanced_accuracy")}
+        measures = classifier_measures(classes, labels)
+        values = {name: measures[name, None](logits, labels) for name in ("accuracy", "balanced_accuracy")}
         return {"loss": loss, **values}
 
     def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
-        image_processor = preprocessor(self.recipe.image_size)
-        save_model(folder, self.model, image_processor, training_data=training_data)
+        save_model(folder, self.model, preprocessor(self.recipe.image_size), training_data=training_data)
 
     def refit_statistics(self) -> None:
         chosen = self.train_set.sample(REFIT_BATCHES * self.loop.batch_size, self.loop.seed + 1)
         update_bn(map(normalised, self.images(chosen)), self.model, self.model.device)
 
     def conclude(self, trainer: Trainer) -> Report:
-        variant = choose_best(self, trainer, "loss", "classifier")
+        variant = self.choose_best(trainer, "loss", "classifier")
         logits, labels = self.validated
-        config, dataset = self.model.config, self.sources["validation"].name
-        classes = list(config.id2label.values())
-        report = Report(
-            model={
-                "type": config.model_type,
+        classes = list(self.model.config.id2label.values())
+        pairs = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2)
+        return self.write_report(
+            trainer.run.folder,
+            {
+                "type": self.model.config.model_type,
                 "weights": variant,
                 "num_parameters": self.model.num_parameters(),
             },
-            metrics=classifier_metrics(
-                logits, labels, classes, self.log_shares, MeasuredOn("validation", dataset)
-            ),
-            tables={
-                "classes": classes,
-                "confusion": confusion(logits.argmax(1), labels, len(classes)),
-                "left_out": self.left_out,
-            },
-            environment=environment(),
+            classifier_metrics(logits, labels, classes, self.log_shares, self.validation),
+            classes=classes,
+            confusion=pairs.view(
+                len(classes), -1
+            ).tolist(),  # images by class, and by the class they were given
+            left_out=self.left_out,
         )
-        report.save(trainer.run.folder / "report.json")
-        return report
 
 
 @torch.no_grad()
@@ -214,22 +182,17 @@ def classifier_metrics(
 ) -> list[Metric]:
     """The report's lines: `classifier_measures`, the cross-entropy, and recall and AUC of classes of `MIN_GROUP` images.
 
-    Args:
-        logits: `(N, C)`.
-        labels: `(N,)` int64.
-        classes: name of each class.
-        log_shares: `(C,)`, see `class_log_shares`.
-        on: the images' split and data set.
+    Of logits `(N, C)` and labels `(N,)` int64, with the logarithms `(C,)` of `class_log_shares`.
     """
     right = logits.argmax(1) == labels
-    can_be_drawn = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
+    can_be_resampled = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
     members = {name: labels == index for index, name in enumerate(classes)}
     large = [name for name in classes if members[name].sum() >= MIN_GROUP]
     metrics = [on.share("accuracy", int(right.sum()), len(right))]
     for (name, positive), measure in classifier_measures(classes, labels).items():
         if name != "accuracy" and (positive is None or positive in large):
             interval = None
-            if can_be_drawn:
+            if can_be_resampled:
                 interval = bootstrap_interval(
                     lambda rows, measure=measure: measure(logits[rows], labels[rows]),
                     np.arange(len(labels)),
@@ -247,7 +210,7 @@ def classifier_metrics(
 
 
 def preprocessor(image_size: int) -> ConvNextImageProcessorPil:
-    """Image processor of transformers that makes of images of any size what the network takes."""
+    """Image processor of transformers for the network, from images of any size."""
     return ConvNextImageProcessorPil(
         size={"shortest_edge": image_size}, crop_pct=1.0, image_mean=[MEAN] * 3, image_std=[STD] * 3
     )
@@ -284,12 +247,6 @@ def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset"
     return records.select(rows)
 
 
-def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> list[list[int]]:
-    """How often an image of a class (row) was called each class (column)."""
-    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).tolist()
-
-
 def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
     """The images of a recipe that have a class, and a new classifier.
 
@@ -311,16 +268,15 @@ def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
         DecodedImages(kept[name], processor, label2id, cache=recipe.data.cache) for name in parts
     )
     torch.manual_seed(recipe.loop.seed)
-    task = ClassifierTask(
-        build_classifier(recipe.model, classes), processor, train_set, validation_set, recipe
-    )
+    model = build_classifier(recipe.model, classes)
+    task = ClassifierTask(model, processor, train_set, validation_set, recipe)
     task.left_out = {name: len(parts[name]) - len(kept[name]) for name in parts}
     task.sources, task.settings = sources, recipe.model
     return task
 
 
 def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
-    """Run a recipe from its images to `model/` and `report.json`.
+    """Train a classifier: writes `model/` and `report.json`.
 
     Returns:
         The report, in the main process.

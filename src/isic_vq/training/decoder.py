@@ -14,17 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from isic_vq.data.loading import DecodedImages
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
-from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.agreement import DiagnosisClassifier
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
-from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
-from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.grid import paired_grid
 from isic_vq.hub.pretrained import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -33,11 +30,10 @@ from isic_vq.models.modeling_vqvae import Decoder, Refinement, VQVAEModel
 from isic_vq.training.discriminator import LeCam, PatchDiscriminator, discriminator_loss
 from isic_vq.training.image_losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.image_task import ImageTask, open_images
-from isic_vq.training.loop import Trainer
+from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe, RecipeError
 from isic_vq.training.run import save_model
-from isic_vq.training.stage import run_stage
 
 UNITS = {"psnr": "dB", "ssim": "1", "feature_distance": "1", "frechet_distance": "1"}
 
@@ -47,7 +43,7 @@ class DecoderWithCritics(nn.Module):
 
     Args:
         decoder: trained, but for its BatchNorm statistics.
-        features: frozen; not part of what is saved.
+        features: frozen.
         classifier: frozen; its logits are matched, if it is given.
         recipe: the weights of the loss.
     """
@@ -73,32 +69,32 @@ class DecoderWithCritics(nn.Module):
         return self
 
     def forward(self, quantized: Tensor, codes: Tensor, images: Tensor, step: int) -> dict[str, Tensor]:
-        """Losses of decoding `quantized` `(B, D, h, w)` against `images` `(B, 3, H, W)`.
+        """Losses of decoding codebook vectors `quantized` `(B, D, h, w)` against `images` `(B, 3, H, W)` in [0, 1].
 
         Args:
             quantized: codebook vectors.
             codes: their finest grid.
-            images: what they should decode to, in [0, 1].
-            step: of the training; it decides what learns yet, and by what.
+            images: what they should decode to.
+            step: of the training; it decides which part learns, and by which terms.
         """
         recipe, warming_up = self.recipe, step < self.recipe.discriminator_warmup
         with torch.set_grad_enabled(torch.is_grad_enabled() and not warming_up):
             decoded = self.decoder(quantized, codes)
         terms: dict[str, tuple[Tensor, float]] = {} if warming_up else self.compare(images, decoded)
         if self.discriminator is not None:
-            real, fake = (self.discriminator(seen).float() for seen in (images, decoded.detach()))
+            real, fake = self.discriminator(images).float(), self.discriminator(decoded.detach()).float()
             terms["discriminator_loss"] = (discriminator_loss(real, fake), 1)
             if self.lecam is not None:
                 terms["lecam_loss"] = (self.lecam(real, fake), recipe.lecam_weight)
             if step >= recipe.adversarial_start:
                 frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-                opinion = functional_call(self.discriminator, frozen, decoded)
-                terms["adversarial_loss"] = (-opinion.float().mean(), recipe.adversarial_weight)
+                scores = functional_call(self.discriminator, frozen, decoded).float()
+                terms["adversarial_loss"] = (-scores.mean(), recipe.adversarial_weight)
         loss = torch.stack([weight * value for value, weight in terms.values()]).sum()
         return {"loss": loss, **{name: value for name, (value, _) in terms.items()}}
 
     def compare(self, images: Tensor, decoded: Tensor) -> dict[str, tuple[Tensor, float]]:
-        """How far decoded images are from theirs: each term's value and weight; those of weight 0 are left out."""
+        """Value and weight of each term that compares decoded images with `images`, but those of weight 0."""
         recipe, (features, classifier) = self.recipe, self.critics
         difference = decoded.float() - images.float()
         terms = {
@@ -113,10 +109,8 @@ class DecoderWithCritics(nn.Module):
             period = 2 ** (len(self.decoder.up) + 1)
             terms["grid_loss"] = (grid_loss(images, decoded, period), recipe.grid_weight)
         if recipe.feature_weight:
-            terms["feature_loss"] = (
-                feature_distance(features, images, decoded).mean(),
-                recipe.feature_weight,
-            )
+            distance = feature_distance(features, images, decoded).mean()
+            terms["feature_loss"] = (distance, recipe.feature_weight)
         if classifier is not None:
             distance = (classifier(images) - classifier(decoded)).float().square().mean()
             terms["logit_loss"] = (distance, recipe.logit_weight)
@@ -124,37 +118,35 @@ class DecoderWithCritics(nn.Module):
 
 
 class DecoderTask(ImageTask):
-    """The fine-tuning stage, as the loop sees it.
+    """The fine-tuning stage: `model` is a `DecoderWithCritics`.
 
     Args:
+        whole: the tokenizer, or the model that it is a part of.
         tokenizer: its decoder is trained in place.
         features: the feature space.
-        classifier: whose logits are matched, if any; the others as for `ImageTask`.
+        classifier: its logits are matched, if it is given.
+        images_and_recipe: as for `ImageTask`.
     """
 
     averages_directly = True
 
     def __init__(
         self,
+        whole: IsicVQModel | VQVAEModel,
         tokenizer: VQVAEModel,
         features: FeatureModel,
         classifier: DiagnosisClassifier | None,
-        processor: IsicVQImageProcessor,
-        train_set: DecodedImages | StreamedImages,
-        validation_set: DecodedImages,
-        recipe: DecoderRecipe,
+        *images_and_recipe: Any,
     ):
-        super().__init__(processor, train_set, validation_set, recipe)
-        self.tokenizer, self.features, self.recipe = tokenizer.eval(), features, recipe
-        self.whole: IsicVQModel | VQVAEModel = tokenizer  # or the model that it is a part of
-        self.model = DecoderWithCritics(tokenizer.decoder, features, classifier, recipe)
+        model = DecoderWithCritics(tokenizer.decoder, features, classifier, images_and_recipe[-1])
+        super().__init__(model, *images_and_recipe)
+        self.whole, self.tokenizer, self.features = whole, tokenizer.eval(), features
 
     def compiled_parts(self) -> list[nn.Module]:
         """The decoder; its critics run with frozen and with learning weights, which would compile twice."""
         return [self.tokenizer.decoder]
 
     def begin(self, processes: Processes) -> None:
-        """Measure the decoder that the run starts from."""
         super().begin(processes)
         for module in (self.whole, *self.model.critics):
             if module is not None:
@@ -166,15 +158,12 @@ class DecoderTask(ImageTask):
         noise, quantizer = self.recipe.code_noise, self.tokenizer.quantizer
         codes = self.tokenizer.encode(images)
         if noise.image_share:
-            left = 1 - step / self.recipe.loop.max_steps if noise.annealed else 1
-            codes = disturb_codes(
-                codes,
-                quantizer.codebook,
-                noise.image_share,
-                noise.code_share * left,
-                noise.num_nearest,
-                torch.default_generator,  # checkpoints hold its state
-            )
+            code_share = noise.code_share * (1 - step / self.loop.max_steps if noise.annealed else 1)
+            shares, generator = (
+                (noise.image_share, code_share),
+                torch.default_generator,
+            )  # which checkpoints hold
+            codes = disturb_codes(codes, quantizer.codebook, *shares, noise.num_nearest, generator)
         with torch.no_grad():
             quantized = quantizer.lookup(codes)
         return model(quantized, quantizer.grids(codes)[-1], images, step)
@@ -184,12 +173,12 @@ class DecoderTask(ImageTask):
         result = evaluate_reconstruction(self.tokenizer, self.images(self.validation_set))
         appearance = Appearance(self.tokenizer.config.downsampling)
 
-        def watched() -> Iterator[tuple[Tensor, Tensor]]:
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for images, reconstructions in self.pairs(self.tokenizer):
                 appearance.add(reconstructions)
                 yield images, reconstructions
 
-        return result, measure_features(self.features, watched()), appearance
+        return result, measure_features(self.features, pairs()), appearance
 
     def validate(self) -> dict[str, float]:
         """Validation metrics; `loss` is what is minimised without the terms of discriminator, logits and spectra."""
@@ -213,8 +202,7 @@ class DecoderTask(ImageTask):
 
     def measured_metrics(self, **labels: str) -> list[Metric]:
         """The report's lines for the decoder as it is, with these labels."""
-        on = MeasuredOn("validation", self.sources["validation"].name)
-        result, distances, appearance = self.measure()
+        on, (result, distances, appearance) = self.validation, self.measure()
         values = {"psnr": result.psnr, "ssim": result.ssim, **distances}
         lines = [
             on.metric(name, values[name], unit, result.num_images, **labels) for name, unit in UNITS.items()
@@ -222,27 +210,24 @@ class DecoderTask(ImageTask):
         return lines + appearance.metrics(on, self.loop.seed, images="reconstructions", **labels)
 
     def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
-        """Save the tokenizer with its decoder as it is, and its image processor."""
         save_model(folder, self.tokenizer, self.processor, training_data=training_data)
 
     def conclude(self, trainer: Trainer) -> Report:
-        """As `Task` has it; the model of the last step is kept, averaged unless `loop.average_decay` is 0.
+        """Keep the model of the last step, averaged unless `loop.average_decay` is 0.
 
-        A discriminator moves on, and the lowest reconstruction error is no measure of looks.
+        The discriminator changes, and the lowest reconstruction error is no measure of looks.
         """
         if trainer.averaged is not None:
             trainer.averaged.copy_to(self.model)
-        seen = {"vqvae": None, **read_training_data(Path(resolve(self.recipe.model)))}
-        training_data = {**seen, "decoder": self.sources["train"]}
-        save_model(trainer.run.folder / "model", self.whole, self.processor, training_data=training_data)
-        feature_model = Path(self.recipe.feature_model).name
-        report = Report(
-            model={"type": self.whole.config.model_type, "feature_model": feature_model},
-            metrics=[*self.measured_metrics(), *self.before],
-            environment=environment(),
-        )
-        report.save(trainer.run.folder / "report.json")
-        self.write_shown_pairs(self.tokenizer, trainer.run.folder)
+        folder, before = trainer.run.folder, read_training_data(Path(resolve(self.recipe.model)))
+        training_data = {"vqvae": None, **before, "decoder": self.sources["train"]}
+        save_model(folder / "model", self.whole, self.processor, training_data=training_data)
+        about = {
+            "type": self.whole.config.model_type,
+            "feature_model": Path(self.recipe.feature_model).name,
+        }
+        report = self.write_report(folder, about, [*self.measured_metrics(), *self.before])
+        self.write_shown_pairs(self.tokenizer, folder)
         return report
 
 
@@ -265,7 +250,7 @@ def open_task(recipe: DecoderRecipe) -> DecoderTask:
     except (OSError, ValueError) as error:
         raise ModelError(f"feature_model cannot be read: {error}") from error
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-    train_set, validation_set, sources = open_images(recipe.data, processor)
+    *sets, sources = open_images(recipe.data, processor)
     noise, num_codes = recipe.code_noise, tokenizer.config.num_codes
     if noise.image_share and noise.num_nearest >= num_codes:
         raise RecipeError(
@@ -274,14 +259,14 @@ def open_task(recipe: DecoderRecipe) -> DecoderTask:
     if recipe.refinement_size:
         add_refinement(tokenizer, recipe.refinement_size)
     tokenizer.to(memory_format=torch.channels_last)
-    task = DecoderTask(tokenizer, features, classifier, processor, train_set, validation_set, recipe)
-    task.whole, task.sources = whole, sources
+    task = DecoderTask(whole, tokenizer, features, classifier, processor, *sets, recipe)
+    task.sources = sources
     task.idle_parameters = recipe.discriminator_warmup > 0
     return task
 
 
 def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
-    """Run a recipe to `model/` (whole again if it started from a whole model) and `report.json`.
+    """Fine-tune a decoder: writes `model/`, a whole model if it started from one, and `report.json`.
 
     Returns:
         The report, before and after, in the main process.
@@ -294,7 +279,7 @@ def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
 
 
 def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
-    """Give a tokenizer without a refinement one that changes nothing yet.
+    """Add a refinement, which changes nothing before it is trained, to a tokenizer without one.
 
     Raises:
         ModelError: it has one of another size.
@@ -307,8 +292,7 @@ def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
             f"the model has a refinement of {config.refinement_size} channels: leave out refinement_size={size}"
         )
     config.refinement_size = size
-    refinement = Refinement(config.num_channels, size)
-    refinement.apply(tokenizer._init_weights)
+    refinement = Refinement(config.num_channels, size).apply(tokenizer._init_weights)
     decoder.refinement = refinement.to(tokenizer.device, tokenizer.dtype)
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from isic_vq.data.classes import UNKNOWN, Classes, counted, new_classes
 from isic_vq.data.loading import Batch, DecodedImages, SkipCounter, collate
 from isic_vq.data.order import epoch_order
 from isic_vq.data.parts import SelectedSource, licensed, split_source
+from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.prepared import PreparedSource
@@ -22,10 +23,10 @@ from isic_vq.data.streaming import StreamedImages, read_into_memory
 from isic_vq.files import write_tensors
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.feed import Feed, RowFeed
+from isic_vq.training.feed import Feed, RowFeed, StreamFeed
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import ClassifierRecipe, DataRecipe, DecoderRecipe, LoopRecipe, VQVAERecipe
-from isic_vq.training.stream_feed import StreamFeed
+from isic_vq.training.recipe import DataRecipe, LoopRecipe
+from isic_vq.training.run import save_model
 from isic_vq.training.task import Task
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
 
 
 class ImageTask(Task):
-    """Training and validation images, as the loop sees them.
+    """A stage that trains on images.
 
     Args:
+        model: what is trained, on its device after the trainer was built.
         processor: decodes images, and is saved beside the weights.
         train_set: training images.
         validation_set: validation images.
@@ -48,22 +50,22 @@ class ImageTask(Task):
 
     def __init__(
         self,
+        model: nn.Module,
         processor: IsicVQImageProcessor,
         train_set: DecodedImages | StreamedImages,
         validation_set: DecodedImages,
-        recipe: VQVAERecipe | DecoderRecipe | ClassifierRecipe,
+        recipe: Any,
     ):
-        self.processor, self.train_set, self.validation_set = processor, train_set, validation_set
+        self.model, self.processor, self.recipe = model, processor, recipe
+        self.train_set, self.validation_set = train_set, validation_set
         self.data, self.loop, self.augment = recipe.data, recipe.loop, recipe.augment
 
     def begin(self, processes: Processes) -> None:
-        """Take this process's share of the images that may be corrupt."""
         super().begin(processes)
-        seen_here = (self.train_set.num_images + len(self.validation_set)) // processes.world
-        self.skipped = SkipCounter(self.data.max_corrupt_share, seen_here)
+        num_images = (self.train_set.num_images + len(self.validation_set)) // processes.world
+        self.skipped = SkipCounter(self.data.max_corrupt_share, num_images)
 
     def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
-        """Training images, in a new order each epoch."""
         images = self.train_set
         if isinstance(images, StreamedImages):
             return StreamFeed(images, self.collate, recipe, processes)
@@ -121,6 +123,9 @@ class ImageTask(Task):
         originals, reconstructions = zip(*self.pairs(tokenizer, SHOWN_IMAGES), strict=True)
         pairs = {"originals": torch.cat(originals), "reconstructions": torch.cat(reconstructions)}
         return {name: self.processor.postprocess(value, output_type="np") for name, value in pairs.items()}
+
+    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
+        save_model(folder, self.model, self.processor, training_data=training_data)
 
     def write_shown_pairs(self, tokenizer: VQVAEModel, folder: Path) -> None:
         """Write `shown_pairs` where the figures of a run look for them."""

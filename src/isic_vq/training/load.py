@@ -44,8 +44,8 @@ def load_recipe(
 ) -> RecipeClass:
     """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
 
-    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a run that
-    is resumed keeps those it was begun with.
+    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a resumed
+    run keeps those it was begun with.
 
     Raises:
         RecipeError: the file is missing or not a mapping; or keys are unknown or values wrong, all of which are named.
@@ -55,9 +55,9 @@ def load_recipe(
     if fields.get("stage", stage) != stage:
         raise RecipeError(f"this is a {fields['stage']!r} recipe: expected a {stage!r} one")
     before = copy.deepcopy(fields)
-    problems = [problem for override in overrides if (problem := _override(fields, override))]
-    recorded = _recorded(recipe_class, fields) if resume else {}
-    shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides}, recorded)
+    problems = [problem for override in overrides if (problem := _apply_override(fields, override))]
+    recorded = _recorded_recipe(recipe_class, fields) if resume else {}
+    _shorten_warm_ups(recipe_class, before, fields, {text.partition("=")[0] for text in overrides}, recorded)
     return build_recipe(recipe_class, fields, problems)
 
 
@@ -71,7 +71,7 @@ def load_stage(config: Path | None, overrides: list[str], resume: bool = False) 
     fields = _read_fields(config)
     for override in overrides:
         if override.startswith("stage="):
-            _override(fields, override)
+            _apply_override(fields, override)
     stage = fields.get("stage")
     if not isinstance(stage, str) or stage not in stages:
         what = "no stage is named" if stage is None else f"stage is {stage!r}"
@@ -94,7 +94,7 @@ def _read_fields(config: Path | None) -> dict[str, Any]:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuse images, codes and models that a recipe names and that are not there, before torch is imported.
+    """Refuse images, codes and models that a recipe names and that do not exist, before torch is imported.
 
     What is not named at all is left to the stage, which says what it needs.
 
@@ -109,15 +109,13 @@ def check_places(recipe: Recipe) -> None:
         path = getattr(recipe, name, "")
         if path and not Path(path).is_file():
             raise DataError(f"{name}: {path} is not a file: write it with isic-vq encode")
-    for name in ("tokenizer", "feature_model"):
+    for name in ("tokenizer", "feature_model", *(("model",) if isinstance(recipe, DecoderRecipe) else ())):
         if getattr(recipe, name, ""):
             resolve(getattr(recipe, name))
-    if isinstance(recipe, DecoderRecipe) and recipe.model:
-        resolve(recipe.model)
 
 
-def _recorded(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that the run in the output folder was begun with; open_run says what is wrong with a damaged one."""
+def _recorded_recipe(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in the output folder; {} where it is missing or damaged, of which `open_run` tells."""
     path = Path(str(_value(fields, "output_dir", recipe_class))) / "recipe.yaml"
     try:
         recorded = read_yaml(path.read_text(encoding="utf-8"))
@@ -126,65 +124,29 @@ def _recorded(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
     return recorded if isinstance(recorded, dict) else {}
 
 
-def _override(fields: dict[str, Any], override: str) -> str | None:
+def _apply_override(fields: dict[str, Any], override: str) -> str | None:
     """Apply an override; returns what is wrong with it."""
     key, separator, text = override.partition("=")
     if not separator:
         return f"{override!r} is not an override: expected key=value, such as loop.max_steps=200"
-    node = fields
-    *parents, last = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            return f"{key!r} reaches inside {parent!r}, which is a value"
     try:
-        node[last] = read_yaml(text)
+        return _set(fields, key, read_yaml(text))
     except ValueError:
         return f"{override!r} is not YAML after the =: put the value in quotes"
+
+
+def _set(fields: dict[str, Any], key: str, value: Any) -> str | None:
+    """Set the value of a dotted key; returns what is wrong with the key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            return f"{key!r} reaches inside {section!r}, which is a value"
+    fields[last] = value
     return None
 
 
-def shorten_warm_ups(
-    recipe_class: type,
-    before: dict[str, Any],
-    fields: dict[str, Any],
-    overridden: Collection[str],
-    recorded: dict[str, Any],
-) -> None:
-    """Shorten what a recipe counts in steps from its beginning or end where an override shortens the run.
-
-    Args:
-        recipe_class: the recipe.
-        before: its fields without overrides.
-        fields: with them; changed in place.
-        overridden: keys of the overrides, which stay as they are.
-        recorded: fields of the run that is resumed, which are kept.
-    """
-    for key in overridden:
-        section = key.removesuffix("loop.max_steps")
-        if section == key:
-            continue
-        steps, base = _value(fields, key, None), recipe_class if not section else None
-        old_steps = _value(before, key, base)
-        if type(steps) is not int or type(old_steps) is not int or not 0 < steps < old_steps:
-            continue
-        changes = []
-        for name in WARM_UPS:
-            old = _value(before, section + name, base)
-            if section + name not in overridden and type(old) is int and old > 0:
-                new = _value(recorded, section + name, None)
-                if new is None:
-                    new = min(steps - 1, max(int(name != "frozen_norm_steps"), old * steps // old_steps))
-                node = fields
-                for parent in (section + name).split(".")[:-1]:
-                    node = node.setdefault(parent, {})
-                node[name.split(".")[-1]] = new
-                changes.append(f"{section}{name} from {old} to {new}")
-        if changes:
-            logger.info("%s is %d, not %d: %s", key, steps, old_steps, ", ".join(changes))
-
-
-def _value(fields: Any, key: str, recipe_class: Any) -> Any:
+def _value(fields: Any, key: str, recipe_class: Any = None) -> Any:
     """The value of a dotted key, by default that of the recipe's class; None where there is neither."""
     default = recipe_class() if recipe_class is not None else None
     for name in key.split("."):
@@ -193,60 +155,86 @@ def _value(fields: Any, key: str, recipe_class: Any) -> Any:
     return default if fields is None else fields
 
 
+def _shorten_warm_ups(
+    recipe_class: type,
+    before: dict[str, Any],
+    fields: dict[str, Any],
+    overridden: Collection[str],
+    recorded: dict[str, Any],
+) -> None:
+    """Shorten what `fields` count in steps from a run's beginning or end where an override shortens the run.
+
+    `before` holds the fields without overrides, `recorded` those of the run that is resumed, which are kept.
+    """
+    for key in overridden:
+        section = key.removesuffix("loop.max_steps")  # a study's recipe has two, vqvae. and prior.
+        if section == key:
+            continue
+        base = None if section else recipe_class
+        steps, old_steps = _value(fields, key), _value(before, key, base)
+        if type(steps) is not int or type(old_steps) is not int or not 0 < steps < old_steps:
+            continue
+        changes = []
+        for name in WARM_UPS:
+            old = _value(before, section + name, base)
+            if section + name not in overridden and type(old) is int and old > 0:
+                new = _value(recorded, section + name)
+                if new is None:
+                    new = min(steps - 1, max(int(name != "frozen_norm_steps"), old * steps // old_steps))
+                _set(fields, section + name, new)
+                changes.append(f"{section}{name} from {old} to {new}")
+        if changes:
+            logger.info("%s is %d, not %d: %s", key, steps, old_steps, ", ".join(changes))
+
+
 def build_recipe(
     cls: type[RecipeClass], fields: dict[str, Any], problems: Sequence[str] = (), prefix: str = ""
 ) -> RecipeClass:
     """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
 
-    Args:
-        cls: the dataclass.
-        fields: its fields' values; those of a recipe inside it are a dictionary.
-        problems: what was wrong before.
-        prefix: what messages put before a field's name.
+    Messages begin with `problems` that were found before, and put `prefix` before a field's name.
 
     Raises:
         RecipeError: unknown keys, or values of the wrong type or range; all are named in one message.
     """
-    found = [*problems]
+    problems = [*problems]
     keys = [f"{prefix}{key}" for key in known_keys(cls, fields)]
-    recipe = _build(cls, fields, prefix, keys, found)
-    if len(found) == 1:
-        raise RecipeError(found[0])
-    if found:
-        raise RecipeError(f"{len(found)} mistakes in the recipe: {' | '.join(found)}")
+    recipe = _build(cls, fields, prefix, keys, problems)
+    if len(problems) == 1:
+        raise RecipeError(problems[0])
+    if problems:
+        raise RecipeError(f"{len(problems)} mistakes in the recipe: {' | '.join(problems)}")
     return recipe
 
 
 def _build(
     cls: type[RecipeClass], fields: dict[str, Any], prefix: str, keys: list[str], problems: list[str]
 ) -> RecipeClass:
-    """A recipe of what fits; what does not is appended to `problems`."""
+    """A recipe of the fields that fit; appends to `problems` what is wrong with the others."""
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    inner, values = {}, {}
+    values = {}
     for name, value in fields.items():
+        kind = known[name].type if name in known else None
         if name not in known:
             problems.append(unknown_key(f"{prefix}{name}", keys))
-            continue
-        kind = known[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if isinstance(value, dict):
-                inner[name] = _build(kind, value, f"{prefix}{name}.", keys, problems)
-            else:
-                problems.append(f"{prefix}{name} is {value!r}: expected keys and values")
-            continue
-        values[name] = value
-        if name == "model" and isinstance(value, dict):
-            wrong = [key for key in value if f"{prefix}model.{key}" not in keys]
-            if any(key.startswith(f"{prefix}model.") for key in keys):
-                problems += [unknown_key(f"{prefix}model.{key}", keys) for key in wrong]
+        elif not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            values[name] = value
+        elif isinstance(value, dict):
+            values[name] = _build(kind, value, f"{prefix}{name}.", keys, problems)
+        else:
+            problems.append(f"{prefix}{name} is {value!r}: expected keys and values")
+    section = f"{prefix}model."
+    if isinstance(values.get("model"), dict) and any(key.startswith(section) for key in keys):
+        names = [section + key for key in values["model"]]
+        problems += [unknown_key(name, keys) for name in names if name not in keys]
     first = len(problems)
     while True:
         try:
-            return cls(**inner, **values)
+            return cls(**values)
         except StrictDataclassError as error:
             problem = strict_message(error, prefix, known)
-        found = re.match(r"\w+", problem.removeprefix(prefix))
-        name = found[0] if found else ""
+        match = re.match(r"\w+", problem.removeprefix(prefix))
+        name = match[0] if match else ""
         # A check of a default beside the recipe's values says nothing of the recipe, unless it is all there is to say.
         if name in values or len(problems) == first:
             problems.append(problem)
@@ -256,50 +244,46 @@ def _build(
 
 
 def strict_message(error: Exception, prefix: str, names: Collection[str]) -> str:
-    """What a value's check says, without the check's own name.
-
-    Args:
-        error: raised by a class that is `strict`.
-        prefix: of the names of fields, for messages.
-        names: of the fields.
-    """
-    cause = error.__cause__ or error
-    text = str(cause)
+    """What an error of a `strict` class with fields of these names says, without the name of the check."""
+    text = str(error.__cause__ or error)
     match = re.fullmatch(r"Field '(\w+)'(?: with value .*?)? (.*?)(?: \(value: (.*)\))?", text, re.DOTALL)
     if match is not None:
-        got = "" if match[3] is None else f" ({match[3]})"
-        kinds = re.findall(r"' expected ([\w ]+), got (\w+)", match[2])  # of a union, each
-        told = f"expected {' or '.join(kind for kind, _ in kinds)}, got {kinds[0][1]}" if kinds else match[2]
-        return f"{prefix}{match[1]}: {told}{got}"
+        field, problem, value = match.groups()
+        got = "" if value is None else f" ({value})"
+        kinds = re.findall(r"' expected ([\w ]+), got (\w+)", problem)  # of a union, each
+        if kinds:
+            problem = f"expected {' or '.join(kind for kind, _ in kinds)}, got {kinds[0][1]}"
+        return f"{prefix}{field}: {problem}{got}"
     first = re.match(r"\w+", text)
     return f"{prefix}{text}" if first is not None and first[0] in names else text
 
 
 def known_keys(cls: type, fields: dict[str, Any]) -> list[str]:
-    """All keys of a recipe with dots, those of its model's config among them where that is one of this package's."""
+    """All keys of a recipe with dots, with those of its model's config where that is one of this package's."""
     keys = []
     for field in dataclasses.fields(cls):
         keys.append(field.name)
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             keys += [f"{field.name}.{key}" for key in known_keys(field.type, {})]
-    model = fields.get("model")
-    kind = model.get("model_type", "isic_pixelcnn") if isinstance(model, dict) else "isic_pixelcnn"
-    stage = getattr(cls, "stage", None)
-    for module in MODEL_CONFIGS.get(f"{stage} {kind}" if stage == "prior" else str(stage), ()):
+    model, kind = fields.get("model"), str(getattr(cls, "stage", None))
+    if kind == "prior":
+        kind += f" {model.get('model_type', 'isic_pixelcnn') if isinstance(model, dict) else 'isic_pixelcnn'}"
+    for module in MODEL_CONFIGS.get(kind, ()):
         keys += [f"model.{name}" for name in _config_fields(module)]
     if "model.num_codes" in keys:
-        keys.append("model.preset" if stage == "vqvae" else "model.model_type")
+        keys.append("model.preset" if kind == "vqvae" else "model.model_type")
     return keys
 
 
 def _config_fields(module: str) -> list[str]:
     """Fields of a model's config by its source: importing it would import torch, only to tell of a misspelt key."""
     tree = ast.parse((Path(__file__).parents[1] / "models" / f"{module}.py").read_text(encoding="utf-8"))
-    bodies = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    statements = (
+        statement for node in tree.body if isinstance(node, ast.ClassDef) for statement in node.body
+    )
     return [
         statement.target.id
-        for body in bodies
-        for statement in body
+        for statement in statements
         if isinstance(statement, ast.AnnAssign)
         and isinstance(statement.target, ast.Name)
         and not ast.unparse(statement.annotation).startswith("ClassVar")
@@ -307,7 +291,7 @@ def _config_fields(module: str) -> list[str]:
 
 
 def unknown_key(key: str, keys: Collection[str]) -> str:
-    """An unknown key, and the one that was meant."""
+    """Message for an unknown key, with the known one that was probably meant."""
     section, _, name = key.rpartition(".")
     beside = [other for other in keys if other.rpartition(".")[0] == section]
     close = [other for other in keys if other.rpartition(".")[2] == name]

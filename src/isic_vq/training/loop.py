@@ -7,12 +7,14 @@ exactly where the interrupted one stood, and a run in several processes does wha
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -20,19 +22,20 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from isic_vq.locks import hold
 from isic_vq.training.averaging import AveragedParameters
-from isic_vq.training.checkpoints import Checkpoints, Progress
+from isic_vq.training.checkpoints import Checkpoints, Progress, TrainingState
 from isic_vq.training.feed import Batch
 from isic_vq.training.processes import Processes, TrainingError
-from isic_vq.training.recipe import LoopRecipe
-from isic_vq.training.run import Run
-from isic_vq.training.state import TrainingState
+from isic_vq.training.recipe import LoopRecipe, Recipe
+from isic_vq.training.run import Run, open_run
 from isic_vq.training.task import Task
 from isic_vq.training.tracking import MetricLog
 
 logger = logging.getLogger(__name__)
 
 PROFILED_STEPS = 5  # after three that warm up
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 class InterruptedTraining(KeyboardInterrupt):
@@ -65,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host could not give memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # torch's CPU allocator, C++ containers, cuBLAS and cuDNN say so in the text of a RuntimeError only
+    # Of torch's CPU allocator, C++ containers, cuBLAS and cuDNN only the text of a RuntimeError tells.
     texts = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
@@ -75,6 +78,30 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def run_stage(open_task: Callable[[AnyRecipe], Task], recipe: AnyRecipe, resume: bool) -> Any:
+    """Train what a recipe asks for. The main process locks the run's folder for all: two runs never write to one.
+
+    Returns:
+        What `Task.conclude` returns, in the main process; None in the others.
+
+    Raises:
+        InUseError: another run is in the folder.
+        TrainingError, CheckpointError, InterruptedTraining: as `open_run` and `Trainer` have them.
+    """
+    folder = Path(recipe.output_dir)
+    with hold(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        task = open_task(recipe)
+        processes = Processes(recipe.loop, folder, task.idle_parameters)
+        run = open_run(recipe, task.sources, resume, processes)
+        trainer = Trainer(task, recipe.loop, run, processes, {"stage": recipe.stage, **task.settings})
+        if run.resumes:
+            trainer.resume()
+        trainer.train()
+        result = task.conclude(trainer) if processes.is_main else None
+        trainer.finish()
+        return result
 
 
 class Trainer:
@@ -118,7 +145,9 @@ class Trainer:
         decay = recipe.average_decay
         self.averaged = AveragedParameters(task.model, decay, not task.fine_tunes) if decay else None
         state = TrainingState(task.model, self.optimizer, self.scheduler)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes, state)
+        self.checkpoints = Checkpoints(
+            run.folder / "checkpoints", recipe.keep_checkpoints, processes, state, self.averaged
+        )
         self.progress = Progress()
         self.epoch_values: list[dict[str, float]] = []  # of the current epoch's steps
         self.stop = threading.Event()
@@ -131,7 +160,7 @@ class Trainer:
             CheckpointError: there is none.
             TrainingError: the training data are fed in another way than they were.
         """
-        self.progress = self.checkpoints.load_newest(self.averaged)
+        self.progress = self.checkpoints.load_newest()
         self.feed.restore(self.checkpoints.feed)
         logger.info("resumed at step %d", self.progress.step)
 
@@ -153,9 +182,8 @@ class Trainer:
         ):
             for values in self.steps():
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}"
-                )
+                loss, speed = f"{values['loss']:.4f}", f"{values['images_per_second']:.1f}"
+                bar.set_postfix(loss=loss, images_per_s=speed)
                 if profiler is not None:
                     profiler.step()
 
@@ -233,17 +261,12 @@ class Trainer:
             micro_batches = next(steps, ())
             for batch in micro_batches:
                 self.task.check(batch)
-        except Exception as error:  # whatever a data source dies of
+        except Exception as error:  # data sources raise all kinds
             failure = error
-        state = (
-            self.stop.is_set(),
-            failure is not None,
-            not micro_batches,
-            sum(b["size"] for b in micro_batches),
-        )
-        stop, failures, ended, num_images = self.processes.sum(
-            torch.tensor(state, dtype=torch.float64)
-        ).tolist()
+        size = sum(batch["size"] for batch in micro_batches)
+        flags = self.stop.is_set(), failure is not None, not micro_batches, size
+        totals = self.processes.sum(torch.tensor(flags, dtype=torch.float64))
+        stop, failures, ended, num_images = totals.tolist()
         if stop:
             self._stop()
         if failures:
@@ -281,13 +304,10 @@ class Trainer:
         totals = self.processes.sum(torch.stack([value.float() for value in sums.values()])).tolist()
         numbers = dict(zip(sums, totals, strict=True))
         if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):  # before they reach the weights
-            bad = (
-                f"gradient's norm is {float(norm)}"
-                if math.isfinite(numbers["loss"])
-                else f"loss is {numbers['loss']}"
-            )
+            loss = numbers["loss"]
+            problem = f"gradient's norm is {float(norm)}" if math.isfinite(loss) else f"loss is {loss}"
             raise TrainingError(
-                f"the {bad} at step {progress.step}; the last good checkpoint is {self.checkpoints.newest_name()}. Lower "
+                f"the {problem} at step {progress.step}; the last good checkpoint is {self.checkpoints.newest_name()}. Lower "
                 "loop.learning_rate or set loop.precision=fp32"
             )
         numbers |= {"lr": float(self.scheduler.get_last_lr()[0]), "grad_norm": float(norm)}
@@ -302,11 +322,11 @@ class Trainer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what torch says when memory or a loader's process is gone into an error that names the way out."""
+        """Turn torch's errors for lack of memory and a killed loading process into ones that name the way out."""
         try:
             yield
         except TrainingError:
-            raise  # says it already
+            raise  # has been explained
         except (RuntimeError, MemoryError) as error:
             step, last, recipe = self.progress.step, self.checkpoints.newest_name(), self.recipe
             if is_out_of_memory(error):
@@ -340,9 +360,9 @@ class Trainer:
                 with swapped_in:
                     metrics = task.validate()
                     record |= {f"{name}/{key}": value for key, value in metrics.items()}
-                    found = task.selection(metrics)
-                    if progress.best_loss is None or found < progress.best_loss:
-                        progress.best_loss, progress.best_step = found, progress.step
+                    loss = task.selection(metrics)
+                    if progress.best_loss is None or loss < progress.best_loss:
+                        progress.best_loss, progress.best_step = loss, progress.step
                         progress.validations_since_best = 0
                         task.save(self.run.folder / "best")
             if self.log.has_trackers:
@@ -353,7 +373,7 @@ class Trainer:
         return record
 
     def _save(self) -> None:
-        self.checkpoints.save(self.averaged, self.progress, self.feed.state(self.progress.batch))
+        self.checkpoints.save(self.progress, self.feed.state(self.progress.batch))
 
     def _stop(self) -> None:
         self._save()

@@ -16,9 +16,9 @@ from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.bits_per_code import bits_per_code, likelihood_metrics
+from isic_vq.evaluation.code_noise import annealed_share, disturb_context
 from isic_vq.evaluation.features import FeatureModel
-from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.report import Report, environment
+from isic_vq.evaluation.report import Report
 from isic_vq.figures.grid import image_grid
 from isic_vq.files import write_tensors
 from isic_vq.hub.pretrained import ModelError, load_model, resolve
@@ -29,15 +29,13 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
 from isic_vq.models.modeling_prior import PriorModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.context_noise import annealed_share, disturb_context
 from isic_vq.training.feed import RowFeed
 from isic_vq.training.fit_clusters import fit_clusters
-from isic_vq.training.loop import Trainer
+from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 from isic_vq.training.run import build_config, known_fields, save_model
 from isic_vq.training.sample_quality import SampleQuality
-from isic_vq.training.stage import run_stage
 from isic_vq.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -66,11 +64,11 @@ class CodeGrids(torch.utils.data.Dataset):
 
 
 class PriorTask(Task):
-    """The prior stage, as the loop sees it.
+    """The prior stage.
 
     Args:
         model: the prior.
-        tokenizer: tells the prior of coarser scales, and decodes the samples that trackers show.
+        tokenizer: gives the context of coarser scales, and decodes samples.
         train_set: training codes, all views.
         validation_set: validation codes; the first view is measured.
         recipe: the run's recipe.
@@ -106,13 +104,8 @@ class PriorTask(Task):
 
     def collate(self, items: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
         """Stack codes `(B, views, *code shape)`, labels `(B,)` and indices `(B,)`."""
-        codes, labels, indices = zip(*items, strict=True)
-        return {
-            "codes": torch.stack(codes),
-            "labels": torch.stack(labels),
-            "indices": torch.tensor(indices),
-            "size": len(codes),
-        }
+        codes, labels, indices = torch.utils.data.default_collate(items)
+        return {"codes": codes, "labels": labels, "indices": indices, "size": len(codes)}
 
     def feed(self, recipe: LoopRecipe, processes: Processes) -> RowFeed:
         return RowFeed(self.train_set, self.collate, recipe, processes)
@@ -121,7 +114,7 @@ class PriorTask(Task):
         self.views = random_views(len(self.train_set), self.recipe.loop.seed, epoch)
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Cross-entropy in nats per code, each image in one random view; inputs may be disturbed, targets are not."""
+        """Cross-entropy in nats per code, each image in one random view; context noise disturbs inputs, not targets."""
         codes, device = batch["codes"], self.model.device
         views = self.views[batch["indices"]] % codes.shape[1]
         chosen = codes[torch.arange(len(codes)), views].to(device, non_blocking=True)
@@ -134,12 +127,9 @@ class PriorTask(Task):
         return {"loss": model(inputs, batch["labels"].to(device), context, targets=chosen).loss}
 
     def validate(self) -> dict[str, float]:
-        """Conditional validation loss: `loss` in nats per code, and the same in bits; with a feature model, of samples."""
-        bits = (
-            bits_per_code(self.whole, self.validation_set.codes[:, 0], self.validation_set.labels)
-            .mean()
-            .item()
-        )
+        """Cross-entropy given the class in nats (`loss`) and bits per code; measures of samples with a feature model."""
+        codes, labels = self.validation_set.codes[:, 0], self.validation_set.labels
+        bits = bits_per_code(self.whole, codes, labels).mean().item()
         quality = {} if self.samples is None else self.samples.measure(self.whole.to(self.model.device))
         return {"loss": bits * math.log(2), "bits_per_code": bits, **quality}
 
@@ -149,13 +139,10 @@ class PriorTask(Task):
         return -metrics[name] if name == "recall" else metrics[name]
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Samples of the prior as it is, the same noise every time."""
-        whole = self.whole.to(self.model.device)
-        pixels = whole.generate(
-            SHOWN_SAMPLES, cycled_classes(whole, SHOWN_SAMPLES), seed=self.recipe.loop.seed
-        )
-        processor = IsicVQImageProcessor(size=whole.config.vqvae_config.image_size)
-        return {"samples": image_grid(processor.postprocess(pixels["pixel_values"], output_type="np"))}
+        whole, seed = self.whole.to(self.model.device), self.recipe.loop.seed  # the same noise every time
+        output = whole.generate(SHOWN_SAMPLES, cycled_classes(whole, SHOWN_SAMPLES), seed=seed)
+        pixels = IsicVQImageProcessor().postprocess(output["pixel_values"], output_type="np")
+        return {"samples": image_grid(pixels)}
 
     def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
         save_model(folder, self.model, training_data=training_data)
@@ -166,30 +153,20 @@ class PriorTask(Task):
         prior = type(self.model).from_pretrained(folder / "best")
         model = IsicVQModel.from_parts(tokenizer, prior).to(self.processes.device)
         processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
-        seen_by_tokenizer = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
-        seen_by_start = read_training_data(Path(resolve(recipe.start))).get("prior") if recipe.start else None
-        started = {"prior_start": seen_by_start} if recipe.start else {}
-        training_data = {**seen_by_tokenizer, **started, "prior": self.sources["train"]}
+        training_data: dict[str, Any] = {"vqvae": None, **read_training_data(Path(resolve(recipe.tokenizer)))}
+        if recipe.start:
+            training_data["prior_start"] = read_training_data(Path(resolve(recipe.start))).get("prior")
+        training_data["prior"] = self.sources["train"]
         save_model(folder / "model", model, processor, training_data=training_data)
         labels = cycled_classes(model, recipe.num_samples)
         images = model.generate(recipe.num_samples, labels, seed=recipe.loop.seed)["pixel_values"]
         pixels = torch.from_numpy(processor.postprocess(images, output_type="np"))
         write_tensors(folder / "arrays" / "samples.safetensors", {"images": pixels, "labels": labels})
         names = {**model.config.class_names, prior.config.unconditional_id: "unconditional"}
-        report = Report(
-            model={"type": "isic_vq", "prior": prior.config.model_type},
-            metrics=likelihood_metrics(
-                model,
-                self.train_set.cache.counts(),
-                self.validation_set.codes[:, 0],
-                self.validation_set.labels,
-                MeasuredOn("validation", self.sources["validation"].name),
-            ),
-            tables={"sample_labels": [names[label] for label in labels.tolist()]},
-            environment=environment(),
-        )
-        report.save(folder / "report.json")
-        return report
+        counts, codes = self.train_set.cache.counts(), self.validation_set.codes[:, 0]
+        metrics = likelihood_metrics(model, counts, codes, self.validation_set.labels, self.validation)
+        about = {"type": "isic_vq", "prior": prior.config.model_type}
+        return self.write_report(folder, about, metrics, sample_labels=[names[y] for y in labels.tolist()])
 
 
 def open_task(recipe: PriorRecipe) -> PriorTask:
@@ -239,7 +216,7 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
 
 
 def open_features(folder: str) -> FeatureModel | None:
-    """The feature model of a folder or Hub id; None where none is named.
+    """The feature model of a folder or Hub id, if one is named.
 
     Raises:
         ModelError: it cannot be read.
@@ -255,7 +232,7 @@ def trained_prior(folder: str, config: PriorConfig) -> PriorModel:
 
     Raises:
         ModelError: there is none.
-        RecipeError: it is no prior of this config, but for its dropouts and for clusters that it has not.
+        RecipeError: its config is not this one; dropouts may differ, and clusters may be added.
     """
     try:
         prior = load_model(IsicVQModel, folder).prior
@@ -272,7 +249,7 @@ def trained_prior(folder: str, config: PriorConfig) -> PriorModel:
 
 @torch.no_grad()
 def take_over(prior: PriorModel, trained: PriorModel) -> None:
-    """Give a prior a trained one's weights; clusters that it has not begin without effect."""
+    """Load a trained prior's weights; clusters that it did not have start without effect."""
     missing, _ = prior.load_state_dict(trained.state_dict(), strict=False)
     for name, parameter in prior.named_parameters():
         if name in missing:
@@ -280,7 +257,7 @@ def take_over(prior: PriorModel, trained: PriorModel) -> None:
 
 
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
-    """Run a recipe from cached codes to `model/` (tokenizer and prior), `report.json` and samples.
+    """Train a prior on cached codes: writes `model/` (tokenizer and prior), `report.json` and samples.
 
     Returns:
         The report, in the main process.
@@ -293,7 +270,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
 
 
 def known_to_training(cache: CodeCache, class_names: list[str], drop_others: bool) -> CodeCache:
-    """The codes of validation images that are of the training images' classes, or of none.
+    """Codes of the validation images whose class is one of `class_names` or missing.
 
     Raises:
         DataError: there are others of declared classes, and they are not to be dropped; or nothing else.

@@ -1,7 +1,7 @@
-"""The processes of a run: how they are started, and the few words they exchange.
+"""The processes of a run, and collective operations between them: PyTorch's DistributedDataParallel, through accelerate.
 
-Everything that is decided in a run (stop, save, keep as best) is decided once and told to all, so that every
-process calls the same collectives in the same order. Source: PyTorch's DistributedDataParallel, through accelerate.
+Every decision of a run (stop, save, keep as best) is taken once and sent to all, so that every process calls the same
+collectives in the same order.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -40,11 +40,11 @@ class TrainingError(RuntimeError):
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; with AVX2 alone, say, it would be many times slower than float32."""
+    """Whether the device multiplies bfloat16 in hardware; emulated, as with AVX2, it is many times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(found.get(instructions, False) for instructions in ("avx512_bf16", "amx_bf16"))
+    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def check_trackers(names: list[str]) -> None:
@@ -66,7 +66,7 @@ class Processes:
     Args:
         recipe: precision, trackers and how long to wait for another process.
         run_dir: where trackers that write files put them.
-        idle_parameters: whether some parameters get no gradient in some steps, which DDP has to be told.
+        idle_parameters: whether some parameters get no gradient in some steps, which DDP has to know.
 
     Attributes:
         accelerator: accelerate's view of them.
@@ -79,12 +79,13 @@ class Processes:
         keep_freed_memory()
         check_trackers(recipe.trackers)
         probe = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        by_itself = was_run(probe.type, "bf16") and native_bf16(probe)
-        use_bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and by_itself)
+        use_bf16 = recipe.precision == "bf16"
+        if recipe.precision == "auto":
+            use_bf16 = was_run(probe.type, "bf16") and native_bf16(probe)
         if use_bf16:
             label_unrun(probe.type, "bf16")
         self.accelerator = Accelerator(
-            # Without being told, accelerate forms no group of processes on a CPU: each would be a run of its own.
+            # By default accelerate forms no group of processes on a CPU: each would be a run of its own.
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if use_bf16 else "no",
             log_with=recipe.trackers or None,
@@ -113,22 +114,18 @@ class Processes:
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
         return self.accelerator.process_index
 
     @property
     def world(self) -> int:
-        """Number of processes."""
         return self.accelerator.num_processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files."""
         return self.accelerator.is_main_process
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
         return self.accelerator.device
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -138,32 +135,25 @@ class Processes:
         return self.accelerator.reduce(tensor.to(self.device), "sum")
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set in any process."""
         return self.world > 1 and bool(self.sum(torch.tensor(float(flag))).item()) or flag
 
     def from_main(self, value: T) -> T:
-        """What the main process passes in."""
+        """The value that the main process passes."""
         if self.world == 1:
             return value
-        box: list[Any] = [value]
-        broadcast_object_list(box)
-        return box[0]
+        return broadcast_object_list([value])[0]
 
     def wait(self) -> None:
-        """Wait until every process is here."""
         self.accelerator.wait_for_everyone()
 
     def part(self, size: int) -> slice:
-        """This process's share of `size` things in order; shares differ by one at most."""
+        """This process's share of `size` items in order; shares differ by one at most."""
         return slice(size * self.rank // self.world, size * (self.rank + 1) // self.world)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn the failure of a collective, because another process is gone, into a TrainingError.
-
-        Raises:
-            TrainingError: another process ended, or did not answer in time.
-        """
+        """Raise a TrainingError where a collective fails because another process ended or did not answer in time."""
         try:
             yield
         except TrainingError:

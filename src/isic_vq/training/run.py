@@ -30,9 +30,11 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    """Fields of a config's class that are its own, not those of every model."""
-    own, general = ({field.name for field in dataclasses.fields(c)} for c in (config_class, PreTrainedConfig))
-    return own - general
+    """Names of a config's fields without those of every model's config."""
+    names, general = (
+        {field.name for field in dataclasses.fields(c)} for c in (config_class, PreTrainedConfig)
+    )
+    return names - general
 
 
 def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
@@ -57,8 +59,8 @@ def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
         raise RecipeError(strict_message(error, "model.", known)) from error
 
 
-# Keys of a recipe that may change from one part of a run to the next: how far it goes, what it leaves and where it reads. That
-# the images are the same is told by their hashes.
+# Keys of a recipe that may change when a run is resumed: its length, its files and the places that it reads from. That the
+# images are the same is checked by their hashes.
 MAY_CHANGE = {
     "output_dir",
     "data.train",
@@ -79,28 +81,22 @@ RECIPE, RUN = "recipe.yaml", "run.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's place.
-
-    Attributes:
-        folder: holds everything the run writes.
-        identifier: eight hexadecimal digits; a resumed run keeps them, and so the trackers' run.
-        resumes: whether it goes on from a checkpoint.
-    """
+    """A run's folder, which holds everything that it writes."""
 
     folder: Path
-    identifier: str
-    resumes: bool = False
+    identifier: str  # eight hexadecimal digits; a resumed run keeps them, and so the trackers' run
+    resumes: bool = False  # from a checkpoint
 
 
 def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes: Processes) -> Run:
-    """Begin a run's folder, or go on with the run in it if nothing has changed that decides what comes out.
+    """Begin a run's folder, or resume the run in it if nothing has changed that decides its result.
 
-    A folder without a checkpoint holds nothing to go on with: its run starts again.
+    Without a checkpoint in the folder the run starts again.
 
     Args:
         recipe: the run's recipe.
         sources: by name, descriptions of its images, or the sha256 of what else it is trained on.
-        resume: go on from the newest checkpoint.
+        resume: continue from the newest checkpoint.
         processes: the group.
 
     Raises:
@@ -136,10 +132,10 @@ def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes
 
 
 def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What `run.json` goes on with: the identifier, and all changes of the recipe so far.
+    """What `run.json` keeps of the run in the folder: its identifier, and all changes of the recipe so far.
 
     Raises:
-        TrainingError: the run in the folder is another one, or does not say what it is.
+        TrainingError: the run was begun with another recipe or other data, or does not say how it was begun.
     """
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
@@ -177,13 +173,7 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
 def save_model(
     folder: Path, *parts: PreTrainedModel | ImageProcessingMixin, training_data: TrainingData | None = None
 ) -> None:
-    """Save a model, and its image processor where it has one, for others to load: whole or not at all.
-
-    Args:
-        folder: replaced.
-        parts: what is saved in it.
-        training_data: what the weights were trained on, to lie beside them.
-    """
+    """Replace a folder by a model, its image processor if it has one, and what the weights were trained on, at once."""
     with replaced_directory(folder) as temporary:
         for part in parts:
             part.save_pretrained(temporary)

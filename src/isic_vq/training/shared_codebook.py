@@ -34,20 +34,20 @@ class SharedRows:
 
     def at(self, rows: Tensor) -> Tensor:
         """The rows `(R, D)` at numbers `(R,)`, int64 in [0, total); the same in every process."""
-        found = self.parts[0].new_zeros(len(rows), self.parts[0].shape[1])
+        values = self.parts[0].new_zeros(
+            len(rows), self.parts[0].shape[1]
+        )  # zero where another process has the row
         for start, part in zip(self.starts, self.parts, strict=True):
             local = rows.to(part.device) - start
             here = (local >= 0) & (local < len(part))
-            found[here] = part[local[here]]
-        return self.processes.sum(found)
+            values[here] = part[local[here]]
+        return self.processes.sum(values)
 
 
 class SharedCodebook:
-    """Teaches a quantizer once per optimizer step what the passes of all processes saw.
+    """Updates a quantizer's codebook once per optimizer step, from the latents of all processes.
 
-    Args:
-        quantizer: its training passes are noted down from now on.
-        processes: the group.
+    The quantizer records its training passes from now on, and does not learn from them by itself.
     """
 
     def __init__(self, quantizer: VectorQuantizer, processes: Processes):
@@ -61,8 +61,7 @@ class SharedCodebook:
         if not passes:
             return None
         parts = [assignment_sums(latents, codes, self.quantizer.num_codes) for latents, codes in passes]
-        counts = torch.stack([part[0] for part in parts]).sum(0)
-        sums = torch.stack([part[1] for part in parts]).sum(0)
+        counts, sums = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         totals = self.processes.sum(torch.cat([counts[:, None], sums], dim=1))
         counts, sums = totals[:, 0], totals[:, 1:]
         latents = [latents for latents, _ in passes]

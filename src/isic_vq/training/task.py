@@ -1,16 +1,22 @@
 """What the training loop asks of a stage."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from isic_vq.data.provenance import TrainingData
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.training.feed import Feed
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe
+
+logger = logging.getLogger(__name__)
 
 
 class Task:
@@ -19,7 +25,7 @@ class Task:
     Attributes:
         model: what is trained.
         averages_directly: averaged parameters can be validated as they are (no statistics to re-estimate).
-        idle_parameters: some parameters get no gradient in some steps, which DDP has to be told.
+        idle_parameters: some parameters get no gradient in some steps, which DDP has to know.
         fine_tunes: the model is a trained one, whose parameters belong to the average.
         sources: by name, the `SourceInfo` of the data, or the sha256 of what else it is trained on.
         settings: flat settings that trackers show.
@@ -43,7 +49,7 @@ class Task:
         self.processes = processes
 
     def feed(self, recipe: LoopRecipe, processes: Processes) -> Feed:
-        """This process's share of the training data; batch["size"] of each micro-batch tells how many images it holds."""
+        """This process's share of the training data; batch["size"] of a micro-batch is its number of images."""
         raise NotImplementedError
 
     def check(self, batch: dict[str, Any]) -> None:
@@ -89,3 +95,49 @@ class Task:
             What was measured.
         """
         raise NotImplementedError
+
+    @property
+    def validation(self) -> MeasuredOn:
+        """What the report's lines were measured on."""
+        return MeasuredOn("validation", self.sources["validation"].name)
+
+    def write_report(
+        self, folder: Path, model: dict[str, Any], metrics: list[Metric], **tables: Any
+    ) -> Report:
+        """Write a run's `report.json`."""
+        report = Report(model, metrics, tables, environment())
+        report.save(folder / "report.json")
+        return report
+
+    def choose_best(self, trainer: Any, by: str, part: str) -> str:
+        """Load the better of best raw and averaged parameters into `model`, and save it as `model/`.
+
+        Args:
+            trainer: has trained; afterwards `validated` is of the model chosen.
+            by: metric of `validate` that is to be small.
+            part: what `training_data.json` calls what was trained.
+
+        Returns:
+            "raw" or "averaged".
+        """
+        model_class, config, trained = type(self.model), self.model.config, self.model.state_dict()
+        # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
+        self.model = model_class(config).to(trainer.processes.device, memory_format=torch.channels_last)
+        self.model.load_state_dict(trained)
+        best = model_class.from_pretrained(trainer.run.folder / "best", use_safetensors=True)
+        candidates = {"raw": best.state_dict()}
+        if trainer.averaged is not None:
+            trainer.averaged.copy_to(self.model)
+            self.refit_statistics()
+            state = self.model.state_dict()
+            candidates["averaged"] = {name: tensor.clone() for name, tensor in state.items()}
+        measured = {}
+        for name, state in candidates.items():
+            self.model.load_state_dict(state)
+            measured[name] = self.validate()[by], self.validated
+            logger.info("%s model: %s %.6g on validation", name, by, measured[name][0])
+        chosen = min(measured, key=lambda name: measured[name][0])
+        self.model.load_state_dict(candidates[chosen])
+        self.validated = measured[chosen][1]
+        self.save(trainer.run.folder / "model", {part: self.sources["train"]})
+        return chosen

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl always, experiment trackers on request, the same numbers in both."""
+"""The log of a run: metrics.jsonl always, experiment trackers on request, the same numbers in both."""
 
 import json
 import logging
@@ -31,24 +31,18 @@ class MetricLog:
     def __init__(
         self, run_dir: Path, run_id: str, recipe: LoopRecipe, processes: Processes, settings: dict[str, Any]
     ):
-        self.path, self.run_id, self.recipe, self.processes = (
-            run_dir / "metrics.jsonl",
-            run_id,
-            recipe,
-            processes,
-        )
-        self.settings = settings
+        self.path, self.run_id, self.settings = run_dir / "metrics.jsonl", run_id, settings
+        self.recipe, self.processes = recipe, processes
 
     @property
     def has_trackers(self) -> bool:
-        """Whether pictures are wanted."""
         return bool(self.processes.accelerator.trackers)
 
     def begin(self, step: int, epoch: int) -> list[dict[str, Any]]:
-        """Begin the trackers' run, or continue it after `step` in `epoch`; returns the records written up to there.
+        """Begin the trackers' run, or continue it after `step` in `epoch`; returns the records written before.
 
-        Records past the step, those of epochs that are still to end (a checkpoint of an epoch's last step comes
-        before its validation), and a last line that a killed run left half-written, are dropped.
+        Drops records past the step, those of epochs that have not ended (a checkpoint of an epoch's last step comes
+        before its validation), and a last line that a killed run left half-written.
 
         Raises:
             TrainingError: a record cannot be read.
@@ -69,15 +63,11 @@ class MetricLog:
         if not self.processes.is_main or not self.path.exists():
             return []
         try:
-            lines = [
-                line
-                for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            read = [(line, json.loads(line)) for line in lines]
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
             kept = [
                 (line, record)
-                for line, record in read
+                for line, record in records
                 if record["step"] <= step and (record["kind"] == "batch" or record["epoch"] < epoch)
             ]
         except (ValueError, KeyError, TypeError) as error:
@@ -112,5 +102,4 @@ class MetricLog:
                 tracker.log_images(arrays, step=step, **options)
 
     def finish(self) -> None:
-        """End the trackers' run."""
         self.processes.accelerator.end_training()

@@ -7,7 +7,6 @@ BatchNorm statistics and codebook re-estimated under them. The better one become
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from isic_vq.data.loading import DecodedImages
-from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
-from isic_vq.data.streaming import StreamedImages
-from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction, reconstruction_metrics
-from isic_vq.evaluation.report import Report, environment
 from isic_vq.figures.grid import paired_grid
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -29,34 +23,18 @@ from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
 from isic_vq.training.image_losses import ssim_loss
 from isic_vq.training.image_task import ImageTask, open_images
-from isic_vq.training.loop import Trainer
+from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
-from isic_vq.training.run import build_config, save_model
+from isic_vq.training.run import build_config
 from isic_vq.training.shared_codebook import SharedCodebook, SharedRows
-from isic_vq.training.stage import choose_best, run_stage
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook
 REFIT_BATCHES = 64  # batches that re-estimate statistics under averaged parameters
 
 
 class VQVAETask(ImageTask):
-    """The tokenizer stage, as the loop sees it.
-
-    Args:
-        model: the tokenizer, on its device after the trainer was built; the others as for `ImageTask`.
-    """
-
-    def __init__(
-        self,
-        model: VQVAEModel,
-        processor: IsicVQImageProcessor,
-        train_set: DecodedImages | StreamedImages,
-        validation_set: DecodedImages,
-        recipe: VQVAERecipe,
-    ):
-        super().__init__(processor, train_set, validation_set, recipe)
-        self.model, self.recipe = model, recipe
+    """The tokenizer stage: `model` is a `VQVAEModel`, `recipe` a `VQVAERecipe`."""
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.model.encoder, self.model.decoder]
@@ -66,7 +44,6 @@ class VQVAETask(ImageTask):
         self.codebook = SharedCodebook(self.model.quantizer, processes)
 
     def before_step(self, step: int) -> None:
-        """Start the codebook at k-means centroids once the warm-up is over; freeze BatchNorm near the end."""
         if step >= self.recipe.loop.max_steps - self.recipe.frozen_norm_steps:
             freeze_batch_norm(self.model)
         if step == self.recipe.codebook_warmup_steps and self.recipe.codebook_start == "kmeans":
@@ -94,11 +71,10 @@ class VQVAETask(ImageTask):
         return {} if perplexity is None else {"perplexity": perplexity}
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the model on the validation images; `loss` weighs L1 and MSE as training does."""
         result = self.validated = evaluate_reconstruction(self.model, self.images(self.validation_set))
-        loss = self.model.config.l1_weight * result.l1 + self.model.config.mse_weight * result.mse
+        config = self.model.config
         return {
-            "loss": loss,
+            "loss": config.l1_weight * result.l1 + config.mse_weight * result.mse,
             "l1_loss": result.l1,
             "mse_loss": result.mse,
             "psnr": result.psnr,
@@ -108,7 +84,6 @@ class VQVAETask(ImageTask):
         }
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Validation images above their reconstructions, and how often each code was used on validation."""
         from isic_vq.figures.numbers import CodebookUse
         from isic_vq.figures.plots import codebook_usage, png_bytes
 
@@ -116,20 +91,13 @@ class VQVAETask(ImageTask):
         histogram = png_bytes(codebook_usage(CodebookUse(tuple(self.validated.codebook_counts))))
         return {"reconstructions": pairs, "codebook": Image.open(io.BytesIO(histogram)).convert("RGB")}
 
-    def save(self, folder: Path, training_data: TrainingData | None = None) -> None:
-        save_model(folder, self.model, self.processor, training_data=training_data)
-
     def conclude(self, trainer: Trainer) -> Reconstruction:
-        """As `Task` has it, and the arrays of the figures."""
-        variant = choose_best(self, trainer, "mse_loss", "vqvae")
-        Report(
-            model={"type": "isic_vqvae", "weights": variant},
-            metrics=reconstruction_metrics(
-                self.validated, MeasuredOn("validation", self.sources["validation"].name)
-            ),
-            tables={"codebook_counts": self.validated.codebook_counts},
-            environment=environment(),
-        ).save(trainer.run.folder / "report.json")
+        about = {"type": "isic_vqvae", "weights": self.choose_best(trainer, "mse_loss", "vqvae")}
+        metrics, counts = (
+            reconstruction_metrics(self.validated, self.validation),
+            self.validated.codebook_counts,
+        )
+        self.write_report(trainer.run.folder, about, metrics, codebook_counts=counts)
         self.write_shown_pairs(self.model, trainer.run.folder)
         return self.validated
 
@@ -140,14 +108,13 @@ class VQVAETask(ImageTask):
         sample = self.train_set.sample(KMEANS_BATCHES * loop.batch_size, loop.seed)
         whole = len(sample) // loop.batch_size * loop.batch_size  # every process has as many batches
         batches = torch.arange(whole).split(loop.batch_size // loop.accumulation_steps)
-        own = torch.cat([batch[processes.part(len(batch))] for batch in batches])
-        chosen = torch.utils.data.Subset(sample, own.tolist())
-        own_size = loop.batch_size // (loop.accumulation_steps * processes.world)
-        own_images = list(self.images(chosen, own_size))
-        if processes.agree(len(own_images) < len(batches)):
+        rows_here = torch.cat([batch[processes.part(len(batch))] for batch in batches])
+        size = loop.batch_size // (loop.accumulation_steps * processes.world)
+        images = list(self.images(torch.utils.data.Subset(sample, rows_here.tolist()), size))
+        if processes.agree(len(images) < len(batches)):
             raise DataError("every image of a batch is corrupt: replace these, or raise loop.batch_size")
         with quantizer_frozen(self.model):
-            parts = [rows_to_learn(self.model, batch, quantized=False) for batch in own_images]
+            parts = [rows_to_learn(self.model, batch, quantized=False) for batch in images]
         rows = SharedRows(parts, processes)
         generator = torch.Generator().manual_seed(loop.seed)
         latents = rows.at(torch.randperm(rows.total, generator=generator)[: 64 * config.num_codes])
@@ -197,7 +164,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
 
 
 class _Normalized(nn.Module):
-    """The layers with BatchNorm, called as the whole model; its own mode, and so the quantizer's, stays what it is."""
+    """The layers with BatchNorm, called as the whole model; `update_bn` leaves the quantizer's mode alone."""
 
     def __init__(self, model: VQVAEModel):
         super().__init__()
@@ -243,7 +210,7 @@ def open_task(recipe: VQVAERecipe) -> VQVAETask:
 
 
 def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | None:
-    """Run a recipe from its images to `model/`, `report.json` and the arrays of the figures.
+    """Train a tokenizer: writes `model/`, `report.json` and the arrays of the figures.
 
     Returns:
         The reconstruction measures, in the main process.
