@@ -25,13 +25,12 @@ from torch import Tensor
 from isic_vq.data.loading import DecodedImages, collate
 from isic_vq.data.parts import open_part
 from isic_vq.data.sources import open_source
-from isic_vq.evaluation.appearance import worst_tenth
+from isic_vq.evaluation.appearance import grid_power, octave_power, octaves, texture, worst_tenth
 from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.generation import matched_rows
 from isic_vq.evaluation.measures import psnr, ssim
 from isic_vq.evaluation.report import environment
-from isic_vq.evaluation.texture import grid_power, octave_power, octaves, texture
 from isic_vq.files import write_atomically, write_tensors
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from isic_vq.data.synthetic_images import synthetic_image
-from isic_vq.evaluation.corruptions import CORRUPTIONS
+from isic_vq.evaluation.out_of_distribution import CORRUPTIONS
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.scores import SCORES
 from isic_vq.figures.score_plots import Gallery

@@ -16,9 +16,10 @@ from granularity_recipe import GranularityRecipe, chains, labels
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.bits_per_code import unigram_bits
-from isic_vq.evaluation.codebook import code_counts, codebook_metrics
+from isic_vq.evaluation.codebook import codebook_metrics
 from isic_vq.evaluation.cost import MODEL, flops_per_image, seconds
 from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measures import code_counts
 from isic_vq.evaluation.report import Metric
 from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.hub.pretrained import load_model

@@ -21,8 +21,13 @@ from command import errors_in_one_line
 from isic_vq.data.classes import Classes
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.agreement import agreement_metrics, shared_classes
-from isic_vq.evaluation.generation import EmbeddedImages, Yardstick, distance_metrics
+from isic_vq.evaluation.generation import (
+    EmbeddedImages,
+    Yardstick,
+    agreement_metrics,
+    distance_metrics,
+    shared_classes,
+)
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.generate import generate_shards

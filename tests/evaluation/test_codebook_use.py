@@ -10,12 +10,12 @@ import torch
 from isic_vq.evaluation.codebook import (
     ATLAS_CONTEXT,
     code_atlas,
-    code_counts,
     codebook_metrics,
     counts_by_diagnosis,
 )
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measured_images import MIN_GROUP
+from isic_vq.evaluation.measures import code_counts
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_vqvae import VQVAEModel
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from isic_vq.evaluation.corruptions import (
+from isic_vq.evaluation.out_of_distribution import (
     CORRUPTIONS,
     add_noise,
     corrupt,

@@ -13,24 +13,24 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.agreement import DiagnosisClassifier, agreement_metrics, names_diagnoses
+from isic_vq.evaluation.appearance import grid_power, texture
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     precision_recall_density_coverage,
 )
-from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.features import DiagnosisClassifier, FeatureModel, names_diagnoses
 from isic_vq.evaluation.generation import (
     EmbeddedImages,
     Yardstick,
+    agreement_metrics,
     evaluate_generation,
     generated_images,
     matched_rows,
 )
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Report
-from isic_vq.evaluation.texture import grid_power, texture
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -7,10 +7,7 @@ import torch
 from PIL import Image
 
 from isic_vq.data.sources import find_source
-from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.measured_images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
-from isic_vq.evaluation.reconstruction import image_metrics
-from isic_vq.evaluation.texture import (
+from isic_vq.evaluation.appearance import (
     coherence,
     grid_power,
     octave_power,
@@ -18,6 +15,9 @@ from isic_vq.evaluation.texture import (
     texture,
     third_colours,
 )
+from isic_vq.evaluation.intervals import MeasuredOn
+from isic_vq.evaluation.measured_images import MIN_GROUP, group_metrics, measure_images, worst_reconstructions
+from isic_vq.evaluation.reconstruction import image_metrics
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel

@@ -11,11 +11,12 @@ from isic_vq.data.code_cache import read_code_cache, write_code_cache
 from isic_vq.data.encoding import encode_source
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import describe_source, open_source
-from isic_vq.evaluation import images as evaluation_images
-from isic_vq.evaluation.corruptions import CORRUPTIONS, corrupt
+from isic_vq.evaluation import measured_images as evaluation_images
 from isic_vq.evaluation.out_of_distribution import (
+    CORRUPTIONS,
     NUM_BINS,
     auroc,
+    corrupt,
     evaluate_out_of_distribution,
     photograph_tiles,
     score_histograms,

@@ -8,7 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.ndimage import convolve
 
-from isic_vq.evaluation.texture import (
+from isic_vq.evaluation.appearance import (
     coherence,
     grid_power,
     octave_power,

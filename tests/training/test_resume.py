@@ -112,7 +112,7 @@ def test_a_run_without_a_checkpoint_starts_again(tiny_run, vqvae_run, resume, ca
 def test_a_finished_run_without_checkpoints_is_not_overwritten(tiny_run, vqvae_run, resume):
     shutil.rmtree(vqvae_run / "checkpoints")
     before = digests(vqvae_run)
-    with pytest.raises(TrainingError, match="holds a finished run and no checkpoint to go on from"):
+    with pytest.raises(TrainingError, match="holds a finished run and no checkpoint to resume"):
         train_vqvae(recipe_of(tiny_run, vqvae_run), resume=resume)
     assert digests(vqvae_run) == before
 

@@ -1,15 +1,15 @@
 """Audit a checkpoint for memorised training images: its samples, or images of any other origin, and its likelihoods.
 
 Samples are compared with training images in channels: by codes, and by features of each model that is given. In every
-channel each sample gets its nearest training image, and `memorization` tells what these distances say. Features are those
-of what codes decode to, of samples, training images and held-out images alike: a generated image shows no more detail
-than the tokenizer keeps, and beside photographs it would differ by that alone.
+channel each sample gets its nearest training image, and `memorization` tests these distances. Features are of decoded codes,
+for samples, training images and held-out images alike: a generated image shows no more detail than the tokenizer keeps, and
+beside photographs it would differ by that alone.
 
-The last channel is the prior's own: how well its likelihood tells training images from held-out ones, as the area under
-the ROC curve of a membership attack by loss (Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection
-to Overfitting", arXiv 1709.01604). It says that a model has overfitted, not that its samples are copies.
+The prior itself is measured by how well its likelihood tells training images from held-out ones, as the area under the ROC
+curve of a membership attack by loss (Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection to
+Overfitting", arXiv 1709.01604). A high area says that a model has overfitted, not that its samples are copies.
 
-It trusts that the held-out images come from where the training images do and that none shows a lesion of theirs.
+Held-out images must be of the same origin as the training images, and show none of their lesions.
 """
 
 from collections.abc import Sequence
@@ -57,68 +57,48 @@ NUM_PAIRS = 16  # of the closest pairs of a channel, those listed even if none i
 
 @dataclass(frozen=True)
 class Samples:
-    """What is audited.
+    """What is audited."""
 
-    Attributes:
-        codes: `(S, h, w)` int64 in [0, K).
-        names: such as "image 3" of a seed or an image's id.
-        source: safe to publish.
-        seed: of generated ones; None for images.
-    """
-
-    codes: Tensor
-    names: list[str]
-    source: str
-    seed: int | None
+    codes: Tensor  # `(S, h, w)` int64 in [0, K)
+    names: list[str]  # such as "image 3" of a seed, or an image's id
+    source: str  # safe to publish
+    seed: int | None  # of generated ones
 
 
 @dataclass(frozen=True)
 class Channel:
-    """The nearest training image of each sample and of each held-out image, by codes or a feature model's features.
-
-    Attributes:
-        neighbours: `(S,)`, the nearest of each sample among training images, then held-out ones, in first views.
-    """
+    """The nearest training image of each sample and of each held-out image, by codes or a feature model's features."""
 
     name: str
     samples: Nearest
     held_out: Nearest
-    neighbours: NDArray[np.int64]
+    neighbours: NDArray[
+        np.int64
+    ]  # `(S,)`: the nearest of each sample among training, then held-out images, in first views
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample and its nearest training image, by number and by row of its cache.
-
-    Attributes:
-        view: the dihedral view of the training image that the sample is near to.
-        p_value: empirical; see `tail_p_values` for the other one.
-        found: Benjamini-Hochberg finds the pair.
-    """
+    """A sample and its nearest training image, by number and by row of its cache."""
 
     sample: int
     row: int
-    view: int
+    view: int  # the dihedral view of the training image that the sample is near to
     distance: float
-    p_value: float
-    tail_p_value: float
-    found: bool
+    p_value: float  # see `empirical_p_values`
+    tail_p_value: float  # see `tail_p_values`
+    found: bool  # by Benjamini-Hochberg
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A report on a model, and what its pairs can be drawn from.
-
-    Attributes:
-        excess: the verdict of each channel, by name.
-        pairs: every pair of each channel, the closest first, by name.
-    """
+    """A report on a model, and what its pairs can be drawn from."""
 
     model: IsicVQModel
     train: CodeCache
     samples: Samples
-    excess: dict[str, Excess]
-    pairs: dict[str, list[Pair]]
+    excess: dict[str, Excess]  # the test of near samples, by channel
+    pairs: dict[str, list[Pair]]  # all of them, the closest first, by channel
     report: Report
 
     @property
@@ -158,7 +138,7 @@ def audit_checkpoint(
     progress: bool = False,
     device: str | None = None,
 ) -> Audit:
-    """Compare samples with training images, by codes and by features, and training images' likelihoods with others'.
+    """Compare samples with training images, by codes and by features, and likelihoods of training and held-out images.
 
     Args:
         model: folder or Hub id; None is the shipped checkpoint.
@@ -234,22 +214,18 @@ def generate_samples(
 def encode_samples(
     model: IsicVQModel, uri: str, max_corrupt_share: float = 0.01, progress: bool = False
 ) -> Samples:
-    """Read images as samples, whatever made them.
+    """Encode images of any origin as samples.
 
     Raises:
         DataError: the source cannot be read, or too many of its images are corrupt.
     """
     source = find_source(uri, Classes.parse(AUTO))
+    records = source.dataset() if source.has_random_access else source
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     cache = encode_source(
-        model.vqvae,
-        processor,
-        source.dataset() if source.has_random_access else source,
-        source.describe(),
-        num_views=1,
-        max_corrupt_share=max_corrupt_share,
-        progress=progress,
-    )
+        model.vqvae, processor, records, source.describe(), 1,
+        max_corrupt_share=max_corrupt_share, progress=progress,
+    )  # fmt: skip
     return Samples(cache.first_views(), cache.isic_ids, cache.source.name, None)
 
 
@@ -258,7 +234,7 @@ def compare_codes(codes: Tensor, train: CodeCache, held_out: CodeCache, seed: in
     index = CodeIndex(train.codes, train.num_codes)
     grids = codes.numpy()
     together = np.concatenate([train.codes[:, :1], held_out.codes[:, :1]])
-    # Hamming distances are often equal, and the first image gets the sample: its place must not be its kind's.
+    # Of equal distances, which are common, the first image counts: in this order training images would always be first.
     order = np.random.default_rng(seed).permutation(len(together))
     neighbours = CodeIndex(together[order], train.num_codes).nearest(grids)
     return Channel(CODES, index.nearest(grids), index.nearest(held_out.codes[:, 0]), order[neighbours.rows])
@@ -273,18 +249,17 @@ def compare_features(
     held_out: CodeCache,
     progress: bool = False,
 ) -> Channel:
-    """Compare features of what samples' codes `(S, h, w)` decode to, in all views, with training images' in one."""
-
-    def embed(codes: Tensor, views: int) -> Tensor:
-        return decoded_features(model, extractor, codes, views, f"{name}: features", progress)
-
-    of_train = embed(train.first_views(), 1)[:, 0]
-    of_held_out, of_samples = embed(held_out.first_views(), NUM_VIEWS), embed(codes, NUM_VIEWS)
+    """Compare features of samples decoded from codes `(S, h, w)`, in all views, with training images' in one."""
+    all_codes = codes, train.first_views(), held_out.first_views()
+    samples, training, others = (
+        decoded_features(model, extractor, grids, views, f"{name}: features", progress)
+        for grids, views in zip(all_codes, (NUM_VIEWS, 1, NUM_VIEWS), strict=True)
+    )
     return Channel(
         name,
-        nearest_by_features(of_samples, of_train),
-        nearest_by_features(of_held_out, of_train),
-        nearest_by_features(of_samples, torch.cat([of_train, of_held_out[:, 0]])).rows,
+        nearest_by_features(samples, training[:, 0]),
+        nearest_by_features(others, training[:, 0]),
+        nearest_by_features(samples, torch.cat([training[:, 0], others[:, 0]])).rows,
     )
 
 
@@ -297,29 +272,28 @@ def decoded_features(
     desc: str = "features",
     progress: bool = False,
 ) -> Tensor:
-    """Features `(N, num_views, D)` on the CPU of what codes `(N, h, w)` decode to, in the first so many views."""
+    """Features `(N, num_views, D)`, on the CPU, of the images that codes `(N, h, w)` decode to, in their first views."""
     parts = []
     with tqdm(total=len(codes), unit="image", desc=desc, disable=not progress) as bar:
         for batch in codes.split(BATCH_SIZE):
             images = model.decode(batch.to(model.device)).float()
-            views = [
-                extractor(dihedral(images, torch.full((len(images),), view))) for view in range(num_views)
-            ]
-            parts.append(torch.stack(views, dim=1).cpu())
+            views = [dihedral(images, torch.full((len(images),), view)) for view in range(num_views)]
+            parts.append(torch.stack([extractor(view) for view in views], dim=1).cpu())
             bar.update(len(batch))
     return torch.cat(parts)
 
 
 def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, list[Pair]]]:
-    """The verdict and the pairs of each channel, by name.
+    """The test of near samples and the pairs of each channel, by name.
 
-    All channels together are wrong at `LEVEL`: each verdict has its share of it, and Benjamini-Hochberg is given every
-    pair of every channel at once.
+    `LEVEL` is the error rate of all channels together: each channel's test has an equal share of it, and Benjamini-Hochberg
+    decides on the pairs of all channels at once.
     """
     excess, pairs = {}, {}
-    tails = np.stack([tail_p_values(of.samples.distances, of.held_out.distances) for of in channels])
-    found = found_pairs(tails)
-    for channel, tail, hits in zip(channels, tails, found, strict=True):
+    tails = np.stack(
+        [tail_p_values(channel.samples.distances, channel.held_out.distances) for channel in channels]
+    )
+    for channel, tail, found in zip(channels, tails, found_pairs(tails), strict=True):
         nearest, others = channel.samples, channel.held_out.distances
         excess[channel.name] = excess_of_near_samples(nearest.distances, others, LEVEL / len(channels))
         p_values = empirical_p_values(nearest.distances, others)
@@ -331,7 +305,7 @@ def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, lis
                 distance=float(nearest.distances[index]),
                 p_value=float(p_values[index]),
                 tail_p_value=float(tail[index]),
-                found=bool(hits[index]),
+                found=bool(found[index]),
             )
             for index in nearest.distances.argsort(kind="stable")
         ]
@@ -339,7 +313,7 @@ def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, lis
 
 
 def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: int) -> list[Metric]:
-    """The report's lines for a channel: distances, near samples beside chance, pairs found, and whose neighbours."""
+    """The report's lines for a channel: distances, near samples, pairs found, and samples whose neighbour is held out."""
     samples, excess, name = audit.samples, audit.excess[channel.name], channel.name
     total = len(samples.names)
     found = sum(pair.found for pair in audit.pairs[name])
@@ -347,15 +321,15 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
     others = held_out_neighbours(channel.neighbours, num_train, num_held_out, seed=seed)
     near = [bound * total for bound in share_interval(excess.count, total)]
     share = share_interval(round(others.share * total), total)
-    unit, of_samples = "share of codes" if name == CODES else "1 - cos", "share of samples"
+    unit, share_unit = "share of codes" if name == CODES else "1 - cos", "share of samples"
     values: list[tuple[str, float | None, str, Sequence[float] | None]] = [
         ("near_samples", excess.count, "samples", near),
         ("near_samples_by_chance", excess.expected, "samples", None),
         ("near_samples_threshold", excess.threshold, "samples", None),
         ("near_samples_p_value", excess.p_value, "1", None),
         ("pairs_found", found, "samples", None),
-        ("held_out_neighbours", others.share, of_samples, share),
-        ("held_out_neighbours_by_chance", others.expected, of_samples, None),
+        ("held_out_neighbours", others.share, share_unit, share),
+        ("held_out_neighbours_by_chance", others.expected, share_unit, None),
         ("held_out_neighbours_p_value", others.p_value, "1", None),
     ]
     on, on_held_out = MeasuredOn("samples", samples.source), MeasuredOn("held-out", held_out.source.name)
@@ -364,8 +338,8 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
         on.mean("nearest_distance", nearest, unit, samples.seed, channel=name),
         on_held_out.mean("nearest_distance", apart, unit, channel=name),
         *(
-            on.metric(what, value, unit_of, total, seed, interval, channel=name)
-            for what, value, unit_of, interval in values
+            on.metric(measure, value, unit, total, seed, interval, channel=name)
+            for measure, value, unit, interval in values
             if value is not None
         ),
     ]
@@ -374,10 +348,10 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
 def membership_metrics(
     model: IsicVQModel, train: CodeCache, held_out: CodeCache, limit: int, seed: int
 ) -> list[Metric]:
-    """The report's lines for what the prior's likelihood gives away, of seeded subsets of both caches.
+    """The report's lines for what the prior's likelihood reveals, of seeded subsets of both caches.
 
     `membership_auc` is the probability that a training image costs fewer bits than a held-out one, each given its own
-    diagnosis: 0.5 gives nothing away. `likelihood_gap` is by how many bits per code.
+    diagnosis: 0.5 reveals nothing. `likelihood_gap` is by how many bits per code.
     """
     bits = []
     for cache in (train, held_out):
@@ -401,7 +375,7 @@ def membership_metrics(
 
 
 def verdict_sentence(audit: Audit, report: Report) -> str:
-    """What was decided, in words for a model card."""
+    """The verdict in words, for a model card."""
     number, excesses = len(audit.samples.names), audit.excess
     near = ", ".join(f"{excess.count} by {name}" for name, excess in excesses.items())
     chance = max(excess.expected for excess in excesses.values())
@@ -415,7 +389,7 @@ def verdict_sentence(audit: Audit, report: Report) -> str:
 
 
 def pairs_table(audit: Audit, channel: str) -> list[dict[str, Any]]:
-    """The pairs of a channel that are shown, the closest first, training images by id alone."""
+    """The shown pairs of a channel for the report, training images by id alone."""
     return [
         {
             "sample": audit.samples.names[pair.sample],

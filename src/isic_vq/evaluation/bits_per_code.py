@@ -1,7 +1,7 @@
-"""How many bits a prior needs for the codes of images it has not seen.
+"""Bits that a prior needs for the codes of images it has not seen.
 
 Bits per code is the base-2 cross-entropy, averaged over the codes of an image and then over images: the
-length an ideal entropy coder driven by the prior would reach. Its yardsticks are log2 K (codes stored flat) and
+length an ideal entropy coder driven by the prior would reach. Compare it with log2 K (codes stored flat) and with
 the unigram cross-entropy (an entropy coder that knows how often each code occurs in training, nothing else).
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
-from isic_vq.evaluation.measures import balanced_accuracy
+from isic_vq.evaluation.measures import balanced_accuracy, code_counts
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.likelihood import BATCH_SIZE, Scorer, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -45,20 +45,15 @@ def unigram_bits(train_counts: Tensor, codes: Tensor) -> Tensor:
 
 
 def own_entropy(codes: Tensor) -> Tensor:
-    """Entropy in bits per code of each image's own code frequencies: what its codes `(N, ...)` cost without their order.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`, float64, in [0, log2 min(K, codes of an image)].
-    """
-    flat = codes.flatten(1)
-    counts = flat.new_zeros(len(flat), int(codes.max()) + 1).scatter_add(1, flat, torch.ones_like(flat))
-    return torch.special.entr(counts.double() / flat.shape[1]).sum(1) / math.log(2)
+    """Entropy `(N,)` float64 in bits per code of each image's own code frequencies, from codes `(N, ...)`."""
+    counts = code_counts(codes, int(codes.max()) + 1)
+    return torch.special.entr(counts.double() / codes[0].numel()).sum(1) / math.log(2)
 
 
 def likelihood_metrics(
     model: IsicVQModel, train_counts: Tensor | None, codes: Tensor, labels: Tensor, on: MeasuredOn
 ) -> list[Metric]:
-    """The report's lines for what the prior makes of unseen codes `(N, ...)` with class ids `(N,)`."""
+    """The report's lines for the likelihood of unseen codes `(N, ...)` with class ids `(N,)`."""
     bits = {
         "bits_per_code": bits_per_code(model, codes, labels),
         "bits_per_code_unconditional": bits_per_code(model, codes, None),
@@ -69,7 +64,7 @@ def likelihood_metrics(
 
 
 def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) -> list[Metric]:
-    """The report's lines for bits per code of each image, `(N,)` by name, and for what follows from `bits_per_code`."""
+    """The report's lines for bits per code of each image, `(N,)` by name, and for bits per pixel and of flat codes."""
     config = model.config.vqvae_config
     num_images = len(bits["bits_per_code"])
     per_pixel = bits["bits_per_code"] * config.num_positions / config.image_size**2
@@ -81,11 +76,7 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) ->
 
 
 def class_bits(model: Scorer, codes: Tensor, on_class: Callable[[], object] | None = None) -> Tensor:
-    """Bits of the codes `(N, h, w)` or `(N, L)` of each image given each class: what tells which diagnosis explains an image best.
-
-    Returns:
-        `torch.Tensor` of shape `(N, num_classes)`, float64, bits per code.
-    """
+    """Bits per code `(N, num_classes)` float64 of codes `(N, h, w)` or `(N, L)` given each class."""
     columns = []
     for class_id in range(len(model.config.class_names)):
         columns.append(bits_per_code(model, codes, torch.full((len(codes),), class_id)))
@@ -102,7 +93,7 @@ def conditioning_metrics(
     on: MeasuredOn,
     seed: int = 0,
 ) -> list[Metric]:
-    """What knowing the diagnosis buys, of the images whose diagnosis the model has.
+    """The report's lines for the gain from the diagnosis, over images whose diagnosis the model has.
 
     * `conditioning_gain`: bits per *image* that the codes cost less given the right diagnosis than without one, paired
       by image; below 0 the diagnosis misleads.
@@ -126,7 +117,7 @@ def conditioning_metrics(
     by_class, unconditional, labels = by_class[known], unconditional[known], labels[known]
     gain = (unconditional - by_class.gather(1, labels[:, None])[:, 0]) * num_positions
     predicted = by_class.argmin(1)
-    interval = None  # where no diagnosis has two images nothing tells how sure the accuracy is
+    interval = None  # unknown where no diagnosis has two images
     if len(labels) > len(labels.unique()):
         interval = bootstrap_interval(balanced_accuracy, labels, predicted, strata=labels, seed=seed)
     accuracy = balanced_accuracy(labels.numpy(), predicted.numpy())

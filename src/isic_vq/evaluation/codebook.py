@@ -1,4 +1,4 @@
-"""How a codebook is used: over a data set, by diagnosis, and what each code draws by itself."""
+"""How a codebook is used, over a data set and by diagnosis, and the pixels that each code decodes to."""
 
 from collections import Counter
 
@@ -14,14 +14,8 @@ from isic_vq.models.vector_quantizer import usage_and_perplexity
 ATLAS_CONTEXT = 3  # codes on each side of the one that is shown, so that no border of the grid is seen
 
 
-def code_counts(codes: Tensor, num_codes: int) -> Tensor:
-    """How often each image uses each code: `(N, K)` int64 of codes `(N, ...)`."""
-    flat = codes.flatten(1)
-    return flat.new_zeros(len(flat), num_codes).scatter_add(1, flat, torch.ones_like(flat))
-
-
 def codebook_metrics(counts: Tensor, on: MeasuredOn, seed: int = 0, **labels: str) -> list[Metric]:
-    """The report's lines for how images use the codebook, from uses `(N, K)` of each code by each image.
+    """The report's lines for codebook use, from uses `(N, K)` of each code by each image.
 
     Intervals come from halves drawn without replacement: images drawn twice would use fewer codes.
     """
@@ -58,7 +52,7 @@ def counts_by_diagnosis(measured: MeasuredImages, counts: Tensor) -> dict[str, l
 
 @torch.inference_mode()
 def code_atlas(tokenizer: VQVAEModel) -> Tensor:
-    """What each code draws among its like: the middle of the decoded grid that holds it alone.
+    """The middle of the image that a grid of one code alone decodes to, for each code.
 
     Returns:
         `(K, 3, 2 f, 2 f)` float32 in [0, 1], f the downsampling: the area of two by two codes.

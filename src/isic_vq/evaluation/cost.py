@@ -1,6 +1,6 @@
-"""What a model costs: parameters, bytes of weights, bytes per image, and time.
+"""Cost of a model: parameters, bytes of weights, bytes per image, and time.
 
-Times are of this machine at that moment: they belong beside the report's environment, and compare within one report.
+Times are of this machine at that moment: read them with the report's environment, and compare them within one report.
 """
 
 import math
@@ -60,19 +60,19 @@ def cost_metrics(model: IsicVQModel, bits_per_code: float, seed: int = 0) -> lis
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> torch.Tensor:
-    """How long `action` takes, `(REPEATS,)` float64 in seconds, after one run that is not counted."""
+    """Duration of `action`, `(REPEATS,)` float64 in seconds, after one run that is not counted."""
     times = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return torch.tensor(times[1:], dtype=torch.float64)
 
 
 def flops_per_image(model: IsicVQModel) -> dict[str, int]:
-    """Floating-point operations of one image's way forward.
+    """Floating-point operations of a forward pass of one image.
 
     Returns:
         `tokenizer`: encoder and decoder. `decoder`: it alone. `prior`: one pass over all codes, which is what training
@@ -92,7 +92,7 @@ def flops_per_image(model: IsicVQModel) -> dict[str, int]:
 def count_flops(step: Callable[[], Any]) -> int:
     """Floating-point operations of products and convolutions that torch does in a call.
 
-    Attention is computed as the two products that it is: of its fused kernels for CPUs the counter knows nothing.
+    Attention is computed as two products, because the counter ignores its fused kernels for CPUs.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()

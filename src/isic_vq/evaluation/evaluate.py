@@ -20,9 +20,10 @@ from isic_vq.evaluation.bits_per_code import (
     bits_per_code,
     class_bits,
     conditioning_metrics,
+    likelihood_metrics,
     unigram_bits,
 )
-from isic_vq.evaluation.codebook import code_counts, codebook_metrics, counts_by_diagnosis
+from isic_vq.evaluation.codebook import codebook_metrics, counts_by_diagnosis
 from isic_vq.evaluation.cost import cost_metrics
 from isic_vq.evaluation.generation import Yardstick, evaluate_generation
 from isic_vq.evaluation.intervals import MeasuredOn
@@ -34,8 +35,7 @@ from isic_vq.evaluation.measured_images import (
     measure_images,
     sampled_images,
 )
-from isic_vq.evaluation.measures import UNITS
-from isic_vq.evaluation.perceptual import PerceptualDistance
+from isic_vq.evaluation.measures import UNITS, PerceptualDistance, code_counts
 from isic_vq.evaluation.reconstruction import evaluate_reconstruction, psnr_by_batch_statistics
 from isic_vq.evaluation.report import Metric, Report, model_report
 from isic_vq.hub.pretrained import load_model, resolve
@@ -46,16 +46,12 @@ logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 100  # under each of which every image is scored
 TRAIN_SAMPLE = 1000  # training images, a seeded subset, whose likelihood stands beside the others'
-GROUPED = ("psnr", "ssim")  # and bits per code: what is told of every diagnosis, source, sex and site
+GROUPED = ("psnr", "ssim")  # and bits per code: reported of every diagnosis, source, sex and site
 
 
 @dataclass
 class Evaluation:
-    """A report on a model, and what it was made of.
-
-    Attributes:
-        measured: every data set's images, by split.
-    """
+    """A report on a model, and the images of every data set, by split."""
 
     model: IsicVQModel
     report: Report
@@ -101,12 +97,12 @@ def evaluate_checkpoint(
     Args:
         model: folder or Hub id; None is the shipped checkpoint.
         data: at least one split (what the report calls it, no two alike) and URI of images.
-        train_codes: code cache of the training images; with it the report has the unigram yardstick and the
-            likelihood of training images, up to 1000 of them in their first view.
-        train_data: URI of the training images; with it the report has the reconstruction of as many of them, and that of
-            the first data set with BatchNorm as in training, where the tokenizer has BatchNorm.
-        features: folders or Hub ids of image models; with them as many images are generated as the first data set has, and
-            compared with it, see `evaluate_generation`.
+        train_codes: code cache of the training images; adds the unigram likelihood to the report, and the likelihood of up
+            to 1000 training images in their first view.
+        train_data: URI of the training images; adds the reconstruction of up to 1000 of them, and that of the first data set
+            with BatchNorm as in training, where the tokenizer has BatchNorm.
+        features: folders or Hub ids of image models; compares generated images with the first data set, see
+            `evaluate_generation`.
         floor_data: URI of other real images for that comparison, such as the training images.
         lpips: measure LPIPS, too, see `PerceptualDistance`; needs the extra lpips.
         max_corrupt_share: share of unreadable images past which to fail.
@@ -240,12 +236,12 @@ def gap_metrics(
     seed: int,
     max_corrupt_share: float,
 ) -> list[Metric]:
-    """The report's lines for how training images come back, a seeded subset, and others with BatchNorm as in training."""
+    """The report's lines for the reconstruction of training images, a seeded subset, and with BatchNorm as in training."""
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     images = sampled_images(train, processor, TRAIN_SAMPLE, seed, max_corrupt_share)
-    seen = evaluate_reconstruction(model.vqvae, images).values
+    training = evaluate_reconstruction(model.vqvae, images).values
     on = MeasuredOn("train", train.name)
-    lines = [on.mean(name, seen[name], UNITS[name], seed) for name in GROUPED]
+    lines = [on.mean(name, training[name], UNITS[name], seed) for name in GROUPED]
     if model.config.vqvae_config.norm == "batch":
         batches = iter_batches(measured.source.records(), processor, BATCH_SIZE, None, max_corrupt_share)
         values = psnr_by_batch_statistics(model.vqvae, (batch["pixel_values"] for batch in batches))
@@ -257,10 +253,6 @@ def train_metrics(model: IsicVQModel, cache: CodeCache, seed: int) -> list[Metri
     """The report's lines for the likelihood of training images, a seeded subset."""
     rows = seeded_subset(len(cache.isic_ids), TRAIN_SAMPLE, seed)
     codes, labels = cache.first_views()[rows], class_ids(model, cache.diagnoses)[rows]
-    bits = {
-        "bits_per_code": bits_per_code(model, codes, labels),
-        "bits_per_code_unconditional": bits_per_code(model, codes, None),
-        "bits_per_code_unigram": unigram_bits(cache.counts(), codes).flatten(1).mean(1),
-    }
-    metrics = bits_metrics(model, bits, MeasuredOn("train", cache.source.name))
+    on = MeasuredOn("train", cache.source.name)
+    metrics = likelihood_metrics(model, cache.counts(), codes, labels, on)
     return [dataclasses.replace(metric, seed=seed) for metric in metrics if metric.interval]

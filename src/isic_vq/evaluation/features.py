@@ -2,19 +2,20 @@
 
 Sources: paired distance, Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
 arXiv 1801.03924, eq. 1 with every channel weighted alike; Frechet distance between sets, see `distances`. Both depend on
-the model: compare them within one model only.
+the model: compare them within one model only. A model with a head whose classes are diagnoses is a classifier, too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from isic_vq.data.classes import Classes
 from isic_vq.evaluation.distances import frechet_distance
 
 
@@ -47,7 +48,7 @@ class FeatureModel(nn.Module):
         """Open a folder or Hub id that holds safetensors weights and a `preprocessor_config.json`.
 
         Raises:
-            OSError: it holds neither, or cannot be reached.
+            OSError: it lacks one of them, or cannot be reached.
             ValueError: some of the backbone's weights are missing.
         """
         verbosity = transformers_logging.get_verbosity()
@@ -61,7 +62,7 @@ class FeatureModel(nn.Module):
         return cls(backbone, *image_settings(model))
 
     def train(self, mode: bool = True) -> "FeatureModel":
-        """Stay in eval mode, whatever the parent does."""
+        """Stay in eval mode, also when a parent module is set to train mode."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class FeatureModel(nn.Module):
         return pooled.flatten(1)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps `(B, C_i, h_i, w_i)` of every stage, coarser and coarser."""
+        """Feature maps `(B, C_i, h_i, w_i)` of every stage, the finest first."""
         return self.backbone(self._prepared(images), output_hidden_states=True).hidden_states
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -82,8 +83,73 @@ class FeatureModel(nn.Module):
         return (images - self.mean) / self.std
 
 
+class DiagnosisClassifier(FeatureModel):
+    """An image classifier of transformers, frozen, whose classes are diagnoses; it takes images in [0, 1] of any size.
+
+    Args:
+        backbone: gives `logits`; the labels of its config name classes.
+        mean: per channel, subtracted from pixel values.
+        std: per channel, they are divided by it.
+        size: side in pixels the backbone expects.
+        classes: own classes; labels are taken for these, or for ISIC's, where they name one.
+
+    Attributes:
+        diagnoses: name of each class.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        mean: list[float],
+        std: list[float],
+        size: int,
+        classes: Collection[str] = (),
+    ):
+        super().__init__(backbone, mean, std, size)
+        id2label, known = backbone.config.id2label, Classes.of_model(classes)
+        self.diagnoses = [str(known.resolve(id2label[index])) for index in range(len(id2label))]
+
+    @classmethod
+    def from_pretrained(cls, model: str, classes: Collection[str] = ()) -> "DiagnosisClassifier":
+        """Open a folder or Hub id as `FeatureModel` does, with its classification head.
+
+        Raises:
+            OSError: it holds no safetensors weights or no `preprocessor_config.json`, or cannot be reached.
+            ValueError: it has no head, or one whose labels name none of the classes and not ISIC's.
+        """
+        if not names_diagnoses(model, classes):
+            raise ValueError(f"{model} is no image classifier whose labels name diagnoses")
+        classifier, info = AutoModelForImageClassification.from_pretrained(
+            model, use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{model} lacks {sorted(info['missing_keys'])[:3]}: expected a whole classifier")
+        return cls(classifier, *image_settings(model), classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, number of diagnoses)` of images `(B, 3, H, W)` in [0, 1]."""
+        return self.backbone(self._prepared(images)).logits
+
+    def name(self, images: Tensor) -> list[str]:
+        """The most likely diagnosis of each image `(B, 3, H, W)` in [0, 1]."""
+        return [self.diagnoses[index] for index in self(images).argmax(1).tolist()]
+
+
+def names_diagnoses(model: str, classes: Collection[str] = ()) -> bool:
+    """Whether a folder or Hub id holds an image classifier of some of these classes, or of ISIC's alone.
+
+    Raises:
+        OSError: it has no config, or cannot be reached.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if not any(name.endswith("ForImageClassification") for name in config.architectures or []):
+        return False
+    labels, own = config.id2label.values(), Classes.of_model(classes)
+    return any(map(own.declares, labels)) or all(Classes().resolve(label) is not None for label in labels)
+
+
 def image_settings(model: str) -> tuple[list[float], list[float], int]:
-    """Mean and standard deviation per channel and side in pixels of the images that a folder or Hub id takes."""
+    """Mean and standard deviation per channel, and side in pixels, of the input of a model in a folder or on the Hub."""
     settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
     size = settings.get("size", {})
     side = size if isinstance(size, int) else size.get("shortest_edge", size.get("height", 224))
@@ -109,15 +175,14 @@ def measure_features(model: FeatureModel, pairs: Iterable[tuple[Tensor, Tensor]]
     Raises:
         ValueError: there are fewer than two pairs, and so no covariance.
     """
-    distances: list[Tensor] = []
-    features: list[tuple[Tensor, Tensor]] = []
-    for pair in pairs:
-        distances.append(feature_distance(model, *pair))
-        features.append((model(pair[0]).cpu(), model(pair[1]).cpu()))
-    if sum(map(len, distances)) < 2:
-        raise ValueError(f"{sum(map(len, distances))} images have no covariance: expected at least two")
-    real, reconstructed = (torch.cat(parts) for parts in zip(*features, strict=True))
+    distances, real, reconstructed = [], [], []
+    for images, reconstructions in pairs:
+        distances.append(feature_distance(model, images, reconstructions))
+        real.append(model(images).cpu())
+        reconstructed.append(model(reconstructions).cpu())
+    if (number := sum(map(len, distances))) < 2:
+        raise ValueError(f"{number} images have no covariance: expected at least two")
     return {
         "feature_distance": torch.cat(distances).mean().item(),
-        "frechet_distance": frechet_distance(real, reconstructed),
+        "frechet_distance": frechet_distance(torch.cat(real), torch.cat(reconstructed)),
     }

@@ -1,17 +1,23 @@
-"""How close generated images come to real ones, between what real images and the tokenizer reach at the same n.
+"""Distances of generated images to real ones, beside those of real images and reconstructions at the same n.
 
-Every distance stands in four lines, all to one reference set and all of as many images with as many of each diagnosis:
+Every distance has four lines, all to one reference set and all of sets with its number of images of each diagnosis:
 
-* floor: other real images, which share none with the reference. No generator can be asked to come closer.
+* floor: other real images, which share none with the reference. No generator can be expected to come closer.
 * reconstructions: these other images through the tokenizer: the best that a perfect prior would reach.
 * disturbed: the same with some codes replaced by near ones (`CODE_NOISE`), as a prior mistakes them.
 * samples: generated images, image i for the diagnosis of the reference's image i.
 
-All images are rounded to 8 bits first, as files hold them. What an interval covers is the distance's expectation at
-this n, see `isic_vq.evaluation.intervals`. A feature model that has seen the other images but not the reference
-sees a difference between the two that is its own: take one that was trained on neither, or read the floor with that.
+All images are rounded to 8 bits first, as files hold them. An interval covers the distance's expectation at this n, see
+`isic_vq.evaluation.intervals`. A feature model that was trained on the other images but not on the reference adds a
+difference of its own to the floor: take one that was trained on neither.
+
+Where a yardstick is a classifier of diagnoses, `agreement` is the share of images that it gives the diagnosis that they were
+generated for. Source: "conformity" in Shmelkov et al., "How good is my GAN?", arXiv 1807.09499 (GAN-test); differs: the
+classifier is given, not trained on the same data here. It makes mistakes: read the agreement beside that of real images that
+it has not seen, and of their reconstructions. A higher one of samples means that they are plainer than images.
 """
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,14 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from isic_vq.data.classes import NUM_LISTED
 from isic_vq.data.loading import Batch, iter_batches
 from isic_vq.data.sources import Source
-from isic_vq.evaluation.agreement import (
-    DiagnosisClassifier,
-    agreement_metrics,
-    names_diagnoses,
-    shared_classes,
-)
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
 from isic_vq.evaluation.distances import (
@@ -40,20 +41,19 @@ from isic_vq.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from isic_vq.evaluation.features import FeatureModel
+from isic_vq.evaluation.features import DiagnosisClassifier, FeatureModel, names_diagnoses
 from isic_vq.evaluation.intervals import MeasuredOn, subsample_intervals
-from isic_vq.evaluation.measured_images import class_ids
+from isic_vq.evaluation.measured_images import MIN_GROUP, class_ids
 from isic_vq.evaluation.report import Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 32
-CODE_NOISE = {
-    "image_share": 1.0,
-    "code_share": 1.0,
-    "num_nearest": 12,
-}  # of smaller codebooks all other codes
+# Of smaller codebooks all other codes are drawn from.
+CODE_NOISE = {"image_share": 1.0, "code_share": 1.0, "num_nearest": 12}
 MIN_IMAGES = 2 * (NUM_NEIGHBOURS + 1)  # halves have neighbours, too
 RANGES = {  # an interval is symmetric, and ends where there are no values
     "frechet_distance": (0.0, np.inf),
@@ -67,27 +67,21 @@ RANGES = {  # an interval is symmetric, and ends where there are no values
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What images are compared by.
+    """An image model that images are compared by."""
 
-    Attributes:
-        name: of the folder or on the Hub; a label of every metric.
-        features: gives each image's place.
-        classifier: the same weights with their head, if its classes are diagnoses.
-    """
-
-    name: str
+    name: str  # of the folder or on the Hub; a label of every metric
     features: FeatureModel
-    classifier: DiagnosisClassifier | None = None
+    classifier: DiagnosisClassifier | None = None  # the same model with its head, if that names diagnoses
 
     @classmethod
     def from_pretrained(cls, model: str, classes: Collection[str] = ()) -> "Yardstick":
-        """Open a folder or Hub id; `classes` are own ones that a classifier may name, beside ISIC's.
+        """Open a folder or Hub id; a classifier may name own `classes` beside ISIC's.
 
         Raises:
             OSError, ValueError: as `FeatureModel.from_pretrained`.
         """
-        reads = names_diagnoses(model, classes)
-        classifier = DiagnosisClassifier.from_pretrained(model, classes) if reads else None
+        is_classifier = names_diagnoses(model, classes)
+        classifier = DiagnosisClassifier.from_pretrained(model, classes) if is_classifier else None
         name = Path(model).resolve().name if Path(model).is_dir() else model
         return cls(name, FeatureModel.from_pretrained(model), classifier)
 
@@ -99,21 +93,15 @@ class Yardstick:
 
 @dataclass
 class EmbeddedImages:
-    """A set of images of which only what yardsticks say is kept.
-
-    Attributes:
-        diagnoses: of each image, or what it was generated for.
-        features: `(N, D)` by yardstick, in batches.
-        named: the diagnosis that a classifier gives each image, by yardstick.
-    """
+    """A set of images of which only features and predicted diagnoses are kept, by yardstick."""
 
     yardsticks: Sequence[Yardstick]
-    diagnoses: list[str] = field(default_factory=list)
-    features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    named: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    diagnoses: list[str] = field(default_factory=list)  # of each image, or what it was generated for
+    features: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # batches `(B, D)`
+    named: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # predicted diagnoses
 
     def add(self, images: Tensor, diagnoses: Sequence[str]) -> None:
-        """Look at images `(B, 3, H, W)` in [0, 1], after rounding them to 8 bits."""
+        """Embed images `(B, 3, H, W)` in [0, 1], after rounding them to 8 bits."""
         self.diagnoses += diagnoses
         images = IsicVQImageProcessor().postprocess(images, output_type="pt")
         for yardstick in self.yardsticks:
@@ -122,7 +110,6 @@ class EmbeddedImages:
                 self.named[yardstick.name] += yardstick.classifier.name(images)
 
     def joined(self, yardstick: str) -> NDArray[np.float32]:
-        """Features `(N, D)` of all images."""
         return torch.cat(self.features[yardstick]).numpy()
 
 
@@ -136,7 +123,7 @@ def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -
 
 
 def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[int]:
-    """Draw rows of a pool of images so that each diagnosis occurs as often as it is wanted, from the diagnosis of each row.
+    """Draw rows of a pool, given by their diagnoses, so that each diagnosis occurs as often as in `wanted`.
 
     Returns:
         Rows in ascending order, no row twice.
@@ -188,8 +175,7 @@ def evaluate_generation(
 ) -> tuple[list[Metric], dict[str, Any]]:
     """Measure floor, reconstructions and samples against a reference by each yardstick, and how samples look.
 
-    As many images are generated as the reference has, and as many others drawn, with the diagnoses of the reference; a batch
-    is in memory at a time.
+    The reference sets the number and the diagnoses of the generated and of the other images; a batch is in memory at a time.
 
     Args:
         model: a whole model; it is put into eval mode and left there.
@@ -263,7 +249,7 @@ def _embedded_sets(
     max_corrupt_share: float,
     progress: bool,
 ) -> tuple[dict[str, EmbeddedImages], Appearance]:
-    """Look at the reference, its reconstructions, as many other images, theirs, and samples; see the module."""
+    """Embed the reference, matched other images, the reconstructions of both, and samples; see the module."""
     pool = list(others.metadata())
     _check_disjoint(reference, pool)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
@@ -316,7 +302,7 @@ def distance_metrics(
     on: MeasuredOn,
     seed: int,
 ) -> list[Metric]:
-    """The lines of some sets' distances to a reference by one yardstick; sets by their label `images`, each distance's lines beside each other."""
+    """The lines of distances to a reference, by one yardstick, of sets by their label `images`; ordered by distance."""
     features = reference.joined(yardstick)
     by_name: dict[str, list[Metric]] = defaultdict(list)
     for kind, embedded in sets.items():
@@ -327,3 +313,63 @@ def distance_metrics(
             labels = {"images": kind, "yardstick": yardstick}
             by_name[name].append(on.metric(name, value, "1", len(images), seed, interval, **labels))
     return [metric for lines in by_name.values() for metric in lines]
+
+
+def shared_classes(classifier: DiagnosisClassifier, classes: Collection[str], yardstick: str) -> set[str]:
+    """The classes of both a classifier and a model; a warning names those that one of them has alone."""
+    theirs, ours = set(classifier.diagnoses), set(classes)
+    if theirs != ours:
+        alone = "; ".join(
+            f"{owner} alone knows {', '.join(sorted(names)[:NUM_LISTED])}{' and others' * (len(names) > NUM_LISTED)}"
+            for owner, names in (("the model", ours - theirs), (yardstick, theirs - ours))
+            if names
+        )
+        number = len(theirs & ours)
+        logger.warning(
+            "agreement with %s is measured on the %d classes of both: %s", yardstick, number, alone
+        )
+    return theirs & ours
+
+
+def agreement_metrics(
+    named: Mapping[str, Sequence[str]],
+    asked: Sequence[str],
+    known: set[str],
+    yardstick: str,
+    on: MeasuredOn,
+    seed: int,
+) -> list[Metric]:
+    """The share of images whose predicted diagnosis is right, over all and per diagnosis of at least `MIN_GROUP` images.
+
+    Args:
+        named: the classifier's diagnosis of each of N images, by name of their set.
+        asked: the diagnosis that each of the N images has, or was generated for; the same for all sets.
+        known: diagnoses of both classifier and model. Images of others are left out.
+        yardstick: name of the classifier.
+        on: split and data set of the real images.
+        seed: of the samples.
+
+    Returns:
+        The lines; none where no image has a known diagnosis.
+    """
+    rows = [row for row, diagnosis in enumerate(asked) if diagnosis in known]
+    if not rows:
+        return []
+    groups: list[tuple[dict[str, str], list[int]]] = [({}, rows)]
+    for diagnosis in sorted({asked[row] for row in rows}):
+        members = [row for row in rows if asked[row] == diagnosis]
+        if len(members) >= MIN_GROUP:
+            groups.append(({"diagnosis": diagnosis}, members))
+    return [
+        on.share(
+            "agreement",
+            sum(predictions[row] == asked[row] for row in members),
+            len(members),
+            seed,
+            images=name,
+            yardstick=yardstick,
+            **labels,
+        )  # fmt: skip
+        for name, predictions in named.items()
+        for labels, members in groups
+    ]

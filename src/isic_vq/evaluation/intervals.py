@@ -1,6 +1,6 @@
-"""How sure a number is: 95 % intervals of means, shares, statistics of rows, and distances between sets.
+"""95 % intervals of means, shares, statistics of rows, and distances between sets.
 
-Which one to take depends on what the number is made of:
+Choose by what the number is:
 
 * a mean over images: `mean_interval` (Student 1908);
 * a share of images, such as an accuracy: `share_interval` (Wilson 1927), which holds near 0 and 1, too;
@@ -48,8 +48,8 @@ def mean_interval(values: ArrayLike) -> tuple[float, float]:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) < 2:
         raise ValueError(f"values have shape {numbers.shape}: expected at least two numbers, (N,)")
-    half = stdtrit(len(numbers) - 1, TAILS[1]) * numbers.std(ddof=1) / len(numbers) ** 0.5
-    return float(numbers.mean() - half), float(numbers.mean() + half)
+    half_width = stdtrit(len(numbers) - 1, TAILS[1]) * numbers.std(ddof=1) / len(numbers) ** 0.5
+    return float(numbers.mean() - half_width), float(numbers.mean() + half_width)
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def bootstrap_interval(
     """Percentiles of a statistic of rows over bootstrap draws.
 
     Each draw leaves one row of every stratum out, at random, and takes as many rows as the stratum has from the
-    others, with replacement: of a mean, that has the variance s^2/n, which a draw from all rows falls short of. The
+    others, with replacement: the variance of a mean is then s^2/n, where a draw from all rows falls short. The
     percentiles are those of a normal distribution at Student's quantile of (rows - strata) degrees of freedom.
 
     Not for distances between sets, see the module. Two independent groups are one set of rows whose strata are the
@@ -173,9 +173,8 @@ def subsample_intervals(
     and minus Student's quantile, of (rows - strata) degrees of freedom in the smallest set, times the standard
     deviation over halves. For a mean it is `mean_interval`, up to the noise of `repeats` draws.
 
-    What it covers is the statistic's expectation *at this n*: the Frechet distance has a bias that shrinks with n and
-    that an interval cannot see, which is why a distance is read beside that of real images at the same n. It errs to
-    the wide side. A distance between sets of one distribution is quadratic in their deviations, and neighbours are
+    It covers the statistic's expectation *at this n*: the Frechet distance has a bias that shrinks with n, which is why a
+    distance is read beside that of real images at the same n. It is rather too wide. A distance between sets of one distribution is quadratic in their deviations, and neighbours are
     farther apart in halves: on 597 dermoscopy images and 256 features, against sets that shared no image, the
     Frechet distance's deviation came out right for sets that differ and twice too large for sets that do not, the
     other distances' 1.05 to 1.7 times too large. Without strata, sets that do have equal parts of each diagnosis get
@@ -214,8 +213,8 @@ def subsample_intervals(
     quantile = stdtrit(freedom, TAILS[1])
     intervals = {}
     for name, value in statistics(*sets).items():
-        half = quantile * np.std([values[name] for values in halves], ddof=1)
-        intervals[name] = float(value - half), float(value + half)
+        half_width = quantile * np.std([values[name] for values in halves], ddof=1)
+        intervals[name] = float(value - half_width), float(value + half_width)
     return intervals
 
 

@@ -1,4 +1,4 @@
-"""What is measured of every image of a data set, and the means of it: over all, and over parts of the data set."""
+"""Measurements of every image of a data set, and their means over groups of its images."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +14,7 @@ from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.streaming import StreamedImages
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.intervals import MeasuredOn
-from isic_vq.evaluation.measures import MS_SSIM_MIN_SIZE, UNITS, ms_ssim
-from isic_vq.evaluation.perceptual import PerceptualDistance
+from isic_vq.evaluation.measures import MS_SSIM_MIN_SIZE, UNITS, PerceptualDistance, ms_ssim
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import GROUP_COLUMNS, Metric
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -27,25 +26,20 @@ MIN_GROUP = 10  # images, below which a part's mean says little and may tell of 
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """The images of a data set and what came of them.
-
-    Attributes:
-        info: what may be published about it.
-        indices: numbers of the images that could be read, among all records of the source.
-        rows: of each image that could be read: `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on.
-        labels: `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have.
-        codes: `(N, h, w)` int64 in [0, K).
-        appearance: of the images, "real", and of what came back, "reconstructions".
-    """
+    """The readable images of a data set, their codes and their reconstruction."""
 
     source: Source
-    info: SourceInfo
-    indices: list[int]
-    rows: list[dict[str, str | None]]
-    labels: Tensor
-    codes: Tensor
+    info: SourceInfo  # what may be published about it
+    indices: list[int]  # rows of the N images among all records of the source
+    rows: list[
+        dict[str, str | None]
+    ]  # of each image `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on
+    labels: (
+        Tensor  # `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have
+    )
+    codes: Tensor  # `(N, h, w)` int64 in [0, K)
     reconstruction: Reconstruction
-    appearance: dict[str, Appearance]
+    appearance: dict[str, Appearance]  # of "real" images and of "reconstructions"
 
 
 def measure_images(
@@ -146,10 +140,10 @@ def _streamed_sample(
 
 
 def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], on: MeasuredOn) -> list[Metric]:
-    """Means of values `(N,)` over the images of each diagnosis, source, sex and site, which labels name.
+    """The report's lines for means of values `(N,)` over the images of each diagnosis, source, sex and site.
 
-    What is missing is the group "unknown". Groups of fewer than `MIN_GROUP` images are left out, and so is a column
-    that has one group only.
+    Images without the entry are the group "unknown". Groups of fewer than `MIN_GROUP` images are left out, and so is a
+    column with one group only.
     """
     metrics = []
     for column in GROUP_COLUMNS:

@@ -3,10 +3,13 @@
 PSNR is 10 log10(1 / MSE) per image. SSIM is Wang et al. 2004 with an 11-pixel Gaussian window (sigma 1.5) on pixel values
 in [0, 1], computed by torchmetrics at every pixel with the border mirrored (scikit-image leaves the outermost 5 pixels
 out: about 0.001 apart). MS-SSIM is Wang et al. 2003 with the first four of its five scales, their weights scaled to sum
-to 1: the fifth would need 161 pixels.
+to 1: the fifth would need 161 pixels. LPIPS is Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual
+Metric", arXiv 1801.03924, of AlexNet by torchmetrics: a network trained on photographs, which are not dermoscopy images.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -63,6 +66,12 @@ def image_metrics(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
     }
 
 
+def code_counts(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each image uses each code: `(N, K)` int64 of codes `(N, ...)`."""
+    flat = codes.flatten(1)
+    return flat.new_zeros(len(flat), num_codes).scatter_add(1, flat, torch.ones_like(flat))
+
+
 def auroc(usual: Tensor, unusual: Tensor) -> float:
     """Area under the ROC curve, in [0, 1], of scores `(N,)` and `(M,)` that should be higher for the unusual.
 
@@ -89,7 +98,7 @@ def classifier_measures(classes: Sequence[str], labels: Tensor) -> dict[tuple[st
         `("auc", CLASS)`, the area under the ROC curve of a class's probability against all others, of each class that
         occurs beside others.
     """
-    found: dict[tuple[str, str | None], Measure] = {
+    measures: dict[tuple[str, str | None], Measure] = {
         ("accuracy", None): lambda logits, labels: (logits.argmax(1) == labels).double().mean().item(),
         ("balanced_accuracy", None): lambda logits, labels: balanced_accuracy(
             labels.numpy(), logits.argmax(1).numpy()
@@ -97,10 +106,55 @@ def classifier_measures(classes: Sequence[str], labels: Tensor) -> dict[tuple[st
     }
     for index, name in enumerate(classes):
         if 0 < (labels == index).sum() < len(labels):
-            found["auc", name] = partial(_one_against_others, index)
-    return found
+            measures["auc", name] = partial(_one_against_others, index)
+    return measures
 
 
 def _one_against_others(index: int, logits: Tensor, labels: Tensor) -> float:
     probabilities, positive = logits.softmax(1)[:, index], labels == index
     return auroc(probabilities[~positive], probabilities[positive])
+
+
+class PerceptualDistance:
+    """LPIPS of pairs of images; torchvision, of the extra `lpips`, downloads the weights once.
+
+    Raises:
+        ValueError: torchvision is not installed, or the weights cannot be downloaded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        try:
+            with _tensors_alone():
+                network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        except ModuleNotFoundError as error:
+            raise ValueError("LPIPS needs torchvision: pip install 'isic-vq[lpips]'") from error
+        except OSError as error:
+            raise ValueError(
+                f"LPIPS needs AlexNet's weights, which torchvision could not download ({error}): leave --lpips out, "
+                "or put the file into TORCH_HOME/hub/checkpoints"
+            ) from error
+        self.network = network.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance of each pair of images `(B, 3, H, W)` in [0, 1], `(B,)` on the CPU, at least 0."""
+        # One pair at a time: the metric gives the mean of those that it is given.
+        pairs = zip(images.split(1), others.clamp(0, 1).split(1), strict=True)
+        return torch.stack([self.network(image, other).cpu() for image, other in pairs])
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Let `torch.load`, which torchvision calls on a pickle, read tensors and no other objects."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,28 +1,27 @@
-"""Whether samples are nearer to training images than images are that the model has never seen.
+"""Tests of whether samples are nearer to training images than held-out images are.
 
-The yardstick is the distance of held-out images to *their* nearest training image. Were the samples as far from the
-training images as these, samples and held-out images would be exchangeable, and all statistics here rest on that
-alone but for one, which says so. Source of the idea: Meehan et al., "A Non-Parametric Test to Detect Data-Copying in
+They compare with the distance of held-out images to *their* nearest training image. If samples are as far from the training
+images as these, samples and held-out images are exchangeable: all tests but one assume nothing else. Source of the idea: Meehan et al., "A Non-Parametric Test to Detect Data-Copying in
 Generative Models", arXiv 2004.05675 (theirs compares the two sets of distances by their ranks, within cells).
 
 * `empirical_p_values`: p = (1 + held-out distances <= d) / (1 + n), for every sample and its nearest training image.
   Source: conformal p-values, Bates et al., "Testing for Outliers with Conformal p-values", arXiv 2104.08279. They
   are exact, but never below 1 / (n + 1): of 500 samples and n = 597, Benjamini-Hochberg at 5 % would find nothing
   unless 17 samples were nearer than every held-out image, and with n = 117 unless 85 were.
-* `tail_p_values`: the same p, but below the nearest tenth of the held-out distances it follows their tail on. That a
-  point lies within d of its nearest neighbour has, as d shrinks, a probability that goes with a power of d (the local
+* `tail_p_values`: the same p, but below the nearest tenth of the held-out distances it extrapolates their tail. The
+  probability that a point lies within d of its nearest neighbour goes, as d shrinks, with a power of d (the local
   dimension: Levina and Bickel, "Maximum Likelihood Estimation of Intrinsic Dimension", 2004), so that the logs of
-  the tail's distances are exponential. The power is not estimated and trusted: the p-value is that of the ratio of
-  exponential variables, which is exact for any power and any n. These are what Benjamini-Hochberg is given, for which
-  pairs are copies. This is the one statistic that assumes something; it is what finding a single copy costs.
+  the tail's distances are exponential. The power need not be known: the p-value is that of a ratio of exponential
+  variables, which is exact for any power and any n. Benjamini-Hochberg decides by these which pairs are copies. This is the
+  one test that assumes something; without it no single copy could be found.
 * `excess_of_near_samples`: the verdict. How many samples are nearer than the r-th nearest held-out image, r being one
   in a hundred? Of m samples and n held-out images that are exchangeable, the number is beta-binomial(m, r, n + 1 - r),
   whatever the distances are. A binomial or Poisson-binomial test of the same count takes the m p-values for
-  independent, while they share one set of held-out images: its verdicts are wrong far more often than it says.
+  independent, while they share one set of held-out images: it is wrong far more often than its level.
 
 Samples can be nearer without being copied: a model that draws plain images only is near to everything. So read a
-verdict with `held_out_neighbours`, which asks whether samples avoid held-out images as neighbours. It compares
-training images with held-out ones, not samples with either, and does not mind how plain the samples are.
+verdict with `held_out_neighbours`, which tests whether samples avoid held-out images as neighbours. It compares
+training images with held-out ones, not samples with either, and does not depend on how plain the samples are.
 """
 
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ def empirical_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.
         held_out: `(n,)`, of each held-out image to its nearest training image.
 
     Raises:
-        ValueError: there are no held-out distances, or numbers that are no distances.
+        ValueError: there are no held-out distances, or negative or infinite ones.
     """
     samples, ordered = _checked(distances), np.sort(_checked(held_out))
     if len(ordered) == 0:
@@ -55,13 +54,13 @@ def empirical_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.
 
 
 def tail_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
-    """Empirical p-values, but finer for distances within the tail of the held-out ones, `(S,)` in [0, 1].
+    """Empirical p-values, extrapolated for distances within the tail of the held-out ones, `(S,)` in [0, 1].
 
     With u the (k + 1)-th smallest held-out distance, k a tenth of them, x_1 to x_k the smaller ones and
     s = sum log(u / x_i): p(d) = (k + 1) / (n + 1) (1 + log(u / d) / s)^-k for d < u.
 
-    Where s is 0 or infinite (equal distances; a held-out image that is a training image), or k is below `MIN_TAIL`,
-    the held-out images do not tell their tail, and all p-values stay empirical.
+    All p-values stay empirical where s is 0 or infinite (equal distances; a held-out image that is a training image), or k
+    is below `MIN_TAIL`.
 
     Raises:
         ValueError: as `empirical_p_values`.
@@ -90,19 +89,13 @@ def found_pairs(p_values: ArrayLike) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Excess:
-    """How many samples are near to training images, beside how many would be by chance.
+    """How many samples are near to training images, beside how many would be by chance."""
 
-    Attributes:
-        radius: a sample is near if its distance is below this.
-        threshold: fewest near samples that are a verdict at `level`; None if no number of them is.
-        p_value: of at least `count` by chance.
-    """
-
-    radius: float
+    radius: float  # a sample is near if its distance is below this
     count: int
     expected: float
-    threshold: int | None
-    p_value: float
+    threshold: int | None  # fewest near samples that are a verdict at `level`; None if no number of them is
+    p_value: float  # of at least `count` by chance
     level: float
 
     @property
@@ -115,11 +108,11 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
     """Test whether more samples are near to training images than chance explains.
 
     Near is nearer than the r-th nearest of the n held-out images, r = max(1, floor(`NEAR_SHARE` (n + 1))). Equal
-    distances make the test miss copies rather than see some where there are none.
+    distances make the test miss copies rather than report false ones.
 
     Args:
         distances: as for `empirical_p_values`.
-        held_out: likewise.
+        held_out: as for `empirical_p_values`.
         level: of the test: its share of the level where several channels are tested.
 
     Raises:
@@ -134,7 +127,7 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
     chance = betabinom(len(samples), rank, len(ordered) + 1 - rank)
     radius = float(ordered[rank - 1])
     count = int((samples < radius).sum())
-    # P(number >= 0), P(number >= 1), ...: scipy's own survival function adds up anew for each.
+    # P(number >= 0), P(number >= 1), ...: scipy's survival function repeats the sum for each.
     at_least = chance.pmf(np.arange(len(samples) + 1))[::-1].cumsum()[::-1]
     enough = np.flatnonzero(at_least <= level)
     return Excess(
@@ -149,16 +142,11 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
 
 @dataclass(frozen=True)
 class HeldOutNeighbours:
-    """How many samples have a held-out image as their nearest, beside how many would have one by chance.
-
-    Attributes:
-        expected: n / (N + n), for N training and n held-out images.
-        p_value: of at most so many by chance.
-    """
+    """Share of the samples whose nearest image is a held-out one, beside the share by chance."""
 
     share: float
-    expected: float
-    p_value: float
+    expected: float  # n / (N + n), for N training and n held-out images
+    p_value: float  # of at most so many by chance
 
 
 def held_out_neighbours(
@@ -168,11 +156,11 @@ def held_out_neighbours(
     draws: int = 10000,
     seed: int = 0,
 ) -> HeldOutNeighbours:
-    """Test whether samples have held-out images as their nearest ones more rarely than chance explains.
+    """Test whether the nearest image of samples is a held-out one more rarely than chance explains.
 
-    A model that does not know which images it was trained on has each of the N + n images as a neighbour alike: which n
-    of them are the held-out ones is then a random draw, given the samples and all images. The p-value is that of this
-    permutation test, with the +1 of Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010.
+    If training left no trace, which n of the N + n images are the held-out ones is a random draw, given the samples and all
+    images. The p-value is that of this permutation test, with the +1 of Phipson and Smyth, "Permutation P-values Should
+    Never Be Zero", 2010.
 
     Args:
         rows: `(S,)`, the nearest image of each sample, a number below N + n; training images come first.
@@ -183,14 +171,14 @@ def held_out_neighbours(
     """
     total = num_train + num_held_out
     popularity = np.bincount(rows, minlength=total)
-    found = int(popularity[num_train:].sum())
+    count = int(popularity[num_train:].sum())
     generator = np.random.default_rng(seed)
-    # Only images that are anybody's nearest matter: how many of the n are among them, and then which.
+    # Only images that are some sample's nearest matter: draw how many of the n are among them, and then which.
     popular = popularity[popularity > 0]
     sizes = generator.hypergeometric(len(popular), total - len(popular), num_held_out, draws)
     drawn = np.array([generator.permutation(popular)[:size].sum() for size in sizes])
-    p_value = (1 + int((drawn <= found).sum())) / (1 + draws)
-    return HeldOutNeighbours(found / len(rows), num_held_out / total, p_value)
+    p_value = (1 + int((drawn <= count).sum())) / (1 + draws)
+    return HeldOutNeighbours(count / len(rows), num_held_out / total, p_value)
 
 
 def _checked(distances: ArrayLike) -> NDArray[np.float64]:

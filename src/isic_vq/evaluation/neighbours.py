@@ -5,8 +5,8 @@ an inverted index: for every position and code the training grids that have that
 are then counted over its own lists alone, a few hundredths of all comparisons. Features are compared by cosine distance,
 1 - cos, in [0, 2].
 
-A copy may have been flipped or turned. Codes of training images are indexed in all views of their cache; features of
-training images are those of their first view, and the image that is looked up is seen in all eight.
+A copy may be flipped or turned. Codes of training images are indexed in all views of their cache; features of training
+images are of their first view, and compared with those of all eight views of the other image.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,11 @@ INVERSE_VIEWS = (0, 3, 2, 1, 4, 5, 6, 7)
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest of N training images to each of S images.
+    """The nearest of N training images to each of S images."""
 
-    Attributes:
-        distances: `(S,)` float64; see the module.
-        rows: `(S,)` int64, training images; of several equally near ones the first.
-        views: `(S,)` int64, the dihedral view of the training image that is nearest.
-    """
-
-    distances: NDArray[np.float64]
-    rows: NDArray[np.int64]
-    views: NDArray[np.int64]
+    distances: NDArray[np.float64]  # `(S,)`; see the module
+    rows: NDArray[np.int64]  # `(S,)` training images; of several equally near ones the first
+    views: NDArray[np.int64]  # `(S,)` dihedral views of the training images that are nearest
 
 
 class CodeIndex:
@@ -78,10 +72,10 @@ class CodeIndex:
 
 
 def nearest_by_features(features: Tensor, others: Tensor) -> Nearest:
-    """The image with the nearest features to each image, seen in its views.
+    """The training image nearest to any view of each image.
 
     Args:
-        features (`torch.Tensor` of shape `(S, views, D)`): of each image in its first so many dihedral views.
+        features (`torch.Tensor` of shape `(S, views, D)`): of each image in its first dihedral views.
         others (`torch.Tensor` of shape `(N, D)`): of the training images in their first view.
     """
     directions = F.normalize(others.double(), dim=1)
@@ -90,7 +84,7 @@ def nearest_by_features(features: Tensor, others: Tensor) -> Nearest:
         best = (image @ directions.T).max(dim=1)
         view = int(best.values.argmax())
         row = int(best.indices[view])
-        # Half the squared difference is 1 - cos, too, and does not lose its digits where features nearly agree.
+        # Half the squared difference is 1 - cos, without its loss of digits where features nearly agree.
         distances.append((image[view] - directions[row]).square().sum().item() / 2)
         rows.append(row)
         views.append(INVERSE_VIEWS[view])

@@ -1,14 +1,12 @@
-"""Can a small classifier tell generated images from real ones? On images it was not trained on; half is perfect.
+"""Accuracy of a small classifier that tells generated images from real ones; 0.5 is a perfect generator.
 
 Source: the classifier two-sample test, Lopez-Paz and Oquab, "Revisiting Classifier Two-Sample Tests", arXiv 1610.06545,
 with a convolutional network on pixels; differs: it is trained with several seeds, and numbers have intervals over
 seeds and test images at once.
 
-Three pairs are told apart, which together say whose fault a difference is: real images and their reconstructions (the
-tokenizer's), reconstructions and samples (the prior's), real images and samples (both). Samples follow the real
-images one for one: image i is asked for with the diagnosis of real image i. All images are rounded to 8 bits first.
-
-In the work folder: `samples-train/`, `samples-test/` and PAIR-seedN.json; see `ClassifierStudy`.
+Three pairs are told apart, which separate the tokenizer's faults (real images and their reconstructions), the prior's
+(reconstructions and samples) and both (real images and samples). Sample i has the diagnosis of real image i. All images are
+rounded to 8 bits first. The work folder holds `samples-train/`, `samples-test/` and PAIR-seedN.json; see `ClassifierStudy`.
 """
 
 from dataclasses import replace
@@ -84,38 +82,37 @@ def evaluate_realism(study: ClassifierStudy, resamples: int = 1000) -> list[Metr
 
     Returns:
         For each of `PAIRS` (labels `images` and `others`) `two_sample_accuracy` and `two_sample_auc`, means over the seeds;
-        0.5 where the two cannot be told apart. Intervals: `two_level_interval` of so many bootstrap draws.
+        0.5 where the two cannot be told apart. Intervals: `two_level_interval` of `resamples` bootstrap draws.
 
     Raises:
         ValueError: the folder holds images of another model.
         DataError: the images cannot be used.
     """
     sets: dict[str, dict[str, Tensor]] = {}
-    size = study.model.config.vqvae_config.image_size
+    model, size = study.model, study.student.image_size
     for seed, (part, records) in enumerate(study.records.items()):
+        originals = study.read(records, model.config.vqvae_config.image_size).pixels
         sets[part] = {
             "real": study.read(records).pixels,
-            "reconstructions": reconstructed(
-                study.model, study.read(records, size).pixels, study.student.image_size
-            ),
+            "reconstructions": reconstructed(model, originals, size),
             "samples": study.read(study.generated(f"samples-{part}", part, seed)).pixels,
         }
     metrics = []
     for pair in PAIRS:
-        tested, images = _told_apart(sets["test"], pair), partial(_told_apart, sets["train"], pair)
+        tested, images = _labelled_pair(sets["test"], pair), partial(_labelled_pair, sets["train"], pair)
         logits = [study.logits("-".join(pair), seed, images, pair, tested.pixels) for seed in study.seeds]
         metrics += realism_metrics(pair, logits, tested.labels, study.on, resamples)
     return metrics
 
 
 def default_student(model: IsicVQModel) -> Student:
-    """Sees every pixel and the colours as they are."""
+    """Settings without loss of pixels or changes of colour."""
     return Student(steps=600, image_size=model.config.vqvae_config.image_size, colour_strength=0.0)
 
 
 @torch.inference_mode()
 def reconstructed(model: IsicVQModel, pixels: Tensor, size: int) -> Tensor:
-    """Images `(N, 3, H, W)` uint8 through the tokenizer, brought to `(N, 3, size, size)` uint8 as files would be."""
+    """Images `(N, 3, H, W)` uint8 through the tokenizer, as files of `(N, 3, size, size)` uint8 would hold them."""
     processor, parts = IsicVQImageProcessor(size=size), []
     for batch in pixels.split(32):
         decoded = model.decode(model.encode(batch.to(model.device).float() / 255))
@@ -150,8 +147,7 @@ def realism_metrics(
     return metrics
 
 
-def _told_apart(sets: dict[str, Tensor], pair: tuple[str, str]) -> LabelledImages:
-    """The images of two sets, labelled with the number of their set."""
+def _labelled_pair(sets: dict[str, Tensor], pair: tuple[str, str]) -> LabelledImages:
     first, second = (sets[name] for name in pair)
     labels = torch.cat([torch.zeros(len(first)), torch.ones(len(second))]).long()
     return LabelledImages(torch.cat([first, second]), labels)

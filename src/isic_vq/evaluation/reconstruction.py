@@ -1,7 +1,7 @@
-"""How well a tokenizer reconstructs images it has not seen, and how it uses its codebook.
+"""Reconstruction of images by a tokenizer, and the use of its codebook.
 
-Measures of `measures` are averaged over images. Perplexity and usage are taken over all codes of the data set, not per
-batch, where they would depend on the batch size.
+Measures are averaged over images. Perplexity and usage are taken over all codes of the data set: per batch they would depend
+on the batch size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from isic_vq.models.vector_quantizer import usage_and_perplexity
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How every image came back, and which codes were used; its properties are means over images.
+    """Measures of every reconstructed image, whose means are properties, and of the codes.
 
     Attributes:
         values: `(N,)` float64 by name, for each image: `psnr` (dB), `ssim` (in [-1, 1]), `l1` and `mse` (of pixel
@@ -97,7 +97,7 @@ def evaluate_reconstruction(
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalizes by each batch's own statistics for a block; the running ones are left as they are."""
+    """Let BatchNorm normalize by each batch's own statistics in a block; the running ones do not change."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
@@ -111,11 +111,11 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def psnr_by_batch_statistics(model: VQVAEModel, batches: Iterable[Tensor]) -> Tensor:
-    """PSNR `(N,)` in dB of images as training sees them: with the statistics of their own batch, all else in eval mode.
+    """PSNR `(N,)` in dB with BatchNorm as in training, by the statistics of each batch, and all else in eval mode.
 
     Args:
         model: with BatchNorm; it is put into eval mode and left there.
-        batches: images `(B, 3, H, W)` in [0, 1]; how many are in a batch matters.
+        batches: images `(B, 3, H, W)` in [0, 1]; the batch size matters.
     """
     model.eval()
     values = []

@@ -1,14 +1,11 @@
-"""The evaluation report: every number that leaves the project, with unit, count, split, data set and seed.
+"""The report: every published number, with unit, count, split, data set and seed.
 
-One `report.json` per evaluated model is the only source of numbers for the figures and the model card: a number that
-is not in it cannot appear there. The file is plain JSON (finite numbers only), written atomically, and reading it back
-gives an equal `Report`. Values must be Python's own types: a tensor or NumPy scalar is refused
-rather than converted, because rounding belongs to whoever computed the number.
+One `report.json` per evaluated model is the only source of numbers for figures and model card. The file is plain JSON
+(finite numbers only), written atomically, and reading it back gives an equal `Report`. Values must be Python's own types: a
+tensor or NumPy scalar is refused rather than converted, because rounding belongs to the code that computed the number.
 
 Privacy: a report is published, so a string that looks like an absolute path is refused anywhere in it, and
 `environment` records models of hardware and versions, never a host, a user or a folder.
-
-It computes no metric itself; `evaluation/` does that. Source: none (own format); differences: not applicable.
 """
 
 import dataclasses
@@ -40,28 +37,20 @@ NAMED_LABELS = (*GROUP_COLUMNS, "batch")  # labels that are written with their k
 class Metric:
     """One measured number and everything needed to read it.
 
-    Args:
-        name: What was measured, for example `"psnr"`.
-        value: The number, finite, in `unit`.
-        unit: Its unit, for example `"dB"`; `"1"` for a ratio.
-        n: Number of items (usually images) the value is computed from, at least 1.
-        seed: Seed of whatever was random in the measurement; `None` if nothing was.
-        interval: The 95 % interval `[low, high]` of `value`, in `unit`; `None` where there is none to give.
-        labels: What tells it from other metrics of its name, for example `{"images": "samples"}`, in the order in which
-            they are written; a label of `GROUP_COLUMNS` says that it is of a part of the images.
-
     Raises:
-        ValueError: A field has the wrong type, is empty or not finite; the name has brackets.
+        ValueError: a field has the wrong type, is empty or not finite; the name has brackets.
     """
 
-    name: str
-    value: float
-    unit: str
-    n: int
+    name: str  # of the measure, for example "psnr"
+    value: float  # finite, in `unit`
+    unit: str  # for example "dB"; "1" for a ratio
+    n: int  # number of items (usually images) that the value is computed from, at least 1
     split: str
     dataset: str
-    seed: int | None = None
-    interval: list[float] | None = None
+    seed: int | None = None  # of the random choices of the measurement, if there are any
+    interval: list[float] | None = None  # 95 % interval [low, high] of `value`, in `unit`
+    # Tell it from other metrics of its name, for example {"images": "samples"}, in the order in which they are written; a
+    # label of `GROUP_COLUMNS` means that it is of a group of the images.
     labels: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,66 +85,64 @@ class Metric:
 
     @property
     def text(self) -> str:
-        """Name and labels as people read them, such as "agreement[samples, derm-resnet, diagnosis=nevus]"."""
+        """Name and labels for readers, such as "agreement[samples, derm-resnet, diagnosis=nevus]"."""
         shown = [f"{key}={text}" if key in NAMED_LABELS else text for key, text in self.labels.items()]
         return f"{self.name}[{', '.join(shown)}]" if shown else self.name
 
     @property
     def group(self) -> tuple[str, str] | None:
-        """Column and value of the part of the images that it is of, such as ("sex", "female"); None of all of them."""
+        """Column and value of its group of images, such as ("sex", "female"); None for all images."""
         return next((pair for pair in self.labels.items() if pair[0] in GROUP_COLUMNS), None)
 
     @property
     def of_all(self) -> "Metric":
-        """The metric with the name and labels that it has for all images."""
+        """The metric with the labels that it has for all images."""
         return replace(self, labels={k: text for k, text in self.labels.items() if k not in GROUP_COLUMNS})
 
 
 @dataclass
 class Report:
-    """What one evaluation found.
+    """Results of one evaluation."""
 
-    Args:
-        model: What was evaluated: its name, configuration, weights hash.
-        tables: Anything longer than one number, by name, for example `"codebook_counts"`: K integers.
-    """
-
-    model: dict[str, Any]
+    model: dict[str, Any]  # name, configuration, hash of the weights
     metrics: list[Metric]
-    tables: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(
+        default_factory=dict
+    )  # longer than one number, by name: "codebook_counts", K integers
     environment: dict[str, Any] = field(default_factory=dict)
 
     def find(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> Metric:
         """Look up the one metric of that name and exactly these labels; split and data set are needed where several have it.
 
         Raises:
-            KeyError: No metric matches, or more than one does; the message lists what exists.
+            KeyError: no metric matches, or more than one does; the message lists those that exist.
         """
         wanted = {"name": name, "split": split, "dataset": dataset}
-        found = [
+        matches = [
             metric
             for metric in self.metrics
             if metric.labels == labels
             and all(text is None or getattr(metric, key) == text for key, text in wanted.items())
         ]
-        if len(found) == 1:
-            return found[0]
+        if len(matches) == 1:
+            return matches[0]
         asked = ", ".join(f"{key}={text!r}" for key, text in (wanted | labels).items() if text is not None)
         listed = "; ".join(
-            f"{m.text} (split {m.split}, data set {m.dataset}, seed {m.seed})" for m in found or self.metrics
+            f"{m.text} (split {m.split}, data set {m.dataset}, seed {m.seed})"
+            for m in matches or self.metrics
         )
-        problem = f"{len(found)} metrics match" if found else "no metric matches"
-        raise KeyError(f"{problem} {asked}. {'They' if found else 'The report'}: {listed or 'empty'}")
+        problem = f"{len(matches)} metrics match" if matches else "no metric matches"
+        raise KeyError(f"{problem} {asked}. {'They' if matches else 'The report'}: {listed or 'empty'}")
 
     def value(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> float:
-        """The value of the metric that `find` finds, in its unit."""
+        """The value of the metric that `find` returns, in its unit."""
         return self.find(name, split, dataset, **labels).value
 
     def save(self, path: Path) -> None:
         """Write the report as JSON, atomically: a failure leaves the old file as it was.
 
         Raises:
-            ValueError: A value is not plain JSON, not finite, or looks like an absolute path.
+            ValueError: a value is not plain JSON, not finite, or looks like an absolute path.
         """
         _check_report(self)
         text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
@@ -166,7 +153,7 @@ class Report:
         """Read a report that `save` wrote.
 
         Raises:
-            ValueError: The file is not such a report; the message names the file and the place.
+            ValueError: the file is not a report; the message names the file and the place.
         """
         try:
             content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
@@ -184,21 +171,19 @@ class Report:
 
 def model_report(name: str, model: Any) -> Report:
     """A report on a whole model (an `IsicVQModel`) of that name, still without metrics."""
-    about = {"name": name, "type": "isic_vq", "prior": model.config.prior_config.model_type}
-    return Report(about, [], environment=environment(str(model.device)))
+    description = {"name": name, "type": "isic_vq", "prior": model.config.prior_config.model_type}
+    return Report(description, [], environment=environment(str(model.device)))
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Describe where a number was measured: versions, hardware models and commit; no host, user or folder.
-
-    By default of CUDA where there is one, else of the CPU.
+    """Versions, hardware and commit of a measurement, by default on CUDA if there is any; no host, user or folder.
 
     Returns:
         `isic_vq`, `python`, `torch`, `transformers`: versions. `device`: model name of the CPU or GPU. `cores`: CPU
         cores this process may use. `threads`: threads torch uses. `git_commit` and `git_dirty` (tracked files of the
         package differ from it): `None` unless the package runs from a git checkout.
     """
-    import torch  # here, so that reading a report (figures, the card) does not cost its import
+    import torch  # here, so that reading a report (figures, the card) does not import it
 
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     commit, dirty = git_state(Path(__file__).resolve().parents[1] / "__init__.py")
@@ -216,7 +201,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the CPU's model name; outside Linux what `platform` knows, at least the architecture."""
+    """The CPU's model name; outside Linux the name that `platform` has, at least the architecture."""
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, name = line.partition(":")
@@ -226,7 +211,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def git_state(file: Path) -> tuple[str | None, bool | None]:
-    """Return the commit that a tracked file's folder is at and whether tracked files there differ from it.
+    """Commit of a tracked file's folder, and whether tracked files there differ from it.
 
     `(None, None)` where git is not installed or does not track the file: a package installed into a virtual
     environment inside someone's checkout must not report that checkout's commit.
@@ -239,12 +224,9 @@ def git_state(file: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return a git command's output, or None where git answers with an error."""
-    inherited = {
-        key: text for key, text in os.environ.items() if not key.startswith("GIT_")
-    }  # set inside hooks
+    variables = {key: text for key, text in os.environ.items() if not key.startswith("GIT_")}  # set in hooks
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -291,18 +273,16 @@ def _check_text(text: str, place: str) -> None:
 
 
 def _check_keys(record: Any, owner: type, place: str) -> None:
-    """Raise ValueError unless a JSON object has the fields of a dataclass, those with a default if it likes."""
+    """Raise ValueError unless a JSON object has the fields of a dataclass; those with a default may be missing."""
     if type(record) is not dict:
         raise ValueError(f"{place} must be an object, got {_kind(record)}")
-    fields = {item.name for item in dataclasses.fields(owner)}
-    optional = {
-        item.name
-        for item in dataclasses.fields(owner)
-        if {item.default, item.default_factory} != {dataclasses.MISSING}
-    }
-    if not fields - optional <= set(record) <= fields:
-        missing, unknown = sorted(fields - optional - set(record)), sorted(set(record) - fields)
-        raise ValueError(f"{place} must have the keys {sorted(fields)}: missing {missing}, unknown {unknown}")
+    defaults = {item.name: {item.default, item.default_factory} for item in dataclasses.fields(owner)}
+    required = {name for name, values in defaults.items() if values == {dataclasses.MISSING}}
+    missing, unknown = sorted(required - set(record)), sorted(set(record) - set(defaults))
+    if missing or unknown:
+        raise ValueError(
+            f"{place} must have the keys {sorted(defaults)}: missing {missing}, unknown {unknown}"
+        )
 
 
 def _refuse_constant(name: str) -> float:

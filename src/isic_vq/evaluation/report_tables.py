@@ -1,4 +1,4 @@
-"""A report's numbers in tables for people, a table per topic; pages and model cards draw them."""
+"""A report's numbers as tables, one per topic, for pages and model cards."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,16 +43,13 @@ def report_lines(report: Report) -> list[str]:
 
 @dataclass
 class Table:
-    """The numbers of one topic.
-
-    Attributes:
-        columns: what numbers were measured on.
-        rows: by name and unit, the metric of each column that has one.
-    """
+    """The numbers of one topic."""
 
     title: str
-    columns: list[str] = field(default_factory=list)
-    rows: dict[tuple[str, str], dict[str, Metric]] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)  # what numbers were measured on
+    rows: dict[tuple[str, str], dict[str, Metric]] = field(
+        default_factory=dict
+    )  # name and unit -> column -> metric
 
 
 def topic_of(metric: Metric) -> str:
@@ -66,17 +63,17 @@ def number_text(value: float) -> str:
 
 
 def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str]) -> list[Table]:
-    """Arrange metrics of whole data sets by topic; those of parts of the images (`Metric.group`) are left out. `measured_on` heads the column of a metric.
+    """Arrange metrics of whole data sets by topic; those of groups of images (`Metric.group`) are left out.
 
-    Images of different kinds that one yardstick measures, such as floor, reconstructions and samples, stand beside each
-    other: `frechet_distance` with the labels images=samples and yardstick=NAME is in the row `frechet_distance, NAME` and a
-    column of the samples.
+    `measured_on` is the head of a metric's column. Kinds of images that one yardstick compares, such as floor and samples,
+    are columns of one row: `frechet_distance` with the labels images=samples and yardstick=NAME is in the row
+    `frechet_distance, NAME`.
 
     Returns:
         Tables in the order of `TOPICS`, without empty ones.
 
     Raises:
-        ValueError: one thing was measured twice.
+        ValueError: one cell has two values.
     """
     tables = {title: Table(title) for title in (*TOPICS, OTHER)}
     for metric in metrics:

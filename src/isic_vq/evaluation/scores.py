@@ -32,44 +32,32 @@ MAX_REFERENCE_IMAGES = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """What training images look like to the model.
+    """What scores need to know of the training images."""
 
-    Attributes:
-        code_counts: `(K,)` int64, occurrences of each code in all views of all training images.
-        bits_per_code: mean over `num_images` training images.
-        num_images: at most `MAX_REFERENCE_IMAGES`.
-    """
-
-    code_counts: Tensor
-    bits_per_code: float
-    num_images: int
+    code_counts: Tensor  # `(K,)` int64, occurrences of each code in all views of all training images
+    bits_per_code: float  # mean over `num_images` training images
+    num_images: int  # at most `MAX_REFERENCE_IMAGES`
     source: str
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image and what the model makes of it.
-
-    Attributes:
-        pixel_values: `(3, H, W)`, RGB in [0, 1].
-        bits_map: `(h, w)` float64, where the bits of the codes lie; see `ScoreOutput`.
-        scores: in bits per code, by name; see `image_scores`.
-    """
+    """An image and its scores."""
 
     name: str
-    pixel_values: Tensor
-    bits_map: Tensor
-    scores: dict[str, float]
+    pixel_values: Tensor  # `(3, H, W)`, RGB in [0, 1]
+    bits_map: Tensor  # `(h, w)` float64, bits by place; see `ScoreOutput`
+    scores: dict[str, float]  # in bits per code, by name; see `image_scores`
 
 
 def read_reference(
     path: Path, model: IsicVQModel, label: int | None = None, marginalize: bool = False, seed: int = 0
 ) -> Reference:
-    """Score a seeded subset of the training codes in the way that images will be scored.
+    """Score a seeded subset of the training codes as images will be scored.
 
     Args:
         path: code cache of the training images.
-        model: the model that was trained on them.
+        model: was trained on them.
         label: class id: training images of this class alone, given the class; None means unconditional.
         marginalize: as for `score_codes`.
         seed: of the subset.
@@ -92,9 +80,9 @@ def read_reference(
 
 
 def image_scores(bits: Tensor, codes: Tensor, reference: Reference | None) -> dict[str, Tensor]:
-    """Scores `(N,)` in bits per code, by name, of codes `(N, ...)` with bits of the same shape.
+    """Scores of `SCORES`, `(N,)` in bits per code, of codes `(N, ...)` with bits of the same shape.
 
-    They are those of `SCORES`; without a reference, those that need none.
+    Without a reference, those that need none.
     """
     codes = codes.cpu()
     mean = bits.flatten(1).mean(1)

@@ -1,7 +1,7 @@
-"""Small classifiers that studies train many of: what they learn from, how, and what their numbers are worth.
+"""Small classifiers that measure generated images, trained with several seeds on images in memory.
 
-A `Student` says how a classifier is trained, `train_student` trains one in memory, on any labels, and
-`two_level_interval` tells how sure a mean over several of them is.
+`Student` holds the settings of a training, `train_student` trains one classifier, and `two_level_interval` is the interval of a
+mean over several of them.
 """
 
 import json
@@ -48,46 +48,33 @@ from isic_vq.work import begin
 logger = logging.getLogger(__name__)
 
 Statistic = Callable[[int, Tensor], float]  # of a seed's number and the rows of test images
+SMALL_RESNET = {  # fields of `ResNetConfig`
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 64, 128],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
 
 
 @dataclass(frozen=True)
 class Student:
-    """How every classifier of the study is trained.
-
-    Attributes:
-        image_size: side in pixels.
-        learning_rate: peak of the schedule: a tenth of the steps up, then cosine to zero.
-        colour_strength: as the classifier's recipe has it; views are dihedral.
-        model: fields of `ResNetConfig`.
-    """
+    """Settings of a training. Images are augmented as in `ClassifierRecipe`."""
 
     steps: int = 1500
     batch_size: int = 32
-    image_size: int = 64
-    learning_rate: float = 2e-3
+    image_size: int = 64  # side in pixels
+    learning_rate: float = 2e-3  # peak: after a warm-up of a tenth of the steps a cosine falls to zero
     weight_decay: float = 0.05
-    colour_strength: float = 0.15
-    model: dict[str, Any] = field(
-        default_factory=lambda: {
-            "embedding_size": 16,
-            "hidden_sizes": [16, 32, 64, 128],
-            "depths": [1, 1, 1, 1],
-            "layer_type": "basic",
-        }
-    )
+    colour_strength: float = 0.15  # see `random_colours`
+    model: dict[str, Any] = field(default_factory=lambda: dict(SMALL_RESNET))
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        pixels: `(N, 3, H, W)` uint8.
-        labels: `(N,)` int64 class ids.
-    """
-
-    pixels: Tensor
-    labels: Tensor
+    pixels: Tensor  # `(N, 3, H, W)` uint8
+    labels: Tensor  # `(N,)` int64 class ids
 
     def __add__(self, other: "LabelledImages") -> "LabelledImages":
         return LabelledImages(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
@@ -134,11 +121,11 @@ def two_level_interval(
     rows: Tensor,
     resamples: int = 1000,
 ) -> tuple[float, float, float]:
-    """Interval of a mean over seeds of a statistic of test images, where both could have been others.
+    """Interval of a mean over seeds of a statistic of test images, for other seeds and other test images.
 
-    Seeds and, within each class, test images are drawn together by `bootstrap_interval`: the seeds are one more
-    stratum. All seeds are tested on the same images, so one draw of images serves all of them. Five seeds are few:
-    where they decide more than the images do, the interval is somewhat too narrow.
+    `bootstrap_interval` draws seeds and, within each class, test images together: the seeds are one more stratum. All seeds are
+    tested on the same images, so one draw of images serves all of them. Five seeds are few: where they decide more than the
+    images do, the interval is somewhat too narrow.
 
     Args:
         statistic: of a seed's number and of rows, which may occur twice.
@@ -163,20 +150,20 @@ def two_level_interval(
 
 
 class ClassifierStudy:
-    """Real images, and the generated ones that follow them, for classifiers that are trained with several seeds.
+    """Real images, generated ones of the same diagnoses, and the classifiers trained on them with several seeds.
 
-    In the work folder: `settings.json`, folders of shards of generated images, and a JSON file of the test images' logits
-    for each classifier. What is there is not done again, so a killed run goes on where it was.
+    The work folder holds `settings.json`, folders of shards of generated images, and for each classifier a JSON file of the test
+    images' logits. Finished files are not made again, so the same call resumes a killed run.
 
     Args:
-        model: what generates, in eval mode.
+        model: generates images; in eval mode.
         train: URI of the real training images; those labelled `unknown` are left out.
         test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
             training images' are left out.
         work_dir: the study's folder.
         seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
         student: how each classifier is trained.
-        limit: train and test on a seeded subset of at most so many images each; for a quick try.
+        limit: largest number of training images, and of test images, each a seeded subset; for a quick try.
         split: what the report's lines call the test images.
 
     Attributes:
@@ -232,7 +219,7 @@ class ClassifierStudy:
         return LabelledImages(pixels.contiguous(), torch.cat([batch["labels"] for batch in batches]))
 
     def generated(self, name: str, part: str, seed: int) -> Any:
-        """Records of generated images, image i for the diagnosis of real image i of a part; made unless they are there."""
+        """Records of generated images, image i for the diagnosis of real image i of a part; missing ones are generated."""
         diagnoses, folder = self.records[part]["diagnosis"], self.work_dir / name
         generate_shards(self.model, folder, len(diagnoses), diagnoses, seed=seed)
         return find_source(f"parquet:{folder / 'images-*.parquet'}", self.labels).dataset()
@@ -245,11 +232,7 @@ class ClassifierStudy:
         classes: Sequence[str],
         pixels: Tensor,
     ) -> Tensor:
-        """The logits `(N, C)` of test images `(N, 3, H, W)` uint8 by a classifier: from its file, or else it is trained, and the file written.
-
-        Returns:
-            `(N, C)`.
-        """
+        """A classifier's logits `(N, C)` of test images `(N, 3, H, W)` uint8, from its file; if missing, it is trained first."""
         path = self.work_dir / f"{name}-seed{seed}.json"
         if not path.is_file():
             classifier = train_student(images(), classes, self.student, seed, str(self.model.device))
@@ -262,7 +245,7 @@ class ClassifierStudy:
 def study_records(
     uri: str, classes: list[str] | None, limit: int | None, labels: Classes | None = None
 ) -> tuple[Any, list[str], dict[str, Any]]:
-    """Records of the classes, by default all that occur; the classes; and what settles which records these are.
+    """Records of the classes, by default all that occur; the classes; and what identifies the records in settings.
 
     Raises:
         DataError: the records can only be streamed, or cannot be used.

@@ -1,15 +1,13 @@
-"""What are generated images worth to a classifier? Trained on real, on generated and on both, tested on real images.
+"""Utility of generated images for a classifier, which is trained on real, on generated and on both, and tested on real images.
 
 Source: train-on-synthetic-test-on-real, Esteban et al., "Real-valued (Medical) Time Series Generation with Recurrent
 Conditional GANs", arXiv 1706.02633, section 4.1, and "GAN-train", Shmelkov et al., arXiv 1807.09499. Differs: every
 arm is repeated with several seeds, each of which draws new weights, a new order and, in the arms that have them, newly
 generated images; and numbers have intervals over seeds and test images at once.
 
-Generated images follow the real training images one for one: image i is asked for with the diagnosis of real image i,
-so both sets have the same class counts. All arms take the same number of optimizer steps, in the same recipe, without
-a look at the test images; the arm of both sets sees each image half as often.
-
-In the work folder: `synthetic-seedN/` and ARM-seedN.json; see `ClassifierStudy`.
+Generated image i has the diagnosis of real training image i, so both sets have the same class counts. All arms take the same
+number of optimizer steps, in the same recipe, and no choice depends on the test images; the arm of both sets sees each image half
+as often. The work folder holds `synthetic-seedN/` and ARM-seedN.json; see `ClassifierStudy`.
 """
 
 from collections.abc import Sequence
@@ -93,11 +91,10 @@ def evaluate_utility(
 
     Returns:
         For each arm (label `arm`) `balanced_accuracy` and, for each class of `auc_of` (label `positive`), `auc`, means over
-        the seeds; how much more they are than with real images, `balanced_accuracy_gain` and so on, paired by seed and
-        test image; and `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
+        the seeds; their differences from the real arm, `balanced_accuracy_gain` and so on, paired by seed and test image; and `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
 
     Raises:
-        ValueError: a class of `auc_of` that is not there, or the folder holds images of another model.
+        ValueError: an unknown class in `auc_of`, or the folder holds images of another model.
         DataError: the images cannot be used.
     """
     classes = study.classes
@@ -136,30 +133,28 @@ def utility_metrics(
         low, high, mean = two_level_interval(statistic, len(logits[real]), test_labels, rows, resamples)
         metrics.append(on.metric(name, mean, "1", len(rows), 0, [low, high], **labels))
 
-    every, known = torch.arange(len(test_labels)), classifier_measures(classes, test_labels)
+    every, measures = torch.arange(len(test_labels)), classifier_measures(classes, test_labels)
     members = {name: torch.nonzero(test_labels == index).flatten() for index, name in enumerate(classes)}
     large = [name for name in classes if len(members[name]) >= MIN_GROUP]
-    for name, positive in known:
+    for (name, positive), measure in measures.items():
         if name == "accuracy" or not (positive is None or positive in (large if auc_of is None else auc_of)):
             continue
         shown = {} if positive is None else {"positive": positive}
-        statistics = {arm: _of_images(known[name, positive], logits[arm], test_labels) for arm in logits}
+        statistics = {arm: _of_images(measure, logits[arm], test_labels) for arm in logits}
         for arm, statistic in statistics.items():
             add(name, statistic, every, arm=arm, **shown)
         for arm in others:
             add(f"{name}_gain", _difference(statistics[arm], statistics[real]), every, arm=arm, **shown)
     for diagnosis in large:
         for arm in logits:
-            sensitivity = _of_images(known["accuracy", None], logits[arm], test_labels)
+            sensitivity = _of_images(measures["accuracy", None], logits[arm], test_labels)
             add("sensitivity", sensitivity, members[diagnosis], arm=arm, diagnosis=diagnosis)
     return metrics
 
 
 def _of_images(measure: Measure, logits: Sequence[Tensor], labels: Tensor) -> Statistic:
-    """A measure of one seed's logits at some test images."""
     return lambda seed, rows: measure(logits[seed][rows], labels[rows])
 
 
-def _difference(one: Statistic, other: Statistic) -> Statistic:
-    """One minus the other, of the same seed and images."""
-    return lambda seed, rows: one(seed, rows) - other(seed, rows)
+def _difference(a: Statistic, b: Statistic) -> Statistic:
+    return lambda seed, rows: a(seed, rows) - b(seed, rows)

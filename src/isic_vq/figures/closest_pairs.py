@@ -1,6 +1,6 @@
 """Pictures of the closest pairs of an audit: a sample, and beside it the training image it is nearest to.
 
-They may show patients' images. Write them where nothing is published from.
+They may show patients' images. Write them into a folder that is never published.
 """
 
 from collections.abc import Sequence
@@ -36,27 +36,23 @@ def write_pairs(audit: Audit, folder: Path, train_images: str | None = None) -> 
         pixels = np.asarray(IsicVQImageProcessor().postprocess(both, output_type="np"))
         labels = []
         for pair in audit.shown_pairs(channel):
-            found = " found" if pair.found else ""
-            labels += [f"{audit.samples.names[pair.sample]}{found}"]
-            labels += [f"{audit.train.isic_ids[pair.row]} {pair.distance:.3g}"]
+            sample = f"{audit.samples.names[pair.sample]}{' found' if pair.found else ''}"
+            labels += [sample, f"{audit.train.isic_ids[pair.row]} {pair.distance:.3g}"]
         grid = image_grid(enlarge(pixels), columns=2 * PAIRS_PER_ROW, labels=labels)
-        about = {
-            "Title": "samples and their nearest training images",
-            "Comment": f"closest pairs by {channel}",
-        }
+        title, comment = "samples and their nearest training images", f"closest pairs by {channel}"
         paths.append(folder / f"{channel.replace('/', '-')}.png")
-        write_png(grid, paths[-1], about)
+        write_png(grid, paths[-1], {"Title": title, "Comment": comment})
     return paths
 
 
 @torch.inference_mode()
 def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> tuple[Tensor, Tensor]:
-    """The pairs of a channel that are shown: what the samples' codes decode to, and training images turned likewise.
+    """The shown pairs of a channel: decoded samples, and training images in the dihedral view that is nearest.
 
     Args:
         audit: as `audit_checkpoint` returns it.
         channel: name of the channel.
-        train_images: source of the training images; None shows what their codes decode to.
+        train_images: source of the training images; None decodes their codes.
 
     Returns:
         Both `(P, 3, H, W)` in [0, 1], on the CPU.
@@ -87,10 +83,10 @@ def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
     if source.has_random_access:
         rows = [row for row, about in enumerate(source.metadata()) if about["isic_id"] in wanted]
         records = source.dataset().select(rows)
-    found: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     for batch in iter_batches(records, processor, BATCH_SIZE):
-        kept = dict(zip(batch["isic_ids"], batch["pixel_values"], strict=True))
-        found |= {name: kept[name] for name in wanted & kept.keys()}
-    if missing := wanted - found.keys():
+        pairs = zip(batch["isic_ids"], batch["pixel_values"], strict=True)
+        images |= {name: pixels for name, pixels in pairs if name in wanted}
+    if missing := wanted - images.keys():
         raise DataError(f"{source.name} lacks {len(missing)} of the images to show, such as {min(missing)}")
-    return torch.stack([found[name] for name in names])
+    return torch.stack([images[name] for name in names])

@@ -1,7 +1,7 @@
 """Draw comparisons: values with intervals side by side, curves over a setting, codes by group. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,36 +12,26 @@ from .plots import BLUE, DPI, INK, PALETTE, finish, new_figure
 
 @dataclass(frozen=True)
 class Point:
-    """A value to show.
-
-    Args:
-        interval: its low and high; None draws no whiskers.
-        n: of how many items; None is not told.
-    """
+    """A value to show."""
 
     label: str
     value: float
-    interval: Sequence[float] | None = None
-    n: int | None = None
+    interval: Sequence[float] | None = None  # low and high, drawn as whiskers
+    n: int | None = None  # number of items, shown beside the label
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over a setting.
-
-    Args:
-        y: values at it; of several seeds, their mean.
-        each: values of every seed, a sequence per seed, drawn as dots.
-    """
+    """Values over a setting."""
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]
-    each: Sequence[Sequence[float]] = field(default=())
+    y: Sequence[float]  # of several seeds, their mean
+    each: Sequence[Sequence[float]] = ()  # values of every seed, a sequence per seed, drawn as dots
 
 
 def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: float | None = None) -> Figure:
-    """Draw values as dots with whiskers, one under the other, group by group, and a vertical line such as their mean."""
+    """Draw values as dots with whiskers, one below the other, group by group, and a vertical line such as their mean."""
     number = sum(len(points) + 1 for points in groups.values())
     figure = Figure(figsize=(8, 1.2 + 0.27 * number), dpi=DPI, layout="constrained")
     axes = figure.subplots()
@@ -75,7 +65,7 @@ def curves(
     x_values: Sequence[float],
     mark: str | None = None,
 ) -> Figure:
-    """Draw panels (title, unit, curves) of curves over one setting on a logarithmic axis, with one legend: all panels have the same curves."""
+    """Draw panels (title, unit, curves) over one setting on a logarithmic axis; their curves share one legend."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=DPI, layout="constrained")
@@ -100,24 +90,18 @@ def curves(
 
 
 def code_use_by_group(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
-    """From K uses by group, show how much more or less often each group uses each code than all groups do, as log2 of the ratio.
+    """Draw log2 of each group's share of each code over the mean share of all groups, from K uses by group.
 
-    Codes are in the order of their use over all groups, the most used one first; a code counts once more than it is
-    used, so that unused ones do not count as infinitely rare.
+    Codes are in the order of their use over all groups, the most used one first; every count is one more than the uses, so
+    that unused codes are not infinitely rare.
     """
     table = np.array(list(counts.values()), dtype=np.float64) + 1
     shares = table / table.sum(axis=1, keepdims=True)
     mean = shares.mean(axis=0)
     order = np.argsort(-mean, kind="stable")
     figure, (axes,) = new_figure(10, 1.6 + 0.3 * len(table), panels=1)
-    shown = axes.imshow(
-        np.log2(shares / mean)[:, order],
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=-3,
-        vmax=3,
-        interpolation="nearest",
-    )
+    ratios = np.log2(shares / mean)[:, order]
+    shown = axes.imshow(ratios, "RdBu_r", aspect="auto", vmin=-3, vmax=3, interpolation="nearest")
     finish(axes, title, "codes, the most used first", "", legend=False)
     axes.set_yticks(range(len(table)), [name.replace("_", " ") for name in counts])
     axes.grid(visible=False)

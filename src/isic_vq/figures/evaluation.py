@@ -1,4 +1,4 @@
-"""What an evaluation shows of images: its page with the atlas of codes, and the worst reconstructions."""
+"""Pictures of an evaluation: its page with the atlas of codes, and the worst reconstructions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ GALLERY_SIZE = 16
 
 
 def atlas_picture(evaluation: "Evaluation") -> Plot:
-    """What each code draws, in the order of their use over all data sets, the most used one first."""
+    """The pixels that each code decodes to, in the order of use over all data sets, the most used first."""
     tables = [evaluation.report.tables[split] for split in evaluation.measured]
     counts = np.sum([table["codebook_counts"] for table in tables], axis=0)
     order = np.argsort(-counts, kind="stable")

@@ -130,7 +130,7 @@ def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFo
 
 
 def check_images(images: np.ndarray, name: str) -> None:
-    """Raise ValueError unless the array holds at least one RGB image in uint8."""
+    """Raise ValueError unless the array holds at least one RGB image, uint8."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise ValueError(
             f"{name} must be uint8 of shape (number, height, width, 3) with at least one image, "

@@ -18,12 +18,12 @@ Columns = dict[str, list[Any]]
 
 
 def column(records: Iterable[dict[str, Any]], key: str, scale: float = 1.0) -> np.ndarray:
-    """Return one value per record times `scale`, float64, NaN where a record lacks it."""
+    """The value of each record times `scale`, float64, NaN where a record lacks it."""
     return np.array([record.get(key, math.nan) for record in records], dtype=np.float64) * scale
 
 
 def smoothing_window(number: int) -> int:
-    """Choose over how many steps to average a curve of that many points: about a fiftieth of it, an odd number."""
+    """Window for a curve of that many points: about a fiftieth of it, an odd number."""
     return number // 100 * 2 + 1
 
 
@@ -48,7 +48,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def batch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Columns:
-    """Return step, epoch, loss and smoothed loss of every optimizer step, the losses times `scale`."""
+    """Step, epoch, loss and smoothed loss of every optimizer step, the losses times `scale`."""
     loss = column(records, "loss", scale)
     return {
         "step": [record["step"] for record in records],
@@ -59,28 +59,22 @@ def batch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Colu
 
 
 def epoch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Columns:
-    """Return step, epoch and, times `scale`, the loss and every `*_loss` of each split per epoch."""
+    """Step, epoch and, times `scale`, the loss and every `*_loss` of each split per epoch; losses in the order of `SPLITS`."""
+
+    def place(key: str) -> tuple[bool, int, str, str]:
+        split, _, name = key.partition("/")
+        return name != "loss", SPLITS.index(split) if split in SPLITS else len(SPLITS), split, name
+
     keys = {key for record in records for key in record if key.endswith(("/loss", "_loss"))}
-    ordered = sorted(keys, key=lambda key: (not key.endswith("/loss"), *split_and_name(key)))
     steps: Columns = {key: [record[key] for record in records] for key in ("step", "epoch")}
-    return steps | {key: column(records, key, scale).tolist() for key in ordered}
-
-
-def split_and_name(key: str) -> tuple[int, str, str]:
-    """Sort key of a logged name: training first, then validation, then validation of averaged parameters."""
-    split, _, name = key.partition("/")
-    return (SPLITS.index(split) if split in SPLITS else len(SPLITS)), split, name
+    return steps | {key: column(records, key, scale).tolist() for key in sorted(keys, key=place)}
 
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """How a codebook is used.
+    """How often each code of a codebook occurs."""
 
-    Args:
-        counts: How often each code occurs, K integers.
-    """
-
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # K integers
 
     def __post_init__(self) -> None:
         if any(type(count) is not int or count < 0 for count in self.counts) or sum(self.counts) == 0:
@@ -104,12 +98,12 @@ class CodebookUse:
         return sum(count > 0 for count in self.counts)
 
     def most_used(self) -> list[tuple[int, int]]:
-        """(code, how often it occurs) of the codes that occur, most frequent first, lowest code first on ties."""
+        """(code, count) of the codes that occur, most frequent first, lowest code first on ties."""
         order = np.argsort(-np.array(self.counts), kind="stable")[: self.num_used].tolist()
         return [(code, self.counts[code]) for code in order]
 
     def summary(self) -> dict[str, Any]:
-        """Return everything as JSON: sizes are numbers of codes, `usage_percent` is in [0, 100]."""
+        """The numbers of the figure as JSON: sizes are numbers of codes, `usage_percent` is in [0, 100]."""
         return {
             "num_codes": len(self.counts),
             "num_tokens": sum(self.counts),
@@ -121,10 +115,7 @@ class CodebookUse:
 
 
 def reconstruction_columns(originals: np.ndarray, reconstructions: np.ndarray) -> Columns:
-    """Return per image the mean absolute error in [0, 1] and the PSNR in dB (infinite for an exact copy).
-
-    Both are RGB of shape (number, height, width, 3), uint8.
-    """
+    """Mean absolute error in [0, 1] and PSNR in dB (infinite for an exact copy) of RGB images `(N, H, W, 3)`, uint8."""
     import torch
 
     from isic_vq.evaluation.measures import psnr

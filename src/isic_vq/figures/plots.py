@@ -29,7 +29,7 @@ SPLIT_LABELS = {"averaged": "validation, averaged weights"}
 LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 DPI = 150
 PICTURE_DPI = 100
-FEW = 12  # up to so many points, each gets a marker
+FEW = 12  # points of a curve, up to which each has a marker
 
 
 def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
@@ -217,7 +217,7 @@ def _line(axes: Axes, columns: Columns, key: str, color: str, style: str, label:
 def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
     """Draw the loss's components: one colour per component, one line style per split.
 
-    The legend stands beside the panel: one with so many entries would cover lines.
+    The legend stands beside the panel: its many entries would cover lines.
     """
     pairs = [tuple(key.split("/", 1)) for key in keys]
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(n for _, n in pairs))}

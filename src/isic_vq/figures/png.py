@@ -1,4 +1,4 @@
-"""Write pictures as files that say what made them: a picture without that may be of a patient."""
+"""Write pictures as files that name the program that made them: a picture without may be of a patient."""
 
 import io
 from pathlib import Path
@@ -33,9 +33,9 @@ def png_content(image: Image.Image | np.ndarray, about: dict[str, str]) -> bytes
 
 
 def write_jpeg(image: Image.Image, path: Path, comment: str, quality: int = 92) -> None:
-    """Write a picture with a comment, whole or not at all, without thinning out its colours.
+    """Write a picture as JPEG with a comment, atomically, with its colours at full resolution.
 
-    A sheet of many images takes a fifth of its PNG, and hides what JPEG hides: faint noise, not seams or blocks of codes.
+    A sheet of many images takes a fifth of its PNG; JPEG hides faint noise, but no seams or blocks of codes.
     """
     buffer = io.BytesIO()
     text = f"{comment}; isic-vq {__version__}"

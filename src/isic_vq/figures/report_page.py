@@ -1,7 +1,7 @@
-"""A report as a page for people: its numbers as tables, its groups and codes as plots, and pictures that come with it.
+"""A report as an HTML page: its numbers as tables, its groups and codes as plots, and given pictures.
 
 The page links PNG files in a folder beside it and nothing else: it opens without a network, and may be published
-where its pictures may. Text is escaped, for names of sources are anybody's.
+where its pictures may. Text is escaped: anybody may name a source.
 """
 
 import math
@@ -21,20 +21,13 @@ PICTURES = "Pictures"
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of a report's numbers, or a picture.
+    """A plot of a report's numbers, or a picture."""
 
-    Attributes:
-        topic: title of the table that it belongs to.
-        name: of its file, without suffix.
-        content: the PNG file.
-        pixels: whether it is shown pixel by pixel.
-    """
-
-    topic: str
-    name: str
+    topic: str  # title of the table that it belongs to
+    name: str  # of its file, without suffix
     caption: str
-    content: bytes
-    pixels: bool = False
+    content: bytes  # the PNG file
+    pixels: bool = False  # shown pixel by pixel
 
 
 def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ()) -> list[Path]:
@@ -65,13 +58,9 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ())
     known = {title: machine[key] for key, title in titles.items() if machine.get(key)}
     about = ", ".join(f"{title} {text}".strip() for title, text in known.items())
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    title = report.model.get("name", "report")
     page = template.render(
-        title=report.model.get("name", "report"),
-        about=about,
-        tables=tables,
-        shown=shown,
-        number=number_text,
-        pictures=PICTURES,
+        title=title, about=about, tables=tables, shown=shown, number=number_text, pictures=PICTURES
     )
     write_atomically(path, page.encode())
     return [path, *written]
@@ -83,7 +72,7 @@ def measured_on(metric: Metric) -> str:
 
 
 def file_name(name: str) -> str:
-    """A metric's name as a file's: letters, digits and dashes."""
+    """A metric's name as a file name: letters, digits and dashes."""
     return re.sub(r"[^\w-]+", "-", name).strip("-")
 
 
@@ -92,7 +81,7 @@ def report_plots(report: Report) -> list[Plot]:
     from isic_vq.figures.comparisons import Point, code_use_by_group, dots
     from isic_vq.figures.plots import png_bytes
 
-    found = []
+    plots = []
     grouped: dict[tuple[str, str], list[Metric]] = {}
     whole = {(m.text, m.split): m.value for m in report.metrics if m.group is None}
     for metric in report.metrics:
@@ -109,16 +98,16 @@ def report_plots(report: Report) -> list[Plot]:
         caption = f"{title}, with 95 % intervals"
         caption += "." if mean is None else "; the dotted line is the mean over all images."
         figure = dots(points, title, name if unit == "1" else unit, mean)
-        found.append(Plot(topic_of(metrics[0]), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
-    found += spectra(report)
+        plots.append(Plot(topic_of(metrics[0]), f"{file_name(name)}-{split}", caption, png_bytes(figure)))
+    plots += spectra(report)
     for split, table in report.tables.items():
         counts = table.get("codebook_counts_by_diagnosis") if isinstance(table, dict) else None
         if counts and len(counts) > 1:
             title = f"codes by diagnosis, {split}"
             caption = f"{title}: red where a diagnosis uses a code more than the diagnoses do on average."
             figure = code_use_by_group(counts, title)
-            found.append(Plot("Codebook", f"codes-{split}", caption, png_bytes(figure)))
-    return found
+            plots.append(Plot("Codebook", f"codes-{split}", caption, png_bytes(figure)))
+    return plots
 
 
 def spectra(report: Report) -> list[Plot]:
@@ -133,12 +122,12 @@ def spectra(report: Report) -> list[Plot]:
             shortest = int(metric.labels["octave"].partition("-")[0])
             kinds = values.setdefault(metric.split, {})
             kinds.setdefault(metric.labels["images"], {})[shortest] = decibels
-    found = []
+    plots = []
     for split, kinds in values.items():
         drawn = [Curve(kind, list(powers), list(powers.values())) for kind, powers in kinds.items()]
         title = f"power per octave, {split}"
         unit = "dB over one squared grey level"
         figure = curves([(title, unit, drawn)], "shortest period of the octave in pixels", drawn[0].x)
         caption = f"{title}: where a curve is below that of real images, images lack detail of that size."
-        found.append(Plot(APPEARANCE, f"spectrum-{file_name(split)}", caption, png_bytes(figure)))
-    return found
+        plots.append(Plot(APPEARANCE, f"spectrum-{file_name(split)}", caption, png_bytes(figure)))
+    return plots

@@ -1,11 +1,11 @@
-"""Read what a training run left behind: its log of metrics, its stage, its report and its arrays of images.
+"""Read the files of a training run: its log of metrics, its stage, its report and its arrays of images.
 
 A run is a folder with a `metrics.jsonl`: one JSON object per line, `{"kind": "batch", "step", "epoch", "loss", ...}`
 per optimizer step and `{"kind": "epoch", "step", "epoch", "train/loss", "validation/loss", ...}` per epoch. Beside it
 lie `recipe.yaml` (key `stage`) and, once the run is evaluated, `report.json` and `arrays/*.safetensors`.
 
-What a run may lack raises `MissingPartError`, which the caller reports; what is broken raises ValueError. Nothing here
-draws or computes.
+An optional part that is missing raises `MissingPartError`, which the caller reports; a broken one raises ValueError. Nothing
+here draws or computes.
 """
 
 import json
@@ -31,7 +31,7 @@ KINDS = ("batch", "epoch")
 
 
 class MissingPartError(Exception):
-    """A run lacks an optional part; the message names it and what makes it."""
+    """A run lacks an optional part; the message names it and the command that writes it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Run:
 
     @cached_property
     def metrics(self) -> dict[str, list[dict[str, Any]]]:
-        """The log's records by kind, in order of step; see `read_metrics`."""
         return read_metrics(self.folder / METRICS_FILE)
 
     def records(self, kind: str, key: str) -> list[dict[str, Any]]:
@@ -143,7 +142,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:  # also what is not UTF-8
+        except ValueError as error:  # also of bytes that are not UTF-8
             if number < len(lines):
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}); repair or remove it"

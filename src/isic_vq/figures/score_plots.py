@@ -1,9 +1,10 @@
 """Pictures of scores: heat maps of bits, the most and the least likely images, and histograms of a report's scores.
 
-Colours of bits run from 0 to one and a half times log2 K, which is what a code costs when nothing is known: one scale
-for all images of a model. Heat maps show source images; where they go is the caller's responsibility.
+Colours of bits run from 0 to one and a half times log2 K, the bits of a code under a flat distribution: one scale for all images
+of a model. Heat maps show source images; where they are written is the caller's responsibility.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
@@ -21,37 +22,30 @@ NAME_LENGTH = 18  # characters that fit over an image
 
 @dataclass(frozen=True)
 class HeatMap:
-    """An image and the bits of its codes.
-
-    Args:
-        image: RGB of shape (height, width, 3), uint8.
-        bits: Bits of every code, shape (h, w).
-    """
+    """An image and the bits of its codes."""
 
     name: str
-    image: np.ndarray
-    bits: np.ndarray
+    image: np.ndarray  # RGB of shape (height, width, 3), uint8
+    bits: np.ndarray  # of every code, shape (h, w)
     bits_per_code: float
 
 
 class Gallery:
-    """Keep the images that pictures will show, of images that come one by one.
+    """Collects images one by one, and keeps those that will be shown.
 
     Args:
         num_codes: K.
-        limit: How many heat maps to write, of the first images; 0 writes no picture at all.
+        limit: number of heat maps, of the first images; 0 writes no picture at all.
     """
 
     def __init__(self, num_codes: int, limit: int):
-        self.most = 1.5 * math.log2(num_codes)
-        self.limit = limit
-        self.num_images = 0
+        self.most, self.limit, self.num_images = 1.5 * math.log2(num_codes), limit, 0
         self.first: list[HeatMap] = []
         self.likely: list[HeatMap] = []
         self.unlikely: list[HeatMap] = []
 
     def add(self, name: str, image: np.ndarray, bits: np.ndarray, bits_per_code: float) -> None:
-        """Take note of an image; see `HeatMap`."""
+        """Add an image; see `HeatMap`."""
         shown = HeatMap(name, image, bits, bits_per_code)
         self.num_images += 1
         if self.num_images <= self.limit:
@@ -70,17 +64,12 @@ class Gallery:
             figure = heat_map(shown.image, shown.bits, title, self.most)
             write_atomically(folder / f"heat-{index:05d}.png", png_bytes(figure))
         if half := self.num_images // 2:  # no image is among both the most and the least likely
-            rows = [
-                (
-                    name,
-                    [
-                        (m.image, m.bits, f"{m.name[-NAME_LENGTH:]}\n{m.bits_per_code:.2f}")
-                        for m in maps[:half]
-                    ],
-                )
-                for name, maps in (("most likely", self.likely), ("least likely", self.unlikely))
+            rows = [("most likely", self.likely[:half]), ("least likely", self.unlikely[:half])]
+            cells = [
+                (title, [(m.image, m.bits, f"{m.name[-NAME_LENGTH:]}\n{m.bits_per_code:.2f}") for m in maps])
+                for title, maps in rows
             ]
-            write_atomically(folder / "overview.png", png_bytes(likelihood_extremes(rows, self.most)))
+            write_atomically(folder / "overview.png", png_bytes(likelihood_extremes(cells, self.most)))
 
 
 def write_score_histograms(report: Report, path: Path) -> None:
@@ -88,10 +77,7 @@ def write_score_histograms(report: Report, path: Path) -> None:
     from .plots import png_bytes, score_histograms
 
     histograms, kinds = report.tables["histograms"], list(report.tables["unusual_images"])
-    areas = {
-        (score, kind): report.value("auroc", score=score, images=kind)
-        for score in histograms
-        for kind in kinds
-    }
+    pairs = itertools.product(histograms, kinds)
+    areas = {(score, kind): report.value("auroc", score=score, images=kind) for score, kind in pairs}
     (usual,) = set(next(iter(histograms.values()))["counts"]) - set(kinds)
     write_atomically(path, png_bytes(score_histograms(histograms, areas, usual)))

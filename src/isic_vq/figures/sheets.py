@@ -1,8 +1,7 @@
-"""Sheets of pictures to look hard at: what a model generates, mixes, completes and changes, and what its codes draw.
+"""Sheets of pictures for close inspection: generated, interpolated, completed and edited images, and the atlas of codes.
 
-All are model outputs, edits too: what is completed or changed is an image that the model generated. The one
-exception is asked for: `real_sheets` puts real images beside generated ones, and may not be published where these
-may not be.
+All show model outputs only: images that are completed or edited were generated. The exception is `real_sheets`, with real images
+beside generated ones: it may be published only where the real images may.
 """
 
 from collections.abc import Iterator
@@ -37,13 +36,7 @@ GREY = 0.5
 
 
 class Sheet(NamedTuple):
-    """A picture and what to call it.
-
-    Args:
-        name: of its file, without the ending.
-        caption: what it shows, in a sentence.
-        picture: RGB.
-    """
+    """A picture, RGB, with its caption and the name of its file without suffix."""
 
     name: str
     caption: str
@@ -51,11 +44,11 @@ class Sheet(NamedTuple):
 
 
 def model_sheets(model: IsicVQModel, seed: int = 0, particles: int = 64) -> Iterator[Sheet]:
-    """Yield all sheets of a model's outputs, one after the other, as each is done.
+    """Yield all sheets of a model's outputs as each is done; images are those that `IsicVQModel.generate` gives for the seed.
 
     Args:
         model: a whole model; it is put into eval mode and left there.
-        seed: of everything that is drawn. The images are those that `IsicVQModel.generate` makes of it.
+        seed: of everything that is drawn.
         particles: candidates per edit, see `IsicVQModel.inpaint`.
     """
     model.eval()
@@ -109,7 +102,7 @@ def write_sheets(
 
 
 def interpolation_sheet(model: IsicVQModel, seed: int) -> Sheet:
-    """Ways from one generated image to another: the decoder on mixtures of their quantized vectors, a row each."""
+    """Interpolation between generated images, a row each: decoded mixtures of their quantized vectors."""
     output: Any = model.generate(2 * ROWS, seed=seed)
     weights = torch.linspace(0, 1, COLUMNS, device=model.device)[:, None, None, None]
     rows = []
@@ -117,16 +110,15 @@ def interpolation_sheet(model: IsicVQModel, seed: int) -> Sheet:
         starts, ends = model.vqvae.quantizer.lookup(output.codes).split(ROWS)
         grids = model.vqvae.code_grids(output.codes)[-1]
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            nearer = torch.where(
-                weights[:, 0] < 0.5, grids[index], grids[ROWS + index]
-            )  # a refinement's noise
+            # The codes seed a refinement's noise.
+            nearer = torch.where(weights[:, 0] < 0.5, grids[index], grids[ROWS + index])
             rows.append(model.vqvae.decoder(torch.lerp(start, end, weights), nearer).float())
     caption = f"from a generated image to another through mixtures of their quantized vectors, seed {seed}"
     return Sheet("interpolation", caption, _grid(torch.cat(rows)))
 
 
 def completion_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
-    """Generated images, the right half taken away, and that half drawn anew several times."""
+    """Generated images, the same without their right half, and completions."""
     size = model.config.vqvae_config.image_size
     mask = torch.zeros(size, size, dtype=torch.bool)
     mask[:, size // 2 :] = True
@@ -144,7 +136,7 @@ def completion_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
 
 
 def counterfactual_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
-    """Generated images of the first class, and their middle drawn anew as each diagnosis would have it."""
+    """Generated images of the first class, and their middle resampled under each diagnosis."""
     names = list(model.config.class_names.values())
     rows = []
     for index, image in enumerate(_images(model, ROWS, names[0], seed)):
@@ -154,26 +146,23 @@ def counterfactual_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet
         )  # fmt: skip
         rows += [image[None], edit.pixel_values]
     labels = [f"generated {names[0]}", *names]
-    caption = f"generated images, and their middle drawn anew under every diagnosis, seed {seed}"
+    caption = f"generated images, and their middle resampled under every diagnosis, seed {seed}"
     texts = [text.replace("_", " ") for text in labels] * ROWS
     return Sheet("counterfactual", caption, _grid(torch.cat(rows), len(labels), texts))
 
 
 def atlas_sheet(model: IsicVQModel) -> Sheet:
-    """What each code draws, the brightest first."""
+    """The pixels that each code decodes to, the brightest first."""
     tiles = code_atlas(model.vqvae)
     order = tiles.mean(dim=(1, 2, 3)).argsort(descending=True)
-    return Sheet(
-        "atlas",
-        "what each code draws among its like, the brightest first",
-        _grid(tiles[order], ATLAS_COLUMNS),
-    )
+    caption = "what each code draws among its like, the brightest first"
+    return Sheet("atlas", caption, _grid(tiles[order], ATLAS_COLUMNS))
 
 
 def real_sheets(
     model: IsicVQModel, source: Source, seed: int = 0, max_corrupt_share: float = 0.01
 ) -> Iterator[Sheet]:
-    """Yield, for each diagnosis, real images above as many generated ones: not to be published where the real ones are not.
+    """Yield a sheet of real images above generated ones for each diagnosis; publish it only where the real ones may be.
 
     Args:
         model: a whole model with classes; it is put into eval mode and left there.

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TITLES = {"vqvae": "VQ-VAE", "prior": "Prior", "decoder": "Decoder", "classifier": "Classifier"}
-UNITS = {"vqvae": "loss", "prior": "bits per code", "decoder": "loss", "classifier": "loss"}
-SCALES = {"vqvae": 1.0, "prior": 1 / numbers.NATS_PER_BIT, "decoder": 1.0, "classifier": 1.0}
+UNITS = {
+    "prior": ("bits per code", 1 / numbers.NATS_PER_BIT)
+}  # of the loss, and its factor; by default ("loss", 1)
 MAX_PICTURES = 64
 
 FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what makes a spreadsheet compute a cell
@@ -43,19 +44,13 @@ FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what makes a spreadsheet compute a
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, its numbers and where they go.
+    """A figure and its numbers."""
 
-    Args:
-        name: File name without suffix.
-        suffix: Suffix of the file of numbers, `.csv` or `.json`.
-        shows_source_images: It may not leave the run's folder.
-    """
-
-    name: str
+    name: str  # of its files, without suffix
     figure: "Figure"
-    suffix: str
+    suffix: str  # of the file of numbers, `.csv` or `.json`
     content: bytes
-    shows_source_images: bool = False
+    shows_source_images: bool = False  # it may not leave the run's folder
 
 
 def write_figures(run_dir: Path, output_dir: Path | None = None) -> list[Path]:
@@ -76,43 +71,38 @@ def write_figures(run_dir: Path, output_dir: Path | None = None) -> list[Path]:
         ImportError: matplotlib is not installed.
         ValueError: A run has nothing to draw, or something in it is broken; the message names file and place.
     """
-    runs = find_runs(run_dir)
-    private_dir = run_dir / "figures"
+    runs, private_dir = find_runs(run_dir), run_dir / "figures"
     per_stage = Counter(run.stage for run in runs)
     drawings = [(run, drawing) for run in runs for drawing in draw_run(run)]
+    from .plots import png_bytes
+
     written = []
     for run, drawing in drawings:
         folder = private_dir if output_dir is None or drawing.shows_source_images else output_dir
         if per_stage[run.stage] > 1:
             folder = folder / run.folder.relative_to(run_dir)
-        written += write_drawing(drawing, folder)
+        for suffix, content in ((drawing.suffix, drawing.content), (".png", png_bytes(drawing.figure))):
+            written.append(folder / f"{drawing.name}{suffix}")
+            write_atomically(written[-1], content)
     return written
 
 
-def write_drawing(drawing: Drawing, folder: Path) -> list[Path]:
-    """Write a figure's numbers and its picture, each atomically, and return the two paths."""
-    from .plots import png_bytes
-
-    paths = [folder / f"{drawing.name}{suffix}" for suffix in (drawing.suffix, ".png")]
-    for path, content in zip(paths, (drawing.content, png_bytes(drawing.figure)), strict=True):
-        write_atomically(path, content)
-    return paths
-
-
 def draw_run(run: Run) -> list[Drawing]:
-    """Draw what the run has the data for, and log what it has not.
+    """Draw the figures that the run has data for, and log why the others are missing.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: There is nothing to draw, or the data is broken.
     """
-    check_matplotlib()  # here once, so that the drawing functions need not
+    check_matplotlib()
+    from . import plots
+
     drawings, reasons = [], []
-    for draw in FIGURES[run.stage]:
+    for name in FIGURES[run.stage]:
         try:
-            drawings.append(draw(run))
+            drawings.append(DRAW[name](run, plots))
         except MissingPartError as reason:
-            reasons.append(f"{draw.__name__.removeprefix('draw_')}: {reason}")
+            reasons.append(f"{name}: {reason}")
             logger.warning("figure not drawn: %s", reasons[-1])
     if not drawings:
         raise ValueError(
@@ -129,42 +119,32 @@ def check_matplotlib() -> None:
         raise ImportError("figures need matplotlib: pip install 'isic-vq[figures]'") from error
 
 
-def draw_batch_loss(run: Run) -> Drawing:
-    """Draw the loss per optimizer step."""
-    from . import plots
-
-    columns = numbers.batch_columns(run.records("batch", "loss"), SCALES[run.stage])
-    warn_of_gaps(run, "batch", columns["loss"])
-    title = f"{TITLES[run.stage]}: loss per batch"
+def _batch_loss(run: Run, plots: Any) -> Drawing:
+    unit, scale = UNITS.get(run.stage, ("loss", 1.0))
+    columns = numbers.batch_columns(run.records("batch", "loss"), scale)
+    _warn_of_gaps(run, "batch", columns["loss"])
     window = numbers.smoothing_window(len(columns["step"]))
-    figure = plots.batch_loss(columns, title, UNITS[run.stage], window)
+    figure = plots.batch_loss(columns, f"{TITLES[run.stage]}: loss per batch", unit, window)
     return Drawing(f"{run.stage}_batch_loss", figure, ".csv", csv_bytes(columns))
 
 
-def draw_epoch_loss(run: Run) -> Drawing:
-    """Draw the loss of each split per epoch, with its components."""
-    from . import plots
-
-    columns = numbers.epoch_columns(run.records("epoch", "train/loss"), SCALES[run.stage])
+def _epoch_loss(run: Run, plots: Any) -> Drawing:
+    unit, scale = UNITS.get(run.stage, ("loss", 1.0))
+    columns = numbers.epoch_columns(run.records("epoch", "train/loss"), scale)
     for key in columns:
         if key.endswith("loss"):
-            warn_of_gaps(run, f"epoch ({key})", columns[key])
-    figure = plots.epoch_loss(columns, f"{TITLES[run.stage]}: loss per epoch", UNITS[run.stage])
+            _warn_of_gaps(run, f"epoch ({key})", columns[key])
+    figure = plots.epoch_loss(columns, f"{TITLES[run.stage]}: loss per epoch", unit)
     return Drawing(f"{run.stage}_epoch_loss", figure, ".csv", csv_bytes(columns))
 
 
-def draw_codebook_usage(run: Run) -> Drawing:
-    """Draw how often each code is used."""
-    from . import plots
-
+def _codebook_usage(run: Run, plots: Any) -> Drawing:
     use = numbers.CodebookUse(tuple(run.table("codebook_counts")))
-    return Drawing("codebook_usage", plots.codebook_usage(use), ".json", json_bytes(use.summary()))
+    content = f"{json.dumps(use.summary(), indent=2, allow_nan=False)}\n".encode()
+    return Drawing("codebook_usage", plots.codebook_usage(use), ".json", content)
 
 
-def draw_reconstructions(run: Run) -> Drawing:
-    """Draw originals above their reconstructions."""
-    from . import plots
-
+def _reconstructions(run: Run, plots: Any) -> Drawing:
     originals, reconstructions = run.arrays("reconstructions", "originals", "reconstructions")
     check_images(originals, f"{run.folder}: originals")
     check_images(reconstructions, f"{run.folder}: reconstructions")
@@ -176,15 +156,12 @@ def draw_reconstructions(run: Run) -> Drawing:
     columns = numbers.reconstruction_columns(originals, reconstructions)
     picture, centers = paired_grid(enlarge(originals[:MAX_PICTURES]), enlarge(reconstructions[:MAX_PICTURES]))
     rows = [row for upper, lower in centers for row in ((upper, "original"), (lower, "reconstruction"))]
-    figure = plots.picture(picture, f"Reconstructions ({count_text(len(originals))})", rows)
+    figure = plots.picture(picture, f"Reconstructions ({_count_text(len(originals))})", rows)
     name = "reconstructions" if run.stage == "vqvae" else f"{run.stage}_reconstructions"
     return Drawing(name, figure, ".csv", csv_bytes(columns), shows_source_images=True)
 
 
-def draw_generated_images(run: Run) -> Drawing:
-    """Draw generated images with their diagnoses."""
-    from . import plots
-
+def _generated_images(run: Run, plots: Any) -> Drawing:
     images, labels = run.arrays("samples", "images", "labels")
     check_images(images, f"{run.folder}: images of samples")
     names = run.table("sample_labels")
@@ -196,33 +173,38 @@ def draw_generated_images(run: Run) -> Drawing:
     diagnoses = [str(name) for name in names[:MAX_PICTURES]]
     grid = image_grid(enlarge(images[:MAX_PICTURES]), labels=diagnoses, padding=6)
     columns = {"image": list(range(len(images))), "label": labels.tolist(), "name": names}
-    figure = plots.picture(grid, f"Generated images ({count_text(len(images))})")
+    figure = plots.picture(grid, f"Generated images ({_count_text(len(images))})")
     return Drawing("generated_images", figure, ".csv", csv_bytes(columns))
 
 
-FIGURES: dict[str, Sequence[Callable[[Run], Drawing]]] = {
-    "vqvae": (draw_batch_loss, draw_epoch_loss, draw_codebook_usage, draw_reconstructions),
-    "prior": (draw_batch_loss, draw_epoch_loss, draw_generated_images),
-    "decoder": (draw_batch_loss, draw_epoch_loss, draw_reconstructions),
-    "classifier": (draw_batch_loss, draw_epoch_loss),
+DRAW: Mapping[str, Callable[[Run, Any], Drawing]] = {
+    "batch_loss": _batch_loss,
+    "epoch_loss": _epoch_loss,
+    "codebook_usage": _codebook_usage,
+    "reconstructions": _reconstructions,
+    "generated_images": _generated_images,
+}
+FIGURES = {  # by stage
+    "vqvae": ("batch_loss", "epoch_loss", "codebook_usage", "reconstructions"),
+    "prior": ("batch_loss", "epoch_loss", "generated_images"),
+    "decoder": ("batch_loss", "epoch_loss", "reconstructions"),
+    "classifier": ("batch_loss", "epoch_loss"),
 }
 
 
-def count_text(number: int) -> str:
-    """Say how many images there are and, where the figure shows fewer, how many it shows."""
+def _count_text(number: int) -> str:
     return f"n = {number}" if number <= MAX_PICTURES else f"n = {number}, the first {MAX_PICTURES} shown"
 
 
-def warn_of_gaps(run: Run, name: str, values: Sequence[float]) -> None:
-    """Log how many values are missing or not finite, because the curve silently leaves them out."""
-    if gaps := int(np.sum(~np.isfinite(values))):
+def _warn_of_gaps(run: Run, name: str, values: Sequence[float]) -> None:
+    if gaps := int(np.sum(~np.isfinite(values))):  # the curve leaves them out
         logger.warning(
             "%s: %d of %d %s losses are missing or not finite", run.folder, gaps, len(values), name
         )
 
 
 def csv_bytes(columns: numbers.Columns) -> bytes:
-    """Return a table as CSV with full precision; a cell without a value (NaN) is empty.
+    """A table as CSV with full precision; a cell without a value (NaN) is empty.
 
     Text that a spreadsheet would compute begins with an apostrophe.
     """
@@ -239,8 +221,3 @@ def _cell(value: Any) -> Any:
         value = value.replace("\r", "\n")  # which the writer quotes
         return f"'{value}" if value.startswith(FORMULA) else value
     return "" if isinstance(value, float) and math.isnan(value) else value
-
-
-def json_bytes(content: dict[str, Any]) -> bytes:
-    """Return a JSON object, indented, with finite numbers only."""
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

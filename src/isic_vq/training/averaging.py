@@ -1,8 +1,8 @@
 """Exponential moving average of a model's trainable parameters.
 
-Source: Polyak averaging with a warm-up, decay_t = min(decay, (1 + t) / (10 + t)), as TensorFlow's
-ExponentialMovingAverage has it. Buffers are left out: BatchNorm statistics and a moving-average codebook
-belong to the parameters they were gathered under and are re-estimated with the averaged ones.
+Source: Polyak averaging with a warm-up, decay_t = min(decay, (1 + t) / (10 + t)), as in TensorFlow's
+ExponentialMovingAverage. Buffers are left out: BatchNorm statistics and a moving-average codebook belong to the parameters
+with which they were computed, and are re-estimated with the averaged ones.
 Differs from torch's `AveragedModel`: it begins with the parameters before the first step, not after it; it copies no frozen
 part of a model, such as a feature model; and it swaps its parameters into the model itself, to validate that.
 """

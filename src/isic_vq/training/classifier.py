@@ -248,7 +248,7 @@ def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset"
 
 
 def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
-    """The images of a recipe that have a class, and a new classifier.
+    """Open the images of a recipe, without those of no class, and create a classifier.
 
     Raises:
         DataError: there are fewer than two classes, or the training images can only be streamed.

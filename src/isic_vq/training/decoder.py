@@ -16,10 +16,9 @@ from torch.func import functional_call
 
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
-from isic_vq.evaluation.agreement import DiagnosisClassifier
 from isic_vq.evaluation.appearance import Appearance
 from isic_vq.evaluation.code_noise import disturb_codes
-from isic_vq.evaluation.features import FeatureModel, feature_distance, measure_features
+from isic_vq.evaluation.features import DiagnosisClassifier, FeatureModel, feature_distance, measure_features
 from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.figures.grid import paired_grid

@@ -1,4 +1,4 @@
-"""A patch discriminator, the hinge losses and LeCam's term: what tells decoded from real images, patch by patch.
+"""A patch discriminator of decoded and real images, its hinge loss, and LeCam's term.
 
 Sources: PatchGAN, Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", arXiv
 1611.07004, appendix 6.1.2; hinge losses, Lim and Ye, arXiv 1705.02894; LeCam's term, Tseng et al., "Regularizing

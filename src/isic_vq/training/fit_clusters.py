@@ -1,6 +1,6 @@
 """The clusters that a prior is conditioned on beside the class: k-means of the training images' mean code vectors.
 
-Of the tokenizer's own vectors, never of features that samples are judged by. An image is seen in all its views.
+The vectors are the tokenizer's own, never features that samples are judged by. All views of an image count.
 """
 
 import torch
@@ -16,10 +16,10 @@ PSEUDO_IMAGES = 8  # of all classes' frequencies, so that a class of few images 
 
 @torch.no_grad()
 def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Tensor, seed: int) -> None:
-    """Give a prior with clusters their scores, and their frequencies given each class and given none.
+    """Fit a prior's cluster scores, and the clusters' frequencies given each class and without one.
 
     Args:
-        prior: its buffers are filled; without clusters nothing happens.
+        prior: its buffers are set; without clusters nothing happens.
         codebook (`torch.Tensor` of shape `(K, D)`): the tokenizer's.
         codes (`torch.LongTensor` of shape `(N, views, ...)`): of the training images.
         labels (`torch.LongTensor` of shape `(N,)`): their class ids.
@@ -38,29 +38,21 @@ def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Ten
     centres = kmeans(means, config.num_clusters, generator, ITERATIONS)
     prior.cluster_scores.copy_(cluster_scores(codebook.double(), centres))
     clusters = prior.clusters_of(codes.flatten(0, 1))
-    prior.cluster_weights.copy_(
-        cluster_frequencies(
-            clusters, labels.repeat_interleave(views), config.unconditional_id, config.num_clusters, views
-        )
-    )
+    labels, num_classes = labels.repeat_interleave(views), config.unconditional_id
+    weights = cluster_frequencies(clusters, labels, num_classes, config.num_clusters, views)
+    prior.cluster_weights.copy_(weights)
 
 
 def cluster_frequencies(
     clusters: Tensor, labels: Tensor, num_classes: int, num_clusters: int, views: int
 ) -> Tensor:
-    """Frequencies of clusters given each class, and last given none, `(num_classes + 1, C)` int64 of at least 1.
+    """Frequencies of clusters given each class, and last without one, `(num_classes + 1, C)` int64 of at least 1.
 
-    In proportion to n(y, c) + PSEUDO_IMAGES n(c) / N within a row, in whole numbers, which a codec needs.
-
-    Args:
-        clusters (`torch.LongTensor` of shape `(N * views,)`): of the views.
-        labels (`torch.LongTensor` of the same shape): class ids; `num_classes` is none.
-        num_classes: of the prior.
-        num_clusters: C.
-        views: of each image.
+    In proportion to n(y, c) + PSEUDO_IMAGES n(c) / N within a row, in whole numbers, which a codec needs. Clusters and labels
+    are `(N * views,)` int64; the label `num_classes` is unconditional.
     """
-    rows = labels * num_clusters + clusters
-    counts = torch.bincount(rows, minlength=(num_classes + 1) * num_clusters).view(-1, num_clusters)
+    pairs = labels * num_clusters + clusters
+    counts = torch.bincount(pairs, minlength=(num_classes + 1) * num_clusters).view(-1, num_clusters)
     total = counts.sum(0)
     counts[-1] = total
     return counts * len(clusters) + PSEUDO_IMAGES * views * total + 1

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isic_vq.evaluation.appearance import ROUNDING_POWER, power_spectrum
 from isic_vq.evaluation.measures import ssim
-from isic_vq.evaluation.texture import ROUNDING_POWER, power_spectrum
 
 TILE = 32  # pixels; smaller images are one tile
 
 
 def ssim_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """1 - SSIM, mean over the batch, of images `(B, 3, H, W)` in [0, 1]; in float32 whatever autocast says.
+    """1 - SSIM, mean over the batch, of images `(B, 3, H, W)` in [0, 1]; in float32 even under autocast.
 
     Variances are small differences of large means: bfloat16 would leave noise.
 
@@ -24,11 +24,11 @@ def ssim_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def spectrum_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Mean absolute difference of log power between square images `(B, 3, H, W)` in [0, 1], local and without phase.
+    """Mean absolute difference of local log power, without phase, between square images `(B, 3, H, W)` in [0, 1].
 
-    Power is averaged over rings of the spectrum, periods of 2 to about 10 pixels, each in four directions (grain would else run
-    in one), in overlapping tiles of 32 pixels. It asks for as much texture as the image has, not for the same: what the codes do not say costs nothing, where squared errors demand that
-    it be left out.
+    Power is averaged over rings of the spectrum, periods of 2 to about 10 pixels, each in four directions (or the texture would
+    all run in one), in overlapping tiles of 32 pixels. It asks for the same amount of texture, not for the same texture: details
+    that the codes do not hold cost nothing, where squared errors would have them left out.
     """
     side = min(TILE, images.shape[-1])
     frequency = torch.fft.fftfreq(side, device=images.device) * side
@@ -53,10 +53,10 @@ def spectrum_loss(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def grid_loss(images: Tensor, reconstructions: Tensor, period: int) -> Tensor:
-    """How far errors stand out at the frequencies of a grid of `period` pixels and its overtones; 0 if they are not there.
+    """Excess power of errors at the frequencies of a grid of `period` pixels and their multiples; 0 without such errors.
 
     The mean of sqrt(1 + r) - 1, r the error's power at such a frequency over the image's power around it, of square images
-    `(B, 3, H, W)` in [0, 1] whose side `period` divides.
+    `(B, 3, H, W)` in [0, 1] whose side is a multiple of `period`.
     """
     side = images.shape[-1]
     with torch.autocast(images.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""What the stages that train on images share: batches of sound images, views, pictures for people."""
+"""The base of stages that train on images: batches without corrupt images, views, example pictures."""
 
 import logging
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ class ImageTask(Task):
         return RowFeed(images, self.collate, recipe, processes, order)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join decoded images, each in its view of this epoch; corrupt ones are left out."""
+        """Join decoded images, each in its view of this epoch, without the corrupt ones."""
         batch = collate(items, self.views if self.augment else None)
         return {**batch, "size": len(batch["indices"])}
 
@@ -97,7 +97,7 @@ class ImageTask(Task):
         return batch["pixel_values"].to(self.processes.device, non_blocking=True)
 
     def batches(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Batch]:
-        """A data set in order, in batches; corrupt images are left out and counted."""
+        """A data set in order, in batches, without its corrupt images, which are counted."""
         batch_size = batch_size or self.loop.batch_size // self.loop.accumulation_steps
         loader = torch.utils.data.DataLoader(
             dataset, batch_size, collate_fn=collate, generator=torch.Generator()
@@ -119,7 +119,7 @@ class ImageTask(Task):
             yield originals, tokenizer.decode(tokenizer.encode(originals))
 
     def shown_pairs(self, tokenizer: VQVAEModel) -> dict[str, NDArray[np.uint8]]:
-        """The first validation images as `originals` and their `reconstructions`, `(n, H, W, 3)`."""
+        """The first validation images, `originals`, and their `reconstructions`, `(n, H, W, 3)`."""
         originals, reconstructions = zip(*self.pairs(tokenizer, SHOWN_IMAGES), strict=True)
         pairs = {"originals": torch.cat(originals), "reconstructions": torch.cat(reconstructions)}
         return {name: self.processor.postprocess(value, output_type="np") for name, value in pairs.items()}
@@ -128,7 +128,7 @@ class ImageTask(Task):
         save_model(folder, self.model, self.processor, training_data=training_data)
 
     def write_shown_pairs(self, tokenizer: VQVAEModel, folder: Path) -> None:
-        """Write `shown_pairs` where the figures of a run look for them."""
+        """Write `shown_pairs` for the figures of a run."""
         arrays = {name: torch.from_numpy(pixels) for name, pixels in self.shown_pairs(tokenizer).items()}
         write_tensors(folder / "arrays" / "reconstructions.safetensors", arrays)
 
@@ -136,10 +136,10 @@ class ImageTask(Task):
 def open_images(
     recipe: DataRecipe, processor: IsicVQImageProcessor
 ) -> tuple[DecodedImages | StreamedImages, DecodedImages, dict[str, SourceInfo]]:
-    """Training and validation images, and what may be published about their sources.
+    """Training and validation images, and the public descriptions of their sources.
 
     Raises:
-        DataError: there are none to train on, or none to validate with, or they cannot be used.
+        DataError: there are no training images, or no validation images, or they cannot be used.
     """
     source, train, validation, infos = open_data(recipe)
     validation_set = DecodedImages(validation, processor, cache=recipe.cache)
@@ -153,7 +153,7 @@ def open_images(
 
 
 def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dict[str, SourceInfo]]":
-    """Training source and, unless it is streamed, its records; validation records; what may be published of both."""
+    """Training source and, unless it is streamed, its records; validation records; public descriptions of both."""
     if not recipe.train:
         raise DataError("data.train is not set: name your images, for example data.train=folder:my_images")
     whole = find_source(recipe.train, recipe.declared_classes)
@@ -176,10 +176,10 @@ def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dic
 
 
 def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:
-    """The validation images that a recipe names, and what may be published of them.
+    """The validation images that a recipe names, and their public description.
 
     Raises:
-        DataError: where the recipe declares classes, there are images of one that no training image has.
+        DataError: the recipe declares classes, and there are images of one that no training image has.
     """
     classes, declared = recipe.declared_classes, recipe.classes is not None
     if declared and recipe.drop_other_classes:

@@ -115,7 +115,7 @@ def check_places(recipe: Recipe) -> None:
 
 
 def _recorded_recipe(recipe_class: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in the output folder; {} where it is missing or damaged, of which `open_run` tells."""
+    """The recipe in the output folder; {} where it is missing or damaged, which `open_run` reports."""
     path = Path(str(_value(fields, "output_dir", recipe_class))) / "recipe.yaml"
     try:
         recorded = read_yaml(path.read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ def build_recipe(
 ) -> RecipeClass:
     """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
 
-    Messages begin with `problems` that were found before, and put `prefix` before a field's name.
+    The message begins with the given `problems`; `prefix` comes before the names of fields.
 
     Raises:
         RecipeError: unknown keys, or values of the wrong type or range; all are named in one message.

@@ -1,4 +1,4 @@
-"""The training loop: optimizer steps, validation, checkpoints, metrics. It knows nothing of images or codes.
+"""The training loop: optimizer steps, validation, checkpoints, metrics; independent of images and codes.
 
 What is trained is a `Task`. All stages share this loop; their losses and metrics live in their own files. Every
 random choice of the data (order, views) is a function of (seed, epoch, item), so that a resumed run continues
@@ -65,10 +65,10 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host could not give memory."""
+    """Whether an error means that memory ran out, on a device or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # Of torch's CPU allocator, C++ containers, cuBLAS and cuDNN only the text of a RuntimeError tells.
+    # torch's CPU allocator, C++ containers, cuBLAS and cuDNN raise a RuntimeError: only its text tells it from others.
     texts = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 

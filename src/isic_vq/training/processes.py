@@ -36,7 +36,7 @@ LOST_PEER = re.compile(
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a loss that is not finite, memory or data that ran out, a run folder that is taken."""
+    """Training cannot continue: the loss is not finite, memory or data ran out, or the folder holds another run."""
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -22,10 +22,8 @@ class RecipeError(ValueError):
 
 Range = tuple[str, Callable[[float], bool]]  # as a message names it, and whether a number is in it
 
-AT_LEAST_0: Range = (
-    "at least 0",
-    lambda number: 0 <= number < math.inf,
-)  # of every number without a range of its own
+# AT_LEAST_0 is the range of every number that names none.
+AT_LEAST_0: Range = "at least 0", lambda number: 0 <= number < math.inf
 MORE_THAN_0: Range = "more than 0", lambda number: 0 < number < math.inf
 FROM_0_TO_1: Range = "a value in [0, 1]", lambda number: 0 <= number <= 1
 BELOW_1: Range = "a value in [0, 1)", lambda number: 0 <= number < 1
@@ -118,9 +116,8 @@ class LoopRecipe(CheckedFields):
 class DataRecipe(CheckedFields):
     """Which images."""
 
-    train: str = (
-        ""  # URI (`parquet:`, `folder:`, `synthetic:`, another source's) or path of the training images
-    )
+    # URI (`parquet:`, `folder:`, `synthetic:`, another source's) or path of the training images.
+    train: str = ""
     validation: str | None = None  # of the validation images; None splits a share of `train` off by lesion
     # Read the training images in order rather than by random access, as a source that cannot do otherwise is read. Needs
     # `validation`, and keeps nothing in memory or on disk.
@@ -211,7 +208,7 @@ class PriorRecipe(CheckedFields):
     # Folder or Hub id of an image model: the feature space in which samples are measured at each validation. Take one that
     # the prior will not be judged by.
     feature_model: str = ""
-    # Samples that are measured then, at most as many as there are validation codes.
+    # Number of samples that are measured, limited to the number of validation codes.
     select_samples: int = number(256, _at_least(12, ", which have neighbours"))
     num_samples: int = number(64, _at_least(1))  # images generated at the end, for the figures
     # Leave out, and count, validation images of classes that no training image has; without it they stop the run where own
@@ -259,9 +256,8 @@ class DecoderRecipe(CheckedFields):
     spectrum_weight: float | int = 0.0  # difference of local power spectra
     grid_weight: float | int = 0.0  # errors that stand out at the decoder's own periods
     feature_weight: float | int = 0.1  # distance between feature maps
-    logit_weight: float | int = (
-        0.0  # squared error of logits of `feature_model`, then a classifier of diagnoses
-    )
+    # Squared error of logits of `feature_model`, which is then a classifier of diagnoses.
+    logit_weight: float | int = 0.0
     adversarial_weight: float | int = 0.02  # hinge loss against the discriminator; 0 leaves both out
     adversarial_start: int = 100  # step from which that loss counts
     discriminator_warmup: int = 0  # first steps in which the discriminator learns and the decoder does not
@@ -269,9 +265,7 @@ class DecoderRecipe(CheckedFields):
     discriminator_layers: int = number(3, ("1, 2 or 3", lambda layers: layers in (1, 2, 3)))
     lecam_weight: float | int = 0.0  # LeCam's term in the discriminator's loss
     code_noise: CodeNoiseRecipe = nested(CodeNoiseRecipe)
-    refinement_size: int = (
-        0  # give the decoder a refinement of so many channels if it has none; see `VQVAEConfig`
-    )
+    refinement_size: int = 0  # channels of a refinement for a decoder that has none; see `VQVAEConfig`
     augment: bool = True  # show each image in a random one of its eight dihedral views
 
     def validate_weights(self) -> None:

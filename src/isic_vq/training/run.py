@@ -31,10 +31,8 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     """Names of a config's fields without those of every model's config."""
-    names, general = (
-        {field.name for field in dataclasses.fields(c)} for c in (config_class, PreTrainedConfig)
-    )
-    return names - general
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(config_class)} - general
 
 
 def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
@@ -116,7 +114,7 @@ def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes
         )
     if not resumes and (folder / "report.json").exists():
         raise TrainingError(
-            f"{folder.name} holds a finished run and no checkpoint to go on from: choose another output_dir"
+            f"{folder.name} holds a finished run and no checkpoint to resume: choose another output_dir"
         )
     if resumes:
         began = _same_run(folder, recipe, settings, data)
@@ -165,7 +163,7 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
     newest = max(path.name for path in (folder / "checkpoints").glob("step-*"))
     for key, (old, new) in different.items():
         if key != "output_dir":
-            logger.info("the run goes on with %s = %r; until %s it was %r", key, new, newest, old)
+            logger.info("the run continues with %s = %r; until %s it was %r", key, new, newest, old)
             changes = [*changes, {"after": newest, "key": key, "from": old, "to": new}]
     return {"identifier": identifier, **({"changes": changes} if changes else {})}
 

@@ -1,4 +1,4 @@
-"""How good a prior's samples are while it trains: bits alone mislead, see `PriorRecipe.select_by`."""
+"""Quality of a prior's samples while it trains: bits alone mislead, see `PriorRecipe.select_by`."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 
 
 class SampleQuality:
-    """Compares samples with the images that the tokenizer makes of validation codes, which no prior can surpass.
+    """Compares samples with decoded validation codes, which no prior can surpass.
 
     Args:
         features: the feature space; never the one that the finished prior will be judged in.
@@ -25,13 +25,13 @@ class SampleQuality:
 
     @torch.no_grad()
     def measure(self, model: IsicVQModel) -> dict[str, float]:
-        """Frechet distance and recall of samples of a model as it is; its mode comes back."""
+        """Frechet distance and recall of samples of a model as it is; its train or eval mode is kept."""
         self.features.to(model.device)
         if self.reference is None:
             blocks = self.codes.to(model.device).split(BLOCK_SIZE)
             self.reference = self._embedded([model.decode(block) for block in blocks])
-        made = model.generate(len(self.labels), self.labels, seed=self.seed).pixel_values
-        samples = self._embedded(made.split(BLOCK_SIZE))
+        pixel_values = model.generate(len(self.labels), self.labels, seed=self.seed).pixel_values
+        samples = self._embedded(pixel_values.split(BLOCK_SIZE))
         recall = precision_recall_density_coverage(self.reference, samples)["recall"]
         return {"frechet_distance": frechet_distance(self.reference, samples), "recall": recall}
 

@@ -92,13 +92,13 @@ class Task:
         """Choose the final model, save it as `model/`, measure it and write `report.json`; in the main process alone.
 
         Returns:
-            What was measured.
+            The measurements.
         """
         raise NotImplementedError
 
     @property
     def validation(self) -> MeasuredOn:
-        """What the report's lines were measured on."""
+        """Split and data set of the report's lines."""
         return MeasuredOn("validation", self.sources["validation"].name)
 
     def write_report(

@@ -72,7 +72,7 @@ class MetricLog:
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
-                f"{self.path.name} of {self.path.parent.name} is damaged ({error}): move it away to go on without the records "
+                f"{self.path.name} of {self.path.parent.name} is damaged ({error}): move it away to continue without the records "
                 "so far"
             ) from error
         write_atomically(self.path, "".join(line for line, _ in kept).encode())
