@@ -35,7 +35,7 @@ from isic_vq.evaluation.cost import MODEL
 from isic_vq.evaluation.intervals import MeasuredOn, mean_interval
 from isic_vq.evaluation.measures import image_metrics
 from isic_vq.evaluation.report import Metric, Report, environment
-from isic_vq.figures.comparisons import Curve, curves
+from isic_vq.figures.plots import Curve, curves
 from isic_vq.files import write_atomically
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor

@@ -229,9 +229,7 @@ def test_only_the_plots_draw_with_matplotlib():
         for module, _, top in imports_of(name)
         if top and module.startswith("matplotlib")
     }
-    assert at_the_top == {"figures.comparisons", "figures.plots"}, (
-        "elsewhere it may be asked for inside a function"
-    )
+    assert at_the_top == {"figures.plots"}, "elsewhere it may be asked for inside a function"
 
 
 def test_the_loop_knows_nothing_of_images_or_codes():

@@ -183,8 +183,7 @@ def shift_table(groups: Groups) -> str:
 
 def figures(groups: Groups, mark: str | None) -> list[tuple[str, str, bytes]]:
     """PSNR and bits per code of every model on every data set."""
-    from isic_vq.figures.comparisons import Point, dots
-    from isic_vq.figures.plots import png_bytes
+    from isic_vq.figures.plots import Point, dots, png_bytes
 
     drawn = []
     for key in COMPARED:

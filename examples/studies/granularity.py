@@ -168,8 +168,7 @@ def models_table(groups: Groups) -> str:
 
 def figures(groups: Groups, recipe: GranularityRecipe, mark: str | None) -> list[tuple[str, str, bytes]]:
     """Curves over the codebook size, and of quality over bytes."""
-    from isic_vq.figures.comparisons import Curve, curves
-    from isic_vq.figures.plots import png_bytes
+    from isic_vq.figures.plots import Curve, curves, png_bytes
 
     def each_seed(name: str, grid: str) -> list[list[float]]:
         return [[model.mean(name) for model in groups[key(grid, k)]] for k in recipe.num_codes]

@@ -174,11 +174,11 @@ def subsample_intervals(
     deviation over halves. For a mean it is `mean_interval`, up to the noise of `repeats` draws.
 
     It covers the statistic's expectation *at this n*: the Frechet distance has a bias that shrinks with n, which is why a
-    distance is read beside that of real images at the same n. It is rather too wide. A distance between sets of one distribution is quadratic in their deviations, and neighbours are
-    farther apart in halves: on 597 dermoscopy images and 256 features, against sets that shared no image, the
-    Frechet distance's deviation came out right for sets that differ and twice too large for sets that do not, the
-    other distances' 1.05 to 1.7 times too large. Without strata, sets that do have equal parts of each diagnosis get
-    deviations up to 3.5 times too large.
+    distance is read beside that of real images at the same n. It is rather too wide: a distance between sets of one
+    distribution is quadratic in their deviations, and neighbours are farther apart in halves. On 597 dermoscopy images and 256
+    features, against sets that shared no image, the Frechet distance's deviation was right for sets that differ and twice too
+    large for sets that do not, the other distances' 1.05 to 1.7 times too large. Without strata, sets that do have equal parts
+    of each diagnosis get deviations up to 3.5 times too large.
 
     Args:
         statistics: called with one array per set; returns numbers by name.

@@ -51,7 +51,8 @@ def measure_images(
 ) -> MeasuredImages:
     """Encode and reconstruct every image of a source, which is read once.
 
-    `on_images` is called with the number of images of each batch. MS-SSIM is measured of images that are large enough for it, LPIPS if `perceptual` is given.
+    `on_images` is called with the number of images of each batch. MS-SSIM is measured of images that are large enough for it,
+    LPIPS if `perceptual` is given.
 
     Raises:
         DataError: the source cannot be read, or too many of its images are corrupt.

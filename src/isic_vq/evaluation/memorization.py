@@ -1,8 +1,9 @@
 """Tests of whether samples are nearer to training images than held-out images are.
 
 They compare with the distance of held-out images to *their* nearest training image. If samples are as far from the training
-images as these, samples and held-out images are exchangeable: all tests but one assume nothing else. Source of the idea: Meehan et al., "A Non-Parametric Test to Detect Data-Copying in
-Generative Models", arXiv 2004.05675 (theirs compares the two sets of distances by their ranks, within cells).
+images as these, samples and held-out images are exchangeable: all tests but one assume nothing else. Source of the idea:
+Meehan et al., "A Non-Parametric Test to Detect Data-Copying in Generative Models", arXiv 2004.05675 (theirs compares the two
+sets of distances by their ranks, within cells).
 
 * `empirical_p_values`: p = (1 + held-out distances <= d) / (1 + n), for every sample and its nearest training image.
   Source: conformal p-values, Bates et al., "Testing for Outliers with Conformal p-values", arXiv 2104.08279. They

@@ -91,7 +91,8 @@ def evaluate_utility(
 
     Returns:
         For each arm (label `arm`) `balanced_accuracy` and, for each class of `auc_of` (label `positive`), `auc`, means over
-        the seeds; their differences from the real arm, `balanced_accuracy_gain` and so on, paired by seed and test image; and `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
+        the seeds; their differences from the real arm, `balanced_accuracy_gain` and so on, paired by seed and test image; and
+        `sensitivity` of the diagnoses of at least `MIN_GROUP` test images. Intervals: `two_level_interval`.
 
     Raises:
         ValueError: an unknown class in `auc_of`, or the folder holds images of another model.

@@ -78,8 +78,7 @@ def file_name(name: str) -> str:
 
 def report_plots(report: Report) -> list[Plot]:
     """Draw the numbers of parts of the images, spectra, and codes by diagnosis."""
-    from isic_vq.figures.comparisons import Point, code_use_by_group, dots
-    from isic_vq.figures.plots import png_bytes
+    from isic_vq.figures.plots import Point, code_use_by_group, dots, png_bytes
 
     plots = []
     grouped: dict[tuple[str, str], list[Metric]] = {}
@@ -112,8 +111,7 @@ def report_plots(report: Report) -> list[Plot]:
 
 def spectra(report: Report) -> list[Plot]:
     """Draw the power per octave of each kind of images, a plot for each data set that has it."""
-    from isic_vq.figures.comparisons import Curve, curves
-    from isic_vq.figures.plots import png_bytes
+    from isic_vq.figures.plots import Curve, curves, png_bytes
 
     values: dict[str, dict[str, dict[int, float]]] = {}
     for metric in report.metrics:

@@ -109,7 +109,7 @@ class Trainer:
 
     Args:
         task: what is trained.
-        recipe: how.
+        recipe: how it is trained.
         run: its folder gets `metrics.jsonl`, `checkpoints/` and `best/`.
         processes: the group this process belongs to.
         settings: flat settings shown by the trackers.
@@ -158,7 +158,7 @@ class Trainer:
 
         Raises:
             CheckpointError: there is none.
-            TrainingError: the training data are fed in another way than they were.
+            TrainingError: the run was fed by rows and is now fed by a stream, or the reverse.
         """
         self.progress = self.checkpoints.load_newest()
         self.feed.restore(self.checkpoints.feed)
@@ -188,14 +188,14 @@ class Trainer:
                     profiler.step()
 
     def steps(self) -> Iterator[dict[str, float]]:
-        """Train step by step: yields each optimizer step's record, after its share of all the loop does."""
+        """Train step by step; yields each optimizer step's record after the checkpoint that may be due."""
         progress, recipe = self.progress, self.recipe
         self.epoch_values = [
             {name: value for name, value in record.items() if name not in ("kind", "step", "epoch")}
             for record in self.log.begin(progress.step, progress.epoch)
             if record["kind"] == "batch" and record["epoch"] == progress.epoch
         ]
-        # A run stopped after its last step still owes that epoch's validation.
+        # A run that was stopped after its last step has not yet validated that epoch.
         while (progress.step < recipe.max_steps or progress.batch > 0) and not (
             0 < recipe.patience <= progress.validations_since_best
         ):
