@@ -35,7 +35,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Position of a run, as checkpoints keep it."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs begun before the current one
