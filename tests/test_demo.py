@@ -289,6 +289,11 @@ def test_editing_changes_the_marked_patches_alone(demo, model, square):
     )
     levels = (expected.pixel_values * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert (np.stack(variants) == levels).all()
+    pasted = [
+        np.asarray(image)
+        for image, _ in demo.edit(square, mask, "nevus", 2, 3, num_particles=4, blend=False)[2:]
+    ]
+    assert all((image != variant)[touched].any() for image, variant in zip(pasted, variants, strict=True))
 
 
 def test_a_painted_mask_holds_every_pixel_that_the_paint_touches(demo):

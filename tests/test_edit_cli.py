@@ -72,6 +72,22 @@ def test_edit_draws_what_the_library_draws(edit, tiny_run, tmp_path, picture):
         np.testing.assert_array_equal(written(tmp_path)[f"image-0000{index}.png"], pixels)
 
 
+def test_paste_leaves_the_patches_as_they_are_decoded(edit, tiny_run, tmp_path, picture):
+    assert edit("--box", "20,8,28,16", "-n", 1, "--seed", 4, "--particles", 8, "--blend", "paste")[0] == 0
+    model, processor = load_model(IsicVQModel, str(tiny_run.prior / "model")), IsicVQImageProcessor(size=16)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[4:8, 6:10] = True
+    original = processor(picture, return_tensors="pt")["pixel_values"]
+    expected, blended = (
+        processor.postprocess(
+            model.inpaint(original, mask, num_particles=8, seed=4, blend=blend).pixel_values, output_type="np"
+        )[0]
+        for blend in ("paste", "poisson")
+    )
+    np.testing.assert_array_equal(written(tmp_path)["image-00000.png"], expected)
+    assert (expected != blended).any()
+
+
 def test_the_box_counts_in_pixels_of_the_file(edit, tmp_path, picture):
     assert edit("--box", "8,0,16,8", "-n", 1, "--particles", 2)[0] == 0
     inside = np.zeros((16, 16), dtype=bool)

@@ -176,6 +176,7 @@ def write_edits(
     particles: int = 64,
     seed: int = 0,
     dilation: int = 0,
+    blend: str = "poisson",
     on_step: Callable[[], object] | None = None,
 ) -> EditOutput:
     """Redraw a part of an image so that it fits the rest, in several variants; write each, and a grid, as PNGs.
@@ -192,6 +193,7 @@ def write_edits(
         particles: candidates per variant, at most 4096; more fit the rest of the image better.
         seed: variant i depends on (seed, i) alone.
         dilation: codes by which the mask grows on all sides.
+        blend: "poisson" (no edge shows), "paste" (patches as decoded) or "decode" (kept codes are decoded, too).
         on_step: called after each of `num_images` times the prior's steps.
 
     Raises:
@@ -206,7 +208,7 @@ def write_edits(
     original = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     edited: Any = model.inpaint(
         original.expand(num_images, -1, -1, -1), marked, label,
-        num_particles=particles, seed=seed, dilation=dilation, on_step=on_step,
+        num_particles=particles, seed=seed, dilation=dilation, blend=blend, on_step=on_step,
     )  # fmt: skip
     blue = torch.tensor(BLUE, device=model.device)[:, None, None]
     redrawn = pixel_mask(model.vqvae.code_grids(edited.mask[:1])[-1], model.config.vqvae_config.image_size)

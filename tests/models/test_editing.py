@@ -7,10 +7,12 @@ from tiny_models import joined
 
 from isic_vq.models.editing import (
     EditOutput,
+    blended,
     central_region,
     code_masks,
     effective_sample_size,
     filter_particles,
+    membrane,
     pixel_mask,
     redraw_codes,
     systematic_resampling,
@@ -340,16 +342,68 @@ def test_kept_codes_stay_as_encoded_and_masked_ones_change(composite, images):
     assert output.num_particles.tolist() == [64] * 3
 
 
-def test_composite_keeps_every_bit_outside_the_mask_and_decodes_inside(composite, images):
-    output = composite.inpaint(images, CENTRE, seed=0)
+def test_pasting_keeps_every_bit_outside_the_mask_and_decodes_inside(composite, images):
+    output = composite.inpaint(images, CENTRE, seed=0, blend="paste")
     inside = pixel_mask(output.mask, 16).expand_as(images)
     assert inside.float().mean().item() == 2 / 16
     assert torch.equal(output.pixel_values[~inside], images[~inside])
     decoded = composite.decode(output.codes)
     torch.testing.assert_close(output.pixel_values[inside], decoded[inside])
-    whole = composite.inpaint(images, CENTRE, seed=0, composite=False)
+    whole = composite.inpaint(images, CENTRE, seed=0, blend="decode")
     assert torch.equal(whole.codes, output.codes)
     torch.testing.assert_close(whole.pixel_values, decoded)
+
+
+def test_blending_keeps_every_bit_outside_the_mask_and_the_drawn_codes(composite, images):
+    pasted = composite.inpaint(images, CENTRE, seed=0, blend="paste")
+    output = composite.inpaint(images, CENTRE, seed=0)
+    inside = pixel_mask(output.mask, 16).expand_as(images)
+    assert torch.equal(output.codes, pasted.codes)
+    assert torch.equal(output.pixel_values[~inside], images[~inside])
+    assert (output.pixel_values[inside] != pasted.pixel_values[inside]).float().mean() > 0.9
+    assert output.pixel_values.min() >= 0
+    assert output.pixel_values.max() <= 1
+
+
+def laplace(values, known):
+    """Each unknown pixel is the mean of its neighbours, as a dense system of linear equations."""
+    height, width = values.shape
+    equations, right = torch.eye(height * width, dtype=torch.float64), values.double().flatten().clone()
+    for row, column in where(~known):
+        index = row * width + column
+        nearby = [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+        nearby = [(y, x) for y, x in nearby if 0 <= y < height and 0 <= x < width]
+        equations[index, index], right[index] = len(nearby), 0
+        equations[index, [y * width + x for y, x in nearby]] = -1
+    return torch.linalg.solve(equations, right).view(height, width)
+
+
+def test_a_membrane_solves_laplaces_equation():
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((16, 16), (24, 20)):
+        values = torch.rand(1, 2, height, width, generator=generator)
+        for known in (
+            ~central_region(height)[:, :width],  # a hole
+            torch.arange(height)[:, None].expand(height, width) > height // 2,  # a half
+            torch.rand(height, width, generator=generator) < 0.2,  # scattered
+        ):
+            found = membrane(values, known[None, None])
+            for channel in range(2):
+                expected = laplace(values[0, channel], known)
+                torch.testing.assert_close(found[0, channel].double(), expected, rtol=0, atol=3e-3)
+            assert torch.equal(found[:, :, known], values[:, :, known])
+    nothing = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    assert torch.equal(membrane(torch.rand(1, 2, 4, 4), nothing), torch.zeros(1, 2, 4, 4))
+
+
+def test_a_wrong_tint_that_decoding_adds_is_taken_away():
+    original = 0.3 + 0.4 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    slope = torch.linspace(-1, 1, 32)
+    decoded = original + torch.tensor([0.1, -0.05, 0.02])[:, None, None] + 0.1 * slope + 0.05 * slope[:, None]
+    mask = central_region(32)[None, None]
+    torch.testing.assert_close(blended(decoded, original, mask, "poisson"), original, rtol=0, atol=1e-4)
+    assert torch.equal(blended(decoded, original, mask, "paste")[..., 16, 16], decoded[..., 16, 16])
+    assert torch.equal(blended(decoded, original, mask, "decode"), decoded)
 
 
 @pytest.mark.parametrize("mask", [CENTRE, pixels((8, 0), (15, 15))], ids=["filtered", "to the end"])
@@ -422,6 +476,7 @@ def test_edited_tensors_can_be_trained_on(make_composite, images):
         ({"num_particles": 2.5}, "num_particles is 2.5"),
         ({"dilation": -1}, "dilation is -1: expected 0 codes or more"),
         ({"seed": -1}, "seed is -1: expected 0 or more"),
+        ({"blend": "feather"}, "blend is 'feather': expected one of poisson, paste, decode"),
     ],
 )  # fmt: skip
 def test_edits_without_a_meaning_are_refused(composite, images, arguments, text):

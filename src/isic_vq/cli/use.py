@@ -119,7 +119,7 @@ def reconstruct(
     epilog="Examples:\n\n  isic-vq edit photo.jpg --box 150,100,450,350 --label melanoma\n\n"
     "  isic-vq edit photo.jpg --mask hairs.png -n 1 --dilation 1\n\n  isic-vq edit photo.jpg --lower-half -n 8"
 )
-@options_of("pictures.py:write_edits", "mask lower_half label num_images particles seed dilation")
+@options_of("pictures.py:write_edits", "mask lower_half label num_images particles seed dilation blend")
 def edit(
     image: Annotated[Path, typer.Argument(help="Image file.")],
     box: Annotated[

@@ -247,6 +247,7 @@ class DemoModel:
         num_variants: int,
         seed: int | None,
         num_particles: int = 64,
+        blend: bool = True,
         on_step: Callable[[], Any] | None = None,
     ) -> Pictures:
         """The image, its marked region, and variants of it with the region drawn anew; see `IsicVQModel.inpaint`.
@@ -261,6 +262,7 @@ class DemoModel:
             None if diagnosis == ANY else diagnosis,
             seed=seed,
             num_particles=int(num_particles),
+            blend="poisson" if blend else "paste",
             on_step=on_step,
         )
         name = readable(diagnosis if diagnosis != ANY else "any diagnosis")

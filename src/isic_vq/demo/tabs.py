@@ -133,6 +133,7 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
             with gr.Accordion("Advanced", open=False):
                 about = "Candidates per variant; more fit better."
                 field.particles = slider(1, 256, 64, "Particles", about)
+                field.blend = gr.Checkbox(True, label="Blend the region's edges into the image")
             field.button = gr.Button("Draw anew", variant="primary")
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
@@ -187,13 +188,14 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         count: int,
         number: int | None,
         candidates: int,
+        blend: bool,
         *box_edges: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
         layers = painted["layers"] if painted else []
         mask = demo.box_mask(*box_edges) if how == "box" else demo.painted_mask(layers)
         on_step = step_counter(progress, count * demo.num_steps)
-        return demo.edit(image, mask, name, count, number, candidates, on_step)
+        return demo.edit(image, mask, name, count, number, candidates, blend, on_step)
 
     def show_method(how: str) -> Any:
         by_box = how == "box"
@@ -209,7 +211,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
     changes = [edge.change for edge in field.edges]
     gr.on(changes, show_region, inputs, region, trigger_mode="always_last", **PRIVATE)
     field.method.change(show_method, field.method, [field.box, region, field.editor], **PRIVATE)
-    settings = [field.diagnosis, field.variants, field.seed, field.particles, *field.edges]
+    settings = [field.diagnosis, field.variants, field.seed, field.particles, field.blend, *field.edges]
     field.button.click(edit, [square, field.method, field.editor, *settings], field.results, **COMPUTING)
 
 

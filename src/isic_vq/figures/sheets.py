@@ -127,7 +127,7 @@ def completion_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet:
     for index, image in enumerate(_images(model, ROWS, None, seed)):
         edit: Any = model.inpaint(
             image.expand(variants, -1, -1, -1), mask, num_particles=particles, seed=seed,
-            first_index=index * variants, composite=False,
+            first_index=index * variants, blend="decode",
         )  # fmt: skip
         redrawn = pixel_mask(model.vqvae.code_grids(edit.mask[:1])[-1], size)
         rows += [image[None], torch.where(redrawn, GREY, image[None]), edit.pixel_values]
@@ -142,7 +142,7 @@ def counterfactual_sheet(model: IsicVQModel, seed: int, particles: int) -> Sheet
     for index, image in enumerate(_images(model, ROWS, names[0], seed)):
         edit = model.counterfactual(
             image.expand(len(names), -1, -1, -1), names, num_particles=particles, seed=seed,
-            first_index=index * len(names), composite=False,
+            first_index=index * len(names), blend="decode",
         )  # fmt: skip
         rows += [image[None], edit.pixel_values]
     labels = [f"generated {names[0]}", *names]

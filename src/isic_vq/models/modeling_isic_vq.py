@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
-from .editing import EditOutput, central_region, code_masks, pixel_mask, redraw_codes
+from .editing import BLENDS, EditOutput, blended, central_region, code_masks, pixel_mask, redraw_codes
 from .likelihood import BATCH_SIZE, ScoreOutput, score_codes, spread_over_grid
 from .modeling_pixelcnn import PixelCNNModel
 from .modeling_prior import PriorModel
@@ -350,7 +350,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         seed: int | None = None,
         first_index: int = 0,
         dilation: int = 0,
-        composite: bool = True,
+        blend: str = "poisson",
         on_step: Callable[[], Any] | None = None,
     ) -> EditOutput:
         """Draw the codes under a mask anew, given all the others: a sample of p(masked codes | kept codes, label).
@@ -368,8 +368,9 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             seed: makes image i a function of (seed, first_index + i) and its inputs; without it the draw is random.
             first_index: index of the first image, for drawing variants of one image in several calls.
             dilation: how many codes the mask grows by on all sides.
-            composite: take the pixels outside the masked patches from `pixel_values`, with a hard edge at the
-                patches' borders; False decodes the whole grid.
+            blend: how the drawn patches join the pixels of `pixel_values` around them, which stay as they are. "poisson"
+                shifts their colours by what decoding gets wrong at their border, continued smoothly inward, so that no
+                edge shows; "paste" leaves them as decoded; "decode" decodes the whole grid, kept codes too.
             on_step: called after each finished step, image by image: a row of the code grid, or a scale.
 
         Raises:
@@ -383,6 +384,8 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
                 f"pixel_values are {pixel_values.dtype} of shape {shape}: expected floats of shape (batch, 3, {size}, "
                 f"{size}), as the image processor makes them"
             )
+        if blend not in BLENDS:
+            raise ValueError(f"blend is {blend!r}: expected one of {', '.join(BLENDS)}")
         masks = code_masks(mask, shape[0], size, sides, dilation)
         masked = torch.cat([part.flatten(1) for part in masks], dim=1).to(pixel_values.device)
         ids = self.label_ids(labels, shape[0])
@@ -392,11 +395,9 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         # One by one here, too: the last bits of a convolution may depend on the size of the batch.
         codes = torch.cat([self.encode(image) for image in pixel_values.split(1)])
         edit = redraw_codes(self, codes, masked.view_as(codes), ids, num_particles, generators, on_step)
-        edit.pixel_values = torch.cat([self.decode(image) for image in edit.codes.split(1)])
-        if composite:
-            edit.pixel_values = torch.where(
-                pixel_mask(masks[-1].to(pixel_values.device), size), edit.pixel_values, pixel_values
-            )
+        decoded = torch.cat([self.decode(image) for image in edit.codes.split(1)])
+        drawn = pixel_mask(masks[-1].to(pixel_values.device), size)
+        edit.pixel_values = blended(decoded, pixel_values, drawn, blend)
         return edit
 
     def counterfactual(
