@@ -23,7 +23,7 @@ class StreamOnly(Source):
         ends = np.cumsum(self.sizes).tolist()
         return [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
-    def records_of(self, part, reading):
+    def records_of(self, part, reading, with_images=True):
         for index in part:
             yield {**record_of(index), "image": b"no image"} if index == self.corrupt else record_of(index)
 

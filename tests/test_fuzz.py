@@ -20,7 +20,7 @@ from isic_vq import IsicVQModel
 from isic_vq.codec.codec import compress, decompress
 from isic_vq.data.schema import normalise
 from isic_vq.data.sources import find_source
-from isic_vq.data.sources.sidecar import read_sidecar
+from isic_vq.data.sources.image_files import read_sidecar
 from isic_vq.data.tables import read_table
 from isic_vq.hub.pretrained import load_model
 from isic_vq.training.load import load_recipe

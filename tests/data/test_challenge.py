@@ -285,7 +285,7 @@ def test_two_diagnoses_in_a_row_are_an_error(server):
 def test_archives_without_images_or_with_one_twice_are_refused(server):
     path, image = "/challenge/2018/ISIC2018_Task1-2_Test_Input.zip", images(1)[0]
     server.files[path] = zipped({"x/photo.jpg": image, "x/ISIC_12.jpg": image})
-    with pytest.raises(DataError, match=r"no file in .*Test_Input.zip is called like ISIC_0000000.jpg"):
+    with pytest.raises(DataError, match=r"no file in .*Test_Input.zip is named like ISIC_0000000.jpg"):
         find_source("challenge:2018-task1:test").parts()
     server.files[path] = zipped({"a/ISIC_0000001.jpg": image, "b/ISIC_0000001.jpg": image})
     with pytest.raises(DataError, match="1 images of .* have the id of another one"):

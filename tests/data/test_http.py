@@ -356,7 +356,7 @@ def test_headers_of_a_zip_may_lie_on_the_border_of_two_blocks(pieces, tmp_path):
 
 def test_a_server_without_ranges_cannot_be_read_in_pieces(pieces):
     pieces.routes["/plain"] = lambda _: Answer(CONTENT)
-    with pytest.raises(RemoteError, match="/plain: the server answers no ranges.*Download it"):
+    with pytest.raises(RemoteError, match="/plain: the server supports no ranges.*Download it"):
         RangeFile(f"{pieces.url}/plain")
 
 

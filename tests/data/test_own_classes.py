@@ -94,7 +94,7 @@ def test_own_classes_of_every_source(kind, tmp_path):
             == sorted(source.dataset()["diagnosis"])
             == ["eczema", "melanoma", "melanoma", "psoriasis"]
         )
-    assert "aliases of ISIC's classes fold" in " ".join(
+    assert "an alias of an ISIC class is read as that class" in " ".join(
         line
         for source in [find_source(uri, Classes.parse("auto"))]
         if source.describe()

@@ -23,7 +23,7 @@ class Licensed(StreamOnly):
 
     name = "licensed:test"
 
-    def records_of(self, part, reading):
+    def records_of(self, part, reading, with_images=True):
         return (self.licensed(record) for record in super().records_of(part, reading))
 
     def rows(self, reading):

@@ -229,7 +229,8 @@ def test_other_settings_are_refused(prepared, sources, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(
-        DataError, match="full holds mine.txt, which is not of this preparation: choose an empty folder"
+        DataError,
+        match="full holds mine.txt, which does not belong to this preparation: choose an empty folder",
     ):
         prepare(tmp_path / "full", sources, SMALL)
 
@@ -398,10 +399,10 @@ def test_what_cannot_be_read_back(prepared):
         find_source(f"prepared:{prepared.parent}/none")
     shard = next(prepared.glob("train-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"{shard.name} is missing or not whole: isic-vq data verify tells"):
+    with pytest.raises(DataError, match=f"{shard.name} is missing or truncated: isic-vq data verify lists"):
         find_source(f"prepared:{prepared}:train")
     assert verify(prepared) == [
-        f"{shard.name} has other bytes than when it was written",
+        f"{shard.name} has changed since it was written",
         *verify(prepared)[1:],
     ]
     (prepared / MANIFEST).write_text("{}")
@@ -420,10 +421,10 @@ def test_verify_finds_what_is_wrong(prepared):
     found = "\n".join(verify(prepared))
     for part in (
         f"lesion_id {lesion} is in train and validation",
-        f"{rows[-1]['isic_id']} is there 2 times",
-        "manifest.json does not count the images of train as images.parquet has them",
-        "is under CC-BY and names nobody",
-        "images.parquet says another one",
+        f"{rows[-1]['isic_id']} occurs 2 times",
+        "manifest.json and images.parquet count the images of train differently",
+        "is under CC-BY and has no attribution",
+        "; images.parquet lists ",
     ):
         assert part in found
 

@@ -300,8 +300,8 @@ def test_the_report_counts_by_hand():
         ("unknown", 1, 0.0),
     ]
     assert few_images(report) == [
-        "melanoma: 2 images in test, fewer than 10; figures of this class alone mean little there",
-        "nevus: 1 images in test, fewer than 10; figures of this class alone mean little there",
+        "melanoma: 2 images in test, fewer than 10; metrics of this class alone mean little there",
+        "nevus: 1 images in test, fewer than 10; metrics of this class alone mean little there",
     ]
 
 

@@ -1,12 +1,11 @@
-"""The eight symmetries of the square, applied to batches: a lesion has no upright.
+"""The eight symmetries of the square as augmentation: a lesion has no upright orientation.
 
 View v rotates by v mod 4 quarter turns counter-clockwise; views 4 to 7 mirror left and right first:
 
     0 identity       1 quarter turn      2 half turn        3 three quarter turns
     4 mirror         5 mirror, then 1    6 mirror, then 2   7 mirror, then 3
 
-Nothing is interpolated, so pixels and code grids pass through unchanged in value. There is no other
-augmentation here.
+Nothing is interpolated, so that values of pixels and code grids stay the same.
 """
 
 import numpy as np
@@ -17,15 +16,11 @@ NUM_VIEWS = 8
 
 
 def dihedral(pixel_values: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-    """Apply to each image of a batch its own symmetry.
+    """Apply to each image of a batch its own symmetry; returns a new tensor.
 
     Args:
         pixel_values (torch.Tensor of shape (batch, ..., side, side)): any dtype and range.
-        views (torch.Tensor of shape (batch,), int64, values in 0 to 7): numbered as in the module's
-            docstring.
-
-    Returns:
-        torch.Tensor of the same shape and dtype; a new tensor.
+        views (torch.Tensor of shape (batch,), int64, in 0 to 7): numbered as in the module's docstring.
 
     Raises:
         ValueError: the images are not square, or the views do not fit.
@@ -51,23 +46,15 @@ def dihedral(pixel_values: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
 
 
 def view(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
-    """Show one image, of shape (side, side, channels), in the view of that number; a view of the same memory."""
+    """Apply symmetry `number` to one image (side, side, channels); the result shares its memory."""
     return np.rot90(pixels[:, ::-1] if number >= 4 else pixels, number % 4)
 
 
 def random_views(num_images: int, seed: int, epoch: int) -> torch.Tensor:
-    """Draw the view in which each image of a data set is shown in an epoch.
+    """Draw a view for each image of an epoch: int64 of shape (num_images,), uniform in 0 to 7.
 
-    The same arguments give the same views on any machine, after any resume, and however the epoch is cut into
-    batches, micro-batches and processes.
-
-    Args:
-        num_images: number of images of the data set.
-        seed: seed of the run, not negative.
-        epoch: number of the epoch, not negative; every epoch draws its own views.
-
-    Returns:
-        torch.Tensor of shape (num_images,), int64, uniform in 0 to 7.
+    `seed` and `epoch` are not negative. The same arguments give the same views on any machine, after any resume, and for
+    any batch size and number of processes.
     """
     state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))

@@ -1,7 +1,7 @@
-"""Bytes on disk by name, up to a size: the least recently used go first.
+"""A cache of bytes on disk with a size limit: the least recently used files are removed first.
 
-Several processes may share a folder, and several threads a cache. A file holds its content's sha256 and the content;
-one that does not match (a machine that lost its power, for example) is not used, and written again.
+Processes may share a folder, and threads a cache. A file holds the sha256 of its content and the content; one that does
+not match, for example after a power failure, counts as missing.
 """
 
 import contextlib
@@ -18,17 +18,16 @@ class ByteCache:
 
     Args:
         folder: made if needed.
-        limit: bytes of all files together. Each process looks at what others wrote when it has written a twentieth
-            of it, so that for a moment there may be so much more for each process.
+        limit: bytes of all files together; each process may exceed it by a twentieth until it looks at the folder again.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self._lock = threading.Lock()
-        self._room = 0  # bytes that may be written before the next look at the folder
+        self._room = 0  # bytes that may be written until the folder is looked at again
 
     def get(self, key: str) -> bytes | None:
-        """The content of a key, which becomes the most recently used; None if it is not there."""
+        """Return the content of a key, now the most recently used, or None."""
         path = self._path(key)
         try:
             stored = path.read_bytes()
@@ -39,7 +38,7 @@ class ByteCache:
         return content if hashlib.sha256(content).digest() == digest else None
 
     def put(self, key: str, content: bytes) -> None:
-        """Keep a content, and drop the least recently used ones if they are too many now."""
+        """Store a content, and remove the least recently used ones if the limit is exceeded."""
         path = self._path(key)
         stored = hashlib.sha256(content).digest() + content
         temporary = beside(path.with_name(f"{path.name}.{threading.get_ident()}"), "tmp")
@@ -59,10 +58,10 @@ class ByteCache:
         return self.folder / name[:2] / name
 
     def _shrink(self) -> None:
-        """If there is more than the limit, drop the least recently used files until nine tenths of it are left."""
+        """Above the limit, remove the least recently used files down to nine tenths of it."""
         files = []
         for path in self.folder.glob("??/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process dropped it
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
                 stat = path.stat()
                 files.append((stat.st_mtime, stat.st_size, path))
         total = sum(size for _, size, _ in files)

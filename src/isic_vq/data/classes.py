@@ -1,8 +1,7 @@
-"""Classes of images: which names labels may have, what each means, and what one reading of a source met.
+"""Classes of images: the names that labels may have, their meaning, and the counts of one pass over a source.
 
-The default classes are ISIC's eight with their aliases. Declared ones come on top: a declared name counts as it is
-written before it is looked up among the aliases, so that "solar lentigo" may be a class of its own. `unknown` stands for
-no class, unless it is declared.
+The default classes are ISIC's eight with their aliases. A declared name comes before the aliases, so that "solar lentigo"
+may be a class of its own. `unknown` stands for no class, unless it is declared.
 """
 
 import difflib
@@ -28,11 +27,11 @@ class Classes:
 
     Attributes:
         names: declared classes in the order of their ids; ISIC's eight are known beside them.
-        others: what becomes of a label that is neither declared nor known: "stop" the run, "drop" its image (and those
-            of ISIC's classes that are not declared), "take" it for a class as it is written, or "ignore" all labels.
+        others: what to do with a label that is neither declared nor known: "stop" the run, "drop" its image (and images
+            of ISIC classes that are not declared), "take" it as a class of that name, or "ignore" all labels.
 
     Raises:
-        ValueError: names that are empty, hold control characters, or differ in case or blanks alone.
+        ValueError: names that are empty, hold control characters, or differ only in case or blanks.
     """
 
     names: tuple[str, ...] = ISIC
@@ -48,25 +47,25 @@ class Classes:
 
     @classmethod
     def parse(cls, declared: str | Sequence[object] | None, drop_others: bool = False) -> "Classes":
-        """What a user declares: names, text of names with commas between them, "auto", "none", or None for ISIC's.
+        """Parse declared classes: names, names separated by commas, "auto", "none", or None for ISIC's.
 
-        Names that are spellings of one ISIC class, such as "mel" and "melanoma", are that class.
-
-        Args:
-            declared: the classes.
-            drop_others: leave out images of other classes.
+        A spelling of an ISIC class, such as "mel" for melanoma, is that class. `drop_others` leaves out images of
+        other classes.
 
         Raises:
-            ValueError: as the class; or a name that YAML reads as something else than text or a number.
+            ValueError: as the class; or a name that YAML reads as neither text nor a number.
         """
-        names = _split(declared) if isinstance(declared, str) else list(declared or ())
+        if isinstance(declared, str):
+            names: list[object] = [name.strip() for name in declared.split(",") if name.strip()]
+        else:
+            names = list(declared or ())
         if names in ([AUTO], [NONE]):
             return cls(ISIC, "take") if names == [AUTO] else cls((), "ignore")
         if declared is not None and not names:
             raise ValueError(
-                f"classes is empty: expected names, {AUTO} for what is there, or {NONE} for no labels"
+                f"classes is empty: expected names, {AUTO} for the labels as they are, or {NONE} for no labels"
             )
-        found: dict[str, None] = {}
+        unique: dict[str, None] = {}
         for name in names:
             if isinstance(name, bool) or not isinstance(name, (str, int)):
                 raise ValueError(
@@ -75,19 +74,18 @@ class Classes:
                 )
             text = _clean(str(name))
             diagnosis = find_diagnosis(text, synonyms_only=True)
-            found[text if diagnosis in (None, UNKNOWN) and text.casefold() != UNKNOWN else str(diagnosis)] = (
-                None
-            )
-        return cls(tuple(found) if declared is not None else ISIC, "drop" if drop_others else "stop")
+            is_own = diagnosis in (None, UNKNOWN) and text.casefold() != UNKNOWN
+            unique[text if is_own else str(diagnosis)] = None
+        return cls(tuple(unique) if declared is not None else ISIC, "drop" if drop_others else "stop")
 
     @classmethod
     def of_model(cls, names: Iterable[str]) -> "Classes":
-        """Those of a model, beside which any other label is taken as it is: for measuring images, not for training."""
+        """The classes of a model; other labels are taken as they are, which suits measuring and not training."""
         return cls(tuple(names), "take")
 
     @property
     def is_default(self) -> bool:
-        """Whether these are ISIC's classes, and nothing else is taken."""
+        """Whether these are ISIC's classes and others stop the run."""
         return self == Classes()
 
     @functools.cached_property
@@ -96,15 +94,15 @@ class Classes:
 
     @functools.cached_property
     def _of_diagnosis(self) -> dict[str, str]:
-        found = {find_diagnosis(name, synonyms_only=True): name for name in self.names}
-        return {diagnosis: name for diagnosis, name in found.items() if diagnosis is not None}
+        names = {find_diagnosis(name, synonyms_only=True): name for name in self.names}
+        return {diagnosis: name for diagnosis, name in names.items() if diagnosis is not None}
 
     def declares(self, text: object) -> bool:
-        """Whether a text is the name of a declared class; then it is no word for a missing value."""
+        """Whether a text is a declared class; then even "unknown" or "none" is no missing value."""
         return _folded(str(text)) in self._declared
 
     def resolve(self, text: str) -> str | None:
-        """The class that a label means; `UNKNOWN` for none, None for one that is neither declared nor known."""
+        """The class that a label means: `UNKNOWN` for no class, None if it is neither declared nor known."""
         declared = self._declared.get(_folded(text))
         if declared is not None:
             return declared
@@ -120,21 +118,17 @@ class Classes:
         return UNKNOWN if self.others == "stop" and is_other_disease(text) else None
 
     def of_number(self, text: str) -> str | None:
-        """The class of a number in a .cls file: its place among the declared ones, then `UNKNOWN`; None if it is none."""
+        """The class of a number in a .cls file, an index of the declared classes and then `UNKNOWN`; else None."""
         names = (*self.names, UNKNOWN)
-        is_place = text.isdecimal() and self.others != "take" and int(text) < len(names)
-        return names[int(text)] if is_place and not self.declares(text) else None
-
-    def ordered(self, present: Iterable[str]) -> list[str]:
-        """The classes among some labels in the order of their ids: declared ones, ISIC's, others by name."""
-        return ordered_classes(present, self.names)
+        is_index = text.isdecimal() and self.others != "take" and int(text) < len(names)
+        return names[int(text)] if is_index and not self.declares(text) else None
 
 
 def ordered_classes(present: Iterable[str], declared: Sequence[str] | None = None) -> list[str]:
-    """The classes among some labels: those declared in this order, ISIC's, others by name; `UNKNOWN` only if declared."""
-    found = set(present) - ({UNKNOWN} - set(declared or ()))
-    first = [name for name in dict.fromkeys((*(declared or ()), *ISIC)) if name in found]
-    return [*first, *sorted(found.difference(first))]
+    """Sort the classes of labels: declared ones in their order, ISIC's, others by name; `UNKNOWN` only if declared."""
+    names = set(present) - ({UNKNOWN} - set(declared or ()))
+    first = [name for name in dict.fromkeys((*(declared or ()), *ISIC)) if name in names]
+    return [*first, *sorted(names.difference(first))]
 
 
 class Reading:
@@ -142,15 +136,15 @@ class Reading:
 
     Args:
         classes: the names that labels may have.
-        is_strict: stop at the first label that is neither declared nor known; else `check` names all of them together.
+        is_strict: stop at the first label that is neither declared nor known; else `check` refuses all together.
 
     Attributes:
-        labels: images by class.
-        read_as: images by (label as it is written, class), where an alias folds the one into the other.
-        others: images by label that is neither declared nor known.
+        labels: number of images by class.
+        read_as: number of images by (label as it is written, class) where these differ.
+        others: number of images by label that is neither declared nor known.
         first_other: where the first of these is.
         left_out: names of files and images by the reason why they are left out.
-        notes: names of images by what is remarkable about them though they are kept.
+        notes: names of images that are kept, by a remark about them.
     """
 
     def __init__(self, classes: Classes | None = None, is_strict: bool = True):
@@ -164,11 +158,7 @@ class Reading:
         self._resolved: dict[str, str | None] = {}
 
     def name_class(self, text: str, where: str) -> str | None:
-        """The class of an image's label; None if its image is to be left out.
-
-        Raises:
-            DataError: the label is neither declared nor known, and the pass is strict.
-        """
+        """Count a label and return its class, or None to leave its image out; DataError for an unknown one if strict."""
         if text not in self._resolved:
             self._resolved[text] = self.classes.resolve(text)
         name = self._resolved[text]
@@ -189,37 +179,33 @@ class Reading:
         """Count a file or image that is left out."""
         self.left_out.setdefault(reason, []).append(name)
 
-    def note(self, about: str, name: str) -> None:
-        """Count an image that is kept."""
-        self.notes.setdefault(about, []).append(name)
+    def note(self, remark: str, name: str) -> None:
+        """Count an image that is kept with a remark."""
+        self.notes.setdefault(remark, []).append(name)
 
     def check(self, source: str) -> None:
-        """Refuse labels that are neither declared nor known, and classes that differ in case alone.
-
-        Raises:
-            DataError: there are some; the message lists them with their counts.
-        """
+        """Refuse labels that are neither declared nor known, with their counts, and classes that differ only in case."""
         if self.others and self.classes.others == "stop":
-            told = _other_labels(self.others, self.classes, self.labels)
-            raise DataError(f"{source}: {told} The first is in {self.first_other}.")
+            message = _other_labels(self.others, self.classes, self.labels)
+            raise DataError(f"{source}: {message} The first is in {self.first_other}.")
         try:
             _refuse_cases([name for name in self.labels if name != UNKNOWN])
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
 
     def lines(self) -> Iterator[str]:
-        """What a user should know of the pass, a line for each kind."""
+        """Yield what a person should know of the pass, a line of each kind."""
         if self.read_as:
-            folded = self.read_as.most_common()
-            told = [f'"{text}" -> {name}, {_images(n)}' for (text, name), n in folded[:NUM_LISTED]]
-            yield f"labels read as another name: {'; '.join(told)}{and_more(len(folded))}"
+            pairs = self.read_as.most_common()
+            listed = [f'"{text}" -> {name}, {_images(n)}' for (text, name), n in pairs[:NUM_LISTED]]
+            yield f"labels read as another name: {'; '.join(listed)}{and_more(len(pairs))}"
         if self.classes.others == "take":
-            own = ordered_classes(set(self.labels).difference(ISIC, self.classes.names, {UNKNOWN}))
-            told = [f"{name} ({_images(self.labels[name])})" for name in own[:NUM_LISTED]]
-            if own:
+            taken = ordered_classes(set(self.labels).difference(ISIC, self.classes.names, {UNKNOWN}))
+            listed = [f"{name} ({_images(self.labels[name])})" for name in taken[:NUM_LISTED]]
+            if taken:
                 yield (
-                    f"classes taken as they are written: {', '.join(told)}{and_more(len(own))}; aliases of ISIC's classes fold "
-                    "into these"
+                    f"classes taken as they are written: {', '.join(listed)}{and_more(len(taken))}; an alias of an "
+                    "ISIC class is read as that class"
                 )
         missing = [] if self.classes.names == ISIC else [n for n in self.classes.names if not self.labels[n]]
         if missing and self.classes.others != "take":
@@ -230,14 +216,14 @@ class Reading:
             yield f"left out, of other classes: {counted(self.others)}"
         for reason, names in self.left_out.items():
             yield f"left out, {reason}: {len(names)}, for example {', '.join(sorted(names)[:3])}"
-        for about, names in self.notes.items():
-            yield f"{about}: {len(names)}, for example {', '.join(sorted(names)[:3])}"
+        for remark, names in self.notes.items():
+            yield f"{remark}: {len(names)}, for example {', '.join(sorted(names)[:3])}"
 
 
 def _other_labels(
     counts: Mapping[str, int], classes: Classes, known: Iterable[str], with_counts: bool = True
 ) -> str:
-    """What to do about labels that are neither declared nor known."""
+    """The message about labels that are neither declared nor known, with a ready --classes option."""
     names = list(counts)
     listed = counted(counts) if with_counts else repr(names[0])
     close = difflib.get_close_matches(names[0], classes.names, n=3, cutoff=0.7) or closest_diagnoses(names[0])
@@ -254,7 +240,7 @@ def _other_labels(
 
 
 def new_classes(counts: Mapping[str, int], setting: str) -> DataError:
-    """The error of validation images of classes that no training image has; a setting leaves them out."""
+    """The error of validation images whose class no training image has; `setting` would leave them out."""
     return DataError(
         f"validation images of classes that no training image has: {counted(counts)}. Add training images of them, or leave "
         f"these out with {setting}"
@@ -262,7 +248,7 @@ def new_classes(counts: Mapping[str, int], setting: str) -> DataError:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Labels with their numbers of images, the most frequent first."""
+    """List labels with their numbers of images, the most frequent first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = [f"{name!r} ({_images(number)})" for name, number in ranked[:NUM_LISTED]]
     return f"{', '.join(listed)}{and_more(len(ranked))}"
@@ -273,16 +259,12 @@ def _images(number: int) -> str:
 
 
 def and_more(number: int) -> str:
-    """The end of a list that names `NUM_LISTED` of so many."""
+    """The end of a list that names only `NUM_LISTED` of `number` things."""
     return f" and {number - NUM_LISTED} more" if number > NUM_LISTED else ""
 
 
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _clean(text: str) -> str:
-    """A name in one Unicode form and without outer and double blanks; file systems differ in the form."""
+    """Normalise blanks and the Unicode form, in which file systems differ."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -291,7 +273,7 @@ def _folded(text: str) -> str:
 
 
 def _refuse_cases(names: Iterable[str]) -> None:
-    """Refuse names that differ in case or blanks alone."""
+    """Refuse names that differ only in case or blanks."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         other = seen.setdefault(_folded(name), name)

@@ -1,7 +1,7 @@
-"""Code grids of a data set, in its dihedral views, as one parquet file: what priors are trained on.
+"""Code caches: the code grids of a data set in its dihedral views, one parquet file, on which priors are trained.
 
-The file carries the hash of exactly the tokenizer weights that decide codes (encoder and codebook), so that
-codes of another tokenizer are refused. Codes are uint16; one row per image holds all its views.
+The file holds the hash of the tokenizer weights that decide codes (encoder and codebook), so that codes of another
+tokenizer are refused. Codes are uint16; one row per image holds all its views.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ class CodeCache:
     Attributes:
         codes: uint16 of shape (N, views, h, w), or (N, views, L) of several scales, in [0, num_codes).
         isic_ids: N image ids.
-        diagnoses: N names of classes, "unknown" where there is none.
+        diagnoses: N class names, "unknown" for images without a class.
         num_codes: K of the tokenizer.
-        tokenizer_hash: of the tokenizer that made them.
-        source: what may be published about the images.
+        tokenizer_hash: of the tokenizer that encoded them.
+        source: the description of the images.
     """
 
     codes: NDArray[np.uint16]
@@ -49,23 +49,19 @@ class CodeCache:
     source: SourceInfo
 
     def first_views(self) -> torch.Tensor:
-        """Codes `(N, ...)` int64 of the images as they are."""
+        """The codes `(N, ...)` int64 of the images in view 0, which changes nothing."""
         return torch.from_numpy(self.codes[:, 0].astype("int64"))
 
     def counts(self) -> torch.Tensor:
-        """How often each code occurs, over all views: int64 of shape (K,)."""
+        """The number of times that each code occurs in all views: int64 of shape (K,)."""
         return torch.from_numpy(np.bincount(self.codes.ravel(), minlength=self.num_codes))
 
     def class_names(self) -> list[str]:
-        """Classes that occur, in the order of the source's, see `ordered_classes`."""
+        """The classes that occur, in the order of `ordered_classes`."""
         return ordered_classes(self.diagnoses, self.source.classes)
 
     def select(self, rows: Sequence[int]) -> "CodeCache":
-        """The codes of some images.
-
-        Raises:
-            DataError: there are none.
-        """
+        """The codes of some images; DataError if `rows` is empty."""
         if not rows:
             raise DataError(f"no image of {self.source.name} is left")
         ids, diagnoses = [self.isic_ids[row] for row in rows], [self.diagnoses[row] for row in rows]
@@ -79,7 +75,7 @@ class CodeCache:
 
 
 def tokenizer_hash(model: VQVAEModel) -> str:
-    """sha256 over the tensors that decide an image's codes: the encoder's, the codebook and what lies between scales."""
+    """The sha256 over the tensors that decide codes: encoder, codebook, and the convolutions between scales."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("encoder.", "quantizer.codebook", "quantizer.phi.")):
@@ -89,7 +85,7 @@ def tokenizer_hash(model: VQVAEModel) -> str:
 
 
 def write_code_cache(cache: CodeCache, path: Path) -> None:
-    """Write a cache as parquet, whole or not at all."""
+    """Write a cache as parquet, atomically."""
     _, views, *shape = cache.codes.shape
     metadata = {
         "views": views,
@@ -112,11 +108,7 @@ def write_code_cache(cache: CodeCache, path: Path) -> None:
 
 
 def read_code_cache(path: Path) -> CodeCache:
-    """Read a cache.
-
-    Raises:
-        DataError: the file is missing, damaged or no code cache.
-    """
+    """Read a cache; DataError if the file is missing, damaged or no code cache."""
     if not path.is_file():
         raise DataError(f"{path} is not a file: write it with isic-vq encode")
     try:
@@ -141,10 +133,6 @@ def read_code_cache(path: Path) -> CodeCache:
 
 
 def check_tokenizer(cache: CodeCache, model: VQVAEModel, name: str) -> None:
-    """Refuse codes of another tokenizer.
-
-    Raises:
-        DataError: the cache's hash is not the model's.
-    """
+    """Raise DataError if another tokenizer encoded the cache, which the message calls `name`."""
     if cache.tokenizer_hash != tokenizer_hash(model):
         raise DataError(f"{name} was encoded by another tokenizer: encode the images again with this one")

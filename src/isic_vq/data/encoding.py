@@ -1,6 +1,6 @@
-"""Encode a data set in chunks, the pieces of a `Work`, and join them in a cache.
+"""Encode a data set in chunks, the pieces of a `Work`, and join them in a code cache.
 
-A chunk is a range of rows, or a part of a source that is streamed. Whoever finds all chunks finished joins them.
+A chunk is a range of rows, or a part of a streamed source. The process that finds all chunks finished joins them.
 """
 
 import shutil
@@ -13,15 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from isic_vq.data.augmentation import NUM_VIEWS, dihedral
 from isic_vq.data.code_cache import CodeCache, read_code_cache, tokenizer_hash, write_code_cache
 from isic_vq.data.loading import SkipCounter, check_share, decoded_batches
-from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo
-from isic_vq.data.sources.base import read_parts
+from isic_vq.data.sources.base import ranges, stream_parts
 from isic_vq.files import write_atomically
 from isic_vq.locks import hold
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -36,16 +35,16 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is encoded, and how.
+    """The images to encode, and the settings.
 
     Attributes:
         model: the tokenizer.
         processor: fixes the size.
-        records: with random access, or a source that is streamed part by part.
-        source: what may be published about the images.
-        num_views: the first so many dihedral views of each image, 8 by default.
+        records: with random access, or a source to stream part by part.
+        source: the description of the images.
+        num_views: number of dihedral views of each image, from view 0 on, 8 by default.
         batch_size: images encoded at once.
-        max_corrupt_share: share of unreadable images past which to fail.
+        max_corrupt_share: a larger share of unreadable images is an error.
 
     Raises:
         ValueError: `num_views` is not in 1 to 8, or the codebook is too large for uint16.
@@ -81,29 +80,26 @@ class Encoding:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Views of an image, and the shape of the codes of each."""
+        """The number of views, and the shape of the codes of each."""
         return self.num_views, *self.model.config.code_shape
 
     def chunks(self) -> list[Any]:
         """Ranges of rows, or parts of the source."""
         if not isinstance(self.records, Dataset):
             return self.records.parts()
-        starts = range(0, len(self.records), CHUNK_SIZE)
-        return [range(start, min(start + CHUNK_SIZE, len(self.records))) for start in starts]
+        return ranges(len(self.records), CHUNK_SIZE)
 
     def open(self, chunk: Any) -> Dataset | IterableDataset:
         """The records of a chunk."""
         if isinstance(self.records, Dataset):
             return self.records.select(chunk)
-        arguments = {"source": self.records, "parts": [chunk]}
-        return IterableDataset.from_generator(read_parts, gen_kwargs=arguments, features=FEATURES)
+        return stream_parts(self.records, [chunk])
 
 
 def encode_source(*arguments: Any, progress: bool = False, **options: Any) -> CodeCache:
-    """Encode all images in this process, in memory; takes what `Encoding` does.
+    """Encode all images in this process, in memory; arguments and ValueError are those of `Encoding`.
 
     Raises:
-        ValueError: as `Encoding`.
         DataError: too many images are corrupt, or none is left.
     """
     encoding = Encoding(*arguments, **options)
@@ -119,24 +115,24 @@ def encode_source(*arguments: Any, progress: bool = False, **options: Any) -> Co
 def encode_to_file(
     encoding: Encoding, output: Path, rank: int = 0, world: int = 1, progress: bool = False
 ) -> int | None:
-    """Encode this process's chunks, but for those that are there, and join all once they are.
+    """Encode this process's missing chunks, and join all chunks once they are finished.
 
-    An output that holds these codes already is left as it is.
+    An output that already holds these codes stays as it is.
 
     Args:
         encoding: the same in all processes.
-        output: the cache; chunks wait in a folder beside it until it is written.
+        output: the cache; chunks are kept in a folder beside it until it is written.
         rank: number of this process.
         world: number of processes.
-        progress: show a progress bar, which counts this process's images.
+        progress: show a progress bar of this process's images.
 
     Returns:
-        How many images the cache holds, or None if it waits for another process.
+        The number of images in the cache, or None if another process is to finish it.
 
     Raises:
         DataError: too many images are corrupt, or none is left; or the folder was begun with other settings.
-        InUseError: another launch is at it.
-        OSError: a file cannot be written; it is named.
+        InUseError: another launch writes the same output.
+        OSError: a file, which is named, cannot be written.
     """
     chunks, folder = encoding.chunks(), output.with_name(f"{output.name}.parts")
     names = [f"chunk-{number:06d}.parquet" for number in range(len(chunks))]
@@ -146,12 +142,11 @@ def encode_to_file(
             return number
         work.begin(encoding.settings)
         missing = work.missing
-        there = sum(
-            pq.read_metadata(work.path(number)).num_rows for number in work.own if number not in missing
-        )
+        finished = [work.path(number) for number in work.own if number not in missing]
+        initial = sum(pq.read_metadata(path).num_rows for path in finished)
         share = -(-encoding.source.num_images // world)
         counter = SkipCounter(encoding.max_corrupt_share, share)
-        with work.progress(share, there, "encoding", progress) as bar:
+        with work.progress(share, initial, "encoding", progress) as bar:
             for number in missing:
                 table = _encode_chunk(encoding, chunks[number], counter)
                 sink = pa.BufferOutputStream()
@@ -173,13 +168,13 @@ def encode_to_file(
 
 
 def _written(encoding: Encoding, output: Path, work: Path) -> int | None:
-    """How many images the output holds if another process has joined the chunks, which are removed then; else None."""
+    """The number of images of an output that is finished, whose chunks are then removed; None if it is not."""
     try:
         cache = read_code_cache(output)
-    except DataError:  # not there, or something else, which is about to be replaced
+    except DataError:  # missing, or another file, which will be replaced
         return None
-    found = (cache.tokenizer_hash, cache.source, cache.codes.shape[1:])
-    if found != (tokenizer_hash(encoding.model), encoding.source, encoding.shape):
+    written = (cache.tokenizer_hash, cache.source, cache.codes.shape[1:])
+    if written != (tokenizer_hash(encoding.model), encoding.source, encoding.shape):
         return None
     shutil.rmtree(work, ignore_errors=True)
     return len(cache.isic_ids)
@@ -187,11 +182,7 @@ def _written(encoding: Encoding, output: Path, work: Path) -> int | None:
 
 @torch.inference_mode()
 def _encode_chunk(encoding: Encoding, chunk: Any, counter: SkipCounter) -> pa.Table:
-    """Ids, diagnoses and codes of a chunk's images, and the errors of those that cannot be read, in order.
-
-    Raises:
-        DataError: too many of the images that `counter` has counted are corrupt.
-    """
+    """Ids, diagnoses and codes of a chunk's images, then the errors of the unreadable ones."""
     model = encoding.model.eval()
     skipped: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -212,7 +203,6 @@ def _encode_chunk(encoding: Encoding, chunk: Any, counter: SkipCounter) -> pa.Ta
 
 
 def _join(encoding: Encoding, tables: list[pa.Table]) -> CodeCache:
-    """The cache of all chunks."""
     table = pa.concat_tables(tables)
     errors = [error for error in table["error"].to_pylist() if error is not None]
     if len(errors) == table.num_rows:
@@ -220,14 +210,10 @@ def _join(encoding: Encoding, tables: list[pa.Table]) -> CodeCache:
     check_share(errors, len(errors), table.num_rows, encoding.max_corrupt_share)
     sound = table.filter(pa.compute.is_valid(table["codes"]))
     return CodeCache(
-        codes=_codes(sound["codes"].to_pylist(), encoding.shape),
+        codes=np.frombuffer(b"".join(sound["codes"].to_pylist()), np.uint16).reshape(-1, *encoding.shape),
         isic_ids=sound["isic_id"].to_pylist(),
         diagnoses=sound["diagnosis"].to_pylist(),
         num_codes=encoding.model.config.num_codes,
         tokenizer_hash=tokenizer_hash(encoding.model),
         source=encoding.source,
     )
-
-
-def _codes(grids: list[bytes], shape: tuple[int, ...]) -> NDArray[np.uint16]:
-    return np.frombuffer(b"".join(grids), np.uint16).reshape(len(grids), *shape)

@@ -1,7 +1,7 @@
-"""Fetch files over HTTP from servers that are busy, far away, or cut a connection in the middle.
+"""Fetch files over HTTP from servers that are busy, far away, or drop connections.
 
-Large files are read by ranges. A request that is cut or refused is repeated, as late as the server says. Connections
-are few and memory is bounded. Nothing secret is sent, and messages name addresses without their queries.
+Large files are read in ranges; a failed request is repeated, after the delay that the server asks for. Connections and
+memory are bounded. No secret is sent, and messages name addresses without their queries.
 Source: RFC 9110 (ranges, conditional requests, Retry-After). urllib3 retries and pools connections, fsspec buffers.
 """
 
@@ -27,28 +27,28 @@ from isic_vq.data.byte_cache import ByteCache
 from isic_vq.data.errors import DataError
 from isic_vq.data.uri import public_path
 
-READ_AHEAD = 1 << 20  # bytes that `RangeFile` reads beyond what it is asked for
+READ_AHEAD = 1 << 20  # bytes that `RangeFile` reads beyond each request
 WINDOW = 16  # contents that `fetch` holds at most
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class RemoteError(DataError):
-    """A file of a server cannot be read; the message names it, and what happened."""
+    """A remote file cannot be read; the message names the file and the cause."""
 
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """Addresses of remote sources, and limits on how they are asked.
+    """Addresses of remote sources, and limits on requests.
 
     Attributes:
         api_url: of the ISIC archive's API v2.
         bucket_url: of the archive's open bucket.
-        challenge_url: of the challenges' files; a folder or file:// URL of the same layout is as good.
-        cache: folder of the cache of fetched bytes; None keeps nothing.
-        cache_gib: its size at most, in GiB.
+        challenge_url: of the challenges' files; also a folder or file:// URL of the same layout.
+        cache: folder of the cache of fetched bytes; None caches nothing.
+        cache_gib: maximum size of the cache, in GiB.
         connections: open at once to one server.
-        retries: of one request; each redirect counts as one.
-        backoff: seconds before the second retry, doubled for each further one; the first comes at once.
+        retries: per request; each redirect counts as one.
+        backoff: seconds before the second retry, doubled for each further one; the first retry is immediate.
         connect_timeout: seconds.
         read_timeout: seconds without a byte.
     """
@@ -66,11 +66,7 @@ class RemoteSettings:
 
     @classmethod
     def from_environment(cls) -> "RemoteSettings":
-        """The defaults, with those that `ISIC_VQ_API_URL`, `ISIC_VQ_CACHE` and so on set.
-
-        Raises:
-            DataError: a value is not a number, or is out of range.
-        """
+        """Read `ISIC_VQ_API_URL`, `ISIC_VQ_CACHE` and so on over the defaults; DataError for a wrong number."""
         values: dict[str, Any] = {}
         for name, default in vars(cls()).items():
             variable = f"ISIC_VQ_{name.upper()}"
@@ -96,7 +92,7 @@ def _number(variable: str, text: str, kind: type, may_be_zero: bool) -> float:
 
 
 class Request(NamedTuple):
-    """Address, half-open range of bytes or all, and the ETag that the file must have, if any."""
+    """An address, a half-open range of bytes or all, and the ETag that the file must have, if any."""
 
     url: str
     byte_range: tuple[int, int] | None = None
@@ -126,14 +122,13 @@ class HttpClient:
         self.cache = ByteCache(settings.cache, int(settings.cache_gib * 2**30)) if settings.cache else None
 
     def get(self, request: Request) -> bytes:
-        """The whole content of an address, or of a range of its bytes.
+        """Fetch an address, or a range of its bytes.
 
-        With a cache, what was once fetched is taken as it is and nobody is asked whether it changed (an image of the
-        archive never does): name the `version` of what may change.
+        Cached content is returned without asking the server whether it changed (images of the archive never do); give
+        the `version` of a file that may change.
 
         Raises:
-            RemoteError: it does not exist, is shorter than the range, is of another version, or could not be read
-                after all retries.
+            RemoteError: the file is missing, shorter than the range, of another version, or unreadable after all retries.
             DataError: the cache cannot be read or written.
         """
         if self.cache is None:
@@ -157,13 +152,13 @@ class HttpClient:
         headers = {}
         if end is not None:
             headers["Range"] = f"bytes={first}-{end - 1}"
-        if version and not version.startswith("W/"):  # a weak one matches nothing
+        if version and not version.startswith("W/"):  # a weak ETag never matches
             headers["If-Match"] = version
         answer = self.request("GET", url, headers)
         if answer.status == 412 or (version and answer.headers.get("ETag") != version):
             raise RemoteError(f"{public_path(url)} changed while it was read. Start again.")
         content = answer.data
-        if answer.status == 200:  # for a range, too, by a server that knows none
+        if answer.status == 200:  # also the answer to a range, from a server that ignores ranges
             content = content[first:end]
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise RemoteError(f"{public_path(url)}: the server answered with the wrong range.")
@@ -174,11 +169,7 @@ class HttpClient:
         return content
 
     def get_json(self, url: str, params: dict[str, str] | None = None) -> Any:
-        """The JSON value of an address and its query, which is never cached.
-
-        Raises:
-            RemoteError: as `get`, or it is not JSON.
-        """
+        """Fetch a JSON value, uncached; RemoteError as in `get`, or if the answer is not JSON."""
         response = self.request("GET", f"{url}?{urlencode(params)}" if params else url)
         try:
             return response.json()
@@ -188,15 +179,14 @@ class HttpClient:
             ) from error
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[bytes | RemoteError]:
-        """Yield what `get` gives for each request, in order, several under way at once.
+        """Yield the result of `get`, or its RemoteError, for each request in order, several at once.
 
-        A failure is yielded in its place. At most `WINDOW` results are held, fetched or under way, so that a slow
-        reader bounds the memory.
+        At most `WINDOW` results are fetched ahead, so that memory stays bounded whatever the reader's pace.
         """
         waiting: deque[Future[bytes | RemoteError]] = deque()
         for request in requests:
             waiting.append(Future())
-            # A daemon, so that one that waits for a busy server delays nobody; `pool` bounds the connections.
+            # Daemons, so that one that waits for a busy server does not delay the exit; `pool` bounds the connections.
             Thread(
                 target=self._resolve, args=(waiting[-1], request), name="isic-vq-fetch", daemon=True
             ).start()
@@ -214,15 +204,11 @@ class HttpClient:
             future.set_exception(error)
 
     def request(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> BaseHTTPResponse:
-        """An answer that was read to its end: 200, 206, or 412, which is left to the caller.
-
-        Raises:
-            RemoteError: as `get`.
-        """
+        """Return a complete answer of status 200, 206 or 412 (another version); RemoteError for any other."""
         name = public_path(url)
         try:
             answer = self.pool.request(method, url, headers={**self.pool.headers, **(headers or {})})
-        # An error's own text may hold the query, so that it is not chained to; that of a reason does not.
+        # Not chained, because the error's text may hold the query; the text of `reason` does not.
         except LocationValueError:
             raise RemoteError(f"{name!r} is no address: expected http or https, and a host.") from None
         except HTTPError as error:
@@ -241,18 +227,17 @@ class HttpClient:
 
 
 class RangeFile(AbstractBufferedFile):
-    """A remote file that is read by ranges, with some read-ahead: seekable, as zipfile, tarfile and pyarrow want it.
+    """A seekable remote file for zipfile, tarfile and pyarrow, read in ranges with some read-ahead.
 
     Raises:
-        RemoteError: it does not exist, its server answers no ranges, or, on reading, it changed since it was opened,
-            which shows if the server tells an ETag.
+        RemoteError: the file is missing, its server supports no ranges, or, while reading, its ETag changed.
     """
 
     def __init__(self, url: str):
         headers = client().request("HEAD", url).headers
         if headers.get("Accept-Ranges") != "bytes" or "Content-Length" not in headers:
             raise RemoteError(
-                f"{public_path(url)}: the server answers no ranges, or does not tell the file's size. Download it, and "
+                f"{public_path(url)}: the server supports no ranges, or does not state the file's size. Download it, and "
                 "name it by its path."
             )
         self.etag = headers.get("ETag")
@@ -263,7 +248,7 @@ class RangeFile(AbstractBufferedFile):
 
 
 def client() -> HttpClient:
-    """This process's client, by the settings of its environment; after a fork, a new one."""
+    """The client for this process and the settings of its environment; a forked process gets its own."""
     return _client(os.getpid(), RemoteSettings.from_environment())
 
 

@@ -1,6 +1,6 @@
-"""Licences of images: one id per licence however it is spelled, and what follows for weights trained on them.
+"""Licences of images: one id for all spellings of a licence, and the licence of weights trained on them.
 
-Records carry a licence as their source writes it; ids serve to compare. Source: the licences of the ISIC archive
+Records keep the source's spelling; ids are compared. Source: the licences of the ISIC archive
 (https://www.isic-archive.com) and the Hub's ids for them.
 """
 
@@ -20,10 +20,7 @@ _RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
 
 
 def license_id(name: str | None) -> str:
-    """The Hub's id of a licence; "unknown" for None.
-
-    Raises:
-        ValueError: it is not one of ISIC's.
+    """The Hub's id of a licence; "unknown" for None, ValueError if it is not one of ISIC's.
 
     Example:
         >>> license_id("CC BY-NC 4.0"), license_id("CC-0")
@@ -36,12 +33,10 @@ def license_id(name: str | None) -> str:
 
 
 def weights_license(licenses: Iterable[str]) -> str:
-    """The Hub's licence id for weights trained on images of these licences: the most restrictive one.
-
-    Images without a licence make it "unknown".
+    """The Hub's licence id for weights trained on images of these licences: the most restrictive, or "unknown".
 
     Raises:
-        ValueError: as `license_id`, or there are none.
+        ValueError: as `license_id`, or there are no licences.
     """
     ids = {license_id(name) for name in licenses}
     if not ids:

@@ -1,9 +1,7 @@
-"""From records to batches of pixels, with corrupt images skipped, named and counted.
+"""From records to batches of pixels; corrupt images are skipped, named and counted.
 
-An image that cannot be decoded becomes an item with an `error`, leaves its batch at `collate`, and is counted
-by a `SkipCounter`, which raises once too many are corrupt: a damaged file never stops a run of hours, and
-damaged data never passes for sound data. Sizes and pixel range belong to the image processor, which decodes.
-It does not shuffle or augment.
+An image that cannot be decoded becomes an item with an `error`, which `collate` leaves out of the batch and `SkipCounter`
+counts: one damaged file does not stop a long run, and too many do. The image processor decodes and fixes the size.
 """
 
 import itertools
@@ -18,6 +16,7 @@ from datasets import Dataset, Image, IterableDataset
 from numpy.typing import NDArray
 
 from isic_vq.data.augmentation import random_views, view
+from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
@@ -30,13 +29,11 @@ class Batch(TypedDict):
     """A collated batch.
 
     Attributes:
-        pixel_values: float32 of shape (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if every image
-            is corrupt.
+        pixel_values: float32 of shape (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if all are corrupt.
         labels: int64 of shape (batch,); the unconditional id for a diagnosis that the model does not have.
         indices: int64 of shape (batch,), rows of the data set.
-        skipped: one "name: reason" per corrupt image, which the tensors leave out.
-        isic_ids: the images' ids; only from `iter_batches` and `decoded_batches`.
-        diagnoses: their canonical diagnoses; likewise.
+        skipped: "name: reason" of each corrupt image, which the tensors leave out.
+        isic_ids, diagnoses: of the images; only from `iter_batches` and `decoded_batches`.
     """
 
     pixel_values: torch.Tensor
@@ -51,21 +48,18 @@ class Views(Protocol):
     """The dihedral view of each image, by its item's index."""
 
     def __getitem__(self, index: int, /) -> int:
-        """Return the view of an image, 0 to 7."""
+        """The view of an image, 0 to 7."""
 
 
 class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
-    """A map-style torch data set that decodes images through the image processor.
+    """A map-style torch data set that decodes images with the image processor.
 
     Args:
         records: has the columns of `FEATURES`.
         image_processor: fixes the size.
-        label2id: class ids by canonical diagnosis; a diagnosis that is not in it, or any without `label2id`,
-            gets the unconditional id, `len(label2id)`.
-        cache: keep decoded pixels in memory (about 48 KiB per image of 128 x 128 pixels, in each worker
-            process).
-        shard_sizes: rows of each file that `records` are read from, where an epoch should read one file after
-            the other; None if any order is as good.
+        label2id: class ids by diagnosis; other diagnoses get the unconditional id, `len(label2id)`.
+        cache: keep decoded pixels in memory (48 KiB per image of 128 x 128 pixels, in each worker process).
+        shard_sizes: rows of each file behind `records`, for epochs that read few files at a time; None for any order.
     """
 
     def __init__(
@@ -83,7 +77,7 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
         self.cache: dict[int, NDArray[np.uint8] | str] | None = {} if cache else None
 
     def __len__(self) -> int:
-        """Return the number of images, corrupt ones included."""
+        """The number of images, corrupt ones included."""
         return len(self.records)
 
     @property
@@ -92,44 +86,41 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.records)
 
     def views(self, seed: int, epoch: int) -> list[int]:
-        """The view in which each image is shown in an epoch."""
+        """The view of each image in an epoch."""
         return random_views(len(self), seed, epoch).tolist()
 
     def sample(self, size: int, seed: int) -> torch.utils.data.Subset[dict[str, Any]]:
-        """The first images of a random order, up to `size`; the same in every process."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return torch.utils.data.Subset(self, order[:size].tolist())
+        """Draw at most `size` images at random, the same in every process."""
+        return torch.utils.data.Subset(self, seeded_subset(len(self), size, seed).tolist())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return {"pixels", "label", "index"}, or {"index", "error"} for a corrupt image.
 
-        `pixels` is uint8 of shape (height, width, 3), RGB: `collate` makes a whole batch floating-point at once.
+        `pixels` is uint8 of shape (height, width, 3), RGB; `collate` converts whole batches to floats.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in 0 to {len(self) - 1}")
-        if self.cache is None:
-            return _item(self._decode(index), self.labels[index], index)
-        if index not in self.cache:
-            self.cache[index] = self._decode(index)
-            if isinstance(pixels := self.cache[index], np.ndarray):
-                pixels.setflags(write=False)  # the next epoch reads them, too
-        return _item(self.cache[index], self.labels[index], index)
+        pixels = self._decode(index) if self.cache is None else self.cache.get(index)
+        if pixels is None:
+            pixels = self.cache[index] = self._decode(index)  # type: ignore[index]
+            if isinstance(pixels, np.ndarray):
+                pixels.setflags(write=False)  # the next epoch reads the same memory
+        return _item(pixels, self.labels[index], index)
 
     def _decode(self, index: int) -> NDArray[np.uint8] | str:
-        """Return the pixels of a row, or its error."""
         return _decode(self.records[index], index, self.image_processor)
 
 
 class SkipCounter:
-    """Count corrupt images over a run, log each once by name, and raise once they are too many.
+    """Counts corrupt images over a run, logs each once by name, and raises when there are too many.
 
     Args:
         max_share: allowed share of corrupt images, 0 to 1.
-        min_images: the share is taken of at least this many images, so that one corrupt image among the first
-            few stops nothing; the size of the data set where it is known.
+        min_images: until `finish`, the share is of at least this many images, so that one corrupt image among the first
+            few does not stop the run; the size of the data set where it is known.
 
     Attributes:
-        num_images: images counted so far, corrupt ones included; an image seen in two epochs counts twice.
+        num_images: images counted so far, corrupt ones included; images of every epoch count.
         num_skipped: corrupt images among them.
     """
 
@@ -143,11 +134,7 @@ class SkipCounter:
         self._logged: dict[str, str] = {}
 
     def count(self, batch: Batch) -> None:
-        """Add a batch.
-
-        Raises:
-            DataError: the share of corrupt images is above `max_share`.
-        """
+        """Add a batch; DataError if the share of corrupt images is above `max_share`."""
         self.num_skipped += len(batch["skipped"])
         self.num_images += len(batch["indices"]) + len(batch["skipped"])
         for skipped in batch["skipped"]:
@@ -158,11 +145,7 @@ class SkipCounter:
         self._check(max(self.num_images, self.min_images))
 
     def finish(self) -> None:
-        """Check the share once more when the data has ended, whatever `min_images` is.
-
-        Raises:
-            DataError: the share of corrupt images is above `max_share`.
-        """
+        """Check the share at the end of the data, without `min_images`; DataError if it is above `max_share`."""
         self._check(self.num_images)
 
     def _check(self, num_images: int) -> None:
@@ -173,7 +156,7 @@ class SkipCounter:
 def check_share(
     reasons: Sequence[str], num_bad: int, num_images: int, max_share: float, word: str = "corrupt"
 ) -> None:
-    """Raise DataError if more than a share of images cannot be used; some of the reasons are named."""
+    """Raise DataError, with some of the reasons, if more than a share of the images cannot be used."""
     if num_bad > max_share * num_images:
         raise DataError(
             f"{num_bad} of {num_images} images are {word}, more than the allowed share of {max_share:g}, for example "
@@ -182,13 +165,13 @@ def check_share(
 
 
 def collate(items: list[dict[str, Any]], views: Views | None = None) -> Batch:
-    """Join items of `DecodedImages` or `StreamedImages` into a batch that leaves out the corrupt ones; use it as `collate_fn`.
+    """Join items of `DecodedImages` or `StreamedImages` into a batch without the corrupt ones, as a `collate_fn`.
 
-    `pixel_values` lies in memory channels last, as decoded images do and as convolutions like it.
+    `pixel_values` are channels last in memory, like decoded images, which is fast for convolutions.
 
     Args:
         items: decoded images.
-        views: the dihedral view each is shown in, by its index; None shows all as they are.
+        views: the dihedral view of each image, by its index; None leaves images as they are.
     """
     sound = [item for item in items if "error" not in item]
     pixels = [
@@ -212,19 +195,16 @@ def iter_batches(
     label2id: Mapping[str, int] | None = None,
     max_corrupt_share: float = 0.01,
 ) -> Iterator[Batch]:
-    """Yield the images of a data set or stream once, in order, in batches that also carry `isic_ids` and `diagnoses`.
+    """Yield the images of a data set or stream once, in order, in batches with `isic_ids` and `diagnoses`.
 
-    A corrupt image makes its batch smaller; a batch without a sound image is left out.
+    Corrupt images make a batch smaller; a batch without any sound image is left out.
 
     Args:
         dataset: has the columns of `FEATURES`.
         image_processor: fixes the size.
         batch_size: number of records per batch.
         label2id: as for `DecodedImages`.
-        max_corrupt_share: as for `SkipCounter`.
-
-    Raises:
-        DataError: too many images are corrupt.
+        max_corrupt_share: a larger share of corrupt images is a DataError.
     """
     counter = SkipCounter(max_corrupt_share, len(dataset) if isinstance(dataset, Dataset) else 1000)
     for batch in decoded_batches(dataset, image_processor, batch_size, label2id):
@@ -240,14 +220,14 @@ def decoded_batches(
     batch_size: int,
     label2id: Mapping[str, int] | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches as `iter_batches` does, without judging how many images are corrupt; a batch may be empty."""
+    """Yield batches like `iter_batches`, but also empty ones, and without a limit on corrupt images."""
     records = enumerate(dataset.cast_column("image", Image(decode=False)))
     while chunk := list(itertools.islice(records, batch_size)):
-        about = {index: (_name(record, index), record["diagnosis"]) for index, record in chunk}
         batch = collate([decoded_item(record, image_processor, index, label2id) for index, record in chunk])
-        sound = [about[index] for index in batch["indices"].tolist()]
-        batch["isic_ids"] = [name for name, _ in sound]
-        batch["diagnoses"] = [diagnosis for _, diagnosis in sound]
+        by_index = dict(chunk)
+        sound = batch["indices"].tolist()
+        batch["isic_ids"] = [_name(by_index[index], index) for index in sound]
+        batch["diagnoses"] = [by_index[index]["diagnosis"] for index in sound]
         yield batch
 
 
@@ -257,14 +237,7 @@ def decoded_item(
     index: int = 0,
     label2id: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Decode a record: {"pixels", "label", "index"}, or {"index", "error"} for a corrupt image.
-
-    Args:
-        record: has the columns of `FEATURES`, its image as {"bytes", "path"} or None.
-        image_processor: fixes the size.
-        index: what the item is called by.
-        label2id: as for `DecodedImages`.
-    """
+    """Decode a record into an item, as `DecodedImages` does; its image is {"bytes", "path"} or None."""
     return _item(_decode(record, index, image_processor), _label(record["diagnosis"], label2id), index)
 
 
@@ -279,7 +252,7 @@ def _name(record: Mapping[str, Any], index: int) -> str:
 def _decode(
     record: Mapping[str, Any], index: int, image_processor: IsicVQImageProcessor
 ) -> NDArray[np.uint8] | str:
-    """Return a record's pixels, uint8 of shape (height, width, 3), or "name: reason" if it is corrupt."""
+    """A record's pixels, uint8 of shape (height, width, 3), or "name: reason" if it is corrupt."""
     image, name = record["image"], _name(record, index)
     if image is None or (image["bytes"] is None and image["path"] is None):
         return f"{name}: the record has no image"

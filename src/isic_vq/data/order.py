@@ -1,4 +1,4 @@
-"""Seeded orders: random subsets, and epochs over prepared shards that read near in time what lies near on disk."""
+"""Seeded orders: random subsets, and epochs that read few prepared shards at a time."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,21 @@ WINDOW = 16  # shards whose rows are mixed
 
 
 def seeded_subset(number: int, limit: int, seed: int) -> Tensor:
-    """At most `limit` of `number` rows, int64, in the order in which the seed draws them."""
+    """Draw at most `limit` of `number` rows: int64 in the order of a random permutation, the same in every process."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> NDArray[np.int64]:
-    """Every row of all shards once: shards in random order, the rows of each `window` of them in random order.
+    """Order the rows of all shards: shards in random order, and the rows of every `window` of them mixed.
 
-    A function of its arguments alone, so that a place in an epoch is one integer. With no more shards than the window
-    holds it is a permutation of all rows, each as likely as any other.
+    The order depends only on the arguments, so that a position in an epoch is one integer. Up to `window` shards it is a
+    uniform permutation of all rows.
 
     Args:
         shard_sizes: rows of each shard, in the order of the data set's rows.
         seed: of the run.
         epoch: from 0.
-        window: how many shards are open at once.
+        window: number of shards that are open at once.
 
     Returns:
         Rows of the data set, int64 of shape (rows,).

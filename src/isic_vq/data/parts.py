@@ -1,4 +1,4 @@
-"""Parts of a source: training or validation, and the images under some licences."""
+"""Subsets of a source: training or validation, and the images under some licences."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,13 +21,7 @@ Key = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class SelectedSource(Source):
-    """Some of the records of a source.
-
-    Attributes:
-        source: the whole.
-        info: what may be published about the selected records.
-        keys: their values in `GROUP_COLUMNS` and `license`.
-    """
+    """Some records of a source: those whose `_KEY_COLUMNS` have the values in `keys`; `info` describes them."""
 
     source: Source
     info: SourceInfo
@@ -43,21 +37,22 @@ class SelectedSource(Source):
         return self.source.has_random_access
 
     def parts(self) -> list[Any]:
-        """The source's, some of which may hold no selected record."""
+        """List the source's parts, some of which may hold no selected record."""
         return self.source.parts()
 
-    def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
-        return (row for row in self.source.records_of(part, reading) if _key(row) in self.keys)
+    def records_of(self, part: Any, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
+        records = self.source.records_of(part, reading, with_images)
+        return (row for row in records if _key(row) in self.keys)
 
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
         return (row for row in self.source.rows(reading) if _key(row) in self.keys)
 
     def fingerprint(self) -> str:
-        """The source's; `ids_sha256` of its description tells parts apart."""
+        """The whole source's fingerprint; subsets differ in `SourceInfo.ids_sha256`."""
         return self.info.fingerprint
 
     def dataset(self, whole: Dataset | None = None) -> Dataset:
-        """The selected records, of `whole` if the source's were opened already."""
+        """Open the selected records, from `whole` if the source's records were opened already."""
         records = self.source.dataset() if whole is None else whole
         rows = records.select_columns(list(_KEY_COLUMNS)).to_list()
         return records.select([index for index, row in enumerate(rows) if _key(row) in self.keys])
@@ -70,18 +65,17 @@ class SelectedSource(Source):
 def split_source(
     source: Source, share: float, licenses: Collection[str] = ()
 ) -> tuple[SelectedSource, SelectedSource]:
-    """Split a source into the training and the validation part that `split_rows` (seed 0) makes of it.
+    """Split a source into training and validation by `split_rows` with seed 0; rows are read once.
 
-    Parts are taken of all images, before licences are looked at, so that those under one licence lie in the part in
-    which they lie without that.
+    Licences are selected after splitting, so that they do not move an image to the other part.
 
     Args:
-        source: is read once.
+        source: the whole.
         share: expected share of the groups in validation.
         licenses: as for `licensed`.
 
     Raises:
-        ValueError: the share or a licence is not one.
+        ValueError: the share or a licence is invalid.
         DataError: as `split_rows`, or no image of a part has such a licence.
     """
     rows, fingerprint = list(source.metadata()), source.fingerprint()
@@ -99,10 +93,10 @@ def split_source(
 
 
 def licensed(source: Source, licenses: Collection[str]) -> Source:
-    """The images of a source under one of some licences, however these are spelled; none takes all.
+    """Select the images under one of these licences, in any spelling; without licences, all.
 
     Raises:
-        ValueError: a licence is not one.
+        ValueError: a licence is unknown.
         DataError: no image has such a licence.
     """
     return _selected(source, source.metadata(), source.name, licenses) if licenses else source
@@ -129,7 +123,7 @@ def open_part(
     licenses: Collection[str] = (),
     classes: Classes | None = None,
 ) -> tuple[Dataset | Source, SourceInfo]:
-    """Open a source, or its training or validation part, see `split_source`.
+    """Open a source, or its training or validation part.
 
     Args:
         uri: as for `find_source`.
@@ -139,11 +133,10 @@ def open_part(
         classes: as for `find_source`.
 
     Returns:
-        The records, or the source itself if it can only be streamed, and what may be published about them.
+        The records, or the source itself if it can only be streamed, and their description.
 
     Raises:
-        ValueError: the part, the share or a licence is not one.
-        DataError: as `find_source`, `split_source` and `licensed`.
+        ValueError, DataError: as `find_source`, `split_source` and `licensed`.
     """
     if part not in ("all", "train", "validation"):
         raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
@@ -163,14 +156,12 @@ def _key(row: Mapping[str, Any]) -> Key:
 def _with_licenses(
     rows: Iterable[dict[str, Any]], name: str, licenses: Collection[str]
 ) -> list[dict[str, Any]]:
-    """The rows under one of some licences; one without a licence is under none."""
+    """The rows under one of some licences; a row without a licence is under none."""
     wanted = {license_id(text) for text in licenses} - {"unknown"}
-    present, passing = Counter[str](), []
-    for row in rows:
-        present[row["license"] or "unknown"] += 1
-        if license_id(row["license"]) in wanted:
-            passing.append(row)
-    if not passing:
-        there = ", ".join(f"{text} ({number} images)" for text, number in sorted(present.items()))
-        raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {there}.")
-    return passing
+    rows = list(rows)
+    selected = [row for row in rows if license_id(row["license"]) in wanted]
+    if not selected:
+        counts = sorted(Counter(row["license"] or "unknown" for row in rows).items())
+        present = ", ".join(f"{text} ({number} images)" for text, number in counts)
+        raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {present}.")
+    return selected

@@ -1,8 +1,8 @@
-"""Prepare images for training: any sources in, shards at the training size out, with splits and a manifest.
+"""Prepare images for training: from any sources to shards at the training size, with splits and a manifest.
 
-Images are read and resized in units, one part of one source each, the pieces of a `Work`, by any number of processes.
-What follows needs all units and is quick: near-duplicates, splits, shards. The bytes of the result depend on the sources
-and settings alone.
+Images are read and resized in units, one part of one source each, the pieces of a `Work`, by any number of processes. The
+rest needs all units and is quick: near-duplicates, splits, shards. The bytes of the result depend only on the sources and
+settings.
 """
 
 import hashlib
@@ -38,22 +38,21 @@ from isic_vq.data.duplicates import (
 )
 from isic_vq.data.licenses import license_id
 from isic_vq.data.loading import check_share
-from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.schema import FEATURES, DataError, without_image
 from isic_vq.data.shards import SUFFIXES
 from isic_vq.data.sources import Source, find_source
 from isic_vq.data.sources.base import count_rows
+from isic_vq.data.sources.image_files import file_digest
 from isic_vq.data.sources.manifest import (
     IMAGE_COLUMNS,
-    IMAGES,
     MANIFEST,
     Manifest,
     Shard,
-    images_bytes,
     read_images,
-    shard_of,
+    write_images,
     write_shard,
 )
-from isic_vq.data.splits import SPLITS, Assignment, Stratum, assign_splits, few_images, stratified_report
+from isic_vq.data.splits import SPLITS, Assignment, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
 from isic_vq.locks import HOST, hold, is_running
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
@@ -62,14 +61,14 @@ from isic_vq.work import SETTINGS, Work, differences, told
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
-FIXED = ("size", "encoding", "quality", "format")  # settings that a folder has one of, however it is extended
-UNREADABLE = "unreadable: "  # what the reason of an image begins with that could not be read
+FIXED = ("size", "encoding", "quality", "format")  # settings that extending a folder cannot change
+UNREADABLE = "unreadable: "  # prefix of the reason of an image that could not be read
 _UNIT = pyarrow.schema([*IMAGE_COLUMNS, ("image", pyarrow.binary())])
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images are prepared.
+    """Settings of `prepare`; a ValueError names one that is out of its range.
 
     Attributes:
         size: side in pixels.
@@ -77,14 +76,11 @@ class Preparation:
         quality: of JPEG.
         format: "parquet" or "webdataset".
         rows_per_shard: images in a file.
-        shares: expected share of the groups in "validation" and "test", of sources that come without a split.
+        shares: expected share of the groups in "validation" and "test", for sources without a split.
         seed: of the splits.
-        licenses: images under one of these alone; none takes all.
-        keep_duplicates: leave training images that validation or test shows as well.
-        max_corrupt_share: share of unreadable images past which to fail.
-
-    Raises:
-        ValueError: one of them is out of its range.
+        licenses: take only images under one of these; without any, take all.
+        keep_duplicates: keep training images that are also in validation or test.
+        max_corrupt_share: a larger share of unreadable images is an error.
     """
 
     size: int = 128
@@ -113,7 +109,7 @@ class Preparation:
             license_id(name)
 
     def encode(self, square: Any) -> bytes:
-        """A PNG or JPEG file of pixels (height, width, 3)."""
+        """Encode pixels (height, width, 3) as PNG or JPEG."""
         buffer = io.BytesIO()
         options = {"quality": self.quality, "subsampling": 0} if self.encoding == "jpeg" else {}
         Image.fromarray(square).save(buffer, format=self.encoding, **options)
@@ -129,38 +125,38 @@ def prepare(
     progress: bool = False,
     classes: Classes | None = None,
 ) -> Manifest:
-    """Prepare images of sources in a folder.
+    """Prepare the images of sources in a folder.
 
     Args:
-        output: the folder; an interrupted call with the same arguments is gone on with.
+        output: the folder; the same call resumes an interrupted one.
         sources: split (None: by `preparation.shares`) and URI of each.
-        preparation: how.
-        workers: processes.
-        extend: add to a finished folder: what it holds keeps its split and its bytes, and new images that would put a
-            lesion, a patient or a photograph on two sides are excluded.
+        preparation: the settings.
+        workers: number of processes.
+        extend: add to a finished folder: its images keep their splits and bytes, and new images that would put a lesion,
+            a patient or a photograph into two splits are excluded.
         progress: show a progress bar.
         classes: names that labels may have, as for `find_source`.
 
     Returns:
-        What the folder's manifest says.
+        The folder's manifest.
 
     Raises:
-        ValueError: a setting that is none.
+        ValueError: there are no sources, or an unknown split.
         DataError: a source cannot be used, too many images are unreadable, or the folder holds something else.
-        InUseError: another process is at it.
-        OSError: a file cannot be written; it is named.
+        InUseError: another process prepares the same folder.
+        OSError: a file, which is named, cannot be written.
     """
     with hold(output):
-        found = [(split, find_source(uri, classes)) for split, uri in sources]
-        if not found:
+        opened = [(split, find_source(uri, classes)) for split, uri in sources]
+        if not opened:
             raise ValueError("nothing to prepare: name at least one source")
         units = {
             f"{i:02d}-{j:06d}.parquet": (source, part)
-            for i, (_, source) in enumerate(found)
+            for i, (_, source) in enumerate(opened)
             for j, part in enumerate(source.parts())
         }
-        infos = [asdict(source.describe()) for _, source in found]
-        settings = _settings(preparation, found, infos)
+        infos = [asdict(source.describe()) for _, source in opened]
+        settings = _settings(preparation, opened, infos)
         old, work = _open_folder(output, settings, extend), Work(output / WORK, list(units), "parts")
         if old is not None and old.settings == settings:
             logger.info("%s is finished with these settings already", output.name)
@@ -168,12 +164,12 @@ def prepare(
                 not (begun := work.folder / SETTINGS).is_file()
                 or json.loads(begun.read_text(encoding="utf-8")) == settings
             ):
-                shutil.rmtree(work.folder, ignore_errors=True)  # killed while it removed its work
+                shutil.rmtree(work.folder, ignore_errors=True)  # left by a process killed at its end
             return old
         work.begin(settings)
         calls = [(*unit, work.folder / name, preparation) for name, unit in units.items()]
         _make_units(work, calls, workers, sum(info["num_images"] for info in infos), progress)
-        return _finish(output, work, found, infos, settings, preparation, old)
+        return _finish(output, work, opened, infos, settings, preparation, old)
 
 
 def _finish(
@@ -185,7 +181,7 @@ def _finish(
     preparation: Preparation,
     old: Manifest | None,
 ) -> Manifest:
-    """Write shards and manifest once all units are there, and remove these."""
+    """Write shards and manifest from the finished units, and remove the units."""
     paths, rows, wanted = [work.folder / name for name in work.names], [], []
     for path in paths:
         unit = pyarrow.parquet.read_table(path, columns=IMAGE_COLUMNS.names).to_pylist()
@@ -201,6 +197,10 @@ def _finish(
     pairs = _assign(rows, wanted, old_rows, preparation)
     shards = _write_shards(output, paths, rows, preparation, old_shards)
     everything = [*old_rows, *rows]
+    kept = [row for row in everything if row["split"] != "excluded"]
+    strata = stratified_report(kept, [Assignment(row["split"]) for row in kept])
+    for warning in few_images(strata):
+        logger.warning("%s", warning)
     report = duplicate_report(pairs, everything)
     report.pop("pairs")
     manifest = Manifest(
@@ -213,11 +213,11 @@ def _finish(
             for row in everything
             if (row["reason"] or "").startswith(UNREADABLE)
         },
-        strata=[asdict(stratum) for stratum in _strata(everything)],
+        strata=[asdict(stratum) for stratum in strata],
         duplicates=report,
         classes=_classes([source.classes for _, source in sources], old, everything),
     )
-    write_atomically(output / IMAGES, images_bytes(everything))
+    write_images(output, everything)
     manifest.write(output)
     shutil.rmtree(work.folder)
     return manifest
@@ -226,7 +226,7 @@ def _finish(
 def _classes(
     declared: Sequence[Classes], old: Manifest | None, rows: Sequence[Mapping[str, Any]]
 ) -> list[str] | None:
-    """The classes of all images in order: those of a folder that is extended first; None if they are ISIC's."""
+    """The classes of all images in order, first those of the folder that is extended; None if they are ISIC's."""
     before = old.classes if old is not None else None
     if before is None and all(classes.is_default for classes in declared):
         return None
@@ -240,7 +240,7 @@ def _settings(
     infos: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """All that decides the bytes of the folder."""
-    named = []
+    named: list[dict[str, Any]] = []
     for (split, source), info in zip(sources, infos, strict=True):
         named.append({"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}})
         if not source.classes.is_default:
@@ -256,7 +256,7 @@ def _settings(
 
 
 def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Manifest | None:
-    """The manifest of a finished folder that is the one asked for, or may be extended; None of one that is not finished."""
+    """The manifest of a folder that is finished with these settings or may be extended; None of an unfinished one."""
     old = Manifest.read(output) if (output / MANIFEST).is_file() else None
     if old is None:
         if extend:
@@ -266,7 +266,7 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
         others = {path.name for path in output.glob("*") if path.name != WORK and path.suffix != ".lock"}
         if others and not (output / WORK / SETTINGS).is_file():
             raise DataError(
-                f"{output.name} holds {min(others)}, which is not of this preparation: choose an empty folder"
+                f"{output.name} holds {min(others)}, which does not belong to this preparation: choose an empty folder"
             )
         return None
     different = differences(old.settings, settings)
@@ -284,23 +284,23 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
 def _make_units(
     work: Work, calls: Sequence[tuple[Any, ...]], workers: int, num_images: int, progress: bool
 ) -> None:
-    """Make the units that are not there yet; `calls` are the arguments of `_make_unit` for all of them."""
+    """Make the missing units; `calls` are the arguments of `_make_unit` for all units."""
     missing = work.missing
-    there = (work.path(number) for number in work.own if number not in missing)
-    initial = sum(pyarrow.parquet.read_metadata(path).num_rows for path in there)
+    finished = (work.path(number) for number in work.own if number not in missing)
+    initial = sum(pyarrow.parquet.read_metadata(path).num_rows for path in finished)
     with work.progress(num_images, initial, "preparing", progress) as bar:
-        for number in _run(_make_unit, [calls[number] for number in missing], workers):
-            bar.update(number)
+        for num_rows in _run(_make_unit, [calls[number] for number in missing], workers):
+            bar.update(num_rows)
 
 
 def _run(function: Callable[..., int], calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
-    """Yield the results of calls as they come, from so many processes."""
+    """Yield the results of calls as they finish, from this many processes."""
     if workers <= 1:
         yield from (function(*arguments) for arguments in calls)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _leave_with, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool:
         try:
             futures = [pool.submit(function, *arguments) for arguments in calls]
             yield from (future.result() for future in as_completed(futures))
@@ -308,8 +308,8 @@ def _run(function: Callable[..., int], calls: Sequence[tuple[Any, ...]], workers
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_with(parent: int) -> None:
-    """Let a worker end when the process that wants its work is gone, killed even, and leave Ctrl-C to that one."""
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it, even if it is killed."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -325,10 +325,11 @@ def _make_unit(source: Source, part: Any, path: Path, preparation: Preparation) 
     """Write the rows of a part, with their images at the training size; returns their number."""
     processor = IsicVQImageProcessor(size=preparation.size)
     wanted = {license_id(name) for name in preparation.licenses} - {"unknown"}
-    rows = []
-    for record in source.read(part):
-        if not preparation.licenses or (record["license"] and license_id(record["license"]) in wanted):
-            rows.append(_prepared_row(record, source.name, processor, preparation))
+    rows = [
+        _prepared_row(record, source.name, processor, preparation)
+        for record in source.read(part)
+        if not preparation.licenses or license_id(record["license"]) in wanted
+    ]
     table = pyarrow.Table.from_pylist(rows, schema=_UNIT)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="none")
@@ -339,8 +340,8 @@ def _make_unit(source: Source, part: Any, path: Path, preparation: Preparation) 
 def _prepared_row(
     record: Mapping[str, Any], origin: str, processor: IsicVQImageProcessor, preparation: Preparation
 ) -> dict[str, Any]:
-    """A record's row: with an image and signature, or with the reason why it has none."""
-    row: dict[str, Any] = {name: record[name] for name in FEATURES if name != "image"} | {"origin": origin}
+    """A record's row: with image and signature, or excluded with a reason."""
+    row: dict[str, Any] = {**without_image(record), "origin": origin}
     content = _image_bytes(record["image"])
     if content is None:
         return {**row, "split": "excluded", "reason": f"{UNREADABLE}the record has no image"}
@@ -353,21 +354,12 @@ def _prepared_row(
 
 
 def _image_bytes(image: Any) -> bytes | None:
-    """The encoded image of a record, None if it has none or its file is gone."""
+    """The encoded image of a record; None if it has none or its file is missing."""
     if isinstance(image, Mapping):
         image = image["bytes"] if image["bytes"] is not None else image["path"]
     if isinstance(image, (str, Path)):
         return Path(image).read_bytes() if Path(image).is_file() else None
     return image
-
-
-def _strata(rows: Sequence[Mapping[str, Any]]) -> list[Stratum]:
-    """How the splits came out, warning of diagnoses with too few images to be measured alone."""
-    kept = [row for row in rows if row["split"] != "excluded"]
-    strata = stratified_report(kept, [Assignment(row["split"]) for row in kept])
-    for sentence in few_images(strata):
-        logger.warning("%s", sentence)
-    return strata
 
 
 def _assign(
@@ -376,7 +368,7 @@ def _assign(
     old_rows: Sequence[Mapping[str, Any]],
     preparation: Preparation,
 ) -> list[DuplicatePair]:
-    """Fill in split and reason of new rows; returns the near-duplicates among all, old rows first."""
+    """Set split and reason of new rows; returns the near-duplicates among old and new rows."""
     readable = [number for number, row in enumerate(rows) if row["split"] is None]
     assignments = assign_splits(
         [rows[number] for number in readable],
@@ -395,24 +387,11 @@ def _assign(
         for p in find_duplicates([everything[number]["signature"] for number in described])
     ]
     if not preparation.keep_duplicates:
-        _drop_duplicates(pairs, everything, len(old_rows))
+        names = [str(row["isic_id"]) for row in everything]
+        reasons = drop_from_train(pairs, [row["split"] for row in everything], names, len(old_rows))
+        for number, reason in reasons.items():
+            rows[number - len(old_rows)].update(split="excluded", reason=reason)
     return pairs
-
-
-def _drop_duplicates(pairs: Sequence[DuplicatePair], rows: Sequence[Any], num_old: int) -> None:
-    """Exclude training rows that show a photograph of validation or test; of an old and a new row, the new one."""
-    names = [str(row["isic_id"]) for row in rows]
-    for number, reason in drop_from_train(pairs, [row["split"] for row in rows], names).items():
-        if number >= num_old:
-            rows[number].update(split="excluded", reason=reason)
-    for pair in pairs:
-        old, new = sorted((pair.first, pair.second))
-        sides = {rows[old]["split"], rows[new]["split"]}
-        if old < num_old <= new and "train" in sides and sides & {"validation", "test"}:
-            rows[new].update(
-                split="excluded",
-                reason=f"same photograph as {names[old]} of {rows[old]['split']}, which stays",
-            )
 
 
 def _write_shards(
@@ -422,7 +401,7 @@ def _write_shards(
     preparation: Preparation,
     old: Sequence[Shard],
 ) -> list[Shard]:
-    """Write the images of each split in order, one unit and at most one shard per split in memory."""
+    """Write the images of each split in order; at most one unit and one shard per split are in memory."""
     shards, suffix = list(old), "png" if preparation.encoding == "png" else "jpg"
     waiting: dict[str, list[tuple[dict[str, Any], bytes]]] = {split: [] for split in SPLITS[:3]}
 
@@ -432,16 +411,16 @@ def _write_shards(
         records = []
         for place, (row, image) in enumerate(waiting[split]):
             stored = {"bytes": image, "path": f"{Path(str(row['isic_id'])).name}.{suffix}"}
-            records.append({"image": stored, **{name: row[name] for name in FEATURES if name != "image"}})
+            records.append({"image": stored, **{name: row[name] for name in without_image(FEATURES)}})
             row |= {"shard": path.name, "row": place}
         write_shard(path, records)
-        shards.append(shard_of(path, split, len(records)))
+        shards.append(Shard(path.name, split, len(records), path.stat().st_size, file_digest(path)))
         waiting[split].clear()
 
-    following = iter(rows)
+    remaining = iter(rows)
     for path in paths:
         for image in pyarrow.parquet.read_table(path, columns=["image"])["image"].to_pylist():
-            row = next(following)
+            row = next(remaining)
             if row["split"] != "excluded":
                 waiting[row["split"]].append((row, image))
                 if len(waiting[row["split"]]) == preparation.rows_per_shard:

@@ -1,7 +1,7 @@
-"""What weights were trained on: a file beside them, which every later stage takes along.
+"""The record of training images beside weights, which every later stage carries on.
 
-A tokenizer's `training_data.json` describes its images; a whole model's those of its tokenizer, of its prior and, where
-there was one, of its decoder's fine-tuning. A part whose images were not recorded is null: nothing is assumed of it.
+`training_data.json` describes the images of each stage: the tokenizer's, the prior's, and those of the decoder's
+fine-tuning if there was one. A stage whose images were not recorded is null.
 """
 
 import json
@@ -15,7 +15,7 @@ from isic_vq.data.sources import SourceInfo
 from isic_vq.files import write_atomically
 
 TRAINING_DATA = "training_data.json"
-PROVENANCE = "provenance.json"  # of a Hub repository's folder, where they are one entry among others
+PROVENANCE = "provenance.json"  # of a Hub repository, in which they are the entry `BY_STAGE`
 BY_STAGE = "training_data_by_stage"
 
 TrainingData = Mapping[str, SourceInfo | None]  # by stage: "vqvae", "prior", "decoder"
@@ -28,11 +28,7 @@ def write_training_data(folder: Path, data: TrainingData) -> None:
 
 
 def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
-    """What the weights in a folder were trained on; empty if that was not recorded.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """Read what the weights in a folder were trained on, empty if not recorded; DataError if the file is damaged."""
     path = folder / TRAINING_DATA
     if not path.is_file():
         path = folder / PROVENANCE
@@ -49,11 +45,7 @@ def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
 
 
 def licenses_of(data: Mapping[str, Mapping[str, Any] | None]) -> set[str]:
-    """The licences of all images that weights were trained on, "unknown" among them if some were not recorded.
-
-    Args:
-        data: `SourceInfo` as a dictionary, by stage.
-    """
+    """The licences of all training images, from `SourceInfo` dictionaries by stage; an unrecorded stage is "unknown"."""
     return {
         name for info in data.values() for name in (info["licenses"] if info is not None else ["unknown"])
     }

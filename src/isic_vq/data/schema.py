@@ -1,12 +1,11 @@
-"""One schema for every source: eleven columns, one name per thing, and missing values as None.
+"""One schema for every source: eleven columns, in which a missing value is None.
 
 Source: the column names of HAM10000, of the ISIC challenges' CSV files and of the ISIC archive's metadata.
-Differs: archives write "unknown", "" or NaN for a missing value; here all of them are None, except that a
-missing diagnosis is the class `unknown`. Column names are compared without case and outer blanks. Diagnoses become
-classes, see `isic_vq.data.classes`, sites those of `isic_vq.data.sites`, sex "male" or "female"; a site or sex that no table knows stays, in lower case. Where the
-archive gives diagnosis or site in levels only, the levels count. Age is in years; the archive's "85+" is 85, at which
-it caps ages. Licence and attribution stay as they are written.
-It does not decode images: `normalise` hands the `image` column on as it came.
+Differs: "unknown", "" and NaN, the archives' missing values, become None, and a missing diagnosis the class `unknown`.
+Column names are compared without case and outer blanks. Diagnoses become classes (`isic_vq.data.classes`), sites those of
+`isic_vq.data.sites`, sex "male" or "female"; another site or sex stays, in lower case. Levels count where the archive
+gives diagnosis or site in levels only. Age is in years; the archive caps it at "85+", which becomes 85.
+Licence, attribution and encoded images stay as they are.
 """
 
 import math
@@ -21,7 +20,7 @@ from isic_vq.data.errors import DataError
 from isic_vq.data.sites import archive_site, canonical_site
 from isic_vq.models.diagnosis import archive_diagnosis, is_one_hot, one_hot_diagnosis
 
-__all__ = ["COLUMN_ALIASES", "FEATURES", "DataError", "is_label", "is_read", "normalise"]
+__all__ = ["COLUMN_ALIASES", "FEATURES", "DataError", "is_label", "is_read", "normalise", "without_image"]
 
 FEATURES = Features(
     {
@@ -54,8 +53,8 @@ COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 # Of the ISIC archive's tables, from the general to the specific.
-_DIAGNOSIS_LEVELS = tuple(f"diagnosis_{level}" for level in range(1, 6))
-_SITE_LEVELS = (*(f"anatom_site_{level}" for level in range(1, 6)), "anatom_site_special")
+DIAGNOSIS_LEVELS = tuple(f"diagnosis_{level}" for level in range(1, 6))
+SITE_LEVELS = (*(f"anatom_site_{level}" for level in range(1, 6)), "anatom_site_special")
 _SEXES = {"m": "male", "man": "male", "f": "female", "w": "female", "woman": "female"}
 _MISSING = frozenset({"", "unknown", "unk", "nan", "none", "null", "n/a", "na"})
 
@@ -67,20 +66,18 @@ def normalise(
     reading: Reading | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Bring one record of any source to the columns of `FEATURES`.
-
-    It takes a row whose image is not decoded, such as one of a data set cast to `Image(decode=False)`.
+    """Convert a record of any source to the columns of `FEATURES`.
 
     Args:
-        record: one row under any of the names in `COLUMN_ALIASES`; other columns are dropped.
+        record: a row with names of `COLUMN_ALIASES` and an undecoded image or none; other columns are dropped.
         where: what error messages call the row, such as its number.
-        class_names: for columns that hold class ids (`datasets.ClassLabel`), the names behind the ids.
-        reading: the pass that the row is read in, which names its class; by default one of ISIC's classes.
-        label: of a record that has no diagnosis of its own, such as the name of its folder.
+        class_names: names behind the ids in columns of class ids (`datasets.ClassLabel`).
+        reading: the pass over the source, which names the class; by default one with ISIC's classes.
+        label: of a record without a diagnosis, such as the name of its folder.
 
     Returns:
-        The row's values under the names of `FEATURES`; `image` only if the record has it. The diagnosis is None where
-        the image is to be left out.
+        The values by columns of `FEATURES`, with `image` only if the record has it. A diagnosis of None says that the
+        image is left out.
 
     Raises:
         DataError: the diagnosis or the age cannot be read; the message names the row.
@@ -102,34 +99,37 @@ def normalise(
     if normal["sex"] is not None:
         normal["sex"] = _SEXES.get(normal["sex"].lower(), normal["sex"].lower())
     site = normal["site"]
-    normal["site"] = archive_site(_levels(record, _SITE_LEVELS)) if site is None else canonical_site(site)
+    normal["site"] = archive_site(_levels(record, SITE_LEVELS)) if site is None else canonical_site(site)
     return {"image": record["image"], **normal} if "image" in record else normal
+
+
+def without_image(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a record without its image."""
+    return {name: value for name, value in record.items() if name != "image"}
 
 
 def is_read(column: str) -> bool:
     """Whether `normalise` takes a value from a column of this name."""
     name = column.strip().lower()
-    columns = {*_DIAGNOSIS_LEVELS, *_SITE_LEVELS, "file_name", "image"}.union(*COLUMN_ALIASES.values())
+    columns = {*DIAGNOSIS_LEVELS, *SITE_LEVELS, "file_name", "image"}.union(*COLUMN_ALIASES.values())
     return name in columns or is_one_hot(name)
 
 
 def is_label(column: str) -> bool:
     """Whether a column of this name tells the class."""
     name = column.strip().lower()
-    return name in (*COLUMN_ALIASES["diagnosis"], *_DIAGNOSIS_LEVELS) or is_one_hot(name)
+    return name in (*COLUMN_ALIASES["diagnosis"], *DIAGNOSIS_LEVELS) or is_one_hot(name)
 
 
 def _lower_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with columns in lower case and without outer blanks; of two that are alike then, the one written so."""
-    if all(name == name.strip().lower() for name in record):
-        return dict(record)
+    """The record with lower-case columns without outer blanks; where two become one, a column already so named counts."""
     return {**{name.strip().lower(): value for name, value in record.items()}, **record}
 
 
 def _first_present(
     record: Mapping[str, Any], columns: tuple[str, ...], reading: Reading | None = None
 ) -> Any:
-    """Return the first value among these columns that is not a spelling of "missing", or that is a declared class."""
+    """The first value of these columns that is not missing; a declared class is never missing, whatever its name."""
     for column in columns:
         value = record.get(column)
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -146,7 +146,7 @@ def _levels(record: Mapping[str, Any], columns: tuple[str, ...]) -> list[str | N
 
 
 def _file_stem(record: Mapping[str, Any]) -> str | None:
-    """Return the name of the image file without folders and suffix, or None if the record names no file."""
+    """The stem of the image's file; None if the record names no file."""
     image = record.get("image")
     name = record.get("file_name") or (image.get("path") if isinstance(image, Mapping) else None)
     return None if name is None else PurePosixPath(str(name).replace("\\", "/")).stem
@@ -155,9 +155,9 @@ def _file_stem(record: Mapping[str, Any]) -> str | None:
 def _diagnosis(
     value: object, record: Mapping[str, Any], where: str, reading: Reading, label: str | None
 ) -> str | None:
-    """Return the class of one row: by its name, else by levels, else by the column that holds a 1, else by `label`."""
+    """The class of one row: by its name, else by levels, else by the column that holds a 1, else by `label`."""
     if value is None:
-        levels = _levels(record, _DIAGNOSIS_LEVELS)
+        levels = _levels(record, DIAGNOSIS_LEVELS)
         try:
             value = archive_diagnosis(levels) if any(levels) else one_hot_diagnosis(record) or UNKNOWN
         except ValueError as error:
@@ -167,7 +167,6 @@ def _diagnosis(
 
 
 def _age(value: object, where: str) -> float | None:
-    """Return the age of one row in years."""
     if value is None:
         return None
     try:

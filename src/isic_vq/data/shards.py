@@ -1,9 +1,8 @@
-"""One shard of generated images: a parquet file that `datasets` reads, or a WebDataset tar.
+"""Shards of generated images: parquet files that `datasets` reads, or WebDataset tars.
 
-The same samples give the same bytes: nothing in a file tells when, where or by which process it was written.
-Sources: the parquet layout of Hugging Face's image data sets; the WebDataset convention, where the members of
-one sample share a name (https://github.com/webdataset/webdataset).
-It does not generate: `isic_vq.generate` says which images a shard holds.
+The same samples give the same bytes: a file holds no time, place or process.
+Sources: the parquet layout of Hugging Face's image data sets; the WebDataset convention, where the members of one sample
+share a name (https://github.com/webdataset/webdataset).
 """
 
 import io
@@ -27,18 +26,18 @@ from isic_vq.models.image_processing_isic_vq import PILLOW_ERRORS
 
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 SHARD_PATTERN = "images-*-of-*"
-ROW_GROUP_SIZE = 128  # rows; what a reader that wants one image has to load
+ROW_GROUP_SIZE = 128  # rows that are loaded to read one image
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated image and what made it.
+    """A generated image and its origin.
 
     Attributes:
         image: a PNG file.
-        label: the diagnosis it was asked for; None if none was.
-        seed: its noise depends on the seed and the index.
-        index: its place in the whole set.
+        label: the requested diagnosis; None if unconditional.
+        seed: of the whole set; the image depends on seed and index.
+        index: number in the whole set.
         codes: in raster order, each below 2**16.
         model: name of the model.
         isic_vq: version of this package.
@@ -56,33 +55,32 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """Name of its files, without suffix."""
+        """The name of its files, without suffix."""
         return f"{self.index:08d}"
 
 
 def shard_name(number: int, num_shards: int, shard_format: str) -> str:
-    """File name of a shard, such as `images-00000-of-00100.parquet`."""
+    """The file name of a shard, such as `images-00000-of-00100.parquet`."""
     return f"images-{number:05d}-of-{num_shards:05d}{SUFFIXES[shard_format]}"
 
 
 def to_png(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG file of pixels `(H, W, 3)`."""
+    """Encode pixels `(H, W, 3)` as a PNG file."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def write_shard(path: Path, samples: Sequence[Sample], class_names: Sequence[str]) -> None:
-    """Write samples as parquet or, if `path` ends in .tar, as WebDataset; whole or not at all.
+    """Write samples as parquet or, if `path` ends in .tar, as WebDataset, atomically.
 
-    Parquet has the columns `image` (bytes and path), `label` (a `ClassLabel`, null where no diagnosis was asked
-    for), `seed`, `index`, `codes` (uint16), `model`, `isic_vq` and `run`, and the features that make
-    `datasets.load_dataset("parquet", ...)` yield PIL images. A tar has a `.png` and a `.json` of the rest per sample.
+    Parquet has a column for each field of `Sample`, `label` as a `ClassLabel`, and the features with which
+    `datasets.load_dataset("parquet", ...)` yields PIL images. A tar has a `.png` and a `.json` per sample.
 
     Args:
         path: the file, which is replaced.
         samples: at least one.
-        class_names: the diagnoses that a label may be, in the order of their ids.
+        class_names: the possible labels in the order of their ids.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -94,26 +92,20 @@ def write_shard(path: Path, samples: Sequence[Sample], class_names: Sequence[str
 
 
 def read_shard(path: Path) -> list[Sample]:
-    """Read a shard back, and check that every image is as it was written.
-
-    Raises:
-        DataError: it is damaged, or no shard.
-        OSError: it cannot be read.
-    """
+    """Read a shard and verify the checksums of its images; DataError if it is damaged or no shard."""
     try:
         samples = list(_from_tar(path) if path.suffix == ".tar" else _from_parquet(path))
         for sample in samples:
             with PIL.Image.open(io.BytesIO(sample.image), formats=["PNG"]) as image:
-                image.verify()  # checksums of all its parts
+                image.verify()
     except (pyarrow.ArrowException, tarfile.TarError, KeyError, TypeError, *PILLOW_ERRORS) as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # the file itself, not what is in it
+            raise  # of the file, not of its content
         raise DataError(f"{path} is not a whole shard ({type(error).__name__}: {error})") from error
     return samples
 
 
 def _features(class_names: list[str], num_codes: int) -> Features:
-    """The columns of a parquet shard; `num_codes` is the length of a grid."""
     return Features(
         {
             "image": Image(),
@@ -162,9 +154,9 @@ def _from_parquet(path: Path) -> Iterator[Sample]:
 
 def _members(samples: Sequence[Sample]) -> Iterator[tuple[str, bytes]]:
     for sample in samples:
-        about = asdict(sample)
-        yield f"{sample.name}.png", about.pop("image")
-        yield f"{sample.name}.json", json.dumps(about).encode()
+        values = asdict(sample)
+        yield f"{sample.name}.png", values.pop("image")
+        yield f"{sample.name}.json", json.dumps(values).encode()
 
 
 def _from_tar(path: Path) -> Iterator[Sample]:
@@ -175,7 +167,7 @@ def _from_tar(path: Path) -> Iterator[Sample]:
 
 
 def parquet_bytes(table: pyarrow.Table, row_group_size: int) -> bytes:
-    """A parquet file; the same table gives the same bytes."""
+    """Encode a table as a parquet file; the same table gives the same bytes."""
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(
         table, sink, compression="zstd", row_group_size=row_group_size, write_page_checksum=True
@@ -184,7 +176,7 @@ def parquet_bytes(table: pyarrow.Table, row_group_size: int) -> bytes:
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar of names and contents; the same members give the same bytes."""
+    """Encode names and contents as a tar; the same members give the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:

@@ -1,13 +1,12 @@
-"""Split records into training, validation and test so that no lesion and no patient is on two sides.
+"""Split records into training, validation and test so that no lesion and no patient is in two splits.
 
-Records that share a lesion or a patient, directly or over others, are one group and go together. A group goes by a
-hash of its smallest id: its side depends neither on the order of the records nor on other groups nor on the
-machine, and a larger share only moves groups out of training. What was assigned once stays: `assign_splits` takes
-earlier assignments as they are, and a new record that would join groups of different sides is excluded.
-Differs from a random split: shares hold on average over groups, not exactly, and classes are not stratified, but none
-lies in validation or test alone: its new groups go to training then. `stratified_report` shows how they came out.
-It does not find the same lesion under two ids (HAM10000 has some: Abhishek et al., arXiv 2401.14497); that is
-`isic_vq.data.duplicates`.
+Records that share a lesion or a patient, directly or through other records, form a group, which stays together. A hash of
+the group's smallest id decides its split: it depends neither on the order of the records nor on other groups nor on the
+machine, and a larger share only moves groups out of training. Earlier assignments stay: `assign_splits` keeps them, and
+excludes a new record that would join groups of different splits.
+Differs from a random split: shares hold on average over groups, and classes are not stratified, except that a class
+without any training image is moved to training. `stratified_report` shows the outcome.
+The same lesion under two ids (HAM10000 has some: Abhishek et al., arXiv 2401.14497) is left to `isic_vq.data.duplicates`.
 """
 
 import hashlib
@@ -25,19 +24,14 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test", "excluded")
 GROUP_COLUMNS = ("lesion_id", "patient_id", "isic_id")
 SHARED_COLUMNS = GROUP_COLUMNS[:2]  # ids that several records may have
-FEW = 10  # images of a class in a split below which figures of that class mean little
+FEW = 10  # images of a class in a split; metrics of a class with fewer mean little
 
 Key = tuple[str, str]  # a column of GROUP_COLUMNS and the id in it
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where a record goes.
-
-    Attributes:
-        split: one of `SPLITS`.
-        reason: why it is excluded; else None.
-    """
+    """The split of a record, one of `SPLITS`, and the reason if it is excluded."""
 
     split: str
     reason: str | None = None
@@ -51,21 +45,21 @@ def assign_splits(
     frozen_rows: Sequence[Mapping[str, Any]] = (),
     frozen: Sequence[Assignment] = (),
 ) -> list[Assignment]:
-    """Assign records to splits, beside others that were assigned before.
+    """Assign new records to splits, beside records that were assigned before.
 
-    A group with records that were assigned before, or whose source comes with a split, takes their side. Where these
-    are several, none of its new records can go anywhere without a lesion or patient on two sides: they are excluded.
+    A group joins the split of its earlier records, or the split that comes with its source. If these are several, its
+    new records are excluded, because any split would leave a lesion or patient in two.
 
     Args:
         rows: have the columns `GROUP_COLUMNS`.
         shares: expected share of the groups in "validation" and "test"; the rest is for training.
         seed: another seed gives another split.
-        wanted: the split that each record's source comes with, None where it has none.
+        wanted: the split that comes with each record's source, or None.
         frozen_rows: the records that were assigned before.
-        frozen: their assignments, which stay; excluded ones bind nobody.
+        frozen: their assignments, which stay; excluded ones bind no group.
 
     Returns:
-        One assignment per row. Of rows with the same `isic_id`, the first one counts and the others are excluded.
+        One assignment per row. Of rows with the same `isic_id`, all but the first are excluded.
 
     Raises:
         ValueError: an unknown split, or shares that leave nothing for training.
@@ -99,52 +93,48 @@ def assign_splits(
         *zip(rows, groups[num_frozen:], strict=True),
     ]
     drawn |= dict.fromkeys(_keep_in_training(every, drawn, set(bound.of_group)), "train")
-    found = []
+    assignments = []
     for row_keys, group, split, again in new:
-        sides = bound.of_group.get(group, {})
         side = drawn.get(group, "train")
         if again is not None:
-            found.append(Assignment("excluded", f"has the isic_id of {again}"))
-        elif len(sides) > 1:
-            found.append(Assignment("excluded", f"joins {bound.describe(group, row_keys)}"))
+            assignments.append(Assignment("excluded", f"has the isic_id of {again}"))
+        elif len(bound.of_group.get(group, {})) > 1:
+            assignments.append(Assignment("excluded", f"joins {bound.describe(group, row_keys)}"))
         elif split not in (None, side):
             reason = f"comes for {split} and joins {bound.describe(group, row_keys)}"
-            found.append(Assignment("excluded", reason))
+            assignments.append(Assignment("excluded", reason))
         else:
-            found.append(Assignment(side))
-    return found
+            assignments.append(Assignment(side))
+    return assignments
 
 
 class _Sides:
-    """Which splits groups are bound to, and by which of their lesions and patients.
-
-    Attributes:
-        of_group: group -> split -> the smallest key that binds it there.
-        held: every key and split that were added.
-    """
+    """The splits that groups are bound to, and the lesions and patients that bind them."""
 
     def __init__(self) -> None:
-        self.of_group: dict[Key, dict[str, Key]] = {}
-        self.held: set[tuple[Key, str]] = set()
+        self.of_group: dict[
+            Key, dict[str, Key]
+        ] = {}  # group -> split -> the smallest key that binds it there
+        self.pairs: set[tuple[Key, str]] = set()  # every key and split that were added
 
     def add(self, group: Key, keys: Sequence[Key], split: str) -> None:
         """Bind a group by a record with these keys."""
         sides = self.of_group.setdefault(group, {})
         sides[split] = min(sides.get(split, keys[0]), keys[0])
-        self.held.update((key, split) for key in keys)
+        self.pairs.update((key, split) for key in keys)
 
     def describe(self, group: Key, keys: Sequence[Key]) -> str:
-        """Name the splits that a record's group is bound to, by its own lesion or patient before others of the group."""
-        told = []
+        """Name the splits that a record's group is bound to, each by the record's own lesion or patient if possible."""
+        reasons = []
         for split, smallest in sorted(self.of_group[group].items()):
-            column, name = next((key for key in keys if (key, split) in self.held), smallest)
-            told.append(f"{column.removesuffix('_id').replace('isic', 'image')} {name} in {split}")
-        return " and ".join(told)
+            column, name = next((key for key in keys if (key, split) in self.pairs), smallest)
+            reasons.append(f"{column.removesuffix('_id').replace('isic', 'image')} {name} in {split}")
+        return " and ".join(reasons)
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """How often one value of a column occurs in one split.
+    """The frequency of one value of a column in one split.
 
     Attributes:
         column: "diagnosis", "source", "sex" or "license".
@@ -164,7 +154,7 @@ class Stratum:
 
 
 def stratified_report(rows: Sequence[Mapping[str, Any]], assignments: Sequence[Assignment]) -> list[Stratum]:
-    """How the values of diagnosis, source, sex and licence came out in the splits that hold records."""
+    """Count the values of diagnosis, source, sex and licence in the splits that hold records."""
     sizes = Counter(assignment.split for assignment in assignments)
     report = []
     for column in ("diagnosis", "source", "sex", "license"):
@@ -180,9 +170,9 @@ def stratified_report(rows: Sequence[Mapping[str, Any]], assignments: Sequence[A
 
 
 def few_images(report: Sequence[Stratum]) -> list[str]:
-    """A warning for each diagnosis with fewer than `FEW` images, or none, in a validation or test split that has images."""
+    """Return a warning for each diagnosis with fewer than `FEW` images in a validation or test split."""
     return [
-        f"{stratum.value}: {stratum.num_images} images in {stratum.split}, fewer than {FEW}; figures of this class "
+        f"{stratum.value}: {stratum.num_images} images in {stratum.split}, fewer than {FEW}; metrics of this class "
         "alone mean little there"
         for stratum in report
         if stratum.column == "diagnosis"
@@ -192,15 +182,15 @@ def few_images(report: Sequence[Stratum]) -> list[str]:
 
 
 def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split records into training and validation, disjoint by group; both keep the order of the rows.
+    """Split records, which have the columns `GROUP_COLUMNS`, into training and validation, disjoint by group.
 
     Args:
-        rows: have the columns `GROUP_COLUMNS`.
+        rows: the records.
         share: expected share of the groups in validation, between 0 and 1.
         seed: another seed gives another split.
 
     Returns:
-        Numbers of the rows for training, and of those for validation.
+        The numbers of the training rows and of the validation rows, in order.
 
     Raises:
         ValueError: the share is not between 0 and 1.
@@ -225,35 +215,26 @@ def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tu
 def _keep_in_training(
     rows: Sequence[tuple[Mapping[str, Any], Key]], drawn: Mapping[Key, str], bound: set[Key]
 ) -> set[Key]:
-    """Groups to train with, though they were drawn for another split: no image of their class would be trained with.
-
-    Args:
-        rows: records, each with its group.
-        drawn: the split of each group.
-        bound: groups that stay where they are.
-    """
+    """Groups to move to training, because no image of their class would be there; `bound` groups stay."""
     groups: dict[str, Counter[Key]] = defaultdict(Counter)
     for row, group in rows:
         if group in drawn and row.get("diagnosis") not in (None, UNKNOWN):
             groups[row["diagnosis"]][group] += 1
     kept: set[Key] = set()
-    told: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, members in groups.items():
         if all(drawn[group] != "train" and group not in kept for group in members):
             moved = members.keys() - bound
             kept |= moved
             if moved:
-                told[name] = sum(members[group] for group in moved)
-    if told:
-        logger.info(
-            "in training, though drawn to be held out, because no other image of the class is: %s",
-            counted(told),
-        )
+                counts[name] = sum(members[group] for group in moved)
+    if counts:
+        logger.info("moved to training, because no other image of the class is there: %s", counted(counts))
     return kept
 
 
 def _keys(row: Mapping[str, Any]) -> list[Key]:
-    """What a record must stay together with: its lesion and its patient; itself if it has neither."""
+    """The ids that a record shares its split with: its lesion and its patient, or itself if it has neither."""
     keys = [(column, str(row[column])) for column in SHARED_COLUMNS if row[column]]
     if not keys and row["isic_id"]:
         keys = [("isic_id", str(row["isic_id"]))]
@@ -265,7 +246,7 @@ def _keys(row: Mapping[str, Any]) -> list[Key]:
 
 
 def _groups(keys: Sequence[Sequence[Key]]) -> list[Key]:
-    """The smallest key of the group of each record, given the records' keys: union-find with path halving."""
+    """The smallest key of each record's group, from the records' keys: union-find with path halving."""
     parent: dict[Key, Key] = {}
 
     def root(key: Key) -> Key:
@@ -283,15 +264,10 @@ def _groups(keys: Sequence[Sequence[Key]]) -> list[Key]:
     return [root(row_keys[0]) for row_keys in keys]
 
 
-def _position(group: str, seed: int) -> float:
-    """Where a group lies between 0 and 1."""
-    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
 def _split_of(group: str, shares: Mapping[str, float], seed: int) -> str:
-    """The split of a group: validation from the bottom of the line, test from its top, so that both only grow."""
-    position = _position(group, seed)
+    """The split of a group by its hash in [0, 1): validation from 0 up, test from 1 down, so that both only grow."""
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
     if position < shares.get("validation", 0):
         return "validation"
     return "test" if position >= 1 - shares.get("test", 0) else "train"

@@ -1,12 +1,10 @@
-"""Training images from sources that are read as they come: shuffled, decoded, and resumable at any image.
+"""Training images from streamed sources: shuffled, decoded, and resumable at any image.
 
-An epoch reads the parts of a source in a new order and deals them out to lanes, one per loading process. A lane
-decodes its images and mixes them in windows: while one window is given out in random order, the next one is read.
-Where a lane stands is four integers, from which it goes on exactly, at the cost of reading up to two windows, and
-the part they begin in, once more.
-Differs from `datasets.IterableDataset.shuffle`: that one mixes encoded images, whose size nobody bounds, and after
-a resume it has lost what its buffer held.
-It does not split or augment, and a lane mixes only what lies within a window of its parts.
+An epoch reads the parts of a source in a new order and deals them to lanes, one per loading process. A lane decodes its
+images and shuffles them in windows: while one window is yielded in random order, the next one is read. The position of a
+lane is four integers; resuming there is exact and reads up to two windows, and the part they begin in, once more.
+Differs from `datasets.IterableDataset.shuffle`, which shuffles encoded images of unbounded size and loses its buffer on
+resuming. Images farther apart than a window are shuffled only by the order of the parts.
 """
 
 import itertools
@@ -25,20 +23,20 @@ from isic_vq.data.sources import Source
 from isic_vq.data.sources.base import read_parts
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 
-WINDOW = 512  # decoded images that are mixed at a time; 24 MiB at 128 pixels
-MAX_SAMPLE = 4096  # decoded images that are kept in memory to be measured; 192 MiB at 128 pixels
+WINDOW = 512  # decoded images that are shuffled together; 24 MiB at 128 pixels
+MAX_SAMPLE = 4096  # decoded images that `sample` keeps in memory; 192 MiB at 128 pixels
 MAX_BYTES_IN_MEMORY = 2**31
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a lane of an epoch stands.
+    """The position in a lane of an epoch.
 
     Attributes:
-        window: number of the present window.
-        part: number, among the lane's parts, of the one the window begins in.
+        window: number of the current window.
+        part: number, among the lane's parts, of the one in which the window begins.
         row: rows of that part before the window.
-        taken: images of the window that were given out.
+        taken: images of the window that were yielded.
     """
 
     window: int = 0
@@ -48,18 +46,15 @@ class Position:
 
 
 class StreamedImages:
-    """Decoded images of a source in a random order that differs from epoch to epoch.
+    """Decoded images of a source in a new random order every epoch.
 
-    Items are those of `DecodedImages`, with `isic_id`; their `index` is no row but a checksum of the pixels.
+    Items are those of `DecodedImages` with `isic_id`; their `index` is a checksum of the pixels instead of a row.
 
     Args:
-        source: needs not offer random access.
+        source: may lack random access.
         image_processor: fixes the size.
         num_images: of the source.
-        window: images that are mixed at a time.
-
-    Attributes:
-        parts: of the source, as they were found when this was made.
+        window: images that are shuffled together.
     """
 
     def __init__(
@@ -71,19 +66,14 @@ class StreamedImages:
     def lane(
         self, seed: int, epoch: int, lane: int = 0, num_lanes: int = 1, position: Position | None = None
     ) -> Iterator[tuple[dict[str, Any], Position]]:
-        """Yield the items of one of an epoch's lanes, each with the position after it.
-
-        Over all lanes every image comes once. The same arguments give the same items.
+        """Yield the items of a lane, each with the position after it; all lanes together yield every image once.
 
         Args:
-            seed: of the orders.
-            epoch: another one gives other orders.
+            seed: of the run.
+            epoch: number of the epoch.
             lane: number of the lane.
-            num_lanes: how many there are.
-            position: where to go on; None begins.
-
-        Raises:
-            DataError: as `Source.read`.
+            num_lanes: number of lanes.
+            position: where to resume; None starts the epoch.
         """
         position = position or Position()
         parts = [self.parts[index] for index in _permutation(len(self.parts), seed, epoch)[lane::num_lanes]]
@@ -100,16 +90,16 @@ class StreamedImages:
             start, window, number, taken = following_start, following, number + 1, 0
 
     def views(self, seed: int, epoch: int) -> "StreamViews":
-        """The view in which each image is shown in an epoch, by its item's index."""
+        """The view of each image in an epoch, by its item's index."""
         return StreamViews(seed, epoch)
 
     def sample(self, size: int, seed: int) -> list[dict[str, Any]]:
-        """Items of the first images of a random order, up to `size` and `MAX_SAMPLE`; the same in every process."""
+        """The first items of a random order, at most `size` and `MAX_SAMPLE`, the same in every process."""
         return [item for item, _ in itertools.islice(self.lane(seed, 0), min(size, MAX_SAMPLE))]
 
 
 class _Reader:
-    """Decodes parts in order, from a row of one of them on; `place` is the number of the part and row to come."""
+    """Decodes parts in order from a row of a part on; `place` is the part and row of the next item."""
 
     def __init__(self, images: StreamedImages, parts: list[Any], part: int, row: int):
         self.images, self.parts, self.place = images, parts, (part, row)
@@ -133,12 +123,7 @@ class _Reader:
 
 
 class StreamViews:
-    """A dihedral view, 0 to 7, for every index of a streamed item: the same wherever it is loaded.
-
-    Args:
-        seed: seed of the run, not negative.
-        epoch: every epoch draws its own views.
-    """
+    """A dihedral view, 0 to 7, for every index of a streamed item, from seed, epoch and index alone."""
 
     def __init__(self, seed: int, epoch: int):
         self.seed, self.epoch = seed, epoch
@@ -149,11 +134,7 @@ class StreamViews:
 
 
 def read_into_memory(source: Source, max_bytes: int = MAX_BYTES_IN_MEMORY) -> Dataset:
-    """All records of a source that is small enough, images as they are encoded.
-
-    Raises:
-        DataError: its images take more than `max_bytes`, or as `Source.read`.
-    """
+    """Read all records of a source with encoded images; DataError if the images take more than `max_bytes`."""
     records, size = [], 0
     for record in map(_stored, read_parts(source, source.parts())):
         size += len((record["image"] or {}).get("bytes") or b"")
@@ -172,5 +153,5 @@ def _stored(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permutation(size: int, seed: int, *key: int) -> list[int]:
-    """A random order of `size` things that is a function of the numbers."""
+    """A random order of `size` things that depends only on the numbers."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key)).permutation(size).tolist()

@@ -1,4 +1,4 @@
-"""What is in a source, counted: classes, sources, licences, sexes, ages, sites, and what is missing."""
+"""Counts of a source's classes, sources, licences, sexes, ages, sites and missing values."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,34 +15,27 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Count rows with the columns of `FEATURES`.
 
     Returns:
-        `num_images`; for each of `COUNTED`, how often each value occurs, the most frequent first and without the
-        missing ones; `age`, images per decade; `missing`, how many rows lack each column, where a diagnosis
-        "unknown" lacks; `groups`, how many lesions and patients there are; `other_sites`, sites that no table knows.
+        `num_images`; for each of `COUNTED`, the number of rows by value, the most frequent first; `age`, rows per decade;
+        `missing`, rows without a value by column, the diagnosis "unknown" included; `groups`, the number of lesions and
+        patients; `other_sites`, sites that `isic_vq.data.sites` does not know.
     """
-    counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
-    ages: Counter[int] = Counter()
-    missing: Counter[str] = Counter({name: 0 for name in FEATURES if name != "image"})
-    groups: dict[str, set[str]] = {"lesion_id": set(), "patient_id": set()}
+    counts: dict[str, Counter[Any]] = {name: Counter() for name in FEATURES if name != "image"}
     number = 0
     for row in rows:
         number += 1
-        missing.update(name for name in missing if row[name] in (None, "unknown"))
-        for name in COUNTED:
-            if row[name] is not None:
-                counts[name][row[name]] += 1
-        for name, seen in groups.items():
-            if row[name]:
-                seen.add(row[name])
-        if row["age"] is not None:
-            ages[int(row["age"] // AGE_STEP) * AGE_STEP] += 1
+        for name, count in counts.items():
+            count[row[name]] += 1
+    missing = {name: count.pop(None, 0) + count["unknown"] for name, count in counts.items()}
+    ages: Counter[int] = Counter()
+    for age, repeats in counts["age"].items():
+        ages[int(age // AGE_STEP) * AGE_STEP] += repeats
     return {
         "num_images": number,
         **{
-            name: dict(sorted(count.items(), key=lambda item: (-item[1], item[0])))
-            for name, count in counts.items()
+            name: dict(sorted(counts[name].items(), key=lambda item: (-item[1], item[0]))) for name in COUNTED
         },
         "age": {f"{start} to {start + AGE_STEP - 1}": ages[start] for start in sorted(ages)},
-        "missing": {name: count for name, count in missing.items() if count},
-        "groups": {name: len(seen) for name, seen in groups.items()},
+        "missing": {name: number for name, number in missing.items() if number},
+        "groups": {name: len(counts[name]) for name in ("lesion_id", "patient_id")},
         "other_sites": sorted(site for site in counts["site"] if not is_canonical_site(site)),
     }

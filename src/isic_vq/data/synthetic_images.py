@@ -1,11 +1,10 @@
 """Dermoscopy-like pictures drawn from a seed, for quick starts and tests.
 
-A picture is skin with gentle shading, one lesion whose colours, border and symmetry follow its diagnosis, and
-sometimes hairs. What each diagnosis looks like is a caricature of the textbook description (a melanoma is
-dark, many-coloured, asymmetric and ragged; a nevus is evenly brown and round), not a measurement of any data
-set. Picture `index` of a seed depends on nothing else; it is the same to the last bit on one machine with one
-numpy, and may differ by a rounding on another. It is no substitute for data: a model trained on these
-pictures has learnt nothing about skin.
+A picture is skin with gentle shading, one lesion whose colours, border and symmetry follow its diagnosis, and sometimes
+hairs. The diagnoses are caricatures of their textbook descriptions (a melanoma is dark, many-coloured, asymmetric and
+ragged; a nevus is evenly brown and round), not measured on data: a model trained on these pictures learns nothing about
+skin. A picture depends only on seed and index; it is bit-equal with one numpy on one machine, and may differ by rounding
+on others.
 """
 
 import hashlib
@@ -39,17 +38,17 @@ _SKIN_TONES = (
 
 @dataclass(frozen=True)
 class _Look:
-    """What a diagnosis looks like.
+    """The look of a diagnosis.
 
     Attributes:
         rim: colour at the border, RGB.
         core: colour at the centre, RGB.
         patch: colour of the irregular patches inside, RGB.
-        patch_share: how much of the lesion the patches cover, 0 to 1.
+        patch_share: share of the lesion that the patches cover, 0 to 1.
         raggedness: amplitude of the border's waves, as a share of the radius.
         asymmetry: shift of the centre of colour, as a share of the radius.
         softness: width of the border, as a share of the radius.
-        opacity: how far the lesion covers the skin, 0 to 1.
+        opacity: of the lesion over the skin, 0 to 1.
         dots: number of small dots and their colour, RGB.
         network: strength of the pigment network, 0 to 1.
     """
@@ -93,16 +92,7 @@ _LOOKS = {
 
 
 def synthetic_image(index: int, seed: int, size: int = SYNTHETIC_SIZE) -> Image.Image:
-    """Draw picture `index` of a seed.
-
-    Args:
-        index: number of the picture; its diagnosis is the one of `synthetic_metadata`.
-        seed: another seed gives other pictures.
-        size: width and height in pixels.
-
-    Returns:
-        An RGB picture.
-    """
+    """Draw picture `index` of a seed: RGB, `size` pixels wide and high, of the diagnosis in `synthetic_metadata`."""
     rng = _generator(index, seed, stream=0)
     grid = np.linspace(-1, 1, size, dtype=np.float32)
     x, y = grid[None, :], grid[:, None]
@@ -117,7 +107,7 @@ def synthetic_image(index: int, seed: int, size: int = SYNTHETIC_SIZE) -> Image.
 
 
 def synthetic_metadata(index: int, seed: int) -> dict[str, Any]:
-    """Return the record of picture `index` without the picture; diagnoses take turns, no lesion is seen twice."""
+    """Return the record of picture `index` without its image; diagnoses alternate, and every picture is another lesion."""
     rng = _generator(index, seed, stream=1)
     return {
         "isic_id": f"SYNTHETIC_{seed}_{index:07d}",
@@ -134,7 +124,7 @@ def synthetic_metadata(index: int, seed: int) -> dict[str, Any]:
 
 
 def synthetic_record(index: int, seed: int) -> dict[str, Any]:
-    """The record of a picture, which is a PNG file's bytes."""
+    """Return the record of picture `index` with its image as PNG."""
     buffer = io.BytesIO()
     synthetic_image(index, seed).save(buffer, format="PNG", compress_level=1)
     metadata = synthetic_metadata(index, seed)
@@ -142,7 +132,7 @@ def synthetic_record(index: int, seed: int) -> dict[str, Any]:
 
 
 def synthetic_fingerprint(num_images: int, seed: int) -> str:
-    """Return a sha256 over count, seed and the first pictures' pixels, so that a changed generator shows."""
+    """The sha256 over count, seed and the first pictures' pixels, which changes with the generator."""
     digest = hashlib.sha256(f"synthetic:{num_images}:{seed}".encode())
     for index in range(min(num_images, 2 * len(_LOOKS))):
         digest.update(synthetic_image(index, seed).tobytes())
@@ -158,18 +148,18 @@ def _generator(index: int, seed: int, stream: int) -> np.random.Generator:
 
 
 def _mix(shares: list[Array], colours: ArrayLike) -> Array:
-    """Return the sum of colours, RGB, weighted by one (size, size) map each, as (3, size, size)."""
+    """The sum of RGB colours weighted by a (size, size) map each: (3, size, size)."""
     return np.tensordot(np.asarray(colours, dtype=np.float32).T, np.stack(shares), axes=1)
 
 
 def _clouds(size: int, cells: int, rng: np.random.Generator) -> Array:
-    """Return smooth noise of about unit variance, (size, size), with `cells` random values per side."""
+    """Smooth noise (size, size) of about unit variance, from `cells` random values per side."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _paint_skin(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Return skin, (3, size, size) in [0, 255]."""
+    """Skin, (3, size, size) in [0, 255]."""
     size = x.shape[1]
     first, second = rng.choice(len(_SKIN_TONES), 2, replace=False)
     mix = rng.random()
@@ -206,7 +196,7 @@ def _paint_lesion(pixels: Array, x: Array, y: Array, look: _Look, rng: np.random
 
 
 def _waves(angle: Array, rng: np.random.Generator) -> Array:
-    """Return a smooth random function of the angle, looked up from a table."""
+    """A smooth random function of the angle, by a table."""
     turns = np.linspace(-math.pi, math.pi, 721, dtype=np.float32)
     table = sum(rng.normal() / k * np.cos(k * turns + rng.uniform(0, 2 * math.pi)) for k in range(2, 7))
     return np.asarray(table, dtype=np.float32)[((angle + math.pi) * (360 / math.pi)).astype(np.int16)]
@@ -215,7 +205,7 @@ def _waves(angle: Array, rng: np.random.Generator) -> Array:
 def _draw_dots(
     size: int, look: _Look, centre: tuple[float, float], radius: float, rng: np.random.Generator
 ) -> Array:
-    """Return the cover of the lesion's dots, (size, size) in [0, 1]."""
+    """The cover of the lesion's dots, (size, size) in [0, 1]."""
     canvas = Image.new("L", (size, size))
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.poisson(look.dots[0])):

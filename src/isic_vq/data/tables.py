@@ -1,8 +1,8 @@
 """Tables that describe images, read strictly: CSV of any common delimiter, and JSON lines.
 
-Column names are compared without case and outer blanks. What cannot be read for sure is an error with file, row and
-column, all rows that are wrong together. pandas (3.1) takes rows that are too short or too long and a column that is there
-twice for data, pyarrow an unclosed quote, so the parser is the standard library's, in its strict mode.
+Column names are compared without case and outer blanks. Ambiguous content is an error with file, row and column; all
+wrong rows are reported together. The parser is the standard library's in strict mode, because pandas (3.1) accepts rows
+that are too short or too long and duplicate columns, and pyarrow accepts an unclosed quote.
 """
 
 import codecs
@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,21 +24,21 @@ MAX_CELL = 1 << 24  # characters
 
 
 def is_table(name: str) -> bool:
-    """Whether a file's name is that of a table, whatever its case."""
+    """Whether a file has the suffix of a table."""
     return PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES
 
 
 def read_table(content: bytes, name: str, header: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a table, under its column names in lower case; of a CSV all values are text.
+    """Read the rows of a table, with column names in lower case; values of a CSV are text.
 
     Args:
-        content: the file's bytes, UTF-8 with or without a byte-order mark, or UTF-16 with one.
-        name: the file's; what errors call it, and its suffix tells JSON lines from CSV.
-        header: column names of a CSV that has no row of them.
+        content: UTF-8 with or without a byte-order mark, or UTF-16 with one.
+        name: of the file, for errors; the suffix tells JSON lines from CSV.
+        header: column names of a CSV without a header row.
 
     Raises:
-        DataError: it is in another encoding, has no rows, a column twice, an unclosed quote, or rows that have other
-            columns than the header or are no JSON object.
+        DataError: another encoding, no rows, a duplicate column, an unclosed quote, or rows that have other columns
+            than the header or are no JSON object.
     """
     text = _decoded(content, name)
     if PurePosixPath(name).suffix.lower() == ".jsonl":
@@ -51,11 +51,7 @@ def read_table(content: bytes, name: str, header: Sequence[str] | None = None) -
 
 
 def raise_together(problems: Sequence[str], name: str) -> None:
-    """Report the rows of a table that cannot be used, if there are any: the first ones, and how many there are.
-
-    Raises:
-        DataError: there are some.
-    """
+    """Raise one DataError for all rows that cannot be used, if any: the first ones, and their number."""
     if len(problems) == 1:
         raise DataError(problems[0])
     if problems:
@@ -81,11 +77,11 @@ def _csv_rows(text: str, name: str, header: Sequence[str] | None) -> list[dict[s
     first = text.lstrip("\r\n").partition("\n")[0]
     is_tab = PurePosixPath(name).suffix.lower() in (".tsv", ".tab")
     delimiter = "\t" if is_tab else max(DELIMITERS, key=first.count)  # the first of equals: a comma
-    cells = _csv_cells(text, name, delimiter)
-    columns = _columns(header or next((row for _, row in cells if any(row)), []), name)
+    cells = iter(_csv_cells(text, name, delimiter))
+    columns = _columns(header or next(filter(any, cells), []), name)
     rows: list[dict[str, Any]] = []
     problems = []
-    for row in (row for _, row in cells if any(cell.strip() for cell in row)):
+    for row in (row for row in cells if any(cell.strip() for cell in row)):
         where = f"{name}, row {len(rows)}"
         rows.append(dict(zip(columns, row, strict=False)))
         if len(row) > len(columns):
@@ -99,25 +95,23 @@ def _csv_rows(text: str, name: str, header: Sequence[str] | None) -> list[dict[s
     return rows
 
 
-def _csv_cells(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line and cells of every row."""
-    limit = csv.field_size_limit(MAX_CELL)
+def _csv_cells(text: str, name: str, delimiter: str) -> list[list[str]]:
+    limit = csv.field_size_limit(MAX_CELL)  # of the whole process, so that it is set back
+    rows: list[list[str]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1  # the row's first one, as cells may hold line breaks
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        begun, number = 1, -1
-        rows = []
-        try:
-            for row in reader:
-                rows.append((begun, row))
-                begun, number = reader.line_num + 1, number + 1
-        except csv.Error as error:
-            column = "" if not rows else f"row {number}, "
-            raise DataError(
-                f"{name}, {column}line {begun}: {error}. Expected each quote to be closed in its cell, and doubled inside"
-            ) from error
+        for row in reader:
+            rows.append(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        row_number = f"row {len(rows) - 1}, " if rows else ""
+        raise DataError(
+            f"{name}, {row_number}line {line}: {error}. Expected each quote to be closed in its cell, and doubled inside"
+        ) from error
     finally:
         csv.field_size_limit(limit)
-    return iter(rows)
+    return rows
 
 
 def _columns(header: Sequence[str], name: str) -> list[str]:

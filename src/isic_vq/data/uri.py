@@ -1,6 +1,6 @@
-"""URIs of sources: schemes, the local files that they name, environment variables, and what of them may be published.
+"""URIs of sources: schemes, the local files that they name, environment variables, and what may be published of them.
 
-It loads no library, so that a mistyped path costs nothing.
+Imports no library, so that a mistyped path is refused at once.
 """
 
 import glob
@@ -18,14 +18,15 @@ SCHEMES = (
 )
 MANIFEST = "manifest.json"  # of a prepared folder
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-MAX_NAMES = 100_000  # that braces may stand for
+MAX_NAMES = 100_000  # in one range in braces
 
 _BRACES = re.compile(r"(?<!\$)\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_SPLIT = re.compile(r":(train|validation|test)$")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def parse_uri(uri: str, schemes: Collection[str]) -> tuple[str, str]:
-    """Scheme and target of a URI; a path without a scheme gets that of what it holds.
+    """Split a URI into scheme and target; the scheme of a path is that of its content.
 
     Raises:
         DataError: the scheme is unknown, or the URI names nothing.
@@ -42,9 +43,8 @@ def parse_uri(uri: str, schemes: Collection[str]) -> tuple[str, str]:
 
 
 def _scheme_of_path(target: str) -> str:
-    """What a path without a scheme holds."""
     path = expand_path(target)
-    if os.path.isfile(os.path.join(re.sub(r":(train|validation|test)$", "", path), MANIFEST)):
+    if os.path.isfile(os.path.join(_SPLIT.sub("", path), MANIFEST)):
         return "prepared"
     if os.path.isdir(path) and not any(Path(path).glob("*.parquet")):
         return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
@@ -52,16 +52,12 @@ def _scheme_of_path(target: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Refuse a URI that names no local file where it should; what is elsewhere is not asked for.
-
-    Raises:
-        DataError: as `parse_uri`, or there is no such file or folder.
-    """
+    """Raise DataError for an unknown scheme or a missing local file or folder; remote files are not looked up."""
     scheme, target = parse_uri(uri, re.findall(r"[a-z-]+(?=[\[:])", SCHEMES))
     if scheme in LOCAL:
         LOCAL[scheme](target)
     elif scheme == "prepared":
-        folder = Path(re.sub(r":(train|validation|test)$", "", expand_path(target)))
+        folder = Path(_SPLIT.sub("", expand_path(target)))
         if not (folder / MANIFEST).is_file():
             raise DataError(
                 f"{folder.name} has no {MANIFEST}: expected a folder that isic-vq data prepare has finished"
@@ -69,11 +65,7 @@ def check_uri(uri: str) -> None:
 
 
 def find_folder(target: str) -> list[str]:
-    """The directory that folder:TARGET names.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The directory of folder:TARGET; DataError if there is none."""
     folder = expand_path(target)
     if not os.path.isdir(folder):
         raise DataError(
@@ -83,11 +75,7 @@ def find_folder(target: str) -> list[str]:
 
 
 def find_parquet(target: str) -> list[str]:
-    """The files that parquet:TARGET names, sorted.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The files of parquet:TARGET, sorted; DataError if there are none."""
     path = expand_path(target)
     if os.path.isdir(path):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
@@ -103,23 +91,19 @@ def find_parquet(target: str) -> list[str]:
 
 
 def find_tars(target: str) -> list[str]:
-    """The files or http(s) addresses that webdataset:TARGET names, in order; {000..009} and {a,b} stand for several.
-
-    Raises:
-        DataError: it names no tar.
-    """
+    """The files or http(s) addresses of webdataset:TARGET, in order, with braces expanded; DataError if there are none."""
     if is_url(target):
         return expand_braces(target)
     tars: list[str] = []
     for pattern in expand_braces(expand_path(target)):
         inside = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(inside, recursive=True))
-        if not found:
+        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(inside, recursive=True))
+        if not matches:
             raise DataError(
                 f"Nothing matches {public_path(pattern)} of webdataset:{public_path(target)}. Expected a tar file, a pattern "
                 "such as shards/images-*.tar or images-{000..009}.tar, a directory of *.tar files, or an http(s) address."
             )
-        tars += found
+        tars += matches
     return tars
 
 
@@ -127,16 +111,12 @@ LOCAL = {"folder": find_folder, "parquet": find_parquet, "webdataset": find_tars
 
 
 def is_url(text: str) -> bool:
-    """Whether it is an http(s) address."""
+    """Whether a text is an http(s) address."""
     return re.match(r"https?://", text, re.IGNORECASE) is not None
 
 
 def expand_path(path: str) -> str:
-    """Replace `~` and environment variables; unlike with `os.path.expandvars`, an unset one is an error.
-
-    Raises:
-        DataError: a variable is not set.
-    """
+    """Replace `~` and environment variables; unlike in `os.path.expandvars`, an unset variable is a DataError."""
 
     def value(match: re.Match[str]) -> str:
         variable = match[1] or match[2]
@@ -150,7 +130,7 @@ def expand_path(path: str) -> str:
 
 
 def public_path(path: str) -> str:
-    """A path without its folders, unless a variable stands for them; an address without user, password and query."""
+    """Strip a path to its last component, unless it begins with a variable, and an address of user, password and query."""
     if is_url(path):
         parts = urlsplit(path)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -160,10 +140,10 @@ def public_path(path: str) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Write out {000..009}, numbers of the width of the first, and {a,b}, in order, as a shell does.
+    """Expand {000..009}, padded to the width of the first number, and {a,b}, in order, as a shell does.
 
     Raises:
-        DataError: a range goes down, or stands for more than `MAX_NAMES` names.
+        DataError: a range goes down, or has more than `MAX_NAMES` names.
 
     Example:
         >>> expand_braces("{train,test}-{08..10}.tar")[:4]

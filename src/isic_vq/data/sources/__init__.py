@@ -10,9 +10,9 @@
     synthetic:NUM[:SEED]     generated images, for quick starts and tests
     PATH                     a prepared directory; a file, directory or pattern of parquet or tar files; a folder
 
-`$VAR` and `${VAR}` are replaced by environment variables, so that a recipe names no machine's folders. What
-is told about a source (`describe_source`) is safe to publish: no absolute paths, only counts and a hash.
-It does not split, filter or decode.
+`$VAR` and `${VAR}` are replaced by environment variables, so that a recipe names no machine's folders.
+To add a source, write a `Source` with a `from_target` that parses what follows the scheme, and enter it in `SOURCES`
+and in `uri.SCHEMES`.
 """
 
 from collections.abc import Callable
@@ -52,12 +52,12 @@ def open_source(
 
     Args:
         uri: see the module's docstring.
-        streaming: return an `IterableDataset` that reads rows as they are asked for, in the same order.
+        streaming: return an `IterableDataset`, which reads rows on demand, in the same order.
         classes: as for `find_source`.
 
     Raises:
-        DataError: the URI, its files or one of its rows cannot be used, or the source can only be streamed. When
-            streaming, a row's error is raised when the row is reached.
+        DataError: the URI, its files or a row cannot be used, or the source can only be streamed. In a stream, a
+            row's error is raised when the row is reached.
 
     Example:
         >>> open_source("synthetic:16:0").num_rows
@@ -68,23 +68,19 @@ def open_source(
 
 
 def describe_source(uri: str) -> SourceInfo:
-    """What may be published about a source: name, content hash, and counts of licences and diagnoses.
-
-    Raises:
-        DataError: as `open_source`.
-    """
+    """Describe a source for publication; raises DataError like `open_source`."""
     return find_source(uri).describe()
 
 
 def find_source(uri: str, classes: Classes | None = None) -> Source:
-    """Parse a URI and find what it names.
+    """Find what a URI names.
 
     Args:
         uri: see the module's docstring.
         classes: names that labels may have; by default those that the source itself declares, else ISIC's.
 
     Raises:
-        DataError: the URI is not one, or names nothing.
+        DataError: the URI has an unknown scheme, or names nothing.
     """
     scheme, target = parse_uri(uri, SOURCES)
     source = SOURCES[scheme](target)

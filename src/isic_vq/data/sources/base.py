@@ -1,10 +1,10 @@
-"""What every source of images has in common: parts that can be read independently, and what may be told of it.
+"""What all sources of images have in common: they are read in parts, and described for publication.
 
-A source is cheap to make and to pickle: it holds where the images are, not the images. Its parts are the unit in
-which processes and workers share the reading, so that no part is read twice, and in which a reader resumes.
-It does not split or decode: records carry encoded images.
+A source is small and picklable: it knows where its images are and does not hold them. Processes and workers share its
+parts, so that no part is read twice, and reading resumes at a part. Records carry encoded images.
 """
 
+import collections
 import copy
 import hashlib
 import logging
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
-from isic_vq.data.classes import Classes, Reading
-from isic_vq.data.schema import FEATURES, DataError
+from isic_vq import __version__
+from isic_vq.data.classes import Classes, Reading, ordered_classes
+from isic_vq.data.schema import FEATURES, DataError, without_image
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,13 @@ class SourceInfo:
     """What may be published about a source.
 
     Attributes:
-        name: the URI with environment variables as written and any other path reduced to its last component.
+        name: the URI; other paths than environment variables are reduced to their last component.
         fingerprint: sha256 of the content as hex digits; the same wherever the files lie.
         num_images: number of rows, corrupt images included.
         licenses: number of images per licence, "unknown" where a row has none.
         attributions: the distinct attribution lines, sorted.
         diagnoses: number of images per class.
-        snapshot: when the source's content was fixed, as the source says it; None where it does not.
+        snapshot: when the source says that its content was fixed; None if it does not say.
         ids_sha256: `hash_ids` of its images; None in records of older versions.
         manifest_sha256: of the manifest of a prepared folder; None for other sources.
         classes: the images' classes in the order of their ids; None if these are ISIC's, in their order.
@@ -54,10 +56,10 @@ class SourceInfo:
 class Source(ABC):
     """Images of one origin, as records with the columns of `FEATURES`.
 
+    All methods raise DataError if the source or one of its records cannot be used; the message names it.
+
     Attributes:
-        name: its URI, safe to publish.
-        snapshot: when its content was fixed, as it says itself, or None.
-        manifest_sha256: as `SourceInfo` has it.
+        name, snapshot, manifest_sha256: as in `SourceInfo`.
         classes: the names that its labels may have.
         is_listed_cheaply: whether its rows are read without fetching images from another machine.
     """
@@ -69,59 +71,46 @@ class Source(ABC):
     is_listed_cheaply: bool = True
 
     def with_classes(self, classes: Classes) -> Self:
-        """The source, its labels taken for names of these classes."""
+        """Copy the source, with these names for its labels."""
         source = copy.copy(self)
-        source.__dict__.update(classes=classes, _findings=Reading(classes))
+        source.__dict__.update(classes=classes, _findings=Reading(classes))  # past the frozen dataclass
         return source
 
     @property
     def findings(self) -> Reading:
-        """What the last pass over all rows met."""
+        """What the last pass over all rows counted."""
         return self.__dict__.get("_findings") or Reading(self.classes)
 
     @abstractmethod
     def parts(self) -> list[Any]:
-        """Picklable names of what can be read independently, in the order of the records.
-
-        Raises:
-            DataError: the source cannot be used.
-        """
+        """Picklable names of what can be read independently, in the order of the records."""
 
     @abstractmethod
-    def records_of(self, part: Any, reading: Reading) -> Iterator[dict[str, Any]]:
-        """Yield the records of a part in order, images encoded: bytes, a path, or None where there is none.
+    def records_of(self, part: Any, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield the records of a part in order.
 
         Args:
             part: one of `parts`.
-            reading: names classes and is told what is left out; a diagnosis of None leaves out its record.
-
-        Raises:
-            DataError: a record cannot be used; it is named.
+            reading: names classes and counts what is left out; a diagnosis of None leaves out its record.
+            with_images: encoded images are read: bytes, a path, or None. Without, `image` is absent or None.
         """
 
-    @abstractmethod
-    def rows(self, reading: Reading) -> Iterable[dict[str, Any]]:
-        """The rows of all records in order, without `image`, and without fetching images; else as `records_of`."""
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        """Yield all records in order, without `image`; like `records_of`, without fetching images."""
+        for part in self.parts():
+            yield from map(without_image, self.records_of(part, reading, with_images=False))
 
     def read(self, part: Any) -> Iterator[dict[str, Any]]:
-        """Yield the records of a part that are not left out, see `records_of`.
-
-        Raises:
-            DataError: as `records_of`, or a label is neither declared nor known.
-        """
+        """Yield the records of a part that are not left out; a label that is no known class is a DataError."""
         records = self.records_of(part, Reading(self.classes))
         return (record for record in records if record["diagnosis"] is not None)
 
     def metadata(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of all records that are not left out, see `rows`, and keep what was met in `findings`.
-
-        Raises:
-            DataError: as `rows`; or, after the last row, because labels are neither declared nor known.
-        """
+        """Yield the rows that are not left out; after the last, `findings` is set, or all unknown labels are refused."""
         return self.checked(self.rows)
 
     def checked(self, rows: Callable[[Reading], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Yield the rows that are not left out; all labels that cannot be used are refused together at the end."""
+        """Do what `metadata` does for rows that are read in another way."""
         reading = Reading(self.classes, is_strict=False)
         yield from (row for row in rows(reading) if row["diagnosis"] is not None)
         self.__dict__["_findings"] = reading
@@ -129,19 +118,11 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """The sha256 of the content, or of what stands for it, as hex digits; the same wherever it lies."""
+        """The sha256 of the content, or of what identifies it, as hex digits; the same wherever it lies."""
 
     def stream(self, rank: int = 0, world: int = 1) -> IterableDataset:
-        """Stream the records in order, reading them as they are asked for; each part is a shard of the stream.
-
-        Args:
-            rank: number of this process.
-            world: number of processes; each streams every `world`-th part, so that together they stream each
-                record once, and none reads what is another's.
-        """
-        return IterableDataset.from_generator(
-            read_parts, gen_kwargs={"source": self, "parts": self.parts()[rank::world]}, features=FEATURES
-        )
+        """Stream the records of every `world`-th part from part `rank` on, in order; each part is a shard of the stream."""
+        return stream_parts(self, self.parts()[rank::world])
 
     @property
     def has_random_access(self) -> bool:
@@ -149,35 +130,23 @@ class Source(ABC):
         return type(self).dataset is not Source.dataset
 
     def dataset(self) -> Dataset:
-        """All records with random access.
-
-        Raises:
-            DataError: the source can only be streamed.
-        """
+        """Open all records with random access."""
         raise DataError(
             f"{self.name} can only be read as a stream: write its images to files first, with isic-vq data prepare"
         )
 
     def records(self) -> Dataset | IterableDataset:
-        """All records in order, with random access if the source has it.
-
-        Raises:
-            DataError: as `dataset`, or as `parts`.
-        """
+        """Open all records in order, with random access if the source has it."""
         return self.dataset() if self.has_random_access else self.stream()
 
     def describe(self) -> SourceInfo:
-        """What may be published about the source.
-
-        Raises:
-            DataError: as `metadata`.
-        """
+        """Read all rows, log what they need a person to know, and return what may be published."""
         info = describe_rows(self, self.metadata())
         self.tell()
         return info
 
     def tell(self) -> None:
-        """Log what the last pass over all rows met."""
+        """Log `findings`."""
         for line in self.findings.lines():
             logger.info("%s: %s", self.name, line)
 
@@ -188,30 +157,54 @@ def read_parts(source: Source, parts: Sequence[Any]) -> Iterator[dict[str, Any]]
         yield from source.read(part)
 
 
+def stream_parts(source: Source, parts: Sequence[Any]) -> IterableDataset:
+    """Stream the records of some parts of a source in order."""
+    arguments = {"source": source, "parts": list(parts)}
+    return IterableDataset.from_generator(read_parts, gen_kwargs=arguments, features=FEATURES)
+
+
+def cached_dataset(source: Source) -> Dataset:
+    """Open all records of a source with random access: they are read once and kept in the cache of `datasets`.
+
+    The cache key holds the source's fingerprint and classes and this package's version.
+    """
+    key = hashlib.sha256(f"{__version__} {source.fingerprint()} {source.classes}".encode()).hexdigest()
+    arguments = {"source": source, "parts": source.parts()}
+    try:
+        return Dataset.from_generator(read_parts, gen_kwargs=arguments, features=FEATURES, fingerprint=key)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            collections.deque(
+                source.metadata(), maxlen=0
+            )  # if labels are the cause, refuses all of them together
+            raise error.__cause__ from None
+        raise
+
+
+def ranges(number: int, size: int) -> list[range]:
+    """Cut the numbers below `number` into ranges of at most `size`."""
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
 def describe_rows(
     source: Source, rows: Iterable[dict[str, Any]], name: str | None = None, fingerprint: str | None = None
 ) -> SourceInfo:
-    """What may be published about rows of a source.
-
-    Args:
-        source: the source.
-        rows: with the columns of `FEATURES`; they are gone through once.
-        name: what they are called, if they are not all of the source.
-        fingerprint: the source's, if it is known.
-    """
+    """Describe rows of a source, which are read once, under its name and fingerprint or those given."""
     counts = count_rows(rows)
     return SourceInfo(
         name=name or source.name,
         fingerprint=source.fingerprint() if fingerprint is None else fingerprint,
         snapshot=source.snapshot,
         manifest_sha256=source.manifest_sha256,
-        classes=None if source.classes.is_default else source.classes.ordered(counts["diagnoses"]),
+        classes=None
+        if source.classes.is_default
+        else ordered_classes(counts["diagnoses"], source.classes.names),
         **counts,
     )
 
 
 def count_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number of rows, images per class and licence, attribution lines and `ids_sha256`, by their names in `SourceInfo`."""
+    """Count rows: those fields of `SourceInfo` that follow from rows alone."""
     ids: list[str | None] = []
     licenses, attributions, diagnoses = Counter[str](), set(), Counter[str]()
     for row in rows:
@@ -229,5 +222,5 @@ def count_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def hash_ids(ids: Iterable[str | None]) -> str:
-    """The sha256 of a set of image ids as hex digits: of the sorted ids, one per line; images without one do not count."""
+    """The sha256 of the sorted image ids, one per line, as hex digits; images without an id do not count."""
     return hashlib.sha256("\n".join(sorted(name for name in ids if name)).encode()).hexdigest()

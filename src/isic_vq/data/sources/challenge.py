@@ -2,13 +2,13 @@
 
     challenge:2019           the training images of 2019
     challenge:2018:test      another part; 2018 is Task 3, the training images of which are HAM10000
-    challenge:2018-task1     the images that were to be segmented in 2018; nothing says what they show
+    challenge:2018-task1     the images of the segmentation task of 2018, which have no diagnoses
 
 Source: the challenges' download pages (https://challenge.isic-archive.com/data/), which also state the licences
 that are recorded here; the archive's licence of a single image may differ.
-Differs: labels become the classes of this package. In 2016 "malignant" is melanoma, and "benign" is whatever is not:
-unknown. In 2017 what is neither melanoma nor seborrheic keratosis is a nevus; in 2018 and 2019 a row without a 1 is
-unknown. A row with two is an error: the table is not the challenge's.
+Differs: labels become the classes of this package. In 2016 "malignant" is melanoma, and "benign", which is any other class,
+is unknown. In 2017 a lesion that is neither melanoma nor seborrheic keratosis is a nevus; in 2018 and 2019 a row without
+a 1 is unknown, and a row with two is an error.
 The zip archive is opened once and never as a whole in memory; see `range_zip`.
 """
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 4 << 20
 PART_MEMBERS = 64
 NAME_COLUMNS = ("image", "image_id", "image_name")
-# In 2019 some images are called ISIC_0000002_downsampled. Masks, ISIC_0000002_segmentation.png, are no such name.
+# In 2019 some images are named ISIC_0000002_downsampled. Names of masks, ISIC_0000002_segmentation.png, do not match.
 _IMAGE = re.compile(r"(ISIC_\d{7})(_downsampled)?\.jpe?g", re.IGNORECASE)
 BCN_HAM_MSK = (
     "BCN_20000 (c) Department of Dermatology, Hospital Clinic de Barcelona; HAM10000 (c) ViDIR Group, Medical University "
@@ -51,9 +51,37 @@ ISIC_2020 = "ISIC 2020 Challenge Dataset, doi 10.34970/2020-ds01, (c) by its con
 ISIC_CC0 = "ISIC Archive, International Skin Imaging Collaboration"
 
 
-@dataclass(frozen=True)
-class Release:
-    """The files of one part of a challenge, relative to the challenges' address.
+# The files of each part, below the folder of its year: the archive of images, then the tables.
+_FILES = {
+    "2016:train": "ISBI2016_ISIC_Part3_Training_Data.zip ISBI2016_ISIC_Part3_Training_GroundTruth.csv",
+    "2016:test": "ISBI2016_ISIC_Part3_Test_Data.zip ISBI2016_ISIC_Part3_Test_GroundTruth.csv",
+    "2017:train": "ISIC-2017_Training_Data.zip ISIC-2017_Training_Part3_GroundTruth.csv",
+    "2017:validation": "ISIC-2017_Validation_Data.zip ISIC-2017_Validation_Part3_GroundTruth.csv",
+    "2017:test": "ISIC-2017_Test_v2_Data.zip ISIC-2017_Test_v2_Part3_GroundTruth.csv",
+    "2018:train": "ISIC2018_Task3_Training_Input.zip ISIC2018_Task3_Training_GroundTruth.zip "
+    "ISIC2018_Task3_Training_LesionGroupings.csv",
+    "2018:validation": "ISIC2018_Task3_Validation_Input.zip ISIC2018_Task3_Validation_GroundTruth.zip",
+    "2018:test": "ISIC2018_Task3_Test_Input.zip ISIC2018_Task3_Test_GroundTruth.zip",
+    "2018-task1:train": "ISIC2018_Task1-2_Training_Input.zip",
+    "2018-task1:validation": "ISIC2018_Task1-2_Validation_Input.zip",
+    "2018-task1:test": "ISIC2018_Task1-2_Test_Input.zip",
+    "2019:train": "ISIC_2019_Training_Input.zip ISIC_2019_Training_GroundTruth.csv ISIC_2019_Training_Metadata.csv",
+    "2019:test": "ISIC_2019_Test_Input.zip ISIC_2019_Test_GroundTruth.csv ISIC_2019_Test_Metadata.csv",
+    "2020:train": "ISIC_2020_Training_JPEG.zip ISIC_2020_Training_GroundTruth_v2.csv",
+    "2020:test": "ISIC_2020_Test_JPEG.zip ISIC_2020_Test_Metadata.csv",
+}
+_LICENSES = {
+    "2016": ("CC-0", ISIC_CC0),
+    "2017": ("CC-0", ISIC_CC0),
+    "2018": ("CC-BY-NC", HAM),
+    "2018-task1": ("CC-0", ISIC_CC0),
+    "2019": ("CC-BY-NC", BCN_HAM_MSK),
+    "2020": ("CC-BY-NC", ISIC_2020),
+}
+
+
+class Release(NamedTuple):
+    """One part of a challenge; files are relative to the challenges' address.
 
     Attributes:
         images: zip archive.
@@ -67,101 +95,37 @@ class Release:
     tables: tuple[str, ...]
     license: str
     attribution: str
-    in_archive_bucket: bool = False
+    in_archive_bucket: bool
 
 
-def _release_2016(part: str) -> Release:
-    stem = f"2016/ISBI2016_ISIC_Part3_{part}"
-    return Release(f"{stem}_Data.zip", (f"{stem}_GroundTruth.csv",), "CC-0", ISIC_CC0)
+def _release(year: str, files: str) -> Release:
+    images, *tables = (f"{year[:4]}/{file}" for file in files.split())
+    return Release(images, tuple(tables), *_LICENSES[year], in_archive_bucket=year in ("2017", "2020"))
 
 
-def _release_2017(part: str, data: str) -> Release:
-    return Release(
-        f"2017/ISIC-2017_{data}.zip",
-        (f"2017/ISIC-2017_{part}_Part3_GroundTruth.csv",),
-        "CC-0",
-        ISIC_CC0,
-        in_archive_bucket=True,
-    )
-
-
-def _release_2018(part: str, *more: str) -> Release:
-    stem = f"2018/ISIC2018_Task3_{part}"
-    return Release(f"{stem}_Input.zip", (f"{stem}_GroundTruth.zip", *more), "CC-BY-NC", HAM)
-
-
-def _release_2018_task1(part: str) -> Release:
-    return Release(f"2018/ISIC2018_Task1-2_{part}_Input.zip", (), "CC-0", ISIC_CC0)
-
-
-def _release_2019(part: str) -> Release:
-    stem = f"2019/ISIC_2019_{part}"
-    return Release(
-        f"{stem}_Input.zip", (f"{stem}_GroundTruth.csv", f"{stem}_Metadata.csv"), "CC-BY-NC", BCN_HAM_MSK
-    )
-
-
-RELEASES = {
-    ("2016", "train"): _release_2016("Training"),
-    ("2016", "test"): _release_2016("Test"),
-    ("2017", "train"): _release_2017("Training", "Training_Data"),
-    ("2017", "validation"): _release_2017("Validation", "Validation_Data"),
-    ("2017", "test"): _release_2017("Test_v2", "Test_v2_Data"),
-    ("2018", "train"): _release_2018("Training", "2018/ISIC2018_Task3_Training_LesionGroupings.csv"),
-    ("2018", "validation"): _release_2018("Validation"),
-    ("2018", "test"): _release_2018("Test"),
-    ("2018-task1", "train"): _release_2018_task1("Training"),
-    ("2018-task1", "validation"): _release_2018_task1("Validation"),
-    ("2018-task1", "test"): _release_2018_task1("Test"),
-    ("2019", "train"): _release_2019("Training"),
-    ("2019", "test"): _release_2019("Test"),
-    ("2020", "train"): Release(
-        "2020/ISIC_2020_Training_JPEG.zip",
-        ("2020/ISIC_2020_Training_GroundTruth_v2.csv",),
-        "CC-BY-NC",
-        ISIC_2020,
-        in_archive_bucket=True,
-    ),
-    ("2020", "test"): Release(
-        "2020/ISIC_2020_Test_JPEG.zip",
-        ("2020/ISIC_2020_Test_Metadata.csv",),
-        "CC-BY-NC",
-        ISIC_2020,
-        in_archive_bucket=True,
-    ),
-}
+# By year and part.
+RELEASES = {(*key.split(":"),): _release(key.split(":")[0], files) for key, files in _FILES.items()}
 
 
 @dataclass(frozen=True)
 class ChallengeSource(Source):
-    """The images of one part of a challenge.
-
-    Attributes:
-        year: "2016" to "2020", or "2018-task1".
-        part: "train", "validation" or "test".
-    """
+    """The images of one part of a challenge: `year` is "2016" to "2020" or "2018-task1"."""
 
     year: str
     part: str
+    is_listed_cheaply = False
 
     @classmethod
     def from_target(cls, target: str) -> "ChallengeSource":
-        """Parse YEAR[:PART].
-
-        Raises:
-            DataError: there is no such part of a challenge.
-        """
+        """Parse YEAR[:PART]."""
         year, _, part = target.strip().partition(":")
         if (year, part or "train") not in RELEASES:
-            known = ", ".join(":".join(key) for key in RELEASES)
+            known = ", ".join(_FILES)
             raise DataError(f"'challenge:{target}' is not known. Expected YEAR or YEAR:PART, of {known}.")
         return cls(year, part or "train")
 
-    is_listed_cheaply = False
-
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The URI with its part."""
         return f"challenge:{self.year}:{self.part}"
 
     @property
@@ -170,7 +134,7 @@ class ChallengeSource(Source):
         return RELEASES[self.year, self.part]
 
     def parts(self) -> list[tuple[int, int]]:
-        """Ranges of images that lie next to each other in the zip archive, by number."""
+        """List ranges (start, stop) of images that are neighbours in the zip archive."""
         contents, parts, start = self._contents(), [], 0
         images, ends = contents.images, contents.archive.ends
         for stop in range(1, len(images) + 1):
@@ -181,53 +145,51 @@ class ChallengeSource(Source):
                 start = stop
         return parts
 
-    def records_of(self, part: tuple[int, int], reading: Reading) -> Iterator[dict[str, Any]]:
+    def records_of(
+        self, part: tuple[int, int], reading: Reading, with_images: bool = True
+    ) -> Iterator[dict[str, Any]]:
         """Yield the records of a range of images; one that cannot be read has no image, and a warning names it."""
-        contents = self._contents()
-        for member, content in contents.archive.read(contents.images[slice(*part)]):
-            row = self._row(member, contents, reading)
+        contents, release = self._contents(), self.release
+        members = contents.images[slice(*part)]
+        pairs = contents.archive.read(members) if with_images else ((member, None) for member in members)
+        for member, content in pairs:
+            name = contents.ids[member.filename]
+            if release.tables and name not in contents.rows:
+                reading.note("images in no table", name)
+            values = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
+            values |= {"license": release.license, "attribution": release.attribution}
+            row = normalise(values, self.name, reading=reading)
             if isinstance(content, DataError):
-                logger.warning("%s: %s has no image: %s", self.name, row["isic_id"], content)
+                logger.warning("%s: %s has no image: %s", self.name, name, content)
             yield {"image": content if isinstance(content, bytes) else None, **row}
 
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The rows of all images; of the zip archive only the directory is read."""
-        contents = self._contents()
-        for name in contents.left_out:
+        """Yield the rows of all images; of the zip archive only the directory is read."""
+        for name in self._contents().left_out:
             reading.leave_out("no photograph of the challenge", name)
-        for member in contents.images:
-            if self.release.tables and contents.ids[member.filename] not in contents.rows:
-                reading.note("images in no table", contents.ids[member.filename])
-            yield self._row(member, contents, reading)
+        yield from super().rows(reading)
 
     def fingerprint(self) -> str:
-        """Of names, sizes and checksums in the archive's directory, and of the rows."""
-        images = self._contents().images
+        """The sha256 over names, sizes and checksums in the archive's directory, and the rows."""
         rows = [
             json.dumps([*row.values(), member.file_size, member.CRC])
-            for member, row in zip(images, self.metadata(), strict=True)
+            for member, row in zip(self._contents().images, self.metadata(), strict=True)
         ]
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
     def _contents(self) -> "_Contents":
         return _open(self.name, self.release, RemoteSettings.from_environment())
 
-    def _row(self, member: ZipInfo, contents: "_Contents", reading: Reading) -> dict[str, Any]:
-        name, release = contents.ids[member.filename], self.release
-        about = {**contents.rows.get(name, {}), "isic_id": name, "source": f"isic-challenge-{self.year}"}
-        about |= {"license": release.license, "attribution": release.attribution}
-        return normalise(about, self.name, reading=reading)
-
 
 class _Contents(NamedTuple):
-    """What was found in a release.
+    """The files of a release.
 
     Attributes:
         archive: of the images.
         images: its members that are photographs, in the order of their bytes.
         ids: of the images, by their names in the archive.
         rows: of the tables, by the image's id.
-        left_out: names of the other files in the archive, which are masks, superpixels and notes.
+        left_out: names of the other members, which are masks, superpixels and notes.
     """
 
     archive: RangeZip
@@ -239,14 +201,13 @@ class _Contents(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
-    """Look through the files of a release, once in a process."""
     archive = RangeZip.open(_locate(release, release.images, settings))
     rows = _read_tables([_locate(release, path, settings) for path in release.tables])
-    named = {m.filename: found for m in archive.members if (found := _image_id(m.filename))}
+    named = {m.filename: isic_id for m in archive.members if (isic_id := _image_id(m.filename))}
     images, ids = tuple(m for m in archive.members if m.filename in named), set(named.values())
     if not ids:
         raise DataError(
-            f"{name}: no file in {public_path(archive.location)} is called like ISIC_0000000.jpg. Expected the "
+            f"{name}: no file in {public_path(archive.location)} is named like ISIC_0000000.jpg. Expected the "
             "challenge's images."
         )
     if len(ids) != len(images):
@@ -264,17 +225,13 @@ def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
 
 
 def _image_id(name: str) -> str | None:
-    """The id of an image by its name in an archive; None for what is no photograph.
-
-    Challenges keep masks and superpixels beside them, and macOS its own files.
-    """
+    """The id of a photograph from its name in an archive; None for masks, superpixels and files of macOS."""
     path = PurePosixPath(name)
     match = _IMAGE.fullmatch(path.name)
     return match[1] if match and not any(part.startswith((".", "__MACOSX")) for part in path.parts) else None
 
 
 def _locate(release: Release, path: str, settings: RemoteSettings) -> str:
-    """Address, or path, of a file of a release."""
     base = settings.challenge_url
     if base.startswith("file://"):
         return str(Path(url2pathname(urlsplit(base).path)) / path)
@@ -286,23 +243,23 @@ def _locate(release: Release, path: str, settings: RemoteSettings) -> str:
 
 
 def _read_tables(locations: list[str]) -> dict[str, dict[str, Any]]:
-    """The rows of a release's tables by the image's id, under names that `normalise` knows."""
+    """The rows of a release's tables by the image's id, with names that `normalise` reads."""
     rows: dict[str, dict[str, Any]] = {}
     for location in locations:
         for row in _read_csv(location):
             name = next(row[column] for column in NAME_COLUMNS if column in row).strip()
-            about = {key: value for key, value in row.items() if value and key not in NAME_COLUMNS}
-            if "diagnosis" not in about and "benign_malignant" in about:  # 2016
-                malignant = about["benign_malignant"] in ("malignant", "1.0", "1")
-                about["diagnosis"] = "melanoma" if malignant else "unknown"
-            if "patient" in about:  # the test images of 2020
-                about["patient_id"] = about.pop("patient")
-            rows.setdefault(name.removesuffix("_downsampled"), {}).update(about)
+            values = {key: value for key, value in row.items() if value and key not in NAME_COLUMNS}
+            if "diagnosis" not in values and "benign_malignant" in values:  # 2016
+                malignant = values["benign_malignant"] in ("malignant", "1.0", "1")
+                values["diagnosis"] = "melanoma" if malignant else "unknown"
+            if "patient" in values:  # the test images of 2020
+                values["patient_id"] = values.pop("patient")
+            rows.setdefault(name.removesuffix("_downsampled"), {}).update(values)
     return rows
 
 
 def _read_csv(location: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, which a zip archive may hold; those of 2016 have no header."""
+    """The rows of a CSV file, also within a zip archive; the files of 2016 have no header."""
     if is_url(location):
         content = client().get(Request(location))
     else:

@@ -8,22 +8,23 @@
     classes=MEL,NV,...           the classes, in the order of the integers that a column of them may hold
     set.license=TEXT, ...        the same value in every row; {COLUMN} in it stands for that column's
 
-Which files make up a split is found as `datasets` does it; no code of a repository is run. The files are parquet,
-read row group by row group over range requests: one large file is still divided among processes, and metadata are
-read without the images beside them. Of repositories in other formats (loose images, tars, CSV), the Hub keeps a
-parquet copy under the revision refs/convert/parquet, which is read by its own layout: CONFIG/SPLIT/0000.parquet.
-Differs from `load_dataset`: a connection that breaks in the middle of a part costs that part's beginning once
-more, not the run.
+`datasets` finds the files of a split; no code of a repository is run. The files are parquet, read row group by row group
+with range requests: processes share even a single large file, and metadata are read without the images beside them. Of
+repositories in other formats (loose images, tars, CSV), the Hub keeps a parquet copy under the revision
+refs/convert/parquet, which is read by its own layout: CONFIG/SPLIT/0000.parquet.
+Differs from `load_dataset`: after a lost connection only the row group that was being read is read again.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow
@@ -32,23 +33,78 @@ from datasets import Dataset, Features
 from datasets.exceptions import FileNotFoundDatasetsError
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from isic_vq.data.classes import Classes, Reading
 from isic_vq.data.schema import DataError, normalise
-from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.cached import cached_dataset
+from isic_vq.data.sources.base import Source, cached_dataset
 from isic_vq.data.sources.hub_columns import KNOWN_SETS, Columns, check_columns, class_names_of, parse_query
-from isic_vq.data.sources.hub_connection import Connection
+from isic_vq.data.sources.parquet import Part, read_group, row_groups
+from isic_vq.models.upload import HubError, hub_errors
 
 logger = logging.getLogger(__name__)
 
-# A file, the number of a row group in it, and that of the group's first row in the split.
-Part = tuple[str, int, int]
-
 READ_SIZE = 8 << 20  # bytes of one range request for images, at most
-READ_AHEAD = 64 << 10  # bytes read beyond, where the other columns of a row group most often are
+READ_AHEAD = 64 << 10  # bytes read beyond an image column, which usually hold the group's other columns
+RETRIES = 4  # without progress, each after five of huggingface_hub's own
 CONVERTED = "refs/convert/parquet"
 _TARGET = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^?]+))?(?:\?(.*))?", re.DOTALL)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Requests about one repository, which are repeated where that may help.
+
+    Attributes:
+        name: what messages call the source.
+        repo: OWNER/NAME.
+        revision: None for main.
+    """
+
+    name: str
+    repo: str
+    revision: str | None
+
+    def ask(self, question: Callable[[], Answer]) -> Answer:
+        """Return one answer; errors are as in `resumed`."""
+        return next(self.resumed(lambda: iter([question()])))
+
+    def resumed(self, rows: Callable[[], Iterator[Answer]]) -> Iterator[Answer]:
+        """Yield what `rows()` yields; after a lost connection call it again and skip what was yielded.
+
+        Raises:
+            DataError: more than `RETRIES` failures at one row, or one that does not pass.
+        """
+        done, failures = 0, 0
+        while True:
+            try:
+                for row in itertools.islice(rows(), done, None):
+                    yield row
+                    done, failures = done + 1, 0
+                return
+            except (OSError, HTTPError, pyarrow.ArrowException) as error:
+                failures += 1
+                if failures > RETRIES or not _may_pass(error):
+                    raise self._explained(error) from None
+                logger.warning(
+                    "%s: %s while reading, try %d of %d", self.name, type(error).__name__, failures, RETRIES
+                )
+                time.sleep(min(2**failures, 30))
+
+    def _explained(self, error: BaseException) -> DataError:
+        try:
+            with hub_errors(f"datasets/{self.repo}", self.revision):
+                raise error
+        except HubError as explained:
+            return DataError(f"{self.name}: {explained}")
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return not isinstance(error, FileNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -56,10 +112,8 @@ class HubSource(Source):
     """The rows of one split of a data set repository.
 
     Attributes:
-        name: as `Source` has it.
         repo: OWNER/NAME.
         commit: its full id.
-        split: the split.
         files: the split's files, as hf:// addresses at the commit.
         columns: how rows become records.
         class_names: names behind the integers of columns, by column of the repository.
@@ -72,15 +126,11 @@ class HubSource(Source):
     files: tuple[str, ...]
     columns: Columns
     class_names: Mapping[str, list[str]]
+    is_listed_cheaply = False
 
     @classmethod
     def from_target(cls, target: str) -> "HubSource":
-        """Parse OWNER/NAME[@REVISION][?KEY=VALUE&...] and ask the Hub what it names.
-
-        Raises:
-            DataError: the text is something else, or the Hub has no such images to give; the message tells the
-                way out.
-        """
+        """Parse OWNER/NAME[@REVISION][?KEY=VALUE&...] and ask the Hub for the split's files and columns."""
         name = f"hub:{target}"
         match = _TARGET.fullmatch(target)
         if match is None:
@@ -93,9 +143,9 @@ class HubSource(Source):
         config, split = settings.get("config"), settings.get("split", "train")
         known = KNOWN_SETS.get(repo)
         if known is not None:
-            columns = known.columns.updated(columns)
-            if known.warning:
-                logger.warning("%s: %s", name, known.warning)
+            columns = known[0].updated(columns)
+            if known[1]:
+                logger.warning("%s: %s", name, known[1])
         hub = Connection(name, repo, revision)
         commit = str(hub.ask(lambda: HfApi().dataset_info(repo, revision=revision).sha))
         find = _converted_files if revision == CONVERTED else _declared_files
@@ -108,15 +158,7 @@ class HubSource(Source):
         features = Features.from_arrow_schema(schema)
         columns = check_columns(name, columns, features)
         class_names = class_names_of(columns, features)
-        source = cls(
-            name=name,
-            repo=repo,
-            commit=commit,
-            split=split,
-            files=tuple(files[split]),
-            columns=columns,
-            class_names=class_names,
-        )
+        source = cls(name, repo, commit, split, tuple(files[split]), columns, class_names)
         try:
             return (
                 source.with_classes(Classes.parse(settings["classes"])) if "classes" in settings else source
@@ -124,16 +166,13 @@ class HubSource(Source):
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
 
-    is_listed_cheaply = False
-
     @property
     def snapshot(self) -> str:  # type: ignore[override]
-        """The commit."""
         return f"commit {self.commit}"
 
     def parts(self) -> list[Part]:
-        """Row groups."""
-        found, first = [], 0
+        """List row groups; rows are numbered within the split."""
+        parts, first = [], 0
         for path in self.files:
             footer = self._connection.ask(functools.partial(_footer, path))
             missing = self.columns.used() - set(footer.schema.to_arrow_schema().names)
@@ -142,24 +181,16 @@ class HubSource(Source):
                     f"{self.name}: {path.rpartition('/')[2]} lacks the column {', '.join(sorted(missing))} of the "
                     "split's first file, so they cannot be read together."
                 )
-            for group in range(footer.num_row_groups):
-                found.append((path, group, first))
-                first += footer.row_group(group).num_rows
-        return found
+            parts += row_groups(path, footer, first)
+            first += footer.num_rows
+        return parts
 
-    def records_of(self, part: Part, reading: Reading) -> Iterator[dict[str, Any]]:
-        """Yield the records of a row group, images as they are stored; a broken connection is taken up where it broke."""
-        return self._connection.resumed(lambda: self._records(part, True, reading))
-
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The rows of all records; one request per row group, for the columns beside the images alone."""
-        for part in self.parts():
-            read = functools.partial(self._records, part, False, reading)
-            for record in self._connection.resumed(read):
-                yield {name: value for name, value in record.items() if name != "image"}
+    def records_of(self, part: Part, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield the records of a row group, images as they are stored; without them, in one request."""
+        return self._connection.resumed(lambda: self._records(part, with_images, reading))
 
     def fingerprint(self) -> str:
-        """Of the commit, the split's files and how their columns are read."""
+        """The sha256 over the commit, the split's files and how their columns are read."""
         prefix = f"hf://datasets/{self.repo}@{self.commit}/"
         paths = [path.removeprefix(prefix) for path in self.files]
         content: list[Any] = [self.repo, self.commit, self.split, paths]
@@ -167,7 +198,7 @@ class HubSource(Source):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def dataset(self) -> Dataset:
-        """All records, downloaded once into the cache of `datasets`."""
+        """Open all records, downloaded once into the cache of `datasets`."""
         return cached_dataset(self)
 
     @property
@@ -175,34 +206,37 @@ class HubSource(Source):
         return Connection(self.name, self.repo, self.commit)
 
     def _records(self, part: Part, with_images: bool, reading: Reading) -> Iterator[dict[str, Any]]:
-        """Read the records of a row group; an image without an id is named by its place in the split."""
         path, group, first = part
-        rows = _read_group(path, group, self.columns.names["image"], with_images)
-        for number, row in enumerate(rows, start=first):
-            where = f"{self.repo}, split {self.split}, row {number}"
-            record = normalise(self._named(row, where), where, reading=reading)
-            place = f"{self.repo.partition('/')[2]}-{self.split}-{number:06d}"
-            image = record["image"]
-            content = (
-                image.get("bytes") if isinstance(image, Mapping) else image
-            )  # a path is of another machine
-            yield {**record, "isic_id": record["isic_id"] or place, "image": content}
+        # `pre_buffer` joins the small columns to one request, but would load all images of the group at once.
+        options = {"buffer_size": READ_SIZE if with_images else 0, "pre_buffer": not with_images}
+        with (
+            _open(path, READ_AHEAD if with_images else 0) as remote,
+            pyarrow.parquet.ParquetFile(remote, metadata=_footer(path), **options) as file,
+        ):
+            rows = read_group(file, group, self.columns.names["image"], with_images)
+            for number, row in enumerate(rows, start=first):
+                where = f"{self.repo}, split {self.split}, row {number}"
+                record = normalise(self._named(row, where), where, reading=reading)
+                isic_id = record["isic_id"] or f"{self.repo.partition('/')[2]}-{self.split}-{number:06d}"
+                image = record["image"]
+                content = image.get("bytes") if isinstance(image, Mapping) else image  # its path is remote
+                yield {**record, "isic_id": isic_id, "image": content}
 
     def _named(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """A row with names for its class ids, under names that `normalise` knows."""
-        words = dict(row)
+        """A row with class names in place of class ids, and columns that `normalise` reads."""
+        named = dict(row)
         for column, names in self.class_names.items():
             value = row[column]
             if value is None or value == -1:  # `datasets` writes -1 for a missing class
-                words[column] = None
+                named[column] = None
             elif isinstance(value, int) and 0 <= value < len(names):
-                words[column] = names[value]
+                named[column] = names[value]
             else:
                 raise DataError(
                     f"{where}: {column} is {value!r}, expected 0 to {len(names) - 1} for {', '.join(names)}. "
                     "Name the classes in order: classes=A,B,..."
                 )
-        return self.columns.rename(words)
+        return self.columns.rename(named)
 
 
 def _declared_files(hub: Connection, config: str | None, commit: str) -> dict[str, list[str]]:
@@ -248,37 +282,13 @@ def _converted_files(hub: Connection, config: str | None, commit: str) -> dict[s
     return files
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # an address names a commit, so its file never changes
 def _footer(path: str) -> pyarrow.parquet.FileMetaData:
-    """What a parquet file says about itself; its address names a commit, so it never changes."""
     with _open(path) as file:
         return pyarrow.parquet.read_metadata(file)
 
 
 def _open(path: str, read_ahead: int = 0) -> Any:
-    """A file of the Hub in which each read is one range request of so many bytes more."""
+    """A file of the Hub in which each read is one range request, of `read_ahead` bytes more."""
     cache = {"cache_type": "readahead", "block_size": read_ahead} if read_ahead else {"cache_type": "none"}
     return HfFileSystem().open(path, "rb", **cache)
-
-
-def _read_group(path: str, group: int, image: str, with_images: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a row group; without images, only the name beside the image's bytes, if there is one."""
-    footer = _footer(path)
-    schema = footer.schema.to_arrow_schema()
-    columns = [column for column in schema.names if column != image]
-    if with_images:
-        columns.insert(0, image)  # what is read ahead of it are most often the other columns
-    elif pyarrow.types.is_struct(schema.field(image).type):
-        columns.append(f"{image}.path")
-    with (
-        _open(path, READ_AHEAD if with_images else 0) as file,
-        # `pre_buffer` joins the small columns to one request, but would load all images of the group at once.
-        pyarrow.parquet.ParquetFile(
-            file, metadata=footer, buffer_size=READ_SIZE if with_images else 0, pre_buffer=not with_images
-        ) as parquet,
-    ):
-        for batch in parquet.iter_batches(
-            batch_size=64, row_groups=[group], columns=columns, use_threads=False
-        ):
-            for row in batch.to_pylist():
-                yield {image: None, **row}

@@ -1,4 +1,4 @@
-"""How the rows of a Hub repository become records: from what its URI says, and what is known of some repositories."""
+"""How the rows of a Hub repository become records, by the source's URI and by `KNOWN_SETS`."""
 
 import re
 from collections.abc import Mapping
@@ -30,21 +30,21 @@ class Columns:
     classes: tuple[str, ...] = ()
 
     def updated(self, other: "Columns") -> "Columns":
-        """These with another's on top, which say anew where a column comes from."""
-        said = {*other.names, *other.constants}
+        """Replace the origin of those columns that another names."""
+        replaced = {*other.names, *other.constants}
         return Columns(
-            {**{k: v for k, v in self.names.items() if k not in said}, **other.names},
-            {**{k: v for k, v in self.constants.items() if k not in said}, **other.constants},
+            {**{k: v for k, v in self.names.items() if k not in replaced}, **other.names},
+            {**{k: v for k, v in self.constants.items() if k not in replaced}, **other.constants},
             other.classes or self.classes,
         )
 
     def used(self) -> set[str]:
-        """The repository's columns that these name."""
+        """The repository's columns that are read by name."""
         texts = self.constants.values()
         return {*self.names.values(), *(name for text in texts for name in _COLUMN_IN_TEXT.findall(text))}
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row under names that `normalise` knows; only what is named counts for a column that is."""
+        """Rename a row for `normalise`; aliases of a column that is named here are dropped."""
         named = {*self.names, *self.constants}
         hidden = {alias for name in named for alias in COLUMN_ALIASES.get(name, (name,))}
         values = {column: value for column, value in row.items() if column not in hidden}
@@ -54,16 +54,9 @@ class Columns:
         return values
 
 
-@dataclass(frozen=True)
-class KnownSet:
-    """What is known of a repository beyond what it says of itself."""
-
-    columns: Columns
-    warning: str | None = None
-
-
-KNOWN_SETS = {
-    "flwrlabs/fed-isic2019": KnownSet(
+# Columns of repositories that do not describe themselves, and a warning.
+KNOWN_SETS: dict[str, tuple[Columns, str | None]] = {
+    "flwrlabs/fed-isic2019": (
         Columns(
             {"diagnosis": "label"},
             {
@@ -75,8 +68,9 @@ KNOWN_SETS = {
             },
             ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"),
         ),
+        None,
     ),
-    "marmal88/skin_cancer": KnownSet(
+    "marmal88/skin_cancer": (
         Columns(
             {"isic_id": "image_id", "diagnosis": "dx", "site": "localization"},
             {
@@ -92,7 +86,7 @@ KNOWN_SETS = {
 
 
 def parse_query(name: str, query: str) -> tuple[dict[str, str], Columns]:
-    """What follows the question mark: settings, and how columns are read."""
+    """Parse what follows the question mark: settings, and how columns are read."""
     pairs = parse_qsl(query, keep_blank_values=True)
     values = dict(pairs)
     expected = (
@@ -106,7 +100,7 @@ def parse_query(name: str, query: str) -> tuple[dict[str, str], Columns]:
             wrong = f"no value for {key}" if known else f"the unknown key {key!r}"
             raise DataError(f"{name} has {wrong}. {expected}")
         if [other for other, _ in pairs].count(key) > 1 or (key in FEATURES and f"set.{key}" in values):
-            raise DataError(f"{name} says twice what {key} is. {expected}")
+            raise DataError(f"{name} names {key} twice. {expected}")
     columns = Columns(
         {key: value for key, value in values.items() if key in FEATURES},
         {key.removeprefix("set."): value for key, value in values.items() if key.startswith("set.")},
@@ -116,11 +110,7 @@ def parse_query(name: str, query: str) -> tuple[dict[str, str], Columns]:
 
 
 def check_columns(name: str, columns: Columns, features: Features) -> Columns:
-    """The columns with the one of the images among them, once they are all there.
-
-    Raises:
-        DataError: the split lacks a column, or the one of images holds something else.
-    """
+    """Add the image column; DataError if the split lacks a column, or the image column holds no images."""
     listed = ", ".join(features)
     columns = Columns({"image": "image", **columns.names}, columns.constants, columns.classes)
     missing = sorted(columns.used() - set(features))
@@ -140,7 +130,7 @@ def check_columns(name: str, columns: Columns, features: Features) -> Columns:
 
 
 def class_names_of(columns: Columns, features: Features) -> dict[str, list[str]]:
-    """Names behind the integers of columns: what the repository says, else `columns.classes` for the diagnoses."""
+    """Names behind the integers of columns: the repository's own, else `columns.classes` for the diagnoses."""
     names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
     aliases = COLUMN_ALIASES["diagnosis"]
     column = columns.names.get("diagnosis") or next((alias for alias in aliases if alias in features), None)

@@ -1,7 +1,7 @@
-"""What a folder of prepared images holds: shards by split, a row about every image, and the totals.
+"""The files of a prepared folder: shards by split, a row about every image, and the totals.
 
     manifest.json            settings, sources, totals by split, the shards with their hashes; written last
-    images.parquet           one row per image, those that were excluded or could not be read too, with the reason
+    images.parquet           one row per image; excluded and unreadable ones have a reason
     train-00000.parquet ...  the images at the training size, with the columns of `FEATURES`; or .tar
 
 A folder without `manifest.json` is not finished.
@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from isic_vq.data.schema import FEATURES, DataError
+from isic_vq.data.schema import FEATURES, DataError, without_image
 from isic_vq.data.shards import parquet_bytes, tar_bytes, tar_contents
-from isic_vq.data.sources.folder import file_digest
 from isic_vq.data.uri import MANIFEST
 from isic_vq.files import write_atomically
 
@@ -26,11 +25,7 @@ IMAGES = "images.parquet"
 ROW_GROUP_SIZE = 256  # rows; what a reader that wants one image has to load
 IMAGE_COLUMNS = pyarrow.schema(
     [
-        *(
-            (name, pyarrow.float32() if name == "age" else pyarrow.string())
-            for name in FEATURES
-            if name != "image"
-        ),
+        *without_image({field.name: field for field in FEATURES.arrow_schema}).values(),
         ("split", pyarrow.string()),
         ("reason", pyarrow.string()),  # why it is excluded
         ("origin", pyarrow.string()),  # the source's name in the manifest
@@ -55,16 +50,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The content of `manifest.json`.
 
     Attributes:
-        settings: what decides the bytes of the images, and the versions that made them.
-        sources: what may be published about each source, and how many of its images could not be read.
-        splits: counts by diagnosis and licence, attribution lines and `ids_sha256`, by split.
+        settings: all that decides the bytes of the images, and the versions that made them.
+        sources: `SourceInfo` of each source, as a dictionary.
+        splits: `count_rows` of each split.
         shards: the files, in order.
-        unreadable: name and reason of each image that could not be read.
-        strata: how diagnoses, sources, sexes and licences came out in the splits, as `Stratum` has it.
-        duplicates: what `duplicate_report` counts, without the pairs.
+        unreadable: reasons by image.
+        strata: `Stratum` of each value and split, as a dictionary.
+        duplicates: the counts of `duplicate_report`.
         classes: of the images, in the order of their ids; None if these are ISIC's, in their order.
     """
 
@@ -79,11 +74,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read a folder's manifest.
-
-        Raises:
-            DataError: the folder has none, or it is damaged.
-        """
+        """Read a folder's manifest; DataError if it is missing or damaged."""
         path = folder / MANIFEST
         if not path.is_file():
             raise DataError(
@@ -98,7 +89,7 @@ class Manifest:
             ) from error
 
     def write(self, folder: Path) -> None:
-        """Write it, which finishes the folder."""
+        """Write the manifest, which marks the folder as finished."""
         write_atomically(folder / MANIFEST, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def of_split(self, split: str) -> list[Shard]:
@@ -107,11 +98,7 @@ class Manifest:
 
 
 def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a prepared folder's images.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
+    """Read the rows of a prepared folder's images; DataError if the file is missing or damaged."""
     try:
         return pyarrow.parquet.read_table(folder / IMAGES, columns=columns).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
@@ -120,19 +107,16 @@ def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict
         ) from error
 
 
-def images_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """`images.parquet` of rows with the columns `IMAGE_COLUMNS`."""
+def write_images(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of a prepared folder's images, with the columns `IMAGE_COLUMNS`."""
     table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=IMAGE_COLUMNS)
-    return parquet_bytes(table, ROW_GROUP_SIZE)
+    write_atomically(folder / IMAGES, parquet_bytes(table, ROW_GROUP_SIZE))
 
 
 def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records with encoded images as parquet, or as WebDataset if `path` ends in .tar; whole or not at all.
+    """Write records with encoded images as parquet, or as WebDataset if `path` ends in .tar, atomically.
 
-    The same records give the same bytes.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full.
+    The same records give the same bytes. OSError, for example of a full disk, names the file.
     """
     if path.suffix == ".tar":
         write_atomically(path, tar_bytes(_members(records)))
@@ -141,19 +125,14 @@ def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, parquet_bytes(table, ROW_GROUP_SIZE))
 
 
-def shard_of(path: Path, split: str, rows: int) -> Shard:
-    """What the manifest says of a shard that was written."""
-    return Shard(path.name, split, rows, path.stat().st_size, file_digest(path))
-
-
 def read_shard(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield id and encoded image of every row of a shard."""
     if path.suffix == ".tar":
         contents = tar_contents(path)
         for name, content in contents.items():
             if name.endswith(".json"):
-                about = json.loads(content)
-                yield about["isic_id"], contents[f"{name.removesuffix('.json')}.{about['image_format']}"]
+                values = json.loads(content)
+                yield values["isic_id"], contents[f"{name.removesuffix('.json')}.{values['image_format']}"]
         return
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=64, columns=["isic_id", "image"]):
@@ -163,8 +142,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _members(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
     for number, record in enumerate(records):
-        about = {name: value for name, value in record.items() if name != "image" and value is not None}
+        values = {name: value for name, value in without_image(record).items() if value is not None}
         suffix = Path(record["image"]["path"]).suffix.removeprefix(".")
-        about["image_format"] = suffix
         yield f"{number:08d}.{suffix}", record["image"]["bytes"]
-        yield f"{number:08d}.json", json.dumps(about).encode()
+        yield f"{number:08d}.json", json.dumps({**values, "image_format": suffix}).encode()

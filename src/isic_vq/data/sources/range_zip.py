@@ -1,8 +1,7 @@
 """Read the members of a zip archive, local or over HTTP, in large ranges instead of one by one.
 
-The directory at the archive's end is read once. After that, members that lie next to each other come with one range
-of bytes, and several ranges are under way at once. `zipfile` reads the directory, zip64 included, and unpacks.
-Nothing is extracted to disk, and no member's name is used as a path.
+The directory at the archive's end is read once. Then neighbouring members are fetched with one range of bytes, several
+ranges at once. `zipfile` reads the directory, zip64 included, and unpacks; nothing is extracted to disk.
 """
 
 import copy
@@ -31,10 +30,10 @@ class RangeZip:
 
     Attributes:
         location: path, or http(s) address.
-        version: ETag of a remote one, which all later reads must find again.
+        version: ETag of a remote archive; later reads of another version fail.
         directory: opened by zipfile.
         members: its files, in the order of their bytes.
-        ends: the byte after the last of each, by that of its header.
+        ends: by the offset of a member's header, the offset after its last byte.
     """
 
     location: str
@@ -45,11 +44,7 @@ class RangeZip:
 
     @classmethod
     def open(cls, location: str) -> "RangeZip":
-        """Read the directory of an archive.
-
-        Raises:
-            DataError: it is not there, or not a zip archive.
-        """
+        """Read the directory of an archive; DataError if it is missing or no zip archive."""
         name = public_path(location)
         try:
             with RangeFile(location) if is_url(location) else open(location, "rb") as file:
@@ -66,7 +61,7 @@ class RangeZip:
         return cls(location, getattr(file, "etag", None), directory, members, dict(ends))
 
     def read(self, members: Sequence[ZipInfo]) -> Iterator[tuple[ZipInfo, bytes | DataError]]:
-        """Yield members, given in the order of their bytes, and their contents, or errors in place of these."""
+        """Yield each member, given in the order of their bytes, with its content or the error of reading it."""
         starts = [member.header_offset for member in members]
         ends = [self.ends[start] for start in starts]
         _, starts, ends = merge_offset_ranges([""] * len(starts), starts, ends, max_block=RANGE_BYTES)
@@ -80,7 +75,7 @@ class RangeZip:
             content = packed if isinstance(packed, RemoteError) else self._unpack(member, packed, start)
             if isinstance(content, bytes) or content is packed or len(members) == 1:
                 yield member, content
-            else:  # it may have been damaged on its way
+            else:  # the transfer may have damaged it: try once more, alone
                 yield from self.read([member])
 
     def _fetch(self, ranges: list[tuple[int, int]]) -> Iterator[bytes | RemoteError]:
@@ -93,7 +88,7 @@ class RangeZip:
                 yield file.read(end - start)
 
     def _unpack(self, member: ZipInfo, packed: bytes, start: int) -> bytes | DataError:
-        """A member's content from bytes of the archive, the first of which is its byte `start`."""
+        """A member's content from `packed`, the bytes of the archive from offset `start` on."""
         archive, info = copy.copy(self.directory), copy.copy(member)
         archive.fp, info.header_offset = io.BytesIO(packed), info.header_offset - start
         try:

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from isic_vq.data.classes import Reading
 from isic_vq.data.schema import FEATURES, DataError
-from isic_vq.data.sources.base import Source
+from isic_vq.data.sources.base import Source, ranges
 from isic_vq.data.synthetic_images import synthetic_fingerprint, synthetic_metadata, synthetic_record
 
 IMAGES_PER_PART = 16
@@ -17,23 +17,14 @@ IMAGES_PER_PART = 16
 
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    """Images of `isic_vq.data.synthetic_images`.
-
-    Attributes:
-        num_images: how many.
-        seed: another seed gives other images.
-    """
+    """Images of `isic_vq.data.synthetic_images`."""
 
     num_images: int
     seed: int
 
     @classmethod
     def from_target(cls, target: str) -> "SyntheticSource":
-        """Parse NUM[:SEED].
-
-        Raises:
-            DataError: it is something else.
-        """
+        """Parse NUM[:SEED]."""
         match = re.fullmatch(r"(\d{1,7})(?::(\d{1,18}))?", target)  # records of more do not fit into memory
         if match is None or int(match[1]) == 0:
             raise DataError(
@@ -44,31 +35,20 @@ class SyntheticSource(Source):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The URI with its seed."""
         return f"synthetic:{self.num_images}:{self.seed}"
 
     def parts(self) -> list[range]:
-        """Ranges of images."""
-        starts = range(0, self.num_images, IMAGES_PER_PART)
-        return [range(start, min(start + IMAGES_PER_PART, self.num_images)) for start in starts]
+        return ranges(self.num_images, IMAGES_PER_PART)
 
-    def records_of(self, part: range, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The records of a range of images."""
+    def records_of(self, part: range, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
+        make = synthetic_record if with_images else synthetic_metadata
         for index in part:
-            record = synthetic_record(index, self.seed)
+            record = make(index, self.seed)
             yield {**record, "diagnosis": reading.name_class(record["diagnosis"], self.name)}
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The rows of all images."""
-        for index in range(self.num_images):
-            row = synthetic_metadata(index, self.seed)
-            yield {**row, "diagnosis": reading.name_class(row["diagnosis"], self.name)}
-
     def fingerprint(self) -> str:
-        """As `synthetic_fingerprint`."""
         return synthetic_fingerprint(self.num_images, self.seed)
 
     def dataset(self) -> Dataset:
-        """All records, in memory."""
         records = [record for part in self.parts() for record in self.read(part)]
         return Dataset.from_list(records, features=FEATURES)

@@ -1,12 +1,12 @@
 """Tar files of images in the WebDataset layout, local or over HTTP.
 
-Members of one sample stand next to each other and share a name up to the last dot: an image, and optionally
-NAME.json with columns under any of the names in `COLUMN_ALIASES` and NAME.cls with a class (a word, or its place
-among the declared classes, by default in the order of ISIC 2019). Folders count as in a folder of images;
-other members, such as NAME.txt and masks, are left out.
+Members of one sample stand next to each other and share a name up to the last dot: an image, and optionally NAME.json
+with columns of `COLUMN_ALIASES` and NAME.cls with a class (a word, or its index among the declared classes, by default
+in the order of ISIC 2019). Folders name classes as in a folder of images; other members, such as NAME.txt and masks, are left
+out. No member's name is ever used as a path.
 Source: the WebDataset convention (https://github.com/webdataset/webdataset).
-Differs: a name ends at the last dot, not at the first, because names of images hold dots; and a tar must be whole. `tarfile` takes one that was cut between two members, or in a header, for a shorter one.
-No name of a member is ever used as a path.
+Differs: a name ends at the last dot, not at the first, because names of images hold dots; and a truncated tar is an
+error, where `tarfile` ends silently if the cut lies between two members or in a header.
 """
 
 import contextlib
@@ -26,11 +26,9 @@ from datasets import Dataset
 from isic_vq.data.classes import UNKNOWN, Reading
 from isic_vq.data.http import RangeFile
 from isic_vq.data.schema import DataError, normalise
-from isic_vq.data.sources.base import Source
-from isic_vq.data.sources.cached import cached_dataset
-from isic_vq.data.sources.folder import file_digest, folder_label
-from isic_vq.data.sources.image_files import image_id, is_mask
-from isic_vq.data.sources.sidecar import read_sidecar
+from isic_vq.data.sources.base import Source, cached_dataset
+from isic_vq.data.sources.folder import folder_label
+from isic_vq.data.sources.image_files import file_digest, image_id, is_image, is_mask, read_sidecar
 from isic_vq.data.uri import IMAGE_SUFFIXES, find_tars, is_url, public_path
 
 Sample = dict[str, bytes | None]  # content by suffix; None for an image that is not read
@@ -38,64 +36,37 @@ Sample = dict[str, bytes | None]  # content by suffix; None for an image that is
 
 @dataclass(frozen=True)
 class WebDatasetSource(Source):
-    """Samples of tar files.
-
-    Attributes:
-        name: as `Source` has it.
-        tars: paths or http(s) addresses, in the order of their samples.
-    """
+    """Samples of tar files, given as paths or http(s) addresses in the order of their samples."""
 
     name: str
     tars: tuple[str, ...]
 
     @classmethod
     def from_target(cls, target: str) -> "WebDatasetSource":
-        """Find what a path, pattern, directory or http(s) address names; {000..009} and {a,b} stand for several.
-
-        Raises:
-            DataError: it names no tar.
-        """
+        """Find the tars of a path, pattern, directory or http(s) address; {000..009} and {a,b} stand for several."""
         return cls(f"webdataset:{public_path(target)}", tuple(find_tars(target)))
 
     @property
     def is_listed_cheaply(self) -> bool:  # type: ignore[override]
-        """Whether all tars are local."""
         return not any(map(is_url, self.tars))
 
     def parts(self) -> list[str]:
-        """The tars."""
         return list(self.tars)
 
-    def records_of(self, part: str, reading: Reading) -> Iterator[dict[str, Any]]:
-        """Yield the records of a tar, images as they are stored."""
-        return self._records(part, True, reading)
+    def records_of(self, part: str, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield the records of a tar, images as they are stored.
 
-    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The rows of all tars: of local ones, the images are skipped; over HTTP, most of their bytes come, too."""
-        is_empty = True
-        for tar in self.tars:
-            for record in self._records(tar, False, reading):
-                is_empty = False
-                yield {name: value for name, value in record.items() if name != "image"}
-        if is_empty:
-            files = ", ".join(sorted({name for names in reading.left_out.values() for name in names})[:3])
-            raise DataError(
-                f"{self.name} holds no image{f' (but {files})' if files else ''}: expected members that end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
-
-    def _records(self, tar: str, with_images: bool, reading: Reading) -> Iterator[dict[str, Any]]:
-        """The records of a tar; `image` is None without images."""
-        file_name, stems = _file_name(tar), Counter[str]()
-        with _opened(tar) as file:
+        Without images, those of a local tar are skipped; over HTTP most of their bytes are fetched all the same.
+        """
+        file_name, stems = _file_name(part), Counter[str]()
+        with _opened(part) as file:
             try:
                 for key, sample in _samples(file, file_name, with_images, reading):
                     label = self._label(key, reading)
                     record = _record(key, sample, f"{file_name}, sample {key}", reading, label)
                     stem = PurePosixPath(key).name
                     stems[stem] += 1
-                    if record["isic_id"] == stem:
-                        # Its folder tells it from the one before.
+                    if record["isic_id"] == stem:  # a second sample of this name has its folder in the id
                         record["isic_id"] = key if stems[stem] > 1 else image_id(stem)
                     yield record
             except tarfile.ReadError as error:
@@ -104,37 +75,47 @@ class WebDatasetSource(Source):
                     "write it again, or gunzip it if it is compressed."
                 ) from error
 
+    def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
+        row = None
+        for row in super().rows(reading):
+            yield row
+        if row is None:
+            files = ", ".join(sorted({name for names in reading.left_out.values() for name in names})[:3])
+            raise DataError(
+                f"{self.name} holds no image{f' (but {files})' if files else ''}: expected members that end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+
     def _label(self, key: str, reading: Reading) -> str | None:
-        """The name of the folder that tells a sample's class, as `class_folders` finds it; of remote tars, any folder's."""
+        """The folder that names a sample's class, as in `class_folders`; a single folder counts in remote tars."""
         label, is_known = folder_label(key, reading.classes)
         is_guess = label is not None and not is_known and reading.classes.others != "take"
         return None if is_guess and label == self._lone_folder else label
 
     @functools.cached_property
     def _lone_folder(self) -> str | None:
-        """The folder that all images of all tars lie in, if it is one."""
+        """The folder that holds all images of all local tars; None if there are several."""
         if not self.is_listed_cheaply:
             return None
         folders: set[str] = set()
         for tar in self.tars:
             with (
-                contextlib.suppress(tarfile.ReadError),  # reading it tells what is wrong
+                contextlib.suppress(tarfile.ReadError),  # `records_of` reports it
                 _opened(tar) as file,
                 tarfile.open(fileobj=file, mode="r:") as members,
             ):
                 for path in (PurePosixPath(member.name) for member in members if member.isfile()):
-                    folders |= {path.parent.name} if path.suffix.lower() in IMAGE_SUFFIXES else set()
+                    folders |= {path.parent.name} if is_image(path.name) else set()
                     if len(folders) > 1:
                         return None
         return next(iter(folders), None)
 
     def fingerprint(self) -> str:
-        """Of the contents of local files, whatever their names; of names, sizes and ETags over HTTP."""
+        """The sha256 over the contents of local files, whatever their names; over names, sizes and ETags of remote ones."""
         digests = sorted(_digest(tar) for tar in self.tars)
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def dataset(self) -> Dataset:
-        """All records, written once into the cache of `datasets`."""
         return cached_dataset(self)
 
 
@@ -143,7 +124,6 @@ def _file_name(tar: str) -> str:
 
 
 def _digest(tar: str) -> str:
-    """The sha256 of a tar's content, or of what stands for it."""
     if not is_url(tar):
         return file_digest(Path(tar))
     with RangeFile(tar) as remote:
@@ -157,22 +137,22 @@ def _opened(tar: str) -> IO[bytes]:
 def _samples(
     file: IO[bytes], file_name: str, with_images: bool, reading: Reading
 ) -> Iterator[tuple[str, Sample]]:
-    """The samples of a tar: folders and name up to the last dot, and contents by suffix."""
+    """The samples of a tar, by their path up to the last dot; each holds contents by suffix."""
     key, sample, seen = "", Sample(), {""}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             path = PurePosixPath(member.name)
             stem, suffix = path.stem, path.suffix.removeprefix(".").lower()
-            is_image = f".{suffix}" in IMAGE_SUFFIXES
+            shows = is_image(path.name)
             if member.isdir():
                 continue
-            if path.name.startswith("."):  # such as macOS puts beside each
+            if path.name.startswith("."):  # macOS writes ._NAME beside NAME
                 reading.leave_out("hidden", member.name)
                 continue
-            if not is_image and suffix not in ("json", "cls"):
+            if not shows and suffix not in ("json", "cls"):
                 reading.leave_out("no image by its name", member.name)
                 continue
-            if is_image and is_mask(stem, {PurePosixPath(name).name for name in seen if name}):
+            if shows and is_mask(stem, {PurePosixPath(name).name for name in seen if name}):
                 reading.leave_out("a mask or superpixels", member.name)
                 continue
             if not member.isfile():
@@ -189,7 +169,7 @@ def _samples(
                 key, sample = name, {}
             if suffix in sample:
                 raise DataError(f"{file_name}: {member.name} comes twice; keep one of the two.")
-            content = tar.extractfile(member) if with_images or not is_image else None
+            content = tar.extractfile(member) if with_images or not shows else None
             sample[suffix] = None if content is None else content.read()
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -198,21 +178,16 @@ def _samples(
 
 
 def _record(key: str, sample: Sample, where: str, reading: Reading, label: str | None) -> dict[str, Any]:
-    """The record of a sample."""
     images = [suffix for suffix in sample if f".{suffix}" in IMAGE_SUFFIXES]
     if len(images) > 1:
         raise DataError(f"{where} has {len(images)} images ({', '.join(images)}); keep one per sample.")
-    about = read_sidecar(sample["json"] or b"", f"{where}, json") if "json" in sample else {}
+    values = read_sidecar(sample["json"] or b"", f"{where}, json") if "json" in sample else {}
     if "cls" in sample:
-        label = _class(sample["cls"] or b"", reading)
-        said = normalise(about, where, reading=Reading(replace(reading.classes, others="take")))["diagnosis"]
-        if said not in (UNKNOWN, reading.classes.resolve(label)):
-            raise DataError(f"{where}: json says {said}, cls {label}; correct one of them.")
-    record = normalise({"file_name": f"{key}.sample", **about}, where, reading=reading, label=label)
+        text = (sample["cls"] or b"").decode(errors="replace").strip()
+        label = reading.classes.of_number(text) or text
+        takes_all = Reading(replace(reading.classes, others="take"))
+        diagnosis = normalise(values, where, reading=takes_all)["diagnosis"]
+        if diagnosis not in (UNKNOWN, reading.classes.resolve(label)):
+            raise DataError(f"{where}: json says {diagnosis}, cls {label}; correct one of them.")
+    record = normalise({"file_name": f"{key}.sample", **values}, where, reading=reading, label=label)
     return {"image": sample[images[0]] if images else None, **record}
-
-
-def _class(content: bytes, reading: Reading) -> str:
-    """The class that a .cls file names, by word or number."""
-    text = content.decode(errors="replace").strip()
-    return reading.classes.of_number(text) or text
