@@ -50,7 +50,7 @@ def settings_of(target: str) -> dict[str, Setting]:
     text = (PACKAGE / path).read_text(encoding="utf-8")
     start = re.search(rf"^(def|class) {name}\b", text, re.MULTILINE)
     assert start is not None, target
-    (node,) = ast.parse(text[start.start() : text.find("\n\n\n", start.start()) + 1]).body
+    (node,) = ast.parse(text[start.start() :].split("\n\n\n")[0]).body
     if isinstance(node, ast.ClassDef):
         fields = [
             (statement.target.id, statement.annotation, statement.value)
