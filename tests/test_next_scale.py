@@ -127,7 +127,7 @@ def test_info_and_export(run, folder, var_run, tmp_path):
     code, stdout, stderr = run("info", folder)
     assert code == 0, stderr
     assert "16 px -> 1x1 + 2x2 + 4x4 codes of 8" in stdout
-    assert "prior: isic_var" in stdout
+    assert "prior      var, " in stdout
     code, _, stderr = run("export", folder, tmp_path / "card", "--train-codes", var_run.codes["train"])
     assert code == 0, stderr
     made = AutoModel.from_pretrained(tmp_path / "card")
