@@ -275,7 +275,7 @@ def test_an_explained_image_is_its_reconstruction_and_the_priors_bits(demo, mode
 def test_editing_changes_the_marked_patches_alone(demo, model, square):
     mask = demo.box_mask(4, 0, 8, 5)
     pictures = demo.edit(square, mask, "nevus", 2, 3, num_particles=4)
-    captions = ["original", "drawn anew", "nevus, seed 3, variant 0", "nevus, seed 3, variant 1"]
+    captions = ["original", "region", "nevus, seed 3, variant 0", "nevus, seed 3, variant 1"]
     assert [caption for _, caption in pictures] == captions
     original, region, *variants = [np.asarray(image) for image, _ in pictures]
     touched = np.zeros((16, 16), dtype=bool)
@@ -323,7 +323,7 @@ def test_neighbours_are_shown_as_their_codes_decode(demo, model, index):
     codes = torch.from_numpy(index.cache.codes[2, 0].astype(np.int64))
     pictures = demo.neighbours(codes, index, 3)
     assert len(pictures) == 4
-    assert pictures[0][1] == "your image, as its codes decode"
+    assert pictures[0][1] == "your image, decoded from its codes"
     found = index.nearest(codes, 3)
     decoded = model.decode(torch.stack([codes, *(neighbour.codes for neighbour in found)]))
     levels = (decoded * 255).round().byte().permute(0, 2, 3, 1).numpy()

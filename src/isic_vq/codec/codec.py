@@ -1,7 +1,7 @@
-"""Code grids to a file and back, block by block.
+"""Compress code grids to a file and back, block by block.
 
-A block is coded under the prior and decoded again before it is kept; one that comes back as other codes is coded
-with static tables instead, and counted. With `portable` all are: that needs no floating-point number to agree.
+A block is coded under the prior and decoded again at once; if that gives other codes, it is coded with static tables
+instead, and counted. With `portable` all blocks use static tables, which do not depend on floating-point arithmetic.
 """
 
 import zlib
@@ -15,7 +15,6 @@ from isic_vq.codec.container import (
     MAX_IMAGES,
     Block,
     CodecError,
-    Damage,
     Settings,
     block_name,
     read_container,
@@ -30,16 +29,16 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 
 LANES = 64  # images in a block
-THREADS = 1  # more gain little on matrices of this size, and another number is another rounding
+THREADS = 1  # more threads gain little on matrices of this size, and another number rounds otherwise
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A file and what it is made of.
+    """A compressed file and its numbers.
 
     Attributes:
-        num_fallbacks: blocks whose codes did not come back under the prior and are coded with static tables.
-        payload_bytes: bytes of coded codes; all others are names, checksums and headers.
+        num_fallbacks: blocks that are coded with static tables because the prior did not decode them exactly.
+        payload_bytes: bytes of codes; all others are names, checksums and headers.
     """
 
     content: bytes
@@ -51,12 +50,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Decompressed:
-    """What of a file could be read.
-
-    Attributes:
-        codes: `(N, h, w)` int64 in [0, K).
-        damage: a sentence for each block that could not be read.
-    """
+    """The intact images of a file: names, codes `(N, h, w)` int64 in [0, K), and a sentence for each damaged block."""
 
     names: list[str]
     codes: Tensor
@@ -75,22 +69,22 @@ def compress(
     threads: int = THREADS,
     on_block: Callable[[int], object] | None = None,
 ) -> Compressed:
-    """Code the codes of images, losslessly.
+    """Compress the codes of images losslessly.
 
     Args:
         model: its prior is on the CPU, unless `portable`.
         codes (`torch.LongTensor` of shape `(N, h, w)`): in [0, K), on the CPU.
-        names: of the images, relative paths that differ.
-        label: class id to code under; None is unconditional.
-        code_counts: K whole numbers, how often codes occur in training, for the static table; None makes it flat.
-            Decoding needs the same.
+        names: unique relative paths of the images.
+        label: class id that conditions the prior; None is unconditional.
+        code_counts: counts of the K codes in training, for the static table; None makes it uniform. Decoding needs the
+            same counts.
         portable: use the static table for all blocks: larger, but independent of machine and torch.
-        lanes: images in a block, at most; a file of fewer images has smaller blocks.
-        threads: that torch computes probabilities with, in the decoder, too.
+        lanes: maximum number of images in a block.
+        threads: of torch while it computes probabilities, also when decoding.
         on_block: called with the number of images of each finished block, for progress bars.
 
     Raises:
-        CodecError: names that a file cannot hold, or no images.
+        CodecError: invalid names, or no images.
         ValueError: codes of another shape or range, or an argument out of range.
     """
     _check_raster(model)
@@ -133,12 +127,11 @@ def decompress(
     code_counts: Sequence[int] | None = None,
     on_block: Callable[[int], object] | None = None,
 ) -> Decompressed:
-    """Read the codes of a file, of every block that is intact; arguments are as for `compress`.
+    """Decompress the intact blocks of a file, and name the others in `damage`; arguments are as for `compress`.
 
     Raises:
-        CodecError: the content is no such file, or was made with another model, or on a machine that computes
-            otherwise, or names an image twice or as no file may be. A damaged block is not an error here: it is named
-            in `damage`.
+        CodecError: the content is no .ivq file, was made with another model or on a machine with other arithmetic, or
+            holds invalid names.
     """
     settings, entries, blocks = read_container(content)
     table = _table(code_counts, model.config.vqvae_config.num_codes)
@@ -153,8 +146,8 @@ def decompress(
     damage = []
     for number, block in enumerate(blocks):
         try:
-            if isinstance(block, Damage):
-                raise CodecError(block.reason)
+            if isinstance(block, str):
+                raise CodecError(block)
             codes = _decode_block(block, coder, table, settings.grid_size)
         except CodecError as error:
             damage.append(f"{block_name(entries, number)}: {error}")
@@ -184,9 +177,12 @@ def _check_raster(model: IsicVQModel) -> None:
 def _check_settings(settings: Settings, model: IsicVQModel, table: Weights) -> None:
     _check_raster(model)
     config = model.config
-    found = (settings.tokenizer, settings.num_codes, settings.grid_size)
-    here = (tokenizer_hash(model.vqvae)[:16], config.vqvae_config.num_codes, config.prior_config.grid_size)
-    if found != here:
+    expected = (
+        tokenizer_hash(model.vqvae)[:16],
+        config.vqvae_config.num_codes,
+        config.prior_config.grid_size,
+    )
+    if (settings.tokenizer, settings.num_codes, settings.grid_size) != expected:
         raise CodecError("the file was made by another tokenizer: name the model that it was compressed with")
     if settings.table != table_hash(table):
         raise CodecError(
@@ -194,25 +190,25 @@ def _check_settings(settings: Settings, model: IsicVQModel, table: Weights) -> N
             "provenance.json, so name the checkpoint that it was compressed with"
         )
     if not 0 <= settings.label <= model.prior.config.unconditional_id:
-        raise CodecError(f"the file's label {settings.label} is none of the prior's classes")
+        raise CodecError(f"the file's label {settings.label} is no class of the prior")
 
 
 def _encode_block(codes: Tensor, names: list[str], coder: PriorCoder | None, table: Weights) -> Block:
-    """Code a block, and know that it comes back."""
+    """Code a block so that decoding gives the same codes."""
     crc = _codes_crc(codes)
     if coder is not None:
         block = Block(names, "prior", coder.encode(codes), crc)
-        if _comes_back(block, codes, coder, table):
+        if _decodes_to(block, codes, coder, table):
             return block
     encoder = CodeEncoder()
     encoder.push(codes.flatten().numpy(), table)
     block = Block(names, "static", encoder.payload(), crc)
-    if not _comes_back(block, codes, None, table):
-        raise RuntimeError("a block does not come back from static tables: the range coder is broken")
+    if not _decodes_to(block, codes, None, table):
+        raise RuntimeError("a block does not decode with static tables: the range coder is broken")
     return block
 
 
-def _comes_back(block: Block, codes: Tensor, coder: PriorCoder | None, table: Weights) -> bool:
+def _decodes_to(block: Block, codes: Tensor, coder: PriorCoder | None, table: Weights) -> bool:
     try:
         return torch.equal(_decode_block(block, coder, table, codes.shape[-1]), codes)
     except CodecError:
@@ -220,19 +216,15 @@ def _comes_back(block: Block, codes: Tensor, coder: PriorCoder | None, table: We
 
 
 def _decode_block(block: Block, coder: PriorCoder | None, table: Weights, grid: int) -> Tensor:
-    """Codes `(n, h, w)` of a block.
-
-    Raises:
-        CodecError: they are not those that were coded.
-    """
+    """Codes `(n, h, w)` of a block; CodecError if they are not those that were coded."""
     number = len(block.names)
     if block.coder == "prior" and coder is not None:
         codes = coder.decode(block.payload, number)
     else:
-        found = CodeDecoder(block.payload).pull(table, number * grid * grid)
-        codes = torch.from_numpy(found).view(number, grid, grid)
+        flat = CodeDecoder(block.payload).pull(table, number * grid * grid)
+        codes = torch.from_numpy(flat).view(number, grid, grid)
     if _codes_crc(codes) != block.codes_crc:
-        raise CodecError("its codes are not those that were written: this machine computes otherwise")
+        raise CodecError("its codes differ from the written ones: this machine computes other probabilities")
     return codes
 
 

@@ -1,14 +1,14 @@
-"""The .ivq file: a header, blocks of images that stand for themselves, and the header once more.
+"""The .ivq file: a header, independent blocks of images, and a copy of the header.
 
     MAGIC | length, CRC-32 | header | block 0 | block 1 | ... | header | length, CRC-32 | END
 
-The header is deflated JSON: how codes were coded, and of every block its number of images, coder, bytes and CRC-32.
-Its copy at the end serves if the first one is damaged. A block is the length of its names, the names as deflated
-JSON, and the coded codes; nothing in it refers to another block. Numbers are little-endian. A block that is not at
-its place, because bytes are missing or were put in before it, is looked for at its distance from the end.
+The header is deflated JSON: the coding settings, and the number of images, coder, bytes and CRC-32 of every block. The
+copy at the end is used if the first one is damaged. A block is the length of its names, the names as deflated JSON, and
+the coded codes. Numbers are little-endian. A block that bytes inserted or missing before it have moved is found by its
+distance from the end.
 
-Checksums are against accidents; whoever can write a file can make its checksums right. So names are checked apart, and
-what a header claims is bounded by its own bytes: entries by the checksums in it, images by the bytes of their block.
+Checksums detect accidents, not attacks. So names are checked separately, and the numbers in a header are bounded by its
+size: entries by the bytes of their checksums, images by the bytes of their block.
 """
 
 import json
@@ -24,26 +24,26 @@ FORMAT = 1
 CODERS = ("static", "prior")
 MAX_IMAGES = 256  # in a block
 MAX_THREADS = 1024
-MAX_RATIO = 32  # a header inflates to a few times its bytes: checksums have no pattern
+MAX_RATIO = 32  # of a header when inflated; real ones inflate to a few times their bytes
 MIN_ENTRY = 4  # bytes of a deflated header that the checksum of a block takes
 MAX_NAME = 4096  # bytes of JSON that an image's name may inflate to
 _FRAME, _LENGTH = struct.Struct("<II"), struct.Struct("<I")
 
 
 class CodecError(ValueError):
-    """A file that cannot be made or read; the message names the block, and says what is lost."""
+    """A file that cannot be written or read; the message names the block, and what is lost."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that the prior's probabilities depend on to the last bit, but for the machine, which `canary` stands for.
+    """All that the prior's probabilities depend on to the last bit.
 
     Attributes:
         prior: hash of the weights.
         lanes: images computed at once.
         backend: of the incremental computation.
         precision: probabilities are integers over two to this power.
-        canary: hash of the integers of a known block.
+        canary: hash of the integers of a known block, which identifies the machine's arithmetic.
     """
 
     prior: str
@@ -58,13 +58,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the codes of a file were made and coded.
+    """The settings that a file was coded with.
 
     Attributes:
         tokenizer: hash of the encoder and codebook.
         label: class id that all images were coded under.
         table: hash of the static table.
-        layout: None if no block is coded by the prior.
+        layout: None if no block is coded under the prior.
     """
 
     tokenizer: str
@@ -81,7 +81,7 @@ class Block:
 
     Attributes:
         coder: "prior" or "static".
-        codes_crc: CRC-32 of the codes themselves, which tells of a machine that computes other probabilities.
+        codes_crc: CRC-32 of the codes, which detects a machine that computes other probabilities.
     """
 
     names: list[str]
@@ -92,7 +92,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Entry:
-    """A block as the header lists it, and its first image's number: its place in the file follows from those before it."""
+    """A block as listed in the header, and the number of its first image; blocks follow one another in the file."""
 
     first: int
     num_images: int
@@ -102,15 +102,8 @@ class Entry:
     codes_crc: int
 
 
-@dataclass(frozen=True)
-class Damage:
-    """A block that cannot be read, and why."""
-
-    reason: str
-
-
 def write_container(settings: Settings, blocks: Sequence[Block]) -> bytes:
-    """The file's content."""
+    """Return the content of a file."""
     bodies = [_body(block) for block in blocks]
     index = [
         [len(block.names), CODERS.index(block.coder), len(body), zlib.crc32(body), block.codes_crc]
@@ -122,14 +115,14 @@ def write_container(settings: Settings, blocks: Sequence[Block]) -> bytes:
     return b"".join([MAGIC, frame, header, *bodies, header, frame, END])
 
 
-def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | Damage]]:
-    """Read what of a file is intact.
+def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | str]]:
+    """Read the intact blocks of a file.
 
     Returns:
-        How it was coded, what it should hold, and each block or why it cannot be read.
+        The settings, the header's entries, and for each entry the block or the reason why it cannot be read.
 
     Raises:
-        CodecError: the content is no such file, or two of them, or both copies of its header are damaged.
+        CodecError: the content is no .ivq file, or several, or both copies of its header are damaged.
     """
     first, last = _first_header(content), _last_header(content)
     joined = content.find(MAGIC, 1)
@@ -149,7 +142,7 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
     settings, entries = _parse(header)
     start = len(MAGIC) + _FRAME.size + len(header)
     total = start + sum(entry.num_bytes for entry in entries) + len(header) + _FRAME.size + len(END)
-    blocks: list[Block | Damage] = []
+    blocks: list[Block | str] = []
     for entry in entries:
         blocks.append(_find_block(content, entry, start, len(content) - total))
         start += entry.num_bytes
@@ -157,7 +150,7 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
 
 
 def block_name(entries: Sequence[Entry], number: int) -> str:
-    """What messages call a block, such as "block 2 of 10 (images 65 to 128)"."""
+    """Name a block for messages, such as "block 2 of 10 (images 65 to 128)"."""
     entry = entries[number]
     last = entry.first + entry.num_images - 1
     return f"block {number + 1} of {len(entries)} (images {entry.first} to {last})"
@@ -169,17 +162,11 @@ def _body(block: Block) -> bytes:
 
 
 def _deflated(text: str) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return compressor.compress(text.encode()) + compressor.flush()
+    return zlib.compress(text.encode(), level=9, wbits=-15)
 
 
 def _inflated(content: bytes, most: int) -> Any:
-    """Deflated JSON, of at most so many bytes.
-
-    Raises:
-        ValueError: it is none.
-        zlib.error: likewise.
-    """
+    """Inflate and parse JSON of at most `most` bytes; ValueError or zlib.error if it is none."""
     inflater = zlib.decompressobj(-15)
     text = inflater.decompress(content, most)
     if not inflater.eof or inflater.unused_data:
@@ -192,7 +179,8 @@ def _first_header(content: bytes) -> bytes | None:
     if not content.startswith(MAGIC) or len(content) < start:
         return None
     length, crc = _FRAME.unpack_from(content, len(MAGIC))
-    return _checked(content[start : start + length], length, crc)
+    header = content[start : start + length]
+    return header if len(header) == length and zlib.crc32(header) == crc else None
 
 
 def _last_header(content: bytes) -> bytes | None:
@@ -200,10 +188,7 @@ def _last_header(content: bytes) -> bytes | None:
     if not content.endswith(END) or stop < 0:
         return None
     length, crc = _FRAME.unpack_from(content, stop)
-    return _checked(content[max(0, stop - length) : stop], length, crc)
-
-
-def _checked(header: bytes, length: int, crc: int) -> bytes | None:
+    header = content[max(0, stop - length) : stop]
     return header if len(header) == length and zlib.crc32(header) == crc else None
 
 
@@ -229,7 +214,7 @@ def _parse(header: bytes) -> tuple[Settings, list[Entry]]:
     except CodecError:
         raise
     except (zlib.error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise CodecError(f"the header is none that isic-vq writes: {str(error)[:200]}") from error
+        raise CodecError(f"the header is not one that isic-vq writes: {str(error)[:200]}") from error
     return settings, entries
 
 
@@ -247,29 +232,29 @@ def _check_numbers(layout: Layout | None, entries: Sequence[Entry]) -> None:
         raise ValueError("a block's numbers are out of range")
     if layout is None:
         if by_prior:
-            raise ValueError("blocks are coded by the prior, and it does not say how")
+            raise ValueError("blocks are coded under the prior, whose settings are missing")
     elif not (layout.lanes == max(e.num_images for e in entries) and 1 <= layout.threads <= MAX_THREADS):
         raise ValueError(f"{layout.lanes} lanes and {layout.threads} threads are out of range")
 
 
-def _find_block(content: bytes, entry: Entry, start: int, shift: int) -> Block | Damage:
-    """The block at its place, or moved by as many bytes as the file is too long."""
+def _find_block(content: bytes, entry: Entry, start: int, shift: int) -> Block | str:
+    """The block at `start`, or `shift` bytes after it: by so much the file is longer than its header says."""
     for place in dict.fromkeys((start, start + shift)):
         body = content[max(0, place) : max(0, place + entry.num_bytes)]
         if len(body) == entry.num_bytes and zlib.crc32(body) == entry.crc:
             return _parse_block(body, entry)
     missing = start + entry.num_bytes - len(content)
     if missing > 0:
-        return Damage(f"the file ends {missing} bytes too early")
-    return Damage("its checksum is wrong, so its bytes were altered")
+        return f"the file ends {missing} bytes too early"
+    return "its checksum is wrong, so its bytes were altered"
 
 
-def _parse_block(body: bytes, entry: Entry) -> Block | Damage:
+def _parse_block(body: bytes, entry: Entry) -> Block | str:
     try:
         (length,) = _LENGTH.unpack_from(body)
         names = _inflated(body[_LENGTH.size : _LENGTH.size + length], MAX_NAME * entry.num_images)
         if type(names) is not list or len(names) != entry.num_images or {type(n) for n in names} != {str}:
             raise ValueError("its names are not one per image")
     except (zlib.error, struct.error, ValueError, RecursionError) as error:
-        return Damage(f"it is none that isic-vq writes: {error}")
+        return f"it is not one that isic-vq writes: {error}"
     return Block(names, entry.coder, body[_LENGTH.size + length :], entry.codes_crc)

@@ -1,9 +1,9 @@
-"""Probabilities as integers, which is what a range coder needs: what two machines share must be equal to the last bit.
+"""Probabilities as integers, so that two machines agree to the last bit, as a range coder needs.
 
-A distribution over K codes is K weights, whole numbers of at least 0 that sum to `2**PRECISION - K`; a code's
-probability is (weight + 1) / 2**PRECISION, so that no code is impossible. Weights are float64, which holds them
-exactly, because the range coder takes floats: with that sum its scale is 1 and its cumulative counts are sums of
-whole numbers. What rounding leaves over goes to the likeliest code.
+A distribution over K codes is K weights, integers of at least 0 that sum to `2**PRECISION - K`; the probability of a code
+is (weight + 1) / 2**PRECISION, so that no code is impossible. The range coder takes floats: float64 holds the weights
+exactly, and with that sum its scale is 1 and its cumulative counts are exact. The remainder of rounding goes to the most
+likely code.
 """
 
 import hashlib
@@ -26,11 +26,7 @@ Weights = NDArray[np.float64]
 
 
 def integer_weights(logits: Tensor) -> Weights:
-    """Weights `(B, K)` of softmax(logits), from logits `(B, K)` on the CPU.
-
-    Raises:
-        ValueError: a logit is not finite.
-    """
+    """Weights `(B, K)` of softmax(logits), from logits `(B, K)` on the CPU; ValueError if one is not finite."""
     check_finite(logits, "logits", damaged_or_overflow(logits.dtype))
     values = logits.numpy().astype(np.float64)
     probabilities = np.exp(values - values.max(axis=1, keepdims=True))
@@ -42,7 +38,7 @@ def integer_weights(logits: Tensor) -> Weights:
 
 
 def static_weights(counts: Sequence[int]) -> Weights:
-    """Weights `(K,)` in proportion to counts + 1 (zeros make all codes equally likely), by whole numbers alone: the same on every machine."""
+    """Weights `(K,)` in proportion to counts + 1, by integer arithmetic: the same on every machine."""
     total, sum_of_counts = 2**PRECISION - len(counts), sum(counts) + len(counts)
     weights = [(count + 1) * total // sum_of_counts for count in counts]
     weights[weights.index(max(weights))] += total - sum(weights)
@@ -50,18 +46,15 @@ def static_weights(counts: Sequence[int]) -> Weights:
 
 
 def table_hash(weights: Weights) -> str:
-    """Sixteen hex digits that tell tables apart."""
+    """The sha256 of a table: sixteen hex digits."""
     return hashlib.sha256(weights.astype("<u4").tobytes()).hexdigest()[:16]
 
 
 def training_code_counts(model: str | None = None) -> list[int] | None:
-    """How often each code occurs in the training images, K integers, from the checkpoint's provenance.json.
+    """The counts of the K codes in the training images, from the checkpoint's provenance.json; None if not recorded.
 
     Args:
         model: folder, Hub id, or None for the shipped checkpoint.
-
-    Returns:
-        None for a checkpoint that does not tell.
 
     Raises:
         ModelError: there is no such checkpoint.

@@ -1,4 +1,4 @@
-"""What images are called in a file, and where they may be written: never outside the folder that was asked for."""
+"""Names of images in a file, and the paths they are written to, which never leave the folder."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,49 +9,36 @@ from isic_vq.data.uri import IMAGE_SUFFIXES
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names that a file cannot give back.
-
-    Raises:
-        CodecError: two images have the same name, or a name is no relative path with forward slashes.
-    """
+    """Raise CodecError if two images have the same name, or a name is no relative path with forward slashes."""
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
-        raise CodecError(
-            f"two images are called {twice[0]!r}: expected names of their own, so rename one of them"
-        )
+        raise CodecError(f"two images are called {twice[0]!r}: expected unique names, so rename one of them")
     for name in names:
-        _check_name(name)
+        is_wrong_part = any(part in ("", ".", "..") for part in name.split("/"))
+        if is_wrong_part or any(character in "\\:" or ord(character) < 32 for character in name):
+            raise CodecError(
+                f"an image is called {name!r}: expected a relative path with forward slashes, without '..', ':', "
+                "backslashes or control characters"
+            )
 
 
 def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
-    """Where images are written: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become one.
+    """Paths to write images to: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become the same.
 
     Raises:
-        CodecError: a name would leave the folder, or two images have the same name.
+        CodecError: as `check_names`, or a path would leave the folder.
     """
     check_names(names)
-    stems = [_without_suffix(name) for name in names]
+    suffixes = [PurePosixPath(name).suffix for name in names]
+    stems = [
+        name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
+        for name, suffix in zip(names, suffixes, strict=True)
+    ]
     paths = [folder / f"{name}.png" for name in (stems if len(set(stems)) == len(names) else names)]
     root = folder.resolve()
     for name, path in zip(names, paths, strict=True):
-        if not path.resolve().is_relative_to(root):  # a link in the folder
+        if not path.resolve().is_relative_to(root):  # through a link in the folder
             raise CodecError(
                 f"the image {name!r} would be written outside of {folder.name}: nothing is written"
             )
     return paths
-
-
-def _check_name(name: str) -> None:
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(
-        character in "\\:" or ord(character) < 32 for character in name
-    ):
-        raise CodecError(
-            f"an image is called {name!r}: expected a relative path with forward slashes, without '..', ':', "
-            "backslashes or control characters"
-        )
-
-
-def _without_suffix(name: str) -> str:
-    path = PurePosixPath(name)
-    return name[: -len(path.suffix)] if path.suffix.lower() in IMAGE_SUFFIXES else name

@@ -1,9 +1,8 @@
-"""Coding under the prior: encoder and decoder run the very same computation, code by code.
+"""Coding under the prior: encoder and decoder run the same computation, code by code.
 
-Rounding makes a probability depend on everything: how many images are computed at once, in which order sums are
-taken, on how many threads. A decoder that is off by one bit in one probability reads garbage from there on. So there
-is one function that walks a block in raster order with the sampler's cached features; what the encoder already knows
-and the decoder reads is the only difference between them.
+A probability depends by rounding on the number of images computed at once, the order of sums and the number of threads,
+and a decoder that is off by one bit in one probability reads garbage from there on. So one function, `_walk`, visits a
+block in raster order with the sampler's cached features; encoder and decoder differ only in the source of each code.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from isic_vq.models.sampling import Sampling
 
 BACKEND = "eager"
 
-# Gives the codes `(n,)`, n up to the number of lanes, of a position from their weights `(lanes, K)`.
+# From a position and its weights `(lanes, K)` to its codes `(n,)`, n up to the number of lanes.
 NextCodes = Callable[[int, Weights], NDArray[np.int64]]
 
 
@@ -38,8 +37,8 @@ class PriorCoder:
     Args:
         prior: on the CPU.
         label: class id, or the unconditional one.
-        lanes: images computed at once, whether there are as many or not.
-        threads: that torch computes with.
+        lanes: images computed at once, even for a smaller block.
+        threads: of torch.
 
     Raises:
         ValueError: the prior is on another device, or a number is out of range.
@@ -54,12 +53,12 @@ class PriorCoder:
             raise ValueError(f"lanes is {lanes} and threads is {threads}: expected at least 1")
         self.prior, self.lanes, self.threads = prior, lanes, threads
         self.labels = prior.checked_labels(torch.full((lanes,), label), lanes)
-        self.cluster_weights: Weights | None = None  # given the class, by whole numbers alone
+        self.cluster_weights: Weights | None = None  # given the class, exact integers
         if prior.config.num_clusters:
             self.cluster_weights = static_weights([n - 1 for n in prior.cluster_weights[label].tolist()])
 
     def encode(self, codes: Tensor) -> bytes:
-        """Payload of codes `(n, h, w)`, int64 in [0, K), n at most the number of lanes; their clusters come first."""
+        """Encode codes `(n, h, w)`, int64 in [0, K), n at most the number of lanes, after their clusters."""
         known, encoder, clusters = codes.flatten(1).numpy(), CodeEncoder(), self.prior.clusters_of(codes)
         if clusters is not None and self.cluster_weights is not None:
             encoder.push(clusters.numpy(), self.cluster_weights)
@@ -72,11 +71,7 @@ class PriorCoder:
         return encoder.payload()
 
     def decode(self, payload: bytes, num_images: int) -> Tensor:
-        """Codes `(num_images, h, w)` of a payload.
-
-        Raises:
-            CodecError: the payload was not coded under these probabilities, where that can be told at all.
-        """
+        """Decode codes `(num_images, h, w)`; a CodecError under other probabilities is possible, but not certain."""
         decoder, grid = CodeDecoder(payload), self.prior.config.grid_size
         codes, clusters = np.empty((num_images, grid * grid), dtype=np.int64), None
         if self.cluster_weights is not None:
@@ -90,7 +85,7 @@ class PriorCoder:
         return torch.from_numpy(codes).view(num_images, grid, grid)
 
     def canary(self) -> str:
-        """Hash of the integer probabilities of a block that everybody knows, sixteen hex digits."""
+        """Hash the integer probabilities of a fixed block: sixteen hex digits."""
         digest, lanes = hashlib.sha256(), np.arange(self.lanes)
 
         def next_codes(position: int, weights: Weights) -> NDArray[np.int64]:
@@ -102,7 +97,7 @@ class PriorCoder:
         return digest.hexdigest()[:16]
 
     def layout(self) -> Layout:
-        """What a decoder has to do alike."""
+        """The settings that a decoder must share."""
         return Layout(
             prior=weights_hash(self.prior),
             lanes=self.lanes,
@@ -115,7 +110,7 @@ class PriorCoder:
         )
 
     def _walk(self, next_codes: NextCodes, clusters: Tensor | None) -> None:
-        """Visit all positions in raster order; lanes without an image hold code 0 and are of cluster 0."""
+        """Visit all positions in raster order; lanes without an image hold code 0 and cluster 0."""
         grid, codes = self.prior.config.grid_size, torch.zeros(self.lanes, dtype=torch.int64)
         with exactly(self.prior), torch.inference_mode(), torch_threads(self.threads):
             if clusters is not None:
@@ -125,17 +120,13 @@ class PriorCoder:
                 for row in range(grid):
                     rows.start_row(row)
                     for column in range(grid):
-                        found = next_codes(row * grid + column, integer_weights(rows.logits(column).float()))
-                        codes[: len(found)] = torch.from_numpy(found)
+                        chosen = next_codes(row * grid + column, integer_weights(rows.logits(column).float()))
+                        codes[: len(chosen)] = torch.from_numpy(chosen)
                         cache.put(column, codes)
 
 
 def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
-    """The coder that a file was written with.
-
-    Raises:
-        CodecError: this prior or this machine computes other probabilities than the file was coded under.
-    """
+    """The coder that a file was written with; CodecError if this prior or machine computes other probabilities."""
     expected = {"dtype": str(prior.dtype), "backend": BACKEND, "precision": PRECISION}
     for name, value in expected.items():
         if getattr(layout, name) != value:
@@ -144,7 +135,8 @@ def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
         raise CodecError("the file was coded with another prior: name the model that it was compressed with")
     if layout.threads > (cores := os.cpu_count() or 1):
         raise CodecError(
-            f"the file was coded on {layout.threads} threads, and here are {cores} cores: decompress it there"
+            f"the file was coded with {layout.threads} threads, and this machine has {cores} cores: decompress it on one "
+            "with more"
         )
     coder = PriorCoder(prior, label, layout.lanes, layout.threads)
     if coder.canary() != layout.canary:
@@ -157,7 +149,7 @@ def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Sixteen hex digits of the sha256 over all tensors and their names."""
+    """The sha256 over all tensors and their names: sixteen hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -167,7 +159,7 @@ def weights_hash(model: nn.Module) -> str:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch compute on so many threads for a while."""
+    """Set the number of torch's threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""Codes to bytes and back, given the weights of each code's distribution: constriction's range coder.
+"""Range coding of codes, given the weights of each code's distribution, with constriction.
 
 Source: Martin, "Range encoding: an algorithm for removing redundancy from a digitised message" (1979); the coder is
 that of Bamler, "Understanding Entropy Coding With Asymmetric Numeral Systems (ANS): a Statistician's Perspective",
@@ -22,7 +22,7 @@ _WORD = np.dtype("<u4")
 
 
 class CodeEncoder:
-    """Collects codes and their distributions."""
+    """Encodes codes one after the other."""
 
     def __init__(self) -> None:
         self._coder = stream.queue.RangeEncoder()
@@ -36,16 +36,12 @@ class CodeEncoder:
             self._coder.encode(symbols, _BY_ROW, weights)
 
     def payload(self) -> bytes:
-        """All codes so far."""
+        """Return the bytes of all codes so far."""
         return self._coder.get_compressed().astype(_WORD).tobytes()
 
 
 class CodeDecoder:
-    """Gives codes back in the order in which they were pushed.
-
-    Raises:
-        CodecError: a payload that is none; also when a code is asked for.
-    """
+    """Decodes codes in the order in which they were pushed; CodecError if the payload has no such codes."""
 
     def __init__(self, payload: bytes):
         if len(payload) % _WORD.itemsize:
@@ -53,12 +49,12 @@ class CodeDecoder:
         self._coder = stream.queue.RangeDecoder(np.frombuffer(payload, _WORD).astype(np.uint32))
 
     def pull(self, weights: Weights, number: int = 1) -> NDArray[np.int64]:
-        """The next codes: one for each row of weights `(N, K)`, or `number` of them under the same `(K,)`."""
+        """Decode one code per row of weights `(N, K)`, or `number` codes under the same weights `(K,)`."""
         try:
             if weights.ndim == 1:
                 symbols = self._coder.decode(Categorical(weights, perfect=False), number)
             else:
                 symbols = self._coder.decode(_BY_ROW, weights)
-        except AssertionError as error:  # so constriction calls bytes that no code has
+        except AssertionError as error:  # constriction's error for impossible bytes
             raise CodecError("its bytes do not belong to these probabilities") from error
         return symbols.astype(np.int64)

@@ -1,5 +1,5 @@
-"""The demonstration page: generate, reconstruct, edit, and look for the nearest training images.
+"""The demonstration page: generate, reconstruct and edit images, and search the nearest training images.
 
-`pictures`, `neighbours` and `actions` compute what the page shows and know nothing of it; `app` lays the page out and
-`server` serves it on one machine. Only `app` and the tabs need gradio: pip install "isic-vq[demo]".
+`pictures`, `neighbours` and `actions` compute without gradio; `app`, `tabs` and `controls` lay out the page with it
+(pip install "isic-vq[demo]"), and `server` serves it.
 """

@@ -1,7 +1,7 @@
-"""What the page's buttons do, without the page: numbers of a form in, pictures out.
+"""The actions of the page's buttons, without gradio: values of a form in, pictures out.
 
-Everything comes from the model's own `generate`, `encode`, `decode`, `score` and `inpaint`; nothing is computed in
-another way here. Bad input is a ValueError whose text can be shown as it is.
+They call the model's `generate`, `encode`, `decode`, `score` and `inpaint`. Bad input is a ValueError whose text the page
+shows.
 """
 
 import math
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from isic_vq.demo.code_maps import bits_map, code_colors, code_map, overlay
-from isic_vq.demo.training_index import Neighbour, TrainingIndex
+from isic_vq.demo.training_index import TrainingIndex
 from isic_vq.evaluation.measures import psnr
 from isic_vq.figures.numbers import CodebookUse
 from isic_vq.hub.pretrained import is_default
@@ -27,17 +27,13 @@ from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProce
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
 
-ANY = "any"  # in place of a diagnosis: unconditional
+ANY = "any"  # the value of the diagnosis field for unconditional images
 Pictures = list[tuple[Image.Image, str]]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Images made by `DemoModel.generate`.
-
-    Attributes:
-        codes: `(B, h, w)` int64.
-    """
+    """Images of `DemoModel.generate` with their codes `(B, h, w)` int64."""
 
     images: list[Image.Image]
     captions: list[str]
@@ -47,12 +43,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Explained:
-    """What the tokenizer makes of an image.
-
-    Attributes:
-        psnr: dB.
-        bits_per_code: under the prior, without a diagnosis.
-    """
+    """An image as the tokenizer reconstructs it; `psnr` is in dB, `bits_per_code` under the unconditional prior."""
 
     reconstruction: Image.Image
     code_map: Image.Image
@@ -62,7 +53,7 @@ class Explained:
     bits_per_code: float
 
     def table(self) -> str:
-        """The numbers as a table in HTML."""
+        """Render the numbers as a table in HTML."""
         num_codes = len(self.use.counts)
         facts = {
             "PSNR of the reconstruction": f"{self.psnr:.2f} dB",
@@ -75,45 +66,33 @@ class Explained:
 
 
 def readable(diagnosis: str) -> str:
-    """A diagnosis as people write it."""
+    """Write a diagnosis with blanks."""
     return diagnosis.replace("_", " ")
 
 
 def checked_seed(seed: int | None) -> int:
-    """A seed as the page's field gives it; an empty field is None.
-
-    Raises:
-        ValueError: the field is empty.
-    """
+    """Convert the value of the seed field; ValueError if it is empty (None)."""
     if seed is None:
         raise ValueError("the seed is empty: expected a whole number of at least 0")
     return int(seed)
 
 
 def chosen(square: Image.Image | None) -> Image.Image:
-    """An image, if somebody chose one.
-
-    Raises:
-        ValueError: nobody did.
-    """
+    """Return the image; ValueError if none was chosen yet."""
     if square is None:
         raise ValueError("there is no image yet: choose one first")
     return square
 
 
 def made_before(generated: Generated | None) -> Generated:
-    """Generated images, if there are any.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Return the generated images; ValueError if there are none yet."""
     if generated is None:
         raise ValueError("there is no generated image yet: generate one first")
     return generated
 
 
 class DemoModel:
-    """A model as the page uses it."""
+    """A model with the actions of the page."""
 
     def __init__(self, model: IsicVQModel):
         self.model = model
@@ -127,27 +106,23 @@ class DemoModel:
         self.colors = code_colors(codebook.cpu().numpy(), alone.mean(dim=(1, 2, 3)).cpu().numpy())
 
     def read_square(self, path: str) -> Image.Image:
-        """The centred square of an image file, of the model's size: what the model sees.
-
-        Raises:
-            ImageError: the file is no image, damaged or too small; it is called by its name alone.
-        """
+        """Read the centred square of an image file at the model's size; ImageError, without the folder, if unusable."""
         name = Path(path).name
         try:
             return Image.fromarray(self.processor.to_square(path, name))
         except ImageError as error:
-            raise ImageError(str(error).replace(path, name)) from error  # Pillow's part tells the folder
+            raise ImageError(str(error).replace(path, name)) from error  # Pillow's message holds the folder
 
     def pixel_values(self, square: Image.Image) -> Tensor:
-        """`(1, 3, H, W)` in [0, 1], on the model's device."""
+        """Convert an image to `(1, 3, H, W)` in [0, 1] on the model's device."""
         return self.processor(square, return_tensors="pt")["pixel_values"].to(self.model.device)
 
     def encode(self, square: Image.Image) -> Tensor:
-        """Codes `(h, w)` of an image."""
+        """Encode an image to codes `(h, w)`."""
         return self.model.encode(self.pixel_values(square))[0]
 
     def decode(self, codes: Sequence[Tensor]) -> list[Image.Image]:
-        """Images of grids of codes `(h, w)`."""
+        """Decode grids of codes `(h, w)`."""
         return self.processor.postprocess(self.model.decode(torch.stack(list(codes)).to(self.model.device)))
 
     def generate(
@@ -158,17 +133,9 @@ class DemoModel:
         sampling: Sampling | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> Generated:
-        """Generate images; those of a seed are those of `IsicVQModel.generate` and `isic-vq generate`.
+        """Generate the same images as `IsicVQModel.generate` and `isic-vq generate` with this seed.
 
-        Args:
-            diagnosis: a class of the model, or `ANY`.
-            num_images: at least 1.
-            seed: image i depends on (seed, i) alone.
-            sampling: how codes are drawn; by default from the prior's own distribution.
-            on_step: as in `IsicVQModel.generate`.
-
-        Raises:
-            ValueError: an empty seed, or what `IsicVQModel.generate` refuses.
+        `diagnosis` is a class of the model or `ANY`; other arguments and errors are as in `IsicVQModel.generate`.
         """
         seed, sampling = checked_seed(seed), sampling or Sampling()
         label = None if diagnosis == ANY else diagnosis
@@ -189,11 +156,7 @@ class DemoModel:
         )
 
     def explain(self, square: Image.Image | None) -> Explained:
-        """Send an image through the tokenizer and back, and say what it took.
-
-        Raises:
-            ValueError: there is no image.
-        """
+        """Reconstruct an image, and measure the reconstruction and its codes; ValueError without an image."""
         original = self.pixel_values(chosen(square))
         scores: Any = self.model.score(original)
         reconstruction = self.model.decode(scores.codes)
@@ -209,11 +172,7 @@ class DemoModel:
         )
 
     def box_mask(self, left: int, top: int, right: int, bottom: int) -> NDArray[np.bool_]:
-        """The pixels `(H, W)` of a box, given by its edges in pixels.
-
-        Raises:
-            ValueError: the box is empty.
-        """
+        """Make a mask `(H, W)` of a box from its edges in pixels; ValueError if the box is empty."""
         if not (left < right and top < bottom):
             raise ValueError(
                 f"the box from ({left}, {top}) to ({right}, {bottom}) is empty: expected left below right and top "
@@ -224,18 +183,14 @@ class DemoModel:
         return mask
 
     def painted_mask(self, layers: Sequence[Image.Image]) -> NDArray[np.bool_]:
-        """The pixels `(H, W)` that are painted on any of some layers, which are transparent elsewhere.
-
-        Raises:
-            ValueError: nothing is painted.
-        """
+        """Make a mask `(H, W)` of the pixels painted on any layer; ValueError if there are none."""
         masks = [self.processor.to_mask(layer.convert("RGBA").getchannel("A")) for layer in layers]
         if not any(mask.any() for mask in masks):
-            raise ValueError("nothing is painted: brush over what is to be drawn anew")
+            raise ValueError("nothing is painted: brush over the region to inpaint")
         return np.logical_or.reduce(masks)
 
     def region(self, square: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-        """The image with all patches that a mask touches tinted: what will be drawn anew."""
+        """Tint the region to inpaint: all patches that a mask touches."""
         touched = code_masks(torch.from_numpy(mask), 1, self.size, [self.size // self.step])[-1]
         return Image.fromarray(overlay(np.asarray(square), pixel_mask(touched, self.size)[0, 0].numpy()))
 
@@ -250,11 +205,7 @@ class DemoModel:
         blend: bool = True,
         on_step: Callable[[], Any] | None = None,
     ) -> Pictures:
-        """The image, its marked region, and variants of it with the region drawn anew; see `IsicVQModel.inpaint`.
-
-        Raises:
-            ValueError: no image, an empty seed, or what `IsicVQModel.inpaint` refuses.
-        """
+        """Return the image, its tinted region, and variants with the region inpainted, as `IsicVQModel.inpaint` does."""
         square, seed = chosen(square), checked_seed(seed)
         edited: Any = self.model.inpaint(
             self.pixel_values(square).expand(int(num_variants), -1, -1, -1),
@@ -268,19 +219,16 @@ class DemoModel:
         name = readable(diagnosis if diagnosis != ANY else "any diagnosis")
         variants = self.processor.postprocess(edited.pixel_values)
         captions = [f"{name}, seed {seed}, variant {index}" for index in range(len(variants))]
-        before = [(square, "original"), (self.region(square, mask), "drawn anew")]
+        before = [(square, "original"), (self.region(square, mask), "region")]
         return [*before, *zip(variants, captions, strict=True)]
 
     def neighbours(self, codes: Tensor, index: TrainingIndex, count: int) -> Pictures:
-        """An image and the training images nearest to it, all as their codes decode, nearest first."""
-        found = index.nearest(codes, int(count))
-        images = self.decode([codes.cpu(), *(neighbour.codes for neighbour in found)])
-        captions = ["your image, as its codes decode", *(self._caption(neighbour) for neighbour in found)]
-        return list(zip(images, captions, strict=True))
-
-    def _caption(self, neighbour: Neighbour) -> str:
-        share = neighbour.num_equal / neighbour.codes.numel()
-        return (
+        """Return an image and its nearest training images, nearest first, all decoded from their codes."""
+        nearest = index.nearest(codes, int(count))
+        images = self.decode([codes.cpu(), *(neighbour.codes for neighbour in nearest)])
+        captions = [
             f"{neighbour.isic_id}, {readable(neighbour.diagnosis)}: distance {neighbour.distance:.2f}, "
-            f"{share:.0%} equal codes"
-        )
+            f"{neighbour.num_equal / neighbour.codes.numel():.0%} equal codes"
+            for neighbour in nearest
+        ]
+        return list(zip(images, ["your image, decoded from its codes", *captions], strict=True))

@@ -1,8 +1,7 @@
-"""Pictures of codes: which code lies where, how often each is used, and how many bits each position costs.
+"""Pictures of codes: the code and the bits of each position, and the use of each code.
 
-Colours of codes say how alike codes are, so that a map of codes shows the lesion and not confetti. In the YCbCr space, Y
-is the rank of a code's brightness, and Cb and Cr are its ranks along the codebook's two main axes (singular vectors of
-its centred vectors).
+Similar codes have similar colours, so that a map of codes shows the lesion. In YCbCr, Y is the rank of a code's
+brightness, and Cb and Cr are its ranks along the codebook's two main axes (singular vectors of its centred vectors).
 """
 
 import math
@@ -15,25 +14,23 @@ from isic_vq.figures.numbers import CodebookUse
 
 Pixels = NDArray[np.uint8]
 
-MAP_SIZE = 384  # pixels: what a map of codes is enlarged to, at least
-# Least and greatest Y, Cb and Cr: away from black, white and neon, and within RGB at every corner.
+MAP_SIZE = 384  # minimum side of an enlarged map, in pixels
+# Minimum and maximum of Y, Cb and Cr: away from black, white and neon, and within RGB at every corner.
 COLOR_RANGES = np.array([[55, 205], [-28, 28], [-35, 35]])
 TO_RGB = np.array([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])  # ITU-R BT.601, as JPEG has it
-# From none to most.
+# From 0 to `MOST_BITS`.
 BITS_COLORS = ((247, 245, 240), (233, 196, 148), (196, 110, 84), (116, 40, 62), (36, 14, 32))
-MOST_BITS = 1.5  # darkest, in multiples of log2 K, which is what a code costs when nothing is known
+MOST_BITS = 1.5  # the darkest value, in multiples of log2 K, the bits of a code under a uniform distribution
 NUM_LISTED = 10
 
 
 def code_colors(codebook: NDArray[np.floating], brightness: NDArray[np.floating]) -> Pixels:
-    """A colour for every code, alike for codes that are alike, from vectors `(K, D)` and brightness `(K,)` of what each draws.
-
-    Returns:
-        RGB of shape (K, 3), uint8.
-    """
+    """Colours RGB `(K, 3)` uint8 of codes, from their vectors `(K, D)` and the brightness `(K,)` of their patches."""
     centred = codebook.astype(np.float64) - codebook.mean(axis=0, dtype=np.float64)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # svd leaves their direction open
+    axes = axes[:2] * np.sign(
+        axes[:2].sum(axis=1, keepdims=True)
+    )  # the signs of singular vectors are arbitrary
     features = np.column_stack([brightness, centred @ axes.T])
     ranks = features.argsort(axis=0, kind="stable").argsort(axis=0) / max(len(codebook) - 1, 1)
     least, most = COLOR_RANGES[: features.shape[1]].T
@@ -42,12 +39,12 @@ def code_colors(codebook: NDArray[np.floating], brightness: NDArray[np.floating]
 
 
 def code_map(codes: NDArray[np.integer], colors: Pixels, size: int = MAP_SIZE) -> Pixels:
-    """Codes `(h, w)` as squares of their colours `(K, 3)`, at least `size` pixels wide: RGB, uint8."""
+    """Show codes `(h, w)` as squares of their colours `(K, 3)`, at least `size` pixels wide: RGB, uint8."""
     return enlarge(colors[codes][None], size)[0]
 
 
 def bits_map(bits: NDArray[np.floating], num_codes: int, size: int = MAP_SIZE) -> Pixels:
-    """Bits `(h, w)` as squares from pale (0) to dark (`MOST_BITS` log2 K or more), at least `size` pixels wide: RGB, uint8."""
+    """Show bits `(h, w)` as squares from pale (0) to dark (`MOST_BITS` log2 K or more), at least `size` pixels wide."""
     position = np.clip(bits / (MOST_BITS * math.log2(num_codes)), 0, 1) * (len(BITS_COLORS) - 1)
     ramp = np.asarray(BITS_COLORS, dtype=np.float64)
     channels = [np.interp(position, range(len(ramp)), ramp[:, channel]) for channel in range(3)]
@@ -55,13 +52,13 @@ def bits_map(bits: NDArray[np.floating], num_codes: int, size: int = MAP_SIZE) -
 
 
 def overlay(pixels: Pixels, marked: NDArray[np.bool_]) -> Pixels:
-    """Pixels `(H, W, 3)` with those of a mask `(H, W)` tinted blue."""
+    """Tint the pixels `(H, W, 3)` within a mask `(H, W)` blue."""
     blue = np.array([26, 102, 255])
     return np.where(marked[..., None], (pixels + blue) // 2, pixels).astype(np.uint8)
 
 
 def use_table(use: CodebookUse, colors: Pixels) -> str:
-    """The most used codes as a table in HTML: colour, number, patches, and a bar."""
+    """Render the most used codes as a table in HTML: colour, number, patches, and a bar."""
     codes = use.most_used()
     rows = []
     for code, count in codes[:NUM_LISTED]:

@@ -1,4 +1,4 @@
-"""The page's fields and pictures, made one way, and what they have in common: errors, progress, limits."""
+"""The page's fields and pictures, and settings that its events share: errors, progress, limits."""
 
 import functools
 import html
@@ -12,24 +12,24 @@ try:
 except ImportError as error:
     raise ImportError('the demo needs gradio: pip install "isic-vq[demo]"') from error
 
-MAX_SEED = 2**53 - 1  # the largest whole number that a browser counts to
+MAX_SEED = 2**53 - 1  # the largest integer that a browser holds exactly
 
-# Events are for the page, not for other programs. What computes waits for its turn; the rest does not.
+# Events are private to the page. Those that compute run one at a time; the others do not wait.
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 COMPUTING: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
-# A file of 20 MB may be an image of 0.6 GB: one at a time, but not behind what computes.
+# A file of 20 MB may be an image of 0.6 GB: one at a time, but not behind computations.
 READING: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "files"}
 
 
 def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the text of a ValueError in the page; of other errors it shows only that there was one."""
+    """Wrap a callback so that the page shows the text of a ValueError, and of other errors only that one occurred."""
 
     @functools.wraps(callback)
     def shown(*arguments: Any, **keywords: Any) -> Any:
         try:
             return callback(*arguments, **keywords)
         except ValueError as error:
-            # The page takes messages for HTML, and they may hold the name of somebody's file.
+            # The page renders messages as HTML, and they may hold file names of users.
             message = html.escape(str(error), quote=False)
             raise gr.Error(message, duration=None, print_exception=False) from error
 
@@ -37,36 +37,36 @@ def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def step_counter(progress: gr.Progress, total: int) -> Callable[[], None]:
-    """A function to call after each of `total` steps of drawing codes; it moves the progress bar."""
+    """Make a function that moves the progress bar by one of `total` sampling steps."""
     steps = iter(range(1, total + 1))
-    return lambda: progress((next(steps), total), desc="drawing codes", unit="steps")
+    return lambda: progress((next(steps), total), desc="sampling codes", unit="steps")
 
 
 def upload_field() -> gr.File:
-    """Where an image file goes; what is wrong with one is for the image processor to say."""
+    """Make a field for an image file, which the image processor checks."""
     return gr.File(label="Image file", file_types=["image"], height=120)
 
 
 def diagnosis_field(demo: DemoModel) -> gr.Dropdown:
-    """A choice among the model's diagnoses and none of them."""
+    """Make a choice of the model's diagnoses, or none."""
     names = [(readable(name), name) for name in demo.diagnoses]
     return gr.Dropdown([("any (unconditional)", ANY), *names], value=ANY, label="Diagnosis")
 
 
 def seed_field() -> gr.Number:
-    """A seed."""
+    """Make a field for the seed."""
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
 
 
 def slider(
     low: float, high: float, value: float, label: str, info: str | None = None, step: float = 1
 ) -> gr.Slider:
-    """A number from a range."""
+    """Make a field for a number from a range."""
     return gr.Slider(low, high, value=value, step=step, label=label, info=info)
 
 
 def gallery(label: str) -> gr.Gallery:
-    """Pictures with captions, sent to the browser as they are."""
+    """Make a gallery of captioned pictures, sent losslessly."""
     return gr.Gallery(
         label=label,
         format="png",
@@ -79,7 +79,7 @@ def gallery(label: str) -> gr.Gallery:
 
 
 def picture(label: str) -> gr.Image:
-    """One picture, sent to the browser as it is."""
+    """Make a field of one picture, sent losslessly."""
     return gr.Image(
         label=label,
         format="png",

@@ -1,4 +1,4 @@
-"""The page: tabs over one model. It needs no network, and tells nobody that it runs."""
+"""The page: tabs for one model. It needs no network and sends no analytics."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from isic_vq.models.image_processing_isic_vq import MAX_PIXELS
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 DELETE_EVERY, DELETE_AFTER = 600, 3600  # seconds: uploads and pictures
-MAX_WAITING = 32  # requests; one more is told to come back
+MAX_WAITING = 32  # requests; further ones are refused
 
 CSS = """
 .gradio-container { max-width: 1180px !important; width: 100%; min-width: 0; margin: 0 auto !important; }
@@ -47,12 +47,8 @@ CSS = """
 
 
 def build_demo(model: IsicVQModel, index: TrainingIndex | None = None) -> gr.Blocks:
-    """Lay out the page; without an index it has no tab that looks for the nearest training images.
-
-    Returns:
-        What `launch(**launch_settings())` serves.
-    """
-    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # gradio reads pictures, too; Pillow refuses twice as many
+    """Lay out the page, which `launch(**launch_settings())` serves; without an index there is no tab Nearest."""
+    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # for images that gradio reads; Pillow's limit is twice this
     demo = DemoModel(model)
     with gr.Blocks(
         title="isic-vq", analytics_enabled=False, delete_cache=(DELETE_EVERY, DELETE_AFTER), fill_width=True
@@ -73,7 +69,7 @@ def build_demo(model: IsicVQModel, index: TrainingIndex | None = None) -> gr.Blo
 
 
 def launch_settings() -> dict[str, Any]:
-    """What `Blocks.launch` is given, beside an address: quiet colours, the system's fonts, nothing from elsewhere."""
+    """Arguments of `Blocks.launch` other than the address; fonts are the system's, so that nothing is downloaded."""
     return {
         "theme": gr.themes.Default(
             primary_hue="slate",

@@ -1,4 +1,4 @@
-"""Serve the page from this machine until somebody stops it."""
+"""Serve the page from this machine until interrupted."""
 
 import os
 import shutil
@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory, gettempdir
 
 from isic_vq.locks import HOST, is_running
 
-UPLOADS = f"isic-vq-demo-{HOST}-"  # and the server's process id: temporary folders of uploads
+UPLOADS = f"isic-vq-demo-{HOST}-"  # prefix of temporary folders of uploads, before the server's process id
 
 
 def remove_old_uploads() -> None:
-    """Remove the folders of uploads that killed servers of this host left."""
+    """Remove uploads left by killed servers of this host."""
     for folder in Path(gettempdir()).glob(f"{UPLOADS}*"):
         pid = folder.name.removeprefix(UPLOADS).partition("-")[0]
         if pid.isdigit() and not is_running(int(pid), HOST):
@@ -23,16 +23,11 @@ def remove_old_uploads() -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that nobody can listen at.
-
-    Raises:
-        OSError: the port is taken or not for this user, or the host is not this machine.
-    """
+    """Raise OSError if this user cannot listen at an address, for example because the port is taken."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # a server that has just ended is no obstacle
+            # A port stays in use for a while after its server has ended.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
         raise OSError(
@@ -48,20 +43,20 @@ def serve(
     share: bool,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve a model's page until interrupted; uploads lie in a temporary folder that goes with the server.
+    """Serve a model's page until interrupted; uploads are in a temporary folder that is removed at the end.
 
     Args:
-        model: as `isic_vq.hub.pretrained.load_model` takes it.
+        model: as for `isic_vq.hub.pretrained.load_model`.
         index: code cache of the training images, or None.
-        host: "127.0.0.1" for this machine alone.
+        host: "127.0.0.1" for this machine only.
         port: 1 to 65535.
-        share: ask gradio for a public address, too.
+        share: ask gradio for a public address.
         on_ready: called with the page's address.
 
     Raises:
         ImportError: gradio is missing.
         OSError: the address cannot be used.
-        DataError: the index is damaged, or another tokenizer made it.
+        DataError: the index is damaged, or another tokenizer's.
     """
     from isic_vq.demo.training_index import TrainingIndex
     from isic_vq.hub.pretrained import load_model
@@ -76,7 +71,7 @@ def serve(
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         from isic_vq.demo.page import build_demo, launch_settings
 
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # or the folder would stay
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the folder is removed
         page = build_demo(loaded, training)
         _, local, public = page.launch(
             server_name=host,

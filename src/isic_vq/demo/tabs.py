@@ -1,4 +1,4 @@
-"""The page's four tabs: their fields, and callbacks that hand these to `DemoModel` and pictures back."""
+"""The page's four tabs: their fields, and callbacks that call `DemoModel`."""
 
 import math
 from types import SimpleNamespace
@@ -29,12 +29,12 @@ MAX_IMAGES = 16  # of one seed; computed as one block
 MAX_VARIANTS = 8
 MAX_NEIGHBOURS = 24
 STATE_SECONDS = 3600
-EDITOR_SIZE = 384  # pixels of the canvas: a pixel of the image must be large enough to hit
+EDITOR_SIZE = 384  # pixels of the canvas, larger than the image so that its pixels can be hit
 BRUSH = gr.Brush(default_size=20, colors=[("#1a66ff", 0.6)], color_mode="fixed")
 
 
 def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
-    """Generate images; returns the states that hold them and the number of the one that was clicked."""
+    """Lay out the tab Generate; returns the states of the images and of the number that was clicked last."""
     generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -79,7 +79,7 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
 
 
 def reconstruct_tab(demo: DemoModel) -> None:
-    """Show an uploaded image through the tokenizer's eyes."""
+    """Lay out the tab Reconstruct, for an uploaded image."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             file = upload_field()
@@ -104,9 +104,9 @@ def reconstruct_tab(demo: DemoModel) -> None:
         if path is None:
             return [None] * len(outputs)
         square = demo.read_square(path)
-        found = demo.explain(square)
-        pictures = [square, found.reconstruction, found.code_map, found.surprise]
-        return [*pictures, found.table(), use_table(found.use, demo.colors)]
+        explained = demo.explain(square)
+        pictures = [square, explained.reconstruction, explained.code_map, explained.surprise]
+        return [*pictures, explained.table(), use_table(explained.use, demo.colors)]
 
     file.change(lambda: [None] * len(outputs), None, outputs, **PRIVATE).then(
         reconstruct, file, outputs, show_progress_on=reconstruction, **COMPUTING
@@ -114,7 +114,7 @@ def reconstruct_tab(demo: DemoModel) -> None:
 
 
 def edit_fields(demo: DemoModel) -> SimpleNamespace:
-    """The fields and pictures of the tab that edits."""
+    """Lay out the fields and pictures of the tab Edit."""
     size, field = demo.size, SimpleNamespace()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -131,13 +131,13 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
             field.diagnosis, field.seed = diagnosis_field(demo), seed_field()
             field.variants = slider(1, MAX_VARIANTS, 3, "Variants")
             with gr.Accordion("Advanced", open=False):
-                about = "Candidates per variant; more fit better."
-                field.particles = slider(1, 256, 64, "Particles", about)
+                info = "Candidates per variant; more fit better."
+                field.particles = slider(1, 256, 64, "Particles", info)
                 field.blend = gr.Checkbox(True, label="Blend the region's edges into the image")
-            field.button = gr.Button("Draw anew", variant="primary")
+            field.button = gr.Button("Inpaint", variant="primary")
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
-                field.region = picture("What will be drawn anew")
+                field.region = picture("Region to inpaint")
                 field.editor = gr.ImageEditor(
                     label="Paint the region",
                     type="pil",
@@ -155,7 +155,7 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
 
 
 def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
-    """Draw a region of an image anew; the region is a box, or painted."""
+    """Lay out the tab Edit, which inpaints a box or a painted region."""
     square, field = gr.State(None, time_to_live=STATE_SECONDS), edit_fields(demo)
 
     def to_editor(image: Image.Image | None) -> Any:
@@ -216,7 +216,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
 
 
 def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, selected: gr.State) -> None:
-    """Look for the training images nearest to an image."""
+    """Lay out the tab Nearest, which searches the training images."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             file = upload_field()
@@ -225,10 +225,10 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
             count = slider(1, MAX_NEIGHBOURS, 7, "Training images to show")
             gr.Markdown(index.attribution())
         with gr.Column(scale=2, min_width=280):
-            found = gallery("Nearest training images, as their codes decode")
+            results = gallery("Nearest training images, decoded from their codes")
             gr.Markdown(
                 "Distance: root mean squared distance of the quantized latents; 0 means equal codes. Training images "
-                "are shown as their codes decode, not as photographs."
+                "are decoded from their codes, not shown as photographs."
             )
 
     @with_messages
@@ -240,5 +240,5 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
     def search_generated(made: Generated | None, image: int, number: int) -> Any:
         return demo.neighbours(made_before(made).codes[image], index, number)
 
-    search.click(search_upload, [file, count], found, **COMPUTING)
-    take.click(search_generated, [generated, selected, count], found, **COMPUTING)
+    search.click(search_upload, [file, count], results, **COMPUTING)
+    take.click(search_generated, [generated, selected, count], results, **COMPUTING)

@@ -1,8 +1,8 @@
-"""The training images whose codes are nearest to an image's, told apart by the codebook's own distances.
+"""Search for the training images whose codes are nearest to an image's.
 
 The distance of two images is the root of the mean, over the positions of the grid, of the squared Euclidean distance
-between their quantized latents; of a training image that was encoded in several dihedral views, the nearest counts.
-It needs codes only: what is shown of a training image is what its codes decode to, never its pixels.
+between their quantized latents; of a training image in several dihedral views, the nearest counts. Only codes are needed:
+a training image is shown decoded from its codes, not as its pixels.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Neighbour:
 
     Attributes:
         distance: at least 0; see the module.
-        num_equal: positions of the grid that hold the same code.
+        num_equal: number of positions with the same code.
         codes: `(h, w)` int64 in [0, K), in its nearest view.
     """
 
@@ -47,7 +47,7 @@ def grid_distances(codes: Tensor, grids: Tensor, codebook: Tensor) -> Tensor:
         `torch.Tensor` of shape `(N,)`, float64: the root of the mean over positions of ||e_a - e_b||^2.
     """
     codebook = codebook.double()
-    # Differences, not the expanded square, which would leave equal codes a little apart.
+    # Without matrix products, whose rounding would give equal codes a distance above 0.
     exact = "donot_use_mm_for_euclid_dist"
     squared = torch.cdist(codebook[codes.flatten()], codebook, compute_mode=exact).square()
     positions = torch.arange(codes.numel(), device=codebook.device)
@@ -59,33 +59,21 @@ def grid_distances(codes: Tensor, grids: Tensor, codebook: Tensor) -> Tensor:
 
 
 class TrainingIndex:
-    """Codes of training images, to look for the nearest ones in.
-
-    Raises:
-        DataError: another tokenizer made it.
-    """
+    """Codes of training images for nearest-neighbour search; DataError if another tokenizer encoded them."""
 
     def __init__(self, cache: CodeCache, tokenizer: VQVAEModel, name: str = "the code cache"):
         check_tokenizer(cache, tokenizer, name)
         self.cache = cache
-        self.grids = torch.tensor(cache.codes)  # a copy: arrays read from parquet cannot be written to
+        self.grids = torch.tensor(cache.codes)  # a copy: arrays read from parquet are read-only
         self.codebook = tokenizer.quantizer.codebook.detach()
 
     @classmethod
     def open(cls, path: Path, tokenizer: VQVAEModel) -> "TrainingIndex":
-        """Read a code cache.
-
-        Raises:
-            DataError: the file is missing, damaged or no code cache, or another tokenizer made it.
-        """
+        """Read a code cache; DataError if it is missing, damaged or another tokenizer's."""
         return cls(read_code_cache(path), tokenizer, path.name)
 
     def nearest(self, codes: Tensor, count: int) -> list[Neighbour]:
-        """The nearest images to a grid of codes `(h, w)`, nearest first, all of them if there are fewer than `count`.
-
-        Raises:
-            ValueError: the grid has another shape than those of the index.
-        """
+        """Find the `count` images nearest to a grid of codes `(h, w)`, nearest first; ValueError for another shape."""
         num_images, num_views, *shape = self.grids.shape
         if list(codes.shape) != shape:
             raise ValueError(
@@ -93,22 +81,16 @@ class TrainingIndex:
             )
         distances = grid_distances(codes.to(self.codebook.device), self.grids.flatten(0, 1), self.codebook)
         nearest = distances.view(num_images, num_views).min(dim=1)
-        found = []
+        neighbours = []
         for row in nearest.values.argsort(stable=True)[:count].tolist():
             grid = self.grids[row, int(nearest.indices[row])].long()
-            found.append(
-                Neighbour(
-                    isic_id=self.cache.isic_ids[row],
-                    diagnosis=self.cache.diagnoses[row],
-                    distance=nearest.values[row].item(),
-                    num_equal=int((grid == codes.cpu()).sum()),
-                    codes=grid,
-                )
-            )
-        return found
+            num_equal = int((grid == codes.cpu()).sum())
+            isic_id, diagnosis = self.cache.isic_ids[row], self.cache.diagnoses[row]
+            neighbours.append(Neighbour(isic_id, diagnosis, nearest.values[row].item(), num_equal, grid))
+        return neighbours
 
     def attribution(self) -> str:
-        """Where the images come from and under which licences, as lines of Markdown."""
+        """Licences and attributions of the images, as Markdown."""
         source = self.cache.source
         licenses = ", ".join(f"{name} ({count:,} images)" for name, count in source.licenses.items())
         lines = [f"{len(self.cache.isic_ids):,} training images. Licence: {licenses}."]
