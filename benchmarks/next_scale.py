@@ -23,7 +23,7 @@ from isic_vq.evaluation.cost import count_flops, flops_per_image
 from isic_vq.hub.card import history, read_provenance
 from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_var import Head, Layer, VARModel
+from isic_vq.models.modeling_var import VARHead, VARLayer, VARModel
 from isic_vq.models.sampling import draw
 from measure import (
     Contestant,
@@ -52,7 +52,7 @@ class FixedCache:
         self.keys_values = torch.zeros(2, batch, heads, length, channels)
         self.length = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Add those of the next code; returns all so far."""
         self.keys_values[0, :, :, self.length] = keys[:, :, 0]
         self.keys_values[1, :, :, self.length] = values[:, :, 0]
@@ -72,8 +72,8 @@ class RasterTransformer(nn.Module):
         self.position_embedding = nn.Parameter(0.5 * torch.randn(self.length, size))
         self.class_embedding = nn.Embedding(config.unconditional_id + 1, size)
         self.modulation = nn.Linear(size, 6 * size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.layers = nn.ModuleList(VARLayer(config, index) for index in range(config.num_layers))
+        self.head = VARHead(config)
         for parameter in self.parameters():  # layers leave theirs empty, for whoever loads weights
             nn.init.normal_(parameter, std=0.1)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isic_vq.models.configuration_vqvae import VQVAEConfig
-from isic_vq.models.modeling_pixelcnn import GatedLayer, PixelCNNModel, gate
+from isic_vq.models.modeling_pixelcnn import PixelCNNGatedLayer, PixelCNNModel, gate
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.vector_quantizer import VectorQuantizer
 
@@ -207,13 +207,13 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class FullTapLayer(nn.Module):
-    """`GatedLayer` with masked k x k and 1 x k convolutions, computing the same function.
+    """`PixelCNNGatedLayer` with masked k x k and 1 x k convolutions, computing the same function.
 
     Args:
         layer: the layer whose weights it takes over.
     """
 
-    def __init__(self, layer: GatedLayer):
+    def __init__(self, layer: PixelCNNGatedLayer):
         super().__init__()
         self.first = layer.first
         width, side = layer.vertical.out_channels, 2 * layer.reach + 1

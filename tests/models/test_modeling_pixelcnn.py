@@ -10,7 +10,7 @@ from torch import nn
 
 from isic_vq import PixelCNNConfig
 from isic_vq.models.code_convolution import convolve_codes
-from isic_vq.models.modeling_pixelcnn import CausalConv2d, gate
+from isic_vq.models.modeling_pixelcnn import PixelCNNCausalConv2d, gate
 from isic_vq.models.pixelcnn_cache import open_cache
 from isic_vq.models.sampling import draw, filtered_logits, guided_logits
 
@@ -145,7 +145,7 @@ def test_causal_convolution_is_the_full_convolution_with_the_mask(kernel_size, s
     weight = torch.randn(4, 3, kernel_size, kernel_size, dtype=torch.float64)
     bias = torch.randn(4, dtype=torch.float64)
     reach = kernel_size // 2
-    conv = CausalConv2d(3, 4, kernel_size, sees_itself).double()
+    conv = PixelCNNCausalConv2d(3, 4, kernel_size, sees_itself).double()
     conv.above.weight.copy_(weight[:, :, :reach])
     conv.above.bias.copy_(bias)
     conv.left.weight.copy_(weight[:, :, reach : reach + 1, : reach + sees_itself])

@@ -447,3 +447,24 @@ def test_inpainting_keeps_codes_and_pixels_outside_the_mask(var_composite):
     again = var_composite.inpaint(images, region, "nevus", seed=0)
     assert torch.equal(again.codes, output.codes)
     assert var_composite.counterfactual(images, "melanoma", seed=0).labels.tolist() == [0, 0]
+
+
+def test_depth_and_heads_have_transformers_names_beside_those_of_old_configs(make_prior, tmp_path):
+    old = VARConfig(num_layers=3, num_heads=2, hidden_size=8)
+    assert (old.num_hidden_layers, old.num_attention_heads) == (3, 2)
+    new = VARConfig(num_hidden_layers=3, num_attention_heads=2, hidden_size=8)
+    assert new.to_dict() == old.to_dict()
+    assert len(VARModel(new).layers) == 3
+    new.save_pretrained(tmp_path)
+    assert VARConfig.from_pretrained(tmp_path).num_layers == 3
+    assert make_prior(num_hidden_layers=4).config.num_layers == 4
+    with pytest.raises(Exception, match="must be positive"):
+        VARConfig(num_hidden_layers=0)
+
+
+def test_embeddings_begin_with_the_spread_of_the_config():
+    for spread in (0.5, 0.02):
+        config = VARConfig(num_codes=7, scales=(1, 2, 8), initializer_range=spread)
+        model = VARModel(config)
+        for weight in (model.position_embedding, model.class_embedding.weight):
+            assert weight.std().item() == pytest.approx(spread, rel=0.2)

@@ -16,7 +16,14 @@ CODEBOOK = torch.tensor([[0.0], [1.0], [-1.0], [0.25]])
 def toy(scales=(1, 2), num_phi=1, codebook=CODEBOOK, update="ema", threshold=0.0):
     """A quantizer whose convolutions are the identity until a test changes them."""
     quantizer = ResidualQuantizer(
-        scales, num_phi, len(codebook), codebook.shape[1], update, 0.9, 1e-5, threshold
+        scales,
+        num_phi,
+        len(codebook),
+        codebook.shape[1],
+        update=update,
+        decay=0.9,
+        epsilon=1e-5,
+        dead_code_threshold=threshold,
     )
     quantizer.start_from(codebook, torch.ones(len(codebook)))
     for phi in quantizer.phi:
@@ -172,7 +179,7 @@ def test_gradients_reach_the_encoder_through_and_phi_by_the_codebook_loss(update
 def test_the_codebook_learns_from_the_residuals_of_all_scales_as_a_single_grid_learns_from_latents(latents):
     codebook = torch.randn(9, 4, generator=torch.Generator().manual_seed(2))
     quantizer = toy((1, 3, 6), 2, codebook, threshold=0.5).train()
-    plain = VectorQuantizer(9, 4, "ema", 0.9, 1e-5, 0.5)
+    plain = VectorQuantizer(9, 4, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0.5)
     plain.start_from(codebook, torch.ones(9))
     plain.num_updates.zero_()
     seen = quantizer.rows_to_learn(latents)
@@ -247,6 +254,29 @@ def test_loss_of_a_tokenizer_with_scales_counts_what_teaches_phi(make_vqvae):
     expected = config.l1_weight * output.l1_loss + config.mse_weight * output.mse_loss
     expected = expected + config.beta * output.commitment_loss + output.codebook_loss
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_scales_take_the_phi_that_the_authors_give_them():
+    """What `PhiPartiallyShared` of their code answers for si / (SN - 1); the shipped tokenizer has 8 scales and 4 phi."""
+    expected = {
+        (4, 8): [0, 0, 1, 1, 2, 2, 3, 3],
+        (4, 10): [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
+        (3, 10): [0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
+        (2, 3): [0, 0, 1],
+        (1, 2): [0, 0],
+    }
+    for (num_phi, num_scales), phi_of in expected.items():
+        assert toy(range(1, num_scales + 1), num_phi).phi_of == phi_of
+
+
+def test_a_quantizer_built_alone_has_a_random_codebook_and_draws_nothing_from_the_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(64, 8, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0)
+    assert torch.equal(torch.rand(3), expected)
+    assert quantizer.codebook.std().item() == pytest.approx(1, abs=0.15)
+    assert torch.equal(quantizer.code_sums, quantizer.codebook * quantizer.cluster_size[:, None])
 
 
 def test_phi_of_a_new_tokenizer_is_the_identity():

@@ -49,7 +49,14 @@ def brute_force(latents, codebook):
 
 
 def make_quantizer(num_codes=4, code_dim=5, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0.0):
-    quantizer = VectorQuantizer(num_codes, code_dim, update, decay, epsilon, dead_code_threshold)
+    quantizer = VectorQuantizer(
+        num_codes,
+        code_dim,
+        update=update,
+        decay=decay,
+        epsilon=epsilon,
+        dead_code_threshold=dead_code_threshold,
+    )
     with torch.no_grad():
         codebook = CODEBOOK if (num_codes, code_dim) == CODEBOOK.shape else normal(num_codes, code_dim)
         quantizer.start_from(codebook, torch.ones(num_codes))

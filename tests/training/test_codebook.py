@@ -91,7 +91,11 @@ def test_rows_of_one_process_are_its_parts_joined(alone):
 
 def make_quantizer(update="ema"):
     """Codes 3 to 5 lie where no latent comes: their count falls below the threshold at once."""
-    quantizer = VectorQuantizer(NUM_CODES, CODE_DIM, update, 0.5, 1e-5, 0.9).double().train()
+    quantizer = (
+        VectorQuantizer(NUM_CODES, CODE_DIM, update=update, decay=0.5, epsilon=1e-5, dead_code_threshold=0.9)
+        .double()
+        .train()
+    )
     codebook = normal(NUM_CODES, CODE_DIM, seed=5)
     codebook[3:] += 100
     quantizer.start_from(codebook, torch.ones(NUM_CODES, dtype=torch.float64))

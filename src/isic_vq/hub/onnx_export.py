@@ -24,7 +24,7 @@ from isic_vq import __version__
 from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.files import write_atomically
 from isic_vq.hub.pretrained import resolve
-from isic_vq.models.modeling_vqvae import Decoder, Encoder, VQVAEModel
+from isic_vq.models.modeling_vqvae import VQVAEDecoder, VQVAEEncoder, VQVAEModel
 from isic_vq.models.vector_quantizer import VectorQuantizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
-        self.encoder: Encoder = tokenizer.encoder
+        self.encoder: VQVAEEncoder = tokenizer.encoder
         self.quantizer: VectorQuantizer = tokenizer.quantizer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
-        self.decoder: Decoder = tokenizer.decoder
+        self.decoder: VQVAEDecoder = tokenizer.decoder
         self.quantizer: VectorQuantizer = tokenizer.quantizer
 
     def forward(self, codes: Tensor) -> Tensor:

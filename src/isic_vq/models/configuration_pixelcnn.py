@@ -22,7 +22,7 @@ class PixelCNNConfig(PriorConfig):
         architecture: "gated" (vertical and horizontal stacks: no blind spot) or "plain" (one masked
             stack, type A then B, with BatchNorm and ReLU, as the report describes it).
         hidden_size: channels of each stack.
-        num_layers: layers after the first.
+        num_layers: layers after the first; also called `num_hidden_layers`.
         kernel_size: side of the later layers' (masked) kernel; odd.
         first_kernel_size: side of the first layer's (masked) kernel; odd.
         head_size: channels between the last layer and the logits.
@@ -30,6 +30,7 @@ class PixelCNNConfig(PriorConfig):
     """
 
     model_type = "isic_pixelcnn"
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
     of_tokenizer: ClassVar[tuple[str, ...]] = ("num_codes", "grid_size")
 
     grid_size: int = 16

@@ -20,13 +20,18 @@ class VARConfig(PriorConfig):
         scales: sides of the tokenizer's code grids, coarse to fine.
         code_dim: D, channels of the tokenizer's features.
         hidden_size: channels of the transformer; a multiple of `num_heads`.
-        num_layers: its depth.
-        num_heads: attention heads.
+        num_layers: its depth; also called `num_hidden_layers`.
+        num_heads: attention heads; also called `num_attention_heads`.
         mlp_ratio: hidden channels of the feed-forward part, in multiples of `hidden_size`.
+        initializer_range: standard deviation of new embeddings, of classes and of positions.
         arguments: those of `PriorConfig`.
     """
 
     model_type = "isic_var"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+    }
     of_tokenizer: ClassVar[tuple[str, ...]] = ("num_codes", "scales", "code_dim")
 
     scales: list[int] | tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -35,6 +40,7 @@ class VARConfig(PriorConfig):
     num_layers: int = 6
     num_heads: int = 6
     mlp_ratio: float | int = 4
+    initializer_range: float | int = 0.5
 
     @property
     def description(self) -> str:
@@ -76,6 +82,10 @@ class VARConfig(PriorConfig):
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}: expected a multiple of num_heads, {self.num_heads}"
+            )
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(
+                f"initializer_range is {self.initializer_range}: expected a finite number of at least 0"
             )
         if not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected a finite number of more than 0")

@@ -36,7 +36,7 @@ def gate(features: Tensor) -> Tensor:
     return signal.tanh() * opening.sigmoid()
 
 
-class CausalConv2d(nn.Module):
+class PixelCNNCausalConv2d(nn.Module):
     """A masked convolution without its masked taps: rows above, plus codes to the left.
 
     Args:
@@ -59,14 +59,14 @@ class CausalConv2d(nn.Module):
         return above + self.left(F.pad(features, (reach, last)))
 
 
-class PlainLayer(nn.Module):
+class PixelCNNPlainLayer(nn.Module):
     """relu(BatchNorm(masked convolution)); layers of type B add their input."""
 
     def __init__(self, size_in: int, config: PixelCNNConfig, first: bool):
         super().__init__()
         self.first = first
         kernel_size = config.first_kernel_size if first else config.kernel_size
-        self.conv = CausalConv2d(size_in, config.hidden_size, kernel_size, sees_itself=not first)
+        self.conv = PixelCNNCausalConv2d(size_in, config.hidden_size, kernel_size, sees_itself=not first)
         self.norm = nn.BatchNorm2d(config.hidden_size)
         self.class_bias = ConditionEmbedding(config, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -77,7 +77,7 @@ class PlainLayer(nn.Module):
         return hidden if self.first else features + hidden
 
 
-class GatedLayer(nn.Module):
+class PixelCNNGatedLayer(nn.Module):
     """One layer of the vertical and the horizontal stack.
 
     The vertical stack at row i sees rows above i (its kernel includes row i of its *input*, except in the first
@@ -113,7 +113,7 @@ class GatedLayer(nn.Module):
         return new_vertical, self.dropout(self.output(new_horizontal))
 
 
-class FirstGatedLayer(GatedLayer):
+class PixelCNNFirstGatedLayer(PixelCNNGatedLayer):
     """The layer that sees codes, none of them at its own position; its convolutions are table look-ups."""
 
     def __init__(self, config: PixelCNNConfig):
@@ -146,11 +146,11 @@ class PixelCNNModel(PriorModel):
         self.code_embedding = nn.Embedding(config.num_codes, size)
         self.position_embedding = nn.Parameter(torch.zeros(1, size, config.grid_size, config.grid_size))
         if config.architecture == "gated":
-            others = [GatedLayer(config, first=False) for _ in range(config.num_layers)]
-            self.layers = nn.ModuleList([FirstGatedLayer(config), *others])
+            others = [PixelCNNGatedLayer(config, first=False) for _ in range(config.num_layers)]
+            self.layers = nn.ModuleList([PixelCNNFirstGatedLayer(config), *others])
         else:
             self.layers = nn.ModuleList(
-                [PlainLayer(size, config, first=index == 0) for index in range(config.num_layers + 1)]
+                [PixelCNNPlainLayer(size, config, first=index == 0) for index in range(config.num_layers + 1)]
             )
         self.head = nn.Sequential(
             nn.ReLU(),

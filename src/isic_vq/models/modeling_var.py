@@ -42,7 +42,7 @@ def eager_attention(
     return (weights @ values).transpose(1, 2), weights
 
 
-class Attention(nn.Module):
+class VARAttention(nn.Module):
     """Attention among the codes of a scale and all coarser ones."""
 
     def __init__(self, config: VARConfig, index: int):
@@ -68,13 +68,13 @@ class Attention(nn.Module):
         return self.output(seen.flatten(2))
 
 
-class Layer(GradientCheckpointingLayer):
+class VARLayer(GradientCheckpointingLayer):
     """Attention and a feed-forward part, each on modulated features and added with a gate."""
 
     def __init__(self, config: VARConfig, index: int):
         super().__init__()
         size, inner = config.hidden_size, int(config.mlp_ratio * config.hidden_size)
-        self.attention = Attention(config, index)
+        self.attention = VARAttention(config, index)
         self.feed_forward = nn.Sequential(
             nn.Linear(size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, size)
         )
@@ -97,7 +97,7 @@ class Layer(GradientCheckpointingLayer):
         return hidden + self.dropout(self.feed_forward(modulated(hidden, *parts[3:5]))) * parts[5]
 
 
-class Head(nn.Module):
+class VARHead(nn.Module):
     """From features to logits, through a layer norm that the class modulates."""
 
     def __init__(self, config: VARConfig):
@@ -130,7 +130,7 @@ class VARModel(PriorModel):
     config: VARConfig
     supports_gradient_checkpointing = True
     # Not flash attention, which takes no mask, nor flex attention, which does not train on a CPU and was not run on a GPU.
-    _no_split_modules = ["Layer"]
+    _no_split_modules = ["VARLayer"]
 
     def __init__(self, config: VARConfig):
         super().__init__(config)
@@ -139,8 +139,8 @@ class VARModel(PriorModel):
         self.position_embedding = nn.Parameter(torch.empty(config.num_positions, size))
         self.features = nn.Linear(config.code_dim, size)
         self.modulation = nn.Linear(size, 6 * size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.head = Head(config)
+        self.layers = nn.ModuleList(VARLayer(config, index) for index in range(config.num_layers))
+        self.head = VARHead(config)
         self.post_init()
 
     @torch.no_grad()
@@ -152,16 +152,16 @@ class VARModel(PriorModel):
             init.trunc_normal_(module.weight, std=module.in_features**-0.5)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.trunc_normal_(module.weight, std=0.5)
-        elif isinstance(module, Attention):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, VARAttention):
             init.constant_(module.log_scale, math.log(4))
-        elif isinstance(module, Layer):
+        elif isinstance(module, VARLayer):
             start = torch.zeros_like(module.modulation)
             # Each part adds little at first, so that depth costs no stability.
             start[[2, 5]] = (2 * self.config.num_layers) ** -0.5
             init.copy_(module.modulation, start)
         elif isinstance(module, VARModel):
-            init.trunc_normal_(module.position_embedding, std=0.5)
+            init.trunc_normal_(module.position_embedding, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -252,7 +252,7 @@ class VARModel(PriorModel):
         sampling.check(math.isfinite(total.item()))
         return torch.cat(parts, dim=1)
 
-    def walk(self, conditions: Tensor, extend: Extend | None = None) -> "ScaleWalk":
+    def walk(self, conditions: Tensor, extend: Extend | None = None) -> "VARScaleWalk":
         """Begin images of the conditions `(B,)`; see `PriorModel.walk`.
 
         Raises:
@@ -260,10 +260,10 @@ class VARModel(PriorModel):
         """
         if extend is None:
             raise ValueError("extend is None: expected the tokenizer's, such as model.vqvae.extend")
-        return ScaleWalk(self, conditions, extend)
+        return VARScaleWalk(self, conditions, extend)
 
 
-class ScaleWalk:
+class VARScaleWalk:
     """The scales one after the other, each a group of its own; a `Walk`.
 
     Args:

@@ -63,7 +63,7 @@ def conv_norm_relu(conv: nn.Module, norm: str) -> nn.Sequential:
     return nn.Sequential(conv, norm_layer(norm, conv.out_channels), nn.ReLU())
 
 
-class ResidualBlock(nn.Module):
+class VQVAEResidualBlock(nn.Module):
     """relu(x + norm(conv1x1(relu(norm(conv3x3(x)))))): shape-preserving, `(B, C, h, w)`."""
 
     def __init__(self, channels: int, residual_size: int, norm: str):
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
         return F.relu(hidden + self.outer(self.inner(hidden)))
 
 
-class Encoder(nn.Module):
+class VQVAEEncoder(nn.Module):
     """Image `(B, 3, H, W)` to latents `(B, D, H/f, W/f)`: space shrinks, depth grows."""
 
     def __init__(self, config: VQVAEConfig):
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         )
         self.blocks = nn.Sequential(
             *(
-                ResidualBlock(sizes[-1], config.residual_size, config.norm)
+                VQVAEResidualBlock(sizes[-1], config.residual_size, config.norm)
                 for _ in range(config.num_residual_blocks)
             )
         )
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         return self.project(self.blocks(self.down(2 * pixel_values - 1)))
 
 
-class ZeroConv2d(nn.Conv2d):
+class VQVAEZeroConv2d(nn.Conv2d):
     """A convolution that starts at zero."""
 
 
@@ -126,7 +126,7 @@ def pixel_noise(codes: Tensor, size: int) -> Tensor:
     return (value.float() / prime - 0.5) * 12**0.5
 
 
-class Refinement(nn.Module):
+class VQVAERefinement(nn.Module):
     """Correction of an image's logits `(B, C, H, W)` by three 3x3 convolutions at full resolution; it starts at none.
 
     A transposed convolution has other weights for each pixel of its stride, and so can draw a grid. These have the same
@@ -137,7 +137,7 @@ class Refinement(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels + 1, size, 3, padding=1)
         self.second = nn.Conv2d(size, size, 3, padding=1)
-        self.last = ZeroConv2d(size, channels, 3, padding=1)
+        self.last = VQVAEZeroConv2d(size, channels, 3, padding=1)
 
     def forward(self, logits: Tensor, codes: Tensor | None) -> Tensor:
         if codes is None:
@@ -148,7 +148,7 @@ class Refinement(nn.Module):
         return logits + self.last(F.relu(self.second(hidden)))
 
 
-class Decoder(nn.Module):
+class VQVAEDecoder(nn.Module):
     """Quantized latents `(B, D, h, w)` to an image `(B, 3, h*f, w*f)` in [0, 1]: the encoder, mirrored."""
 
     def __init__(self, config: VQVAEConfig):
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         self.project = conv_norm_relu(nn.Conv2d(config.code_dim, sizes[0], 1, bias=False), config.norm)
         self.blocks = nn.Sequential(
             *(
-                ResidualBlock(sizes[0], config.residual_size, config.norm)
+                VQVAEResidualBlock(sizes[0], config.residual_size, config.norm)
                 for _ in range(config.num_residual_blocks)
             )
         )
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         )
         self.to_pixels = nn.ConvTranspose2d(sizes[-1], config.num_channels, 4, stride=2, padding=1)
         self.refinement = (
-            Refinement(config.num_channels, config.refinement_size) if config.refinement_size else None
+            VQVAERefinement(config.num_channels, config.refinement_size) if config.refinement_size else None
         )
 
     def forward(self, quantized: Tensor, codes: Tensor | None = None) -> Tensor:
@@ -192,7 +192,7 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
     base_model_prefix = "vqvae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["ResidualBlock", "Refinement"]
+    _no_split_modules = ["VQVAEResidualBlock", "VQVAERefinement"]
     _supports_sdpa = True  # as the whole model asks of its parts; it has no attention
     _keys_to_ignore_on_load_unexpected = [r"^prior\."]
     # Distances between latents and codes need float32 even when the convolutions run in bfloat16.
@@ -208,7 +208,7 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
         if isinstance(module, Phi):
             init.dirac_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, ZeroConv2d):
+        elif isinstance(module, VQVAEZeroConv2d):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -238,21 +238,21 @@ class VQVAEModel(VQVAEPreTrainedModel):
 
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
-        self.encoder = Encoder(config)
-        codebook = (
-            config.num_codes,
-            config.code_dim,
-            config.codebook_update,
-            config.ema_decay,
-            config.ema_epsilon,
-            config.dead_code_threshold,
-        )
+        self.encoder = VQVAEEncoder(config)
+        codebook = {
+            "num_codes": config.num_codes,
+            "code_dim": config.code_dim,
+            "update": config.codebook_update,
+            "decay": config.ema_decay,
+            "epsilon": config.ema_epsilon,
+            "dead_code_threshold": config.dead_code_threshold,
+        }
         self.quantizer = (
-            ResidualQuantizer(config.scales, config.num_phi, *codebook)
+            ResidualQuantizer(config.scales, config.num_phi, **codebook)
             if config.scales
-            else VectorQuantizer(*codebook)
+            else VectorQuantizer(**codebook)
         )
-        self.decoder = Decoder(config)
+        self.decoder = VQVAEDecoder(config)
         if not config.scales:
             kept = self._keep_in_fp32_modules_strict
             self._keep_in_fp32_modules_strict = [name for name in kept if name != "quantizer.phi"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .code_convolution import code_tables, sum_taps
 
 if TYPE_CHECKING:
-    from .modeling_pixelcnn import GatedLayer, PixelCNNModel, PlainLayer
+    from .modeling_pixelcnn import PixelCNNGatedLayer, PixelCNNModel, PixelCNNPlainLayer
 
 
 def open_cache(model: "PixelCNNModel", conditions: Tensor) -> "GatedCache | PlainCache":
@@ -185,7 +185,7 @@ class GatedCache(Cache):
     """The gated network's features."""
 
     def __init__(self, model: "PixelCNNModel", conditions: Tensor):
-        layers: list[GatedLayer] = list(model.layers)
+        layers: list[PixelCNNGatedLayer] = list(model.layers)
         first, *later = layers
         size, taps = model.config.hidden_size, model.config.kernel_size // 2 + 1
         super().__init__(model, len(conditions), 2 * size, num_rows=taps, taps=taps)
@@ -259,7 +259,7 @@ class PlainCache(Cache):
     """The plain network's features; BatchNorm is folded into the convolutions."""
 
     def __init__(self, model: "PixelCNNModel", conditions: Tensor):
-        layers: list[PlainLayer] = list(model.layers)
+        layers: list[PixelCNNPlainLayer] = list(model.layers)
         first, *later = layers
         reach = model.config.kernel_size // 2
         super().__init__(model, len(conditions), model.config.hidden_size, num_rows=reach, taps=reach + 1)

@@ -11,8 +11,9 @@ may be a moving average, in which case phi alone learns from the codebook loss.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,18 +54,19 @@ class ResidualQuantizer(VectorQuantizer):
     Args:
         scales: sides of the grids, coarse to fine; the last is the latents'.
         num_phi: convolutions that the scales share, each among neighbouring ones.
-        arguments: those of `VectorQuantizer`.
+        num_codes, code_dim, settings: those of `VectorQuantizer`.
     """
 
     learns_by_loss = True  # phi does, however the codebook learns
 
-    def __init__(self, scales: Sequence[int], num_phi: int, *arguments: int | float | str):
-        super().__init__(*arguments)
+    def __init__(self, scales: Sequence[int], num_phi: int, num_codes: int, code_dim: int, **settings: Any):
+        super().__init__(num_codes, code_dim, **settings)
         self.scales = tuple(scales)
         self.phi = nn.ModuleList(Phi(self.code_dim) for _ in range(num_phi))
-        # Which phi each scale takes: the first the first, the last the last, those between in proportion.
-        last = max(len(self.scales) - 1, 1)
-        self.phi_of = [round(index * (num_phi - 1) / last) for index in range(len(self.scales))]
+        # Which phi each scale takes: the one whose place is nearest to the scale's, as the authors have them.
+        edge = 1 / (3 if num_phi == 4 else 2) / num_phi
+        places, last = np.linspace(edge, 1 - edge, num_phi), max(len(self.scales) - 1, 1)
+        self.phi_of = [int(abs(places - index / last).argmin()) for index in range(len(self.scales))]
 
     def forward(self, latents: Tensor) -> Quantization:
         """Quantize latents of shape `(B, D, h, w)`; losses are means over the prefixes of the scales, too.

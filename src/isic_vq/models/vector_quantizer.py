@@ -182,6 +182,7 @@ class VectorQuantizer(nn.Module):
         self,
         num_codes: int,
         code_dim: int,
+        *,
         update: str,
         decay: float,
         epsilon: float,
@@ -190,13 +191,14 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.num_codes, self.code_dim, self.learns_by = num_codes, code_dim, update
         self.decay, self.epsilon, self.dead_code_threshold = decay, epsilon, dead_code_threshold
-        codebook = torch.empty(num_codes, code_dim)
+        with torch.random.fork_rng([]):  # what is made after it draws what it always drew
+            codebook = torch.randn(num_codes, code_dim)
         if update == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        self.register_buffer("cluster_size", torch.empty(num_codes))  # moving counts
-        self.register_buffer("code_sums", torch.empty(num_codes, code_dim))  # moving sums of latents
+        self.register_buffer("cluster_size", torch.ones(num_codes))  # moving counts
+        self.register_buffer("code_sums", codebook.clone())  # moving sums of latents
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))  # seeds the resets
         self.noted: list[tuple[Tensor, Tensor]] | None = None  # passes since the last update, once deferred
 

@@ -25,7 +25,7 @@ from isic_vq.figures.grid import paired_grid
 from isic_vq.hub.pretrained import ModelError, load_model, resolve
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_vqvae import Decoder, Refinement, VQVAEModel
+from isic_vq.models.modeling_vqvae import VQVAEDecoder, VQVAEModel, VQVAERefinement
 from isic_vq.training.discriminator import LeCam, PatchDiscriminator, discriminator_loss
 from isic_vq.training.image_losses import grid_loss, spectrum_loss, ssim_loss
 from isic_vq.training.image_task import ImageTask, open_images
@@ -49,7 +49,7 @@ class DecoderWithCritics(nn.Module):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: VQVAEDecoder,
         features: FeatureModel,
         classifier: DiagnosisClassifier | None,
         recipe: DecoderRecipe,
@@ -291,7 +291,7 @@ def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
             f"the model has a refinement of {config.refinement_size} channels: leave out refinement_size={size}"
         )
     config.refinement_size = size
-    refinement = Refinement(config.num_channels, size).apply(tokenizer._init_weights)
+    refinement = VQVAERefinement(config.num_channels, size).apply(tokenizer._init_weights)
     decoder.refinement = refinement.to(tokenizer.device, tokenizer.dtype)
 
 
