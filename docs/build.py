@@ -309,7 +309,8 @@ def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
         "[evaluation.md](evaluation.md).",
         f"Measured with: {measured_on(reports.values())}. In brackets: 95 % intervals, which treat images as independent.",
     ]
-    for topic, table in topic_tables(reports.values()).items():
+    metrics = [metric for report in reports.values() for metric in report.metrics]
+    for topic, table in topic_tables(metrics).items():
         parts.append(f"## {topic}")
         if topic == "Memorisation":
             parts.append(str(audit_verdict(reports)))

@@ -1,14 +1,16 @@
 """Render the model card of a repository folder, and nothing that its files do not say.
 
 Numbers come from `reports/*.json`, `provenance.json` and the configs: what none of them holds cannot reach the card.
-The text is `card_template.md`, the metadata that of the Hub (its model-index has every metric of every report).
+The text is `card_template.md`, the metadata that of the Hub. Both have the metrics that people know (`KNOWN`), the model-index those
+of the data set that has most of them; all others stay in `reports/`.
 
 A report named `memorization.json` is the audit for memorised training images: its table `verdict` is the sentence
-that the card shows, and its metrics stand among the others. A file `comparison.md` becomes a section of the card.
+that the card shows. A file `comparison.md` is linked.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,19 @@ AUDIT_REPORT = "memorization.json"
 COMPARISON = "comparison.md"
 NOT_RECORDED = "not recorded"
 DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
+KNOWN: tuple[
+    tuple[str, dict[str, str], str], ...
+] = (  # name and labels of a metric, and its title on the Hub
+    ("psnr", {}, "PSNR of reconstructions (dB)"),
+    ("ssim", {}, "SSIM of reconstructions"),
+    ("bits_per_code", {}, "Bits per code"),
+    ("frechet_distance", {"images": "floor"}, "Frechet distance of other real images"),
+    ("frechet_distance", {"images": "reconstructions"}, "Frechet distance of reconstructions"),
+    ("frechet_distance", {"images": "samples"}, "Frechet distance of generated images"),
+    ("recall", {"images": "samples"}, "Recall of generated images"),
+    ("auc", {"arm": "real", "positive": "melanoma"}, "AUROC for melanoma, trained on real images"),
+    ("auc", {"arm": "synthetic", "positive": "melanoma"}, "AUROC for melanoma, trained on generated images"),
+)
 STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
 
 
@@ -82,16 +97,17 @@ def render_card(folder: Path, name: str) -> str:
     origin = read_provenance(folder)
     config = IsicVQConfig.from_pretrained(folder)
     data = origin["training_data"]
-    # Of parts of the images the reports tell; the Hub's index is for what is compared between models.
-    metrics = [metric for report in reports.values() for metric in report.metrics if metric.group is None]
+    metrics = known_metrics(reports.values())
+    ((main, _),) = Counter((metric.dataset, metric.split) for metric in metrics).most_common(1) or [((), 0)]
+    indexed = [metric for metric in metrics if (metric.dataset, metric.split) == main]
     metadata = ModelCardData(
         license=weights_license(licenses_of(origin.get(BY_STAGE, {"prior": data, "vqvae": None}))),
         library_name="transformers",
         pipeline_tag=TASK,
         tags=card_tags(folder, config),
-        metrics=list(dict.fromkeys(metric.text for metric in metrics)),
+        metrics=list(dict.fromkeys(eval_result(metric).metric_type for metric in indexed)),
         model_name=name,
-        eval_results=[eval_result(metric) for metric in metrics],
+        eval_results=[eval_result(metric) for metric in indexed],
     )
     card = ModelCard.from_template(
         metadata,
@@ -105,16 +121,15 @@ def render_card(folder: Path, name: str) -> str:
         data=data,
         data_title=dataset_title(data["name"]),
         data_diagnoses=counts_text(data["diagnoses"]),
-        topics={topic_of(metric) for metric in metrics},
-        has_batch_norm_gap=any(metric.name == "psnr_batch_statistics" for metric in metrics),
-        table=metric_table(reports.values()),
+        topics={topic_of(metric) for report in reports.values() for metric in report.metrics},
+        table=known_table(metrics),
         environments=measured_on(reports.values()),
         training=training_table(origin),
         stages=training_data_table(origin),
         attributions=attributions_of(origin),
         pictures={part: captions(folder / part) for part in ("previews", "figures")},
         audit=audit_verdict(reports),
-        comparison=comparison_of(folder),
+        comparison=COMPARISON if (folder / COMPARISON).is_file() else None,
     )
     return card.content
 
@@ -131,10 +146,16 @@ def read_reports(folder: Path) -> dict[str, Report]:
     return reports
 
 
-def comparison_of(folder: Path) -> str | None:
-    """What `comparison.md` of a repository folder says of the model beside others; None where there is none."""
-    path = folder / COMPARISON
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+def known_metrics(reports: Iterable[Report]) -> list[Metric]:
+    """The metrics of `KNOWN` that reports have, in its order; of several feature models those by the last."""
+    metrics = [metric for report in reports for metric in report.metrics]
+    yardstick = next((m.labels["yardstick"] for m in reversed(metrics) if m.name == "frechet_distance"), "")
+    return [
+        metric
+        for name, labels, _ in KNOWN
+        for metric in metrics
+        if metric.name == name and metric.labels in (labels, {**labels, "yardstick": yardstick})
+    ]
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -171,20 +192,25 @@ def card_tags(folder: Path, config: IsicVQConfig) -> list[str]:
     return [*TAGS, kind, *(["onnx"] if any((folder / "onnx").glob("*.onnx")) else [])]
 
 
+def known_title(metric: Metric) -> str:
+    """The title of a metric of `KNOWN`, and the feature model that it was measured with."""
+    labels = {key: text for key, text in metric.labels.items() if key != "yardstick"}
+    title = next(title for name, known, title in KNOWN if (name, known) == (metric.name, labels))
+    return ", ".join([title, *(text for key, text in metric.labels.items() if key == "yardstick")])
+
+
 def eval_result(metric: Metric) -> EvalResult:
-    """A report's line as the Hub's model-index has it."""
+    """A metric of `KNOWN` as the Hub's model-index has it."""
     title = dataset_title(metric.dataset)
-    known = {"seed": metric.seed, "interval_95": metric.interval}
     return EvalResult(
         task_type=TASK,
         task_name="Unconditional image generation",
         dataset_type=slug(title),
         dataset_name=title,
         dataset_split=metric.split,
-        metric_type=metric.text,
-        metric_name=f"{metric.text} ({metric.unit})",
+        metric_type="roc_auc" if metric.name == "auc" else metric.name,
+        metric_name=known_title(metric),
         metric_value=metric.value,
-        metric_args={"n": metric.n, **{key: value for key, value in known.items() if value is not None}},
     )
 
 
@@ -200,19 +226,33 @@ def column_title(metric: Metric) -> str:
     return f"{title}{split} (n = {metric.n:,})"
 
 
-def metric_table(reports: Iterable[Report]) -> str:
-    """The metrics of the reports as Markdown, a headed table per topic; see `topic_tables`."""
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in topic_tables(reports).items())
+def known_table(metrics: Iterable[Metric]) -> str:
+    """Metrics of `KNOWN` as a Markdown table with a column for each data set.
+
+    Raises:
+        ValueError: one thing was measured twice.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for metric in metrics:
+        row, column = rows.setdefault(known_title(metric), {}), column_title(metric)
+        if column in row:
+            raise ValueError(
+                f"there are two values of {metric.text} of {column}: keep one of the two reports"
+            )
+        row[column] = metric_cell(metric)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = [[as_text(title), *(row.get(column, "") for column in columns)] for title, row in rows.items()]
+    return markdown_table(["metric", *columns], cells)
 
 
-def topic_tables(reports: Iterable[Report]) -> dict[str, str]:
-    """The metrics of the reports as Markdown tables by topic; see `report_tables`.
+def topic_tables(metrics: Iterable[Metric]) -> dict[str, str]:
+    """Metrics as Markdown tables by topic; see `report_tables`.
 
     Raises:
         ValueError: one thing was measured twice.
     """
     tables = {}
-    for table in report_tables((metric for report in reports for metric in report.metrics), column_title):
+    for table in report_tables(metrics, column_title):
         rows = [
             [
                 as_text(name),
@@ -296,9 +336,6 @@ def training_data_table(origin: dict[str, Any]) -> str:
             {
                 "images": say("{num_images:,}", about),
                 "by licence": licenses or NOT_RECORDED,
-                "snapshot of the source": as_text(say("{snapshot}", about)),
-                "sha256 of the ids": say("`{ids_sha256:.16}`", about),
-                "sha256 of the content": say("`{fingerprint:.16}`", about),
                 "sha256 of the manifest": say("`{manifest_sha256:.16}`", about, missing=""),
             }
         )
@@ -322,14 +359,8 @@ def training_column(record: dict[str, Any]) -> dict[str, str]:
         "batch size": say("{batch_size} images", loop),
         "optimizer": say("AdamW, weight decay {weight_decay:g}", loop),
         "learning rate": say("{learning_rate:g}, {warmup_steps} steps of warm-up, then cosine to zero", loop),
-        "gradient norm": say("at most {max_grad_norm:g}", loop),
-        "weight average": say("decay {average_decay:g} per step", loop),
-        "weights kept": say("{weights}", record),
-        "precision": say("{precision}", loop),
-        "seed": say("{seed}", loop),
         "device": say("{device}, {cores} cores", machine),
         "time in steps": " after ".join(say("{hours:.2g} h", stage) for stage in history(record)),
-        "software": say("isic-vq {isic_vq}, torch {torch}, transformers {transformers}", machine),
         "commit": say("`{git_commit:.12}`" + (", with changes" if machine.get("git_dirty") else ""), machine),
     }
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import CardData, EvalResult, ModelCard
 
-from isic_vq.hub.card import DATASET_TITLES, metric_table, read_reports, render_card
+from isic_vq.hub.card import DATASET_TITLES, known_metrics, known_table, read_reports, render_card
 from isic_vq.hub.layout import check_picture, read_card
 from isic_vq.hub.pretrained import ModelError
 
@@ -37,7 +37,7 @@ def check_card(folder: Path) -> list[str]:
         return [str(error)]
     expected = ModelCard(render_card(folder, card.data.get("model_name") or folder.resolve().name))
     problems = [*metadata_problems(card.data, expected.data), *number_problems(card.text, expected.text)]
-    if metric_table(read_reports(folder).values()) not in card.text:
+    if known_table(known_metrics(read_reports(folder).values())) not in card.text:
         problems.append("the table of measurements is not that of reports/: run isic-vq card")
     return [*problems, *link_problems(card.text, folder), *picture_problems(folder)]
 
@@ -62,8 +62,8 @@ def metadata_problems(found: CardData, expected: CardData) -> Iterator[str]:
 
 
 def _text(result: EvalResult) -> str:
-    where = f"{result.dataset_name}, {result.dataset_split}, {result.metric_args}"
-    return f"that {result.metric_name or result.metric_type} is {result.metric_value!r} ({where})"
+    name = result.metric_name or result.metric_type
+    return f"that {name} is {result.metric_value!r} ({result.dataset_name}, {result.dataset_split})"
 
 
 def number_problems(text: str, expected: str) -> Iterator[str]:
