@@ -93,7 +93,7 @@ def residual_sums(quantizer, latents):
         codes.append(distances.argmin(1).view(len(latents), -1))
         vectors = quantizer.codebook[codes[-1]].view(len(latents), side, side, -1).permute(0, 3, 1, 2)
         large = F.interpolate(vectors, (6, 6), mode="bicubic", align_corners=False)
-        phi = quantizer.phi[[0, 1, 1, 2][index]]
+        phi = quantizer.phi[[0, 0, 1, 2][index]]
         features = features + 0.5 * large + 0.5 * F.conv2d(large, phi.weight, phi.bias, padding=1)
         prefixes.append(features)
     return torch.cat(codes, 1), prefixes

@@ -98,8 +98,8 @@ def render_card(folder: Path, name: str) -> str:
     config = IsicVQConfig.from_pretrained(folder)
     data = origin["training_data"]
     metrics = known_metrics(reports.values())
-    ((main, _),) = Counter((metric.dataset, metric.split) for metric in metrics).most_common(1) or [((), 0)]
-    indexed = [metric for metric in metrics if (metric.dataset, metric.split) == main]
+    main = Counter((metric.dataset, metric.split) for metric in metrics).most_common(1)
+    indexed = [metric for metric in metrics if (metric.dataset, metric.split) == main[0][0]]
     metadata = ModelCardData(
         license=weights_license(licenses_of(origin.get(BY_STAGE, {"prior": data, "vqvae": None}))),
         library_name="transformers",
