@@ -7,6 +7,7 @@ VAR's comparison.md, which its card shows. Reads the reports beside the shipped 
 """
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
 NEXT_SCALE_REPORT = ROOT / "benchmarks" / "reports" / "next_scale.json"
 CHECKPOINT = ROOT / "model_cards" / "isic-vq-128"
 VAR_CHECKPOINT = ROOT / "model_cards" / "isic-vq-128-var"
+LEADERBOARD = ROOT / "docs" / "leaderboard.json"
+YARDSTICK = "derm-resnet"  # nothing was trained or chosen in it
 MARKS = "<!-- results -->", "<!-- /results -->"
 SETS = {"validation": "HAM10000, held-out files", "uda1": "UDA-1, another source"}
 LINES = {
@@ -319,6 +322,79 @@ def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def leaderboard(folders: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """All measured models so far, each with what its training took; the shipped ones are added once measured anew."""
+    rows: list[dict[str, Any]] = json.loads(LEADERBOARD.read_text(encoding="utf-8"))
+    for folder in folders:
+        report, training = read_reports(folder)["evaluation.json"], read_provenance(folder)["training"]
+        stages = [stage for record in training.values() for stage in history(record)]
+        row = {
+            "model": folder.name,
+            "recipes": [Path(stage["recipe"]["output_dir"]).name for stage in stages],
+            "core_minutes": round(60 * sum(s["hours"] * s["environment"]["threads"] for s in stages)),
+            "commit": report.environment["git_commit"],
+            "n": report.find("frechet_distance", images="samples", yardstick=YARDSTICK).n,
+            "frechet_distance": {
+                yardstick: [distance.value, *(distance.interval or [])]
+                for yardstick in report.tables["generation"]["yardsticks"]
+                for distance in [report.find("frechet_distance", images="samples", yardstick=yardstick)]
+            },
+        }
+        if all(known["model"] != row["model"] or known["commit"] != row["commit"] for known in rows):
+            command = ["git", "show", "-s", "--format=%cs", row["commit"]]
+            date = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            rows.append({"date": date, **row})
+    return rows
+
+
+def leaderboard_page(rows: list[dict[str, Any]]) -> str:
+    """The leaderboard as a page, the smallest distance first."""
+    yardsticks = sorted(rows[0]["frechet_distance"], key=lambda name: name != YARDSTICK)
+    ranked = sorted(rows, key=lambda row: row["frechet_distance"][YARDSTICK][0])
+    return (
+        "\n\n".join(
+            [
+                "# Leaderboard",
+                "How many minutes of one CPU core a model's trainings took, and how far its samples are from real images. Written by `python docs/build.py`; "
+                "a row is added for a shipped model whenever it is measured anew, and none is removed. Minutes are those in optimizer steps at the median "
+                "pace, times the threads. Distances: Frechet, to the validation images of HAM10000, of as many samples of the same diagnoses, "
+                "with 95 % intervals; isic-derm-features is the space that decoders were trained in. What did not work is in "
+                "[LOG.md](../LOG.md) and in the [ablations' reports](../benchmarks/reports).",
+                markdown_table(
+                    [
+                        "date",
+                        "commit",
+                        "model",
+                        "recipes, in `examples/configs`",
+                        "core minutes",
+                        "n",
+                        *yardsticks,
+                    ],
+                    [
+                        [
+                            row["date"],
+                            f"`{row['commit']:.7}`",
+                            row["model"],
+                            ", ".join(row["recipes"]),
+                            f"{row['core_minutes']:,}",
+                            f"{row['n']:,}",
+                            *(
+                                "{:.2f} ({:.2f} to {:.2f})".format(*row["frechet_distance"][yardstick])
+                                for yardstick in yardsticks
+                            ),
+                        ]
+                        for row in ranked
+                    ],
+                    texts=4,
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
 def fill(path: Path, section: str) -> None:
     """Put a text between the marks of a file."""
     before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
@@ -333,6 +409,9 @@ def main() -> None:
     for plot in plots:
         write_atomically(ROOT / "docs" / "figures" / f"{plot.name}.png", plot.content)
     write_atomically(ROOT / "docs" / "results.md", results_page(reports, plots).encode())
+    rows = leaderboard((CHECKPOINT, VAR_CHECKPOINT))
+    write_atomically(LEADERBOARD, (json.dumps(rows, indent=2) + "\n").encode())
+    write_atomically(ROOT / "docs" / "leaderboard.md", leaderboard_page(rows).encode())
     fill(ROOT / "README.md", readme_section(reports))
     fill(ROOT / "docs" / "codec.md", codec_section(Report.load(CODEC_REPORT)))
     fill(ROOT / "docs" / "next-scale.md", next_scale_section())
