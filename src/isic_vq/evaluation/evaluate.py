@@ -116,13 +116,7 @@ def evaluate_checkpoint(
         ModelError, DataError: as their docstrings say.
     """
     splits = [split for split, _ in data]
-    if not splits or len(set(splits)) < len(splits):
-        raise ValueError(f"data sets are called {splits}: expected at least one, and each name once")
-    if bool(features) != (floor_data is not None):
-        raise ValueError(
-            "generated images are compared by image models and beside other real images: give both, --features and "
-            "--floor-data, or neither"
-        )
+    _check_asked(splits, features, floor_data)
     loaded = load_model(IsicVQModel, model, device).eval()
     names = list(loaded.config.class_names.values())
     yardsticks = [Yardstick.from_pretrained(name, names) for name in features]
@@ -132,8 +126,8 @@ def evaluate_checkpoint(
         cache = read_code_cache(train_codes)
         check_tokenizer(cache, loaded.vqvae, train_codes.name)
     report = model_report(Path(resolve(model)).name, loaded)
-    asked = (cache is not None, train_data is not None, floor_data is not None)
-    steps = Steps(2 * len(data) + sum(asked) + 1, progress)
+    counts = None if cache is None else cache.counts()
+    steps = Steps(1 + 2 * len(data) + sum(x is not None for x in (cache, train_data, floor_data)), progress)
     if cache is not None:
         with steps.begin("likelihood of training images"):
             report.metrics += train_metrics(loaded, cache, seed)
@@ -146,9 +140,7 @@ def evaluate_checkpoint(
             measured = measure_images(loaded, source, max_corrupt_share, perceptual, bar.update)
         evaluation.measured[split] = measured
         with steps.begin(f"{split}: likelihood under every class", len(names), "class") as bar:
-            add_data_set(
-                evaluation, split, measured, None if cache is None else cache.counts(), seed, bar.update
-            )
+            add_data_set(evaluation, split, measured, counts, seed, bar.update)
     if train_data is not None:
         first = evaluation.measured[splits[0]]
         with steps.begin("training images: encode and decode"):
@@ -163,10 +155,20 @@ def evaluate_checkpoint(
             max_corrupt_share=max_corrupt_share, progress=progress,
         )  # fmt: skip
         report.metrics += metrics
-    dataset_name = evaluation.measured[splits[0]].info.name
+    dataset = evaluation.measured[splits[0]].info.name
     with steps.begin("seconds and bytes"):
-        report.metrics += cost_metrics(loaded, report.value("bits_per_code", splits[0], dataset_name), seed)
+        report.metrics += cost_metrics(loaded, report.value("bits_per_code", splits[0], dataset), seed)
     return evaluation
+
+
+def _check_asked(splits: Sequence[str], features: Sequence[str], floor_data: str | None) -> None:
+    if not splits or len(set(splits)) < len(splits):
+        raise ValueError(f"data sets are called {splits}: expected at least one, and each name once")
+    if bool(features) != (floor_data is not None):
+        raise ValueError(
+            "generated images are compared by image models and beside other real images: give both, --features and "
+            "--floor-data, or neither"
+        )
 
 
 def add_data_set(
