@@ -6,7 +6,7 @@ Every PNG says in its text fields what made it, and every grid under its images.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isic_vq.data.classes import AUTO, Classes
-from isic_vq.data.loading import iter_batches
-from isic_vq.data.sources import Source, find_source
 from isic_vq.data.uri import IMAGE_SUFFIXES
-from isic_vq.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
-from isic_vq.evaluation.scores import read_reference, score_images
 from isic_vq.figures.grid import captioned, image_grid, paired_grid
 from isic_vq.figures.png import write_png
 from isic_vq.figures.score_plots import Gallery
@@ -31,6 +27,11 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.models.pipeline_isic_vq import UnconditionalImageGenerationPipeline
 from isic_vq.models.sampling import Sampling
+
+# Generating and editing do without the extra `data`, so what imports it is imported where it is used.
+if TYPE_CHECKING:
+    from isic_vq.data.sources import Source
+    from isic_vq.evaluation.reconstruction import Reconstruction
 
 GRID = "grid.png"
 MAX_PNGS = 4096  # images that are made at once, in about a gigabyte
@@ -112,7 +113,7 @@ def write_generated(
 
 def write_reconstructions(
     tokenizer: VQVAEModel, data: str, output: Path, limit: int = 64, max_corrupt_share: float = 0.01
-) -> Reconstruction:
+) -> "Reconstruction":
     """Send images through a tokenizer and back; write each reconstruction, and grids with and without originals.
 
     Args:
@@ -129,6 +130,8 @@ def write_reconstructions(
         DataError: too many images are corrupt.
         ValueError: no image can be read.
     """
+    from isic_vq.evaluation.reconstruction import evaluate_reconstruction
+
     if limit < 1:
         raise ValueError(f"limit is {limit}: expected at least 1")
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
@@ -300,6 +303,8 @@ def write_scores(
         DataError: too many images are corrupt, or the cache is of another tokenizer.
         ValueError: an unknown label, or no image can be read.
     """
+    from isic_vq.evaluation.scores import read_reference, score_images
+
     if limit:
         check_matplotlib()
     config = model.config.vqvae_config
@@ -326,7 +331,7 @@ def write_scores(
     return rows
 
 
-def write_sample(source: Source, num_images: int, path: Path, seed: int = 0) -> int:
+def write_sample(source: "Source", num_images: int, path: Path, seed: int = 0) -> int:
     """Write a grid of some images of a source: its own pixels, not generated ones.
 
     Args:
@@ -341,6 +346,8 @@ def write_sample(source: Source, num_images: int, path: Path, seed: int = 0) -> 
     Raises:
         ValueError: none of them can be read.
     """
+    from isic_vq.data.loading import iter_batches
+
     chosen = sorted(np.random.default_rng(seed).permutation(num_images)[:NUM_SAMPLED].tolist())
     records = (
         source.dataset().select(chosen) if source.has_random_access else source.stream().take(NUM_SAMPLED)
@@ -368,6 +375,9 @@ def read_images(
     """
     if Path(data).is_file() and not data.endswith(".parquet"):
         return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
+    from isic_vq.data.loading import iter_batches
+    from isic_vq.data.sources import find_source
+
     source = find_source(data, Classes.parse(AUTO))
     if stream and source.is_listed_cheaply:
         source.describe()  # which tells what is left out

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from isic_vq import __version__
-from isic_vq.data.provenance import read_training_data
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -27,6 +26,9 @@ def describe_model(model: str | None = None) -> list[str]:
     Raises:
         ModelError: there is no such model, or it cannot be read.
     """
+    # `training_warning`, which every generation asks for, does without the extra `data`.
+    from isic_vq.data.provenance import read_training_data
+
     loaded = load_model(IsicVQModel, model, "cpu")
     folder = Path(resolve(model))
     vqvae, prior = loaded.config.vqvae_config, loaded.config.prior_config
@@ -53,6 +55,8 @@ def describe_model(model: str | None = None) -> list[str]:
 
 def training_details(model: str | None = None) -> list[str]:
     """A line on the training images of each stage: how many, of what data set, by licence."""
+    from isic_vq.data.provenance import read_training_data
+
     lines = []
     for stage, about in read_training_data(Path(resolve(model))).items():
         licenses = about and ", ".join(f"{name} {count:,}" for name, count in about.licenses.items())
