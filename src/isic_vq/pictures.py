@@ -47,10 +47,16 @@ def image_name(index: int) -> str:
 
 
 def other_images(folder: Path, num_images: int) -> list[str]:
-    """Images in a folder that writing so many, and a grid, would leave there."""
-    own = {GRID, *map(image_name, range(num_images))}
+    """List the images in a folder that writing `num_images` images and a grid would not replace."""
+
+    def is_replaced(name: str) -> bool:
+        index = name.removeprefix("image-").removesuffix(".png")
+        return name == GRID or (
+            index.isdecimal() and int(index) < num_images and name == image_name(int(index))
+        )
+
     names = (path.name for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(name for name in names if name not in own)
+    return sorted(name for name in names if not is_replaced(name))
 
 
 def write_generated(
