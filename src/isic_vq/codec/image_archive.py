@@ -1,4 +1,4 @@
-"""Images to one compressed file and back; between lie a model's codes."""
+"""Compress images to one file by a model's codes, and decompress them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,13 +26,7 @@ BATCH_SIZE = 32
 
 
 class Restored(NamedTuple):
-    """What a compressed file gave.
-
-    Attributes:
-        paths: the PNGs.
-        num_blocks: of the file.
-        damage: a sentence for each block whose images are lost.
-    """
+    """The PNGs of a compressed file, its number of blocks, and a sentence for each block whose images are lost."""
 
     paths: list[Path]
     num_blocks: int
@@ -61,9 +55,9 @@ def compress_images(
         model: a whole model; its prior is moved to the CPU.
         data: URI of the images; a folder's are named as its files are.
         output: file, such as images.ivq.
-        portable: larger, but decompresses on any machine: without it, on one that computes alike.
+        portable: larger, but decompresses on any machine; without it, only on one with the same arithmetic.
         label: diagnosis (name, alias or id) of all images; saves little.
-        max_corrupt_share: share of unreadable images past which to fail.
+        max_corrupt_share: a larger share of unreadable images is an error.
         progress: show progress bars.
 
     Raises:
@@ -82,16 +76,12 @@ def compress_images(
 
 
 def decompress_images(model: IsicVQModel, file: Path, output: Path, progress: bool = False) -> Restored:
-    """Write the images of a compressed file as PNGs; of a damaged file, those of every intact block.
+    """Write the images of the intact blocks of a file of `compress_images` to a folder as PNGs.
 
-    Args:
-        model: the one that compressed it; its prior is moved to the CPU.
-        file: as `compress_images` writes it.
-        output: folder.
-        progress: show a progress bar.
+    The model is the one that compressed the file; its prior is moved to the CPU.
 
     Raises:
-        CodecError: nothing of the file can be read, or another model wrote it.
+        CodecError: no block can be read, or another model wrote the file.
     """
     content = file.read_bytes()
     device = model.vqvae.device
@@ -100,22 +90,19 @@ def decompress_images(model: IsicVQModel, file: Path, output: Path, progress: bo
         result = decompress(model, content, training_code_counts(model.name_or_path), on_block=bar.update)
     paths = png_paths(result.names, output)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
-    for part, places in zip(result.codes.split(BATCH_SIZE), _chunks(paths), strict=False):
+    for start in range(0, len(paths), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
         with torch.inference_mode():
-            images = processor.postprocess(model.decode(part.to(device)), output_type="np")
-        for pixels, path in zip(images, places, strict=True):
+            images = processor.postprocess(model.decode(result.codes[batch].to(device)), output_type="np")
+        for pixels, path in zip(images, paths[batch], strict=True):
             write_png(pixels, path, {"Comment": "VQ-VAE reconstruction"})
     return Restored(paths, result.num_blocks, list(result.damage))
-
-
-def _chunks(paths: list[Path]) -> list[list[Path]]:
-    return [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
 
 
 def _encode(
     data: str, model: IsicVQModel, max_corrupt_share: float, progress: bool
 ) -> tuple[list[str], Tensor]:
-    """Names and codes `(N, h, w)` on the CPU of a source's images."""
+    """The names of a source's images, and their codes `(N, h, w)` on the CPU."""
     source = find_source(data, Classes.parse(AUTO))
     files = image_names(source.folder)[0] if isinstance(source, FolderSource) else None
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)

@@ -194,7 +194,7 @@ class Reading:
             raise DataError(f"{source}: {error}") from None
 
     def lines(self) -> Iterator[str]:
-        """Yield what a person should know of the pass, a line of each kind."""
+        """Yield the counts that a person should see, a line of each kind."""
         if self.read_as:
             pairs = self.read_as.most_common()
             listed = [f'"{text}" -> {name}, {_images(n)}' for (text, name), n in pairs[:NUM_LISTED]]

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Data that cannot be used as it is; the message says what was expected and the way out."""
+    """Data that cannot be used; the message says what was expected and how to mend it."""

@@ -22,13 +22,13 @@ TrainingData = Mapping[str, SourceInfo | None]  # by stage: "vqvae", "prior", "d
 
 
 def write_training_data(folder: Path, data: TrainingData) -> None:
-    """Write what the weights in a folder were trained on."""
+    """Write the description of the training images of the weights in a folder."""
     content = {stage: None if info is None else asdict(info) for stage, info in data.items()}
     write_atomically(folder / TRAINING_DATA, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
-    """Read what the weights in a folder were trained on, empty if not recorded; DataError if the file is damaged."""
+    """Read the description of the training images of the weights in a folder: empty if there is none, DataError if damaged."""
     path = folder / TRAINING_DATA
     if not path.is_file():
         path = folder / PROVENANCE

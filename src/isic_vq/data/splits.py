@@ -215,7 +215,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tu
 def _keep_in_training(
     rows: Sequence[tuple[Mapping[str, Any], Key]], drawn: Mapping[Key, str], bound: set[Key]
 ) -> set[Key]:
-    """Groups to move to training, because no image of their class would be there; `bound` groups stay."""
+    """Groups to move to training, whose class would have no training image otherwise; `bound` groups stay."""
     groups: dict[str, Counter[Key]] = defaultdict(Counter)
     for row, group in rows:
         if group in drawn and row.get("diagnosis") not in (None, UNKNOWN):

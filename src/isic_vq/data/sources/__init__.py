@@ -73,7 +73,7 @@ def describe_source(uri: str) -> SourceInfo:
 
 
 def find_source(uri: str, classes: Classes | None = None) -> Source:
-    """Find what a URI names.
+    """Find the source of a URI.
 
     Args:
         uri: see the module's docstring.

@@ -1,4 +1,4 @@
-"""What all sources of images have in common: they are read in parts, and described for publication.
+"""The interface of all sources of images: they are read in parts, and described for publication.
 
 A source is small and picklable: it knows where its images are and does not hold them. Processes and workers share its
 parts, so that no part is read twice, and reading resumes at a part. Records carry encoded images.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What may be published about a source.
+    """The description of a source, which is safe to publish.
 
     Attributes:
         name: the URI; other paths than environment variables are reduced to their last component.
@@ -78,12 +78,12 @@ class Source(ABC):
 
     @property
     def findings(self) -> Reading:
-        """What the last pass over all rows counted."""
+        """The counts of the last pass over all rows."""
         return self.__dict__.get("_findings") or Reading(self.classes)
 
     @abstractmethod
     def parts(self) -> list[Any]:
-        """Picklable names of what can be read independently, in the order of the records."""
+        """List the units that can be read independently, picklable and in the order of the records."""
 
     @abstractmethod
     def records_of(self, part: Any, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
@@ -110,7 +110,7 @@ class Source(ABC):
         return self.checked(self.rows)
 
     def checked(self, rows: Callable[[Reading], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Do what `metadata` does for rows that are read in another way."""
+        """Check rows like `metadata`, if they are read in another way."""
         reading = Reading(self.classes, is_strict=False)
         yield from (row for row in rows(reading) if row["diagnosis"] is not None)
         self.__dict__["_findings"] = reading
@@ -118,7 +118,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """The sha256 of the content, or of what identifies it, as hex digits; the same wherever it lies."""
+        """Return the sha256 of the content, or of names, sizes and versions, as hex digits; the location does not count."""
 
     def stream(self, rank: int = 0, world: int = 1) -> IterableDataset:
         """Stream the records of every `world`-th part from part `rank` on, in order; each part is a shard of the stream."""
@@ -140,7 +140,7 @@ class Source(ABC):
         return self.dataset() if self.has_random_access else self.stream()
 
     def describe(self) -> SourceInfo:
-        """Read all rows, log what they need a person to know, and return what may be published."""
+        """Read all rows, log `findings`, and return the description."""
         info = describe_rows(self, self.metadata())
         self.tell()
         return info

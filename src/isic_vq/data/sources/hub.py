@@ -72,7 +72,7 @@ class Connection:
         return next(self.resumed(lambda: iter([question()])))
 
     def resumed(self, rows: Callable[[], Iterator[Answer]]) -> Iterator[Answer]:
-        """Yield what `rows()` yields; after a lost connection call it again and skip what was yielded.
+        """Yield the rows of `rows()`; after a lost connection, call it again and skip the rows already yielded.
 
         Raises:
             DataError: more than `RETRIES` failures at one row, or one that does not pass.

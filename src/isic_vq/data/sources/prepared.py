@@ -29,7 +29,7 @@ class PreparedSource(Source):
 
     @classmethod
     def from_target(cls, target: str) -> "PreparedSource":
-        """Find a finished folder and one of its splits, whose shards must all be there."""
+        """Find a finished folder and one of its splits, and check that no shard is missing or truncated."""
         path, _, split = target.rpartition(":")
         if split not in SPLITS[:3]:
             path, split = target, ""
