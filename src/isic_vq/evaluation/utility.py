@@ -11,7 +11,6 @@ as often. The work folder holds `synthetic-seedN/` and ARM-seedN.json; see `Clas
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,10 @@ def utility_report(
         model: folder or Hub id; None is the shipped checkpoint.
         train: URI of real training images.
         test: URI of other real images, which the model was not trained on either.
-        work_dir: folder of generated images and finished classifiers, so that a killed call goes on; by default in runs/.
+        work_dir: folder of generated images and finished classifiers, by which a killed call is resumed; by default in runs/.
         seeds: how often each classifier is trained, at least 2; by default 3 for realism, 5 for utility.
         steps: optimizer steps of each classifier; by default 600 for realism, 1500 for utility.
-        limit: at most so many images of each set, a seeded subset; by default all, for ood 300.
+        limit: largest number of images of each set, a seeded subset; by default all, for ood 300.
         split: what the report calls the test images.
         auc_of: classes whose AUC against all others is reported; by default all, see `evaluate_utility`.
         device: as `load_model` takes it.
@@ -67,17 +66,9 @@ def utility_report(
         ModelError, ValueError, DataError: as `load_model`, `ClassifierStudy` and `evaluate_utility`.
     """
     generator = load_model(IsicVQModel, model, device)
-    student = Student()
-    student = student if steps is None else replace(student, steps=steps)
+    student, folder = Student() if steps is None else Student(steps=steps), work_dir or Path("runs/utility")
     study = ClassifierStudy(
-        generator,
-        train,
-        test,
-        work_dir or Path("runs/utility"),
-        seeds=seeds or 5,
-        student=student,
-        limit=limit,
-        split=split,
+        generator, train, test, folder, seeds=seeds or 5, student=student, limit=limit, split=split
     )
     return study.report(evaluate_utility(study, auc_of=auc_of))
 
