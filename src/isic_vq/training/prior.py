@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 SHOWN_SAMPLES = 16  # what trackers show at each validation
 
 
-class CodeGrids(torch.utils.data.Dataset):
+class CodeGrids(torch.utils.data.TensorDataset):
     """Items of a code cache: (codes of all views, class id, index).
 
     Args:
@@ -55,12 +55,7 @@ class CodeGrids(torch.utils.data.Dataset):
         self.cache, ids = cache, {name: index for index, name in enumerate(class_names)}
         self.codes = torch.from_numpy(cache.codes.astype("int64"))
         self.labels = torch.tensor([ids.get(name, len(class_names)) for name in cache.diagnoses])
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        return self.codes[index], self.labels[index], index
+        super().__init__(self.codes, self.labels, torch.arange(len(self.codes)))
 
 
 class PriorTask(Task):
@@ -102,7 +97,7 @@ class PriorTask(Task):
         super().begin(processes)
         self.whole.vqvae.to(processes.device)
 
-    def collate(self, items: list[tuple[Tensor, Tensor, int]]) -> dict[str, Any]:
+    def collate(self, items: list[tuple[Tensor, ...]]) -> dict[str, Any]:
         """Stack codes `(B, views, *code shape)`, labels `(B,)` and indices `(B,)`."""
         codes, labels, indices = torch.utils.data.default_collate(items)
         return {"codes": codes, "labels": labels, "indices": indices, "size": len(codes)}

@@ -93,10 +93,8 @@ class VQVAETask(ImageTask):
 
     def conclude(self, trainer: Trainer) -> Reconstruction:
         about = {"type": "isic_vqvae", "weights": self.choose_best(trainer, "mse_loss", "vqvae")}
-        metrics, counts = (
-            reconstruction_metrics(self.validated, self.validation),
-            self.validated.codebook_counts,
-        )
+        metrics = reconstruction_metrics(self.validated, self.validation)
+        counts = self.validated.codebook_counts
         self.write_report(trainer.run.folder, about, metrics, codebook_counts=counts)
         self.write_shown_pairs(self.model, trainer.run.folder)
         return self.validated
