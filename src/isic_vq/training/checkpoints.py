@@ -56,22 +56,13 @@ class Checkpoints:
         keep: how many of them are kept.
         processes: the group.
         state: what is trained.
-        averaged: averaged parameters, if there are any.
 
     Attributes:
         feed: what `save` was given as this process's feed in the checkpoint loaded last; None if it was given none.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        processes: Processes,
-        state: "TrainingState",
-        averaged: AveragedParameters | None = None,
-    ):
-        self.folder, self.keep, self.processes = folder, keep, processes
-        self.state, self.averaged = state, averaged
+    def __init__(self, folder: Path, keep: int, processes: Processes, state: "TrainingState"):
+        self.folder, self.keep, self.processes, self.state = folder, keep, processes, state
         self.feed: dict[str, Any] | None = None
 
     def list(self) -> list[Path]:
@@ -133,8 +124,6 @@ class Checkpoints:
             write_atomically(self._path(temporary, "feed"), json.dumps(feed).encode())
         if self.processes.is_main:
             self.state.save(temporary)
-            if self.averaged is not None:
-                write_tensors(temporary / AVERAGED, self.averaged.state_dict())
             fields = {**asdict(progress), "num_processes": self.processes.world}
             write_atomically(temporary / PROGRESS, json.dumps(fields).encode())
 
@@ -190,31 +179,28 @@ class Checkpoints:
                 f"{path.name} holds pickles, which may run code and are not read: an older version wrote it; start again in "
                 "another output_dir"
             )
-        # All files are read before anything changes.
-        state = json.loads(self._path(path, "random").read_text(encoding="utf-8"))
+        random_before = json.loads(self._path(path, "random").read_text(encoding="utf-8"))
         feed = self._path(path, "feed")
         self.feed = json.loads(feed.read_text(encoding="utf-8")) if feed.exists() else None
-        average = {} if self.averaged is None else load_file(path / AVERAGED)
         self.state.load(path)
-        if self.averaged is not None:
-            self.averaged.load_state_dict(average)
-        restore_random_state(state)
+        restore_random_state(random_before)
         return Progress(**fields)
 
 
 class TrainingState:
-    """Model (not wrapped for several processes), its optimizer, and the schedule of the learning rate."""
+    """Model (not wrapped for several processes), its optimizer, the schedule of the learning rate, and averaged parameters."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
+        averaged: AveragedParameters | None = None,
     ):
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.model, self.optimizer, self.scheduler, self.averaged = model, optimizer, scheduler, averaged
 
     def save(self, folder: Path) -> None:
-        """Write three files.
+        """Write a file for each.
 
         Raises:
             OSError: one cannot be written.
@@ -230,6 +216,8 @@ class TrainingState:
         write_tensors(folder / MODEL, weights)
         write_tensors(folder / OPTIMIZER, moments)
         write_atomically(folder / SCHEDULE, json.dumps(schedule).encode())
+        if self.averaged is not None:
+            write_tensors(folder / AVERAGED, self.averaged.state_dict())
 
     def load(self, folder: Path) -> None:
         """Restore what `save` has written; all files are read before anything changes.
@@ -239,6 +227,7 @@ class TrainingState:
         """
         weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
         schedule = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
+        averaged = {} if self.averaged is None else load_file(folder / AVERAGED)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in moments.items():
@@ -252,6 +241,8 @@ class TrainingState:
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
         self.scheduler.load_state_dict(schedule["schedule"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(averaged)
 
 
 def random_state() -> dict[str, Any]:

@@ -144,10 +144,8 @@ class Trainer:
         self.model, self.optimizer = processes.accelerator.prepare(task.model, optimizer)
         decay = recipe.average_decay
         self.averaged = AveragedParameters(task.model, decay, not task.fine_tunes) if decay else None
-        state = TrainingState(task.model, self.optimizer, self.scheduler)
-        self.checkpoints = Checkpoints(
-            run.folder / "checkpoints", recipe.keep_checkpoints, processes, state, self.averaged
-        )
+        state = TrainingState(task.model, self.optimizer, self.scheduler, self.averaged)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", recipe.keep_checkpoints, processes, state)
         self.progress = Progress()
         self.epoch_values: list[dict[str, float]] = []  # of the current epoch's steps
         self.stop = threading.Event()
