@@ -384,6 +384,12 @@ def test_a_taken_port_is_one_line(run, tiny_run):
     )
 
 
+def test_a_port_that_is_none_is_one_line(run, tiny_run):
+    for port in (0, 70000):
+        code, _, stderr = run("demo", "-m", tiny_run.prior / "model", "--port", port)
+        assert (code, stderr) == (1, f"error: port is {port}: expected 1 to 65535\n")
+
+
 def test_missing_gradio_is_one_line(run, tiny_run, monkeypatch):
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")  # for the command to change, and to be as before afterwards

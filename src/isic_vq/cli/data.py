@@ -43,7 +43,7 @@ def summary(
     """Count a source's images by diagnosis, source, licence and so on, and what they lack."""
     check_first(sources=[uri])
     from isic_vq.data.sources import find_source
-    from isic_vq.data.summary import COUNTED, summarise
+    from isic_vq.data.summary import summarise, summary_lines
     from isic_vq.files import write_atomically
 
     quiet_transformers()
@@ -53,12 +53,8 @@ def summary(
     typer.echo(
         f"{source.name}: {counted['num_images']} images" + (f", {source.snapshot}" if source.snapshot else "")
     )
-    for line in counted["remarks"]:
+    for line in (*counted["remarks"], *summary_lines(counted)):
         typer.echo(line)
-    for name in (*COUNTED, "age", "missing", "groups"):
-        _print_counts(name, counted[name], counted["num_images"])
-    if counted["other_sites"]:
-        typer.echo(f"sites that no table knows: {', '.join(counted['other_sites'])}")
     if json_file is not None:
         write_atomically(json_file, (json.dumps(counted, indent=2) + "\n").encode())
         typer.echo(f"wrote {json_file}")
@@ -98,6 +94,7 @@ def prepare(
     check_first(sources=[_with_split(text)[1] for text in data])
     from isic_vq.data.prepare import Preparation
     from isic_vq.data.prepare import prepare as run
+    from isic_vq.data.summary import counts_lines
 
     quiet_transformers()
     shares = {"validation": validation_share, "test": test_share}
@@ -114,7 +111,8 @@ def prepare(
     )
     for split, about in manifest.splits.items():
         if about["num_images"]:
-            _print_counts(f"{split}: {about['num_images']} images", about["diagnoses"], about["num_images"])
+            title = f"{split}: {about['num_images']} images"
+            typer.echo("\n".join(counts_lines(title, about["diagnoses"], about["num_images"])))
     typer.echo(
         f"unreadable: {len(manifest.unreadable)}; near-duplicates: {manifest.duplicates['num_pairs']} pairs"
     )
@@ -146,10 +144,3 @@ def _with_split(text: str) -> tuple[str | None, str]:
     """Parse [SPLIT=]URI."""
     match = re.match(r"(train|validation|test)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match else (None, text)
-
-
-def _print_counts(title: str, counts: dict[str, int], total: int) -> None:
-    typer.echo(title)
-    for value, count in counts.items():
-        share = f"{count / total:7.1%}" if count <= total else ""
-        typer.echo(f"  {value[:70]:<70} {count:>8} {share}")

@@ -241,22 +241,14 @@ def decompress(
 @app.command(
     epilog="Examples:\n\n  isic-vq demo\n\n  isic-vq demo --index runs/codes/train.parquet --port 8000"
 )
-def demo(
-    model: ModelOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets others in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
-    index: Annotated[
-        Path | None,
-        typer.Option(help="Code cache of the training images (isic-vq encode): find the nearest ones."),
-    ] = None,
-    share: Annotated[bool, typer.Option("--share/--no-share", help="A public address, too.")] = False,
-) -> None:
+@options_of("demo/server.py:serve", "host port index share")
+def demo(model: ModelOption = None, device: DeviceOption = None, **settings: Any) -> None:
     """Open a page in the browser: generate, reconstruct, edit, and find the nearest training images."""
     check_first(model)
     from isic_vq.demo.server import serve
 
     quiet_transformers()
-    serve(model, index, host, port, share, lambda url: typer.echo(f"serving at {url} (Ctrl+C stops)"))
+    serve(model, lambda url: typer.echo(f"serving at {url} (Ctrl+C stops)"), device=device, **settings)
 
 
 @app.command(epilog="Examples:\n\n  isic-vq info\n\n  isic-vq info model_cards/isic-vq-128 --all")

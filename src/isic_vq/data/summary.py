@@ -11,6 +11,25 @@ AGE_STEP = 10  # years
 COUNTED = ("diagnosis", "source", "license", "attribution", "sex", "site")
 
 
+def counts_lines(title: str, counts: Mapping[str, int], total: int) -> list[str]:
+    """Counts by value, a line each with its share of `total`, which is left out where they count something else."""
+    shares = {value: f"{count / total:7.1%}" if count <= total else "" for value, count in counts.items()}
+    return [title, *(f"  {value[:70]:<70} {count:>8} {shares[value]}" for value, count in counts.items())]
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The counts of `summarise` in lines."""
+    number = summary["num_images"]
+    lines = [
+        line
+        for name in (*COUNTED, "age", "missing", "groups")
+        for line in counts_lines(name, summary[name], number)
+    ]
+    if summary["other_sites"]:
+        lines.append(f"sites that no table knows: {', '.join(summary['other_sites'])}")
+    return lines
+
+
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Count rows with the columns of `FEATURES`.
 

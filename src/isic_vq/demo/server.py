@@ -23,7 +23,9 @@ def remove_old_uploads() -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise OSError if this user cannot listen at an address, for example because the port is taken."""
+    """Raise OSError if this user cannot listen at an address, for example because the port is taken, or ValueError if it is none."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port is {port}: expected 1 to 65535")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             # A port stays in use for a while after its server has ended.
@@ -37,21 +39,24 @@ def check_address(host: str, port: int) -> None:
 
 def serve(
     model: str | None,
-    index: Path | None,
-    host: str,
-    port: int,
-    share: bool,
     on_ready: Callable[[str], None],
+    *,
+    index: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    device: str | None = None,
 ) -> None:
     """Serve a model's page until interrupted; uploads are in a temporary folder that is removed at the end.
 
     Args:
         model: as for `isic_vq.hub.pretrained.load_model`.
-        index: code cache of the training images, or None.
-        host: "127.0.0.1" for this machine only.
-        port: 1 to 65535.
-        share: ask gradio for a public address.
         on_ready: called with the page's address.
+        index: code cache of the training images (isic-vq encode): finds the nearest ones.
+        host: address to listen at; 0.0.0.0 lets others in.
+        port: 1 to 65535.
+        share: ask gradio for a public address, too.
+        device: as for `load_model`.
 
     Raises:
         ImportError: gradio is missing.
@@ -63,7 +68,7 @@ def serve(
     from isic_vq.models.modeling_isic_vq import IsicVQModel
 
     check_address(host, port)
-    loaded = load_model(IsicVQModel, model)
+    loaded = load_model(IsicVQModel, model, device)
     training = None if index is None else TrainingIndex.open(index, loaded.vqvae)
     remove_old_uploads()
     with TemporaryDirectory(prefix=f"{UPLOADS}{os.getpid()}-") as folder:
