@@ -106,6 +106,8 @@ def test_source_without_a_readable_image_is_an_error(model, image_folder):
 def test_impossible_number_of_views_is_refused(model, image_folder, num_views):
     with pytest.raises(ValueError, match=f"num_views is {num_views}: expected 1 to 8"):
         encode(model, image_folder, num_views=num_views)
+    with pytest.raises(ValueError, match="batch_size is 0: expected at least 1"):
+        encode(model, image_folder, batch_size=0)
 
 
 def test_codebook_beyond_uint16_is_refused_rather_than_wrapped_around(image_folder):

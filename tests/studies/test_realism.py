@@ -132,6 +132,8 @@ def test_other_settings_and_a_single_seed_are_refused(study, coloured_sets, nois
         )
     with pytest.raises(ValueError, match="expected at least 2"):
         ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=1, student=STUDENT)
+    with pytest.raises(ValueError, match="steps is 0: expected at least 1"):
+        ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=2, student=Student(steps=0))
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ def summary(
     epilog="Examples:\n\n  isic-vq data prepare my_data --data folder:my_images\n\n"
     "  isic-vq data prepare ham --data challenge:2018 --data test=challenge:2018:test --workers 4",
 )
+@options_of("data/prepare.py:prepare", "workers extend")
 @options_of(
     "data/prepare.py:Preparation",
     "size encoding quality format rows_per_shard licenses seed keep_duplicates max_corrupt_share",
@@ -82,10 +83,6 @@ def prepare(
     ],
     validation_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.1,
     test_share: Annotated[float, typer.Option(help="Of the images without a SPLIT.")] = 0.0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; they decide no byte of the result.")] = 1,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Add to a finished folder, whose images stay.")
-    ] = False,
     classes: ClassesOption = None,
     drop_other_classes: OtherClassesOption = False,
     **settings: Any,
@@ -97,6 +94,7 @@ def prepare(
     from isic_vq.data.summary import counts_lines
 
     quiet_transformers()
+    how = {name: settings.pop(name) for name in ("workers", "extend")}
     shares = {"validation": validation_share, "test": test_share}
     if "licenses" in settings:
         settings["licenses"] = tuple(settings["licenses"])
@@ -104,10 +102,9 @@ def prepare(
         output,
         [_with_split(text) for text in data],
         Preparation(shares=shares, **settings),
-        workers,
-        extend,
-        sys.stderr.isatty(),
-        declared_classes(classes, drop_other_classes),
+        **how,
+        progress=sys.stderr.isatty(),
+        classes=declared_classes(classes, drop_other_classes),
     )
     for split, about in manifest.splits.items():
         if about["num_images"]:

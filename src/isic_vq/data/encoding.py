@@ -61,6 +61,8 @@ class Encoding:
     def __post_init__(self) -> None:
         if not 1 <= self.num_views <= NUM_VIEWS:
             raise ValueError(f"num_views is {self.num_views}: expected 1 to {NUM_VIEWS}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: expected at least 1")
         if self.model.config.num_codes > 2**16:
             raise ValueError(
                 f"num_codes is {self.model.config.num_codes}: a code cache holds at most {2**16}"

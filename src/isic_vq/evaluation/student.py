@@ -192,6 +192,8 @@ class ClassifierStudy:
             raise ValueError(
                 f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides"
             )
+        if student.steps < 1:
+            raise ValueError(f"steps is {student.steps}: expected at least 1")
         self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
         self.limit, self.labels = limit, Classes.of_model(model.config.class_names.values())
         train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
