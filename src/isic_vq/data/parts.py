@@ -109,10 +109,15 @@ def _selected(
     licenses: Collection[str],
     fingerprint: str | None = None,
 ) -> SelectedSource:
-    if licenses:
-        rows = _with_licenses(rows, name, licenses)
-        name = f"{name} (licence {', '.join(licenses)})"
     rows = list(rows)
+    if licenses:
+        wanted = {license_id(text) for text in licenses} - {"unknown"}
+        licensed_rows = [row for row in rows if license_id(row["license"]) in wanted]
+        if not licensed_rows:
+            counts = sorted(Counter(row["license"] or "unknown" for row in rows).items())
+            present = ", ".join(f"{text} ({number} images)" for text, number in counts)
+            raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {present}.")
+        rows, name = licensed_rows, f"{name} (licence {', '.join(licenses)})"
     return SelectedSource(source, describe_rows(source, rows, name, fingerprint), frozenset(map(_key, rows)))
 
 
@@ -151,17 +156,3 @@ def open_part(
 
 def _key(row: Mapping[str, Any]) -> Key:
     return tuple(row[column] for column in _KEY_COLUMNS)
-
-
-def _with_licenses(
-    rows: Iterable[dict[str, Any]], name: str, licenses: Collection[str]
-) -> list[dict[str, Any]]:
-    """The rows under one of some licences; a row without a licence is under none."""
-    wanted = {license_id(text) for text in licenses} - {"unknown"}
-    rows = list(rows)
-    selected = [row for row in rows if license_id(row["license"]) in wanted]
-    if not selected:
-        counts = sorted(Counter(row["license"] or "unknown" for row in rows).items())
-        present = ", ".join(f"{text} ({number} images)" for text, number in counts)
-        raise DataError(f"No image of {name} is under {', '.join(licenses)}; there are {present}.")
-    return selected

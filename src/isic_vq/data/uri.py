@@ -76,12 +76,7 @@ def find_folder(target: str) -> list[str]:
 
 def find_parquet(target: str) -> list[str]:
     """The files of parquet:TARGET, sorted; DataError if there are none."""
-    path = expand_path(target)
-    if os.path.isdir(path):
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.parquet")))
-    else:
-        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-    files = [file for file in files if os.path.isfile(file)]
+    files = _files(expand_path(target), ".parquet")
     if not files:
         raise DataError(
             f"Nothing matches parquet:{public_path(target)}. Expected a parquet file, a pattern or a directory of *.parquet "
@@ -96,15 +91,22 @@ def find_tars(target: str) -> list[str]:
         return expand_braces(target)
     tars: list[str] = []
     for pattern in expand_braces(expand_path(target)):
-        inside = os.path.join(glob.escape(pattern), "*.tar") if os.path.isdir(pattern) else pattern
-        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(inside, recursive=True))
-        if not matches:
+        files = _files(pattern, ".tar")
+        if not files:
             raise DataError(
                 f"Nothing matches {public_path(pattern)} of webdataset:{public_path(target)}. Expected a tar file, a pattern "
                 "such as shards/images-*.tar or images-{000..009}.tar, a directory of *.tar files, or an http(s) address."
             )
-        tars += matches
+        tars += files
     return tars
+
+
+def _files(path: str, suffix: str) -> list[str]:
+    """The file of a path, the files in a directory with this suffix, or those that a pattern matches, sorted."""
+    if os.path.isfile(path):  # before patterns: its name may hold brackets
+        return [path]
+    pattern = os.path.join(glob.escape(path), f"*{suffix}") if os.path.isdir(path) else path
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 LOCAL = {"folder": find_folder, "parquet": find_parquet, "webdataset": find_tars}
