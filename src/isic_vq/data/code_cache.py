@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from isic_vq.data.classes import ordered_classes
 from isic_vq.data.schema import DataError
+from isic_vq.data.shards import parquet_bytes
 from isic_vq.data.sources import SourceInfo
 from isic_vq.data.sources.base import hash_ids
 from isic_vq.files import write_atomically
@@ -102,9 +103,7 @@ def write_code_cache(cache: CodeCache, path: Path) -> None:
             "codes": pa.FixedSizeListArray.from_arrays(flat, views * math.prod(shape)),
         }
     ).replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    write_atomically(path, parquet_bytes(table))
 
 
 def read_code_cache(path: Path) -> CodeCache:

@@ -19,6 +19,7 @@ from isic_vq.data.augmentation import NUM_VIEWS, dihedral
 from isic_vq.data.code_cache import CodeCache, read_code_cache, tokenizer_hash, write_code_cache
 from isic_vq.data.loading import SkipCounter, check_share, decoded_batches
 from isic_vq.data.schema import DataError
+from isic_vq.data.shards import parquet_bytes
 from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.sources.base import ranges, stream_parts
 from isic_vq.files import write_atomically
@@ -151,10 +152,8 @@ def encode_to_file(
         with work.progress(share, initial, "encoding", progress) as bar:
             for number in missing:
                 table = _encode_chunk(encoding, chunks[number], counter)
-                sink = pa.BufferOutputStream()
-                pq.write_table(table, sink, compression="zstd")
                 with work.named(work.path(number)):
-                    write_atomically(work.path(number), sink.getvalue().to_pybytes())
+                    write_atomically(work.path(number), parquet_bytes(table))
                 bar.update(table.num_rows)
         try:
             if not all((folder / name).exists() for name in names):

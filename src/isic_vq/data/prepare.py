@@ -39,7 +39,7 @@ from isic_vq.data.duplicates import (
 from isic_vq.data.licenses import license_id
 from isic_vq.data.loading import check_share
 from isic_vq.data.schema import FEATURES, DataError, without_image
-from isic_vq.data.shards import SUFFIXES
+from isic_vq.data.shards import SUFFIXES, parquet_bytes
 from isic_vq.data.sources import Source, find_source
 from isic_vq.data.sources.base import count_rows
 from isic_vq.data.sources.image_files import file_digest
@@ -331,9 +331,7 @@ def _make_unit(source: Source, part: Any, path: Path, preparation: Preparation) 
         if not preparation.licenses or license_id(record["license"]) in wanted
     ]
     table = pyarrow.Table.from_pylist(rows, schema=_UNIT)
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink, compression="none")
-    write_atomically(path, sink.getvalue())
+    write_atomically(path, parquet_bytes(table, compression="none"))
     return len(rows)
 
 

@@ -141,7 +141,8 @@ def _to_parquet(samples: Sequence[Sample], class_names: list[str]) -> bytes:
         for sample in samples
     ]
     schema = _features(class_names, len(samples[0].codes)).arrow_schema
-    return parquet_bytes(pyarrow.Table.from_pylist(rows, schema=schema), ROW_GROUP_SIZE)
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
+    return parquet_bytes(table, row_group_size=ROW_GROUP_SIZE, write_page_checksum=True)
 
 
 def _from_parquet(path: Path) -> Iterator[Sample]:
@@ -166,12 +167,10 @@ def _from_tar(path: Path) -> Iterator[Sample]:
             yield Sample(image=contents[name.removesuffix("json") + "png"], **json.loads(content))
 
 
-def parquet_bytes(table: pyarrow.Table, row_group_size: int) -> bytes:
-    """Encode a table as a parquet file; the same table gives the same bytes."""
+def parquet_bytes(table: pyarrow.Table, **options: Any) -> bytes:
+    """Encode a table as a parquet file, by default with zstd; the same table gives the same bytes."""
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(
-        table, sink, compression="zstd", row_group_size=row_group_size, write_page_checksum=True
-    )
+    pyarrow.parquet.write_table(table, sink, **{"compression": "zstd", **options})
     return sink.getvalue().to_pybytes()
 
 

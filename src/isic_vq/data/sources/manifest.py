@@ -22,7 +22,7 @@ from isic_vq.data.uri import MANIFEST
 from isic_vq.files import write_atomically
 
 IMAGES = "images.parquet"
-ROW_GROUP_SIZE = 256  # rows; what a reader that wants one image has to load
+_PARQUET = {"row_group_size": 256, "write_page_checksum": True}  # a reader of one image loads its row group
 IMAGE_COLUMNS = pyarrow.schema(
     [
         *without_image({field.name: field for field in FEATURES.arrow_schema}).values(),
@@ -110,7 +110,7 @@ def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict
 def write_images(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of a prepared folder's images, with the columns `IMAGE_COLUMNS`."""
     table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=IMAGE_COLUMNS)
-    write_atomically(folder / IMAGES, parquet_bytes(table, ROW_GROUP_SIZE))
+    write_atomically(folder / IMAGES, parquet_bytes(table, **_PARQUET))
 
 
 def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -122,7 +122,7 @@ def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         write_atomically(path, tar_bytes(_members(records)))
         return
     table = pyarrow.Table.from_pylist([dict(record) for record in records], schema=FEATURES.arrow_schema)
-    write_atomically(path, parquet_bytes(table, ROW_GROUP_SIZE))
+    write_atomically(path, parquet_bytes(table, **_PARQUET))
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, bytes]]:
