@@ -158,11 +158,10 @@ class DecoderTask(ImageTask):
         codes = self.tokenizer.encode(images)
         if noise.image_share:
             code_share = noise.code_share * (1 - step / self.loop.max_steps if noise.annealed else 1)
-            shares, generator = (
-                (noise.image_share, code_share),
-                torch.default_generator,
-            )  # which checkpoints hold
-            codes = disturb_codes(codes, quantizer.codebook, *shares, noise.num_nearest, generator)
+            generator = torch.default_generator  # checkpoints hold its state
+            codes = disturb_codes(
+                codes, quantizer.codebook, noise.image_share, code_share, noise.num_nearest, generator
+            )
         with torch.no_grad():
             quantized = quantizer.lookup(codes)
         return model(quantized, quantizer.grids(codes)[-1], images, step)

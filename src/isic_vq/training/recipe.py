@@ -35,12 +35,14 @@ def _at_least(least: int, why: str = "") -> Range:
 
 def number(default: float, allowed: Range) -> Any:
     """A field that holds a number in a range."""
-    return dataclasses.field(default=default, metadata={"range": allowed})
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
 def choice(default: str, *others: str) -> Any:
     """A field that holds one of some texts."""
-    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+    *first, last = map(repr, (default, *others))
+    allowed = f"{', '.join(first)} or {last}", (default, *others).__contains__
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
 def nested(kind: type) -> Any:
@@ -49,20 +51,14 @@ def nested(kind: type) -> Any:
 
 
 class CheckedFields:
-    """Checks the ranges of a recipe's numbers and the choices of its texts when it is made."""
+    """Checks the values of a recipe's `number` and `choice` fields when it is made."""
 
     def validate_fields(self) -> None:  # `strict` calls every method of such a name
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, field.name), field.metadata.get("choices", ())
-            if choices and value not in choices:
-                expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-            elif type(value) in (int, float):
-                expected, is_allowed = field.metadata.get("range", AT_LEAST_0)
-                if is_allowed(value):
-                    continue
-            else:
-                continue
-            raise ValueError(f"{field.name} is {value!r}: expected {expected}")
+            value = getattr(self, field.name)
+            allowed = field.metadata.get("allowed", AT_LEAST_0 if type(value) in (int, float) else None)
+            if allowed is not None and not allowed[1](value):
+                raise ValueError(f"{field.name} is {value!r}: expected {allowed[0]}")
 
 
 @strict
@@ -71,24 +67,20 @@ class LoopRecipe(CheckedFields):
     """How long, how fast and how carefully to train."""
 
     max_steps: int = number(1000, MORE_THAN_0)  # optimizer steps
-    batch_size: int = number(
-        32, MORE_THAN_0
-    )  # images per optimizer step, over all processes and accumulated parts
+    # Images per optimizer step, over all processes and accumulated parts.
+    batch_size: int = number(32, MORE_THAN_0)
     # Parts that a process's share of the batch is cut into, to save memory. Gradients and codebook statistics are those
     # of the whole batch; BatchNorm normalizes each part by its own mean and variance.
     accumulation_steps: int = number(1, MORE_THAN_0)
-    learning_rate: float | int = number(
-        1e-3, MORE_THAN_0
-    )  # peak: after a linear warm-up a cosine falls to zero
+    # Peak: after a linear warm-up a cosine falls to zero.
+    learning_rate: float | int = number(1e-3, MORE_THAN_0)
     warmup_steps: int = 50  # optimizer steps of the warm-up
-    beta1: float | int = number(
-        0.9, BELOW_1
-    )  # AdamW's decay of the mean gradient; 0.5 beside a discriminator
+    # AdamW's decay of the mean gradient; 0.5 beside a discriminator.
+    beta1: float | int = number(0.9, BELOW_1)
     weight_decay: float | int = 0.0  # AdamW's
     max_grad_norm: float | int = number(1.0, MORE_THAN_0)  # gradients are clipped to this norm
-    average_decay: float | int = number(
-        0.999, BELOW_1
-    )  # decay per step of the averaged weights; 0: no averaging
+    # Decay per step of the averaged weights; 0: no averaging.
+    average_decay: float | int = number(0.999, BELOW_1)
     # "auto" is bf16 where the hardware multiplies it natively (AVX512-BF16, AMX), on kinds of devices on which this project
     # has trained with it (CPUs). The quantizer stays in float32.
     precision: str = choice("auto", "fp32", "bf16")
@@ -132,9 +124,8 @@ class DataRecipe(CheckedFields):
     # Leave out, and count, images of classes that are not declared, and validation images of classes that no training
     # image has.
     drop_other_classes: bool = False
-    max_corrupt_share: float | int = number(
-        0.01, FROM_0_TO_1
-    )  # of unreadable images, past which the run fails
+    # Of unreadable images, past which the run fails.
+    max_corrupt_share: float | int = number(0.01, FROM_0_TO_1)
     cache: bool = True  # keep decoded images in memory (48 KiB each at 128 pixels)
 
     @property
@@ -291,9 +282,7 @@ class ClassifierRecipe(CheckedFields):
     stage: str = "classifier"
     data: DataRecipe = nested(DataRecipe)  # both parts are read by random access
     loop: LoopRecipe = nested(LoopRecipe)
-    model: dict = nested(
-        dict
-    )  # fields of transformers' `ResNetConfig`; the classes are those of the training images
+    model: dict = nested(dict)  # fields of transformers' `ResNetConfig`; the training images give the classes
     image_size: int = number(128, _at_least(16, " pixels"))  # side of the images
     augment: bool = True  # show each image in a random dihedral view, its colours changed at random
     colour_strength: float | int = number(0.1, BELOW_1)  # largest change; see `random_colours`
