@@ -166,7 +166,7 @@ def _deflated(text: str) -> bytes:
 
 
 def _inflated(content: bytes, most: int) -> Any:
-    """Inflate and parse JSON of at most `most` bytes; ValueError or zlib.error if it is none."""
+    """Inflate and parse JSON; ValueError or zlib.error if it is damaged or longer than `most` bytes."""
     inflater = zlib.decompressobj(-15)
     text = inflater.decompress(content, most)
     if not inflater.eof or inflater.unused_data:

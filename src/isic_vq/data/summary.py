@@ -12,13 +12,13 @@ COUNTED = ("diagnosis", "source", "license", "attribution", "sex", "site")
 
 
 def counts_lines(title: str, counts: Mapping[str, int], total: int) -> list[str]:
-    """Counts by value, a line each with its share of `total`, which is left out where they count something else."""
+    """Format counts by value as lines, each with its share of `total` if that is at most 1."""
     shares = {value: f"{count / total:7.1%}" if count <= total else "" for value, count in counts.items()}
     return [title, *(f"  {value[:70]:<70} {count:>8} {shares[value]}" for value, count in counts.items())]
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The counts of `summarise` in lines."""
+    """Format the counts of `summarise` as lines."""
     number = summary["num_images"]
     lines = [
         line

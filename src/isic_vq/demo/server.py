@@ -23,7 +23,7 @@ def remove_old_uploads() -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise OSError if this user cannot listen at an address, for example because the port is taken, or ValueError if it is none."""
+    """Raise OSError if this user cannot listen at an address, for example because the port is taken; ValueError for a wrong port."""
     if not 1 <= port <= 65535:
         raise ValueError(f"port is {port}: expected 1 to 65535")
     try:

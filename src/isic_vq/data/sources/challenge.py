@@ -185,10 +185,10 @@ class _Contents(NamedTuple):
     """The files of a release.
 
     Attributes:
-        archive: of the images.
+        archive: the zip archive.
         images: its members that are photographs, in the order of their bytes.
-        ids: of the images, by their names in the archive.
-        rows: of the tables, by the image's id.
+        ids: ids of the images by their names in the archive.
+        rows: rows of the tables by the image's id.
         left_out: names of the other members, which are masks, superpixels and notes.
     """
 

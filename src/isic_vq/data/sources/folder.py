@@ -42,7 +42,7 @@ class FolderSource(Source):
         return cls(f"folder:{public_path(target)}", Path(folder))
 
     def parts(self) -> list[list[dict[str, Any]]]:
-        """List the records themselves, some per part: their images are paths."""
+        """Cut the list of records into parts; their images are paths."""
         records = self._records()
         return [records[start : start + FILES_PER_PART] for start in range(0, len(records), FILES_PER_PART)]
 

@@ -137,7 +137,7 @@ def _opened(tar: str) -> IO[bytes]:
 def _samples(
     file: IO[bytes], file_name: str, with_images: bool, reading: Reading
 ) -> Iterator[tuple[str, Sample]]:
-    """The samples of a tar, by their path up to the last dot; each holds contents by suffix."""
+    """Yield each sample of a tar: its path up to the last dot, and its contents by suffix."""
     key, sample, seen = "", Sample(), {""}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
