@@ -18,7 +18,7 @@ import numba
 import torch
 
 from isic_vq import IsicVQModel
-from isic_vq.models.finite import check_finite
+from isic_vq.models.checks import check_finite
 from isic_vq.models.pixelcnn_compiled import FLOAT32_MAX, lie_within
 from measure import Contestant, compare, print_figures, write_report
 

@@ -515,7 +515,7 @@ def test_full_disk_is_one_line(run_generate, tmp_path):
         code, _, stderr = run_generate("-n", 40, *COMMAND)
     assert code == 1
     assert stderr.splitlines()[-1] == (
-        "error: [Errno 27] File too large; finished shards stay, the same command goes on: "
+        "error: [Errno 27] File too large; finished shards stay, the same command resumes: "
         f"'{tmp_path / names(3)[0]}'"
     )
 
@@ -599,7 +599,7 @@ def test_stopped_midway_and_run_again_is_the_uninterrupted_set(
     assert sum(name in kept for name in shards[::2]) == 100, "the other process did not need it"
     if number == signal.SIGINT:
         last = logs[1].read_text().splitlines()[-1]
-        assert last == f"interrupted: {made} of 100 shards are finished; run the same command to go on"
+        assert last == f"interrupted: {made} of 100 shards are finished; run the same command to resume"
 
     assert make(model, folder, num_images=num_images) == (100 - made, 100 + made), "now in one process"
     assert all((folder / name).stat().st_mtime_ns == moment for name, moment in kept.items())

@@ -16,7 +16,7 @@ from isic_vq.demo import server
 from isic_vq.files import beside, remove_leftovers
 from isic_vq.locks import InUseError, hold
 from isic_vq.models.repository import staging_folder
-from isic_vq.work import differences, told
+from isic_vq.work import differences, differences_text
 
 HOLDER = """
 import os, sys, time
@@ -231,7 +231,7 @@ def test_differences_are_named_by_key():
         "new": (None, "x"),
         "sources.1.name": ("b", "c"),
     }
-    assert told(found).startswith("loop.seed = 0, and this is 1; gone = True, and this is None")
+    assert differences_text(found).startswith("loop.seed = 0, and this is 1; gone = True, and this is None")
     assert differences(begun, json.loads(json.dumps(begun))) == {}
     assert differences({"a.b": 1}, {"a": {"b": 1}}) == {}, "flat already"
 

@@ -24,7 +24,7 @@ _tidied: set[Path] = set()  # folders of which this process has removed what oth
 
 
 def beside(target: Path, kind: str) -> Path:
-    """The name under which this process keeps something beside a target."""
+    """Name a file of this process beside a target."""
     return target.with_name(f".{target.name}.{os.getpid()}-{HOST}.{kind}")
 
 
@@ -61,18 +61,18 @@ MAX_PREVIEWS = 24  # classes that have one
 
 
 def preview_name(name: str) -> str:
-    """The name, without suffix, of the file that shows a class in a repository folder."""
+    """Name the file, without suffix, that shows a class in a repository folder."""
     return f"class {name}" if name in PREVIEWS else file_name(name)
 
 
 def file_name(text: str) -> str:
-    """A text, such as a class's name, as the name of one file: what separates folders or is special is %XX."""
+    """Make a text, such as a class's name, the name of one file: characters that are special in paths become %XX."""
     return re.sub(r'[\x00-\x1f/\\:*?"<>|%]|^\.', lambda match: f"%{ord(match[0]):02X}", text)
 
 
 @contextmanager
 def name_full_disk(target: Path) -> Iterator[None]:
-    """Let the error of a full disk name what was to be written; as the system raises it, it names nothing."""
+    """Add the file's name to the error of a full disk, which the system leaves out."""
     try:
         yield
     except OSError as error:

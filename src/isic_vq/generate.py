@@ -28,6 +28,7 @@ from isic_vq.data.shards import (
     write_shard,
 )
 from isic_vq.locks import hold
+from isic_vq.models.checks import expect
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.pixelcnn_sampler import BACKENDS
@@ -61,7 +62,7 @@ class _Generation:
         return hashlib.sha256(settings_bytes(self.settings)).hexdigest()[:16]
 
     def indices(self, shard: int) -> range:
-        """Images of a shard."""
+        """Return the numbers of a shard's images."""
         size = self.settings["images_per_shard"]
         return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
 
@@ -125,7 +126,7 @@ def generate_shards(
         "num_images": num_images,
         "labels": None if labels is None else [model.config.class_names[index] for index in ids.tolist()],
         "seed": seed,
-        **_as_floats(asdict(sampling)),
+        **{k: v if v is None or k == "top_k" else float(v) for k, v in asdict(sampling).items()},  # 1 is 1.0
         "backend": model.prior.best_backend(sys.maxsize) if backend == "auto" else backend,
         "block_size": block_size,
         "format": format,
@@ -139,31 +140,22 @@ def generate_shards(
     num_shards = -(-num_images // images_per_shard)
     names = [shard_name(shard, num_shards, format) for shard in range(num_shards)]
     work = Work(output, names, "shards", rank, world)
-    generation = _Generation(model, work, {**asked, **_origin(model, asked["backend"])}, ids)
+    generation = _Generation(model, work, {**asked, **_origin(model, str(asked["backend"]))}, ids)
     with hold(output, rank, world), _one_thread():
         return _make_shards(generation, progress)
-
-
-def _as_floats(sampling: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers, written one way: 1 and 1.0 are one temperature."""
-    return {k: v if v is None or k == "top_k" else float(v) for k, v in sampling.items()}
 
 
 def _check_settings(asked: dict[str, Any], num_codes: int) -> None:
     """Refuse what the model would not: it never hears of shards."""
     block_size, size = asked["block_size"], asked["images_per_shard"]
-    if asked["num_images"] < 1:
-        raise ValueError(f"num_images is {asked['num_images']}: expected at least 1")
     if asked["labels"] == []:
         raise ValueError("labels are empty: give a diagnosis, or None for unconditional images")
-    if not 0 <= asked["seed"] < 2**63:
-        raise ValueError(f"seed is {asked['seed']}: expected 0 to 2**63 - 1")
-    if asked["backend"] not in BACKENDS:
-        raise ValueError(f"backend is {asked['backend']!r}: expected auto, {', '.join(BACKENDS)}")
-    if asked["format"] not in SUFFIXES:
-        raise ValueError(f"the format of the shards is {asked['format']!r}: expected {' or '.join(SUFFIXES)}")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}: expected at least 1")
+    known = {"backend": ("auto", *BACKENDS), "format": tuple(SUFFIXES)}
+    for name, names in known.items():
+        expect(asked[name] in names, name, asked[name], ", ".join(names))
+    for name in ("num_images", "block_size"):
+        expect(asked[name] >= 1, name, asked[name], "at least 1")
+    expect(0 <= asked["seed"] < 2**63, "seed", asked["seed"], "0 to 2**63 - 1")
     if size < 1 or size % block_size:
         raise ValueError(
             f"a shard of {size} images: expected a multiple of {block_size}, the images that are computed at once, "
@@ -179,7 +171,7 @@ def _check_settings(asked: dict[str, Any], num_codes: int) -> None:
 
 
 def _origin(model: IsicVQModel, backend: str) -> dict[str, str]:
-    """What computes: the model, the kind of device, and the versions that decide bytes."""
+    """Describe what decides bytes: the model's weights, the kind of device and the versions of packages."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -210,10 +202,10 @@ def _make_shards(generation: _Generation, progress: bool) -> tuple[int, int]:
     work, class_names = generation.work, list(generation.model.config.class_names.values())
     _open_folder(generation)
     missing = work.missing
-    kept = sorted(set(work.own) - set(missing))
+    kept = sorted(set(work.numbers) - set(missing))
     for shard in kept:
         _check_shard(generation, shard)
-    total, initial = (sum(len(generation.indices(shard)) for shard in part) for part in (work.own, kept))
+    total, initial = (sum(len(generation.indices(shard)) for shard in part) for part in (work.numbers, kept))
     title = "generating" if work.world == 1 else f"process 0 of {work.world}"
     with work.progress(total, initial, title, progress and work.rank == 0) as bar:
         for shard in missing:
@@ -221,7 +213,7 @@ def _make_shards(generation: _Generation, progress: bool) -> tuple[int, int]:
             for sample in _samples(generation, shard):
                 samples.append(sample)
                 bar.update()
-            with work.named(work.path(shard)):
+            with work.naming(work.path(shard)):
                 write_shard(work.path(shard), samples, class_names)
     return len(missing), len(kept)
 

@@ -70,7 +70,7 @@ def hold(target: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
 
 
 def _launch() -> str:
-    """What the processes of one launch have in common: torchrun's and accelerate's meeting point."""
+    """Identify a launch by the meeting point that torchrun and accelerate give all its processes."""
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
     return ",".join(os.environ.get(name, "") for name in names)
 
@@ -120,7 +120,7 @@ def _read(descriptor: int) -> str:
 
 
 def _parse(text: str) -> tuple[int, str, str]:
-    """Process id, host and launch of a lock's text; 0 where it says nothing, as one does that is just being taken."""
+    """Parse a lock's text into process id, host and launch; the id is 0 while the lock is being taken."""
     pid, _, rest = text.strip().partition(" ")
     host, _, launch = rest.partition(" ")
     return (int(pid) if pid.isdigit() else 0), host, launch
@@ -166,7 +166,7 @@ def _release(path: Path) -> None:
 
 
 def _let_go_in_child() -> None:
-    """A forked process, such as a data loader's, must not keep the locks of a parent that was killed."""
+    """Release locks in a forked process, such as a data loader's, which would keep those of a killed parent."""
     for descriptor, _ in _held.values():
         os.close(descriptor)
     _held.clear()

@@ -43,10 +43,10 @@ for _first in list("-+0123456789"):
 
 
 def read_yaml(text: str) -> Any:
-    """What a YAML document says.
+    """Parse a YAML document.
 
     Raises:
-        ValueError: it is none, or larger than `MAX_NODES`; the text says where.
+        ValueError: it is not YAML, or larger than `MAX_NODES`; the text says where.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)

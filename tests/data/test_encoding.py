@@ -119,7 +119,9 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(expected, tmp_pat
 def test_chunks_of_other_settings_are_refused(change, named, tmp_path):
     output = tmp_path / "codes.parquet"
     assert encode_to_file(make_encoding(), output, 0, 2) is None
-    with pytest.raises(DataError, match=f"codes.parquet.parts was begun with {named}.*: go on with the same"):
+    with pytest.raises(
+        DataError, match=f"codes.parquet.parts was begun with {named}.*: resume it with the same"
+    ):
         encode_to_file(make_encoding(**change), output, 1, 2)
     assert json.loads((tmp_path / "codes.parquet.parts" / "settings.json").read_text())["num_views"] == 2
 
@@ -209,5 +211,5 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
         return encode_chunk(encoding, chunk, counter)
 
     monkeypatch.setattr(encoding_module, "_encode_chunk", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="2 of 5 chunks are finished; run the same command to go on"):
+    with pytest.raises(KeyboardInterrupt, match="2 of 5 chunks are finished; run the same command to resume"):
         encode_to_file(make_encoding(), tmp_path / "codes.parquet")

@@ -205,7 +205,7 @@ def test_ctrl_c_keeps_what_is_finished(sources, tmp_path, monkeypatch):
         return make(*arguments)
 
     monkeypatch.setattr(preparing, "_make_unit", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="3 of 10 parts are finished; run the same command to go on"):
+    with pytest.raises(KeyboardInterrupt, match="3 of 10 parts are finished; run the same command to resume"):
         prepare(tmp_path / "out", sources, SMALL)
 
 
@@ -241,7 +241,7 @@ def test_a_begun_folder_is_not_gone_on_with_otherwise(sources, tmp_path, monkeyp
         prepare(tmp_path / "out", sources, SMALL)
     with pytest.raises(
         DataError,
-        match=r"out/.work was begun with quality = 95, and this is 90: go on with the same",
+        match=r"out/.work was begun with quality = 95, and this is 90: resume it with the same",
     ):
         prepare(tmp_path / "out", sources, Preparation(size=32, rows_per_shard=10, quality=90))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from isic_vq.models import run_on
+from isic_vq.models import modes
 
 
 @dataclass
@@ -205,7 +205,7 @@ def test_bfloat16_runs_finite_and_near_float32(case, folder):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_precision_that_a_cpu_lacks_is_warned_of_once(make_composite, dtype, caplog):
-    run_on.warn_if_slow.cache_clear()
+    modes.warn_if_slow.cache_clear()
     model = make_composite().to(dtype)
     for _ in range(2):
         model.encode(model.generate(2, seed=0).pixel_values)

@@ -33,8 +33,9 @@ def test_case_and_separators_do_not_matter(name, separator, upper):
 
 
 def test_no_spelling_means_two_diagnoses():
-    spellings = [diagnosis._key(s) for names in diagnosis._ALIASES.values() for s in names]
-    spellings += map(diagnosis._key, (*DIAGNOSES, *diagnosis._OTHER))
+    tables = (*diagnosis._ALIASES.values(), *diagnosis._NARROWER.values(), diagnosis._OTHER)
+    spellings = [key for table in tables for key in diagnosis._keys(table)]
+    spellings += map(diagnosis._key, DIAGNOSES)
     assert len(spellings) == len(set(spellings))
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from isic_vq.models.finite import check_finite
+from isic_vq.models.checks import check_finite
 from isic_vq.models.sampling import Sampling
 
 MASK = torch.zeros(16, 16, dtype=torch.bool)

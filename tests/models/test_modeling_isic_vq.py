@@ -125,7 +125,7 @@ def test_joined_parts_save_and_load(make_vqvae, make_prior, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"num_codes": 8}, "made for other codes: the tokenizer has 7 codes but the prior models 8"),
+        ({"num_codes": 8}, "made for other codes: num_codes of the tokenizer is 7 but the prior.s is 8"),
         ({"grid_size": 5}, "made for other codes: the tokenizer makes 4x4 codes but the prior models 5x5"),
     ],
 )

@@ -329,7 +329,7 @@ def test_bits_lie_where_their_codes_do(var_composite):
     ("settings", "text"),
     [
         ({"scales": (1, 4)}, "the tokenizer makes 21 codes but the prior models 17"),
-        ({"num_codes": 8}, "the tokenizer has 7 codes but the prior models 8"),
+        ({"num_codes": 8}, "num_codes of the tokenizer is 7 but the prior.s is 8"),
         ({"code_dim": 5}, "code_dim of the tokenizer is 3 but the prior's is 5"),
     ],
 )

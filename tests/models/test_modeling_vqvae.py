@@ -321,7 +321,7 @@ def test_codes_of_another_tokenizer_are_refused(model):
         ({"hidden_sizes": ()}, "hidden_sizes is empty: expected one entry per halving"),
         ({"norm": "layer"}, "norm is 'layer': expected 'batch' or 'group'"),
         ({"codebook_update": "sgd"}, "codebook_update is 'sgd': expected 'ema' or 'gradient'"),
-        ({"num_codes": 0}, "num_codes and code_dim must be positive, got 0 and 32"),
+        ({"num_codes": 0}, "num_codes is 0: expected at least 1"),
         ({"ema_decay": 1.0}, r"ema_decay is 1.0: expected a value in \[0, 1\)"),
         ({"num_codes": "many"}, "num_codes"),
     ],

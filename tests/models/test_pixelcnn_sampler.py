@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isic_vq.models import pixelcnn_compiled, pixelcnn_sampler, run_on
-from isic_vq.models.pixelcnn_cache import open_cache
-from isic_vq.models.pixelcnn_rows import GraphedRows, Rows
+from isic_vq.models import modes, pixelcnn_compiled, pixelcnn_sampler
+from isic_vq.models.pixelcnn_cache import GraphedRows, Rows, open_cache
 from isic_vq.models.pixelcnn_sampler import best_backend, open_rows
 from isic_vq.models.sampling import Sampling, draw, filtered_logits, guided_logits
 
@@ -289,23 +288,23 @@ def test_on_a_device_nothing_is_chosen_that_was_not_run_there(monkeypatch, caplo
     class Model:  # a stand-in: this machine has no such device
         device, dtype = torch.device("cuda"), torch.float32
 
-    for key, commit in run_on.RUN_ON.items():
+    for key, commit in modes.RUN_ON.items():
         assert re.fullmatch(r"\d{4}-\d\d-\d\d, [0-9a-f]{7,}", commit), key
-    graphs_were_run = run_on.was_run("cuda", "cuda_graph")
+    graphs_were_run = modes.was_run("cuda", "cuda_graph")
     assert best_backend(Model(), 10**9) == ("cuda_graph" if graphs_were_run else "eager")
-    monkeypatch.setitem(run_on.RUN_ON, ("cuda", "cuda_graph"), "2026-12-01, abcdef0")
+    monkeypatch.setitem(modes.RUN_ON, ("cuda", "cuda_graph"), "2026-12-01, abcdef0")
     assert best_backend(Model(), 1) == "cuda_graph"
 
 
 def test_what_was_not_run_is_labelled_once(make_model, monkeypatch, caplog):
-    run_on.label_unrun.cache_clear()
+    modes.label_unrun.cache_clear()
     make_model().sample(make_uniforms(1, 5))
     assert not caplog.text
-    monkeypatch.delitem(run_on.RUN_ON, ("cpu", "eager"))
-    run_on.label_unrun.cache_clear()
+    monkeypatch.delitem(modes.RUN_ON, ("cpu", "eager"))
+    modes.label_unrun.cache_clear()
     for _ in range(2):
         make_model().sample(make_uniforms(1, 5))
-    run_on.label_unrun.cache_clear()
+    modes.label_unrun.cache_clear()
     assert caplog.text.count("eager on cpu is not tested: no machine of this project has run it") == 1
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isic_vq.data.provenance import PROVENANCE
 from isic_vq.hub.pretrained import resolve
-from isic_vq.models.finite import check_finite, damaged_or_overflow
+from isic_vq.models.checks import check_finite, damaged_or_overflow
 
 PRECISION = 24
 Weights = NDArray[np.float64]

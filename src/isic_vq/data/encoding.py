@@ -145,14 +145,14 @@ def encode_to_file(
             return number
         work.begin(encoding.settings)
         missing = work.missing
-        finished = [work.path(number) for number in work.own if number not in missing]
+        finished = [work.path(number) for number in work.numbers if number not in missing]
         initial = sum(pq.read_metadata(path).num_rows for path in finished)
         share = -(-encoding.source.num_images // world)
         counter = SkipCounter(encoding.max_corrupt_share, share)
         with work.progress(share, initial, "encoding", progress) as bar:
             for number in missing:
                 table = _encode_chunk(encoding, chunks[number], counter)
-                with work.named(work.path(number)):
+                with work.naming(work.path(number)):
                     write_atomically(work.path(number), parquet_bytes(table))
                 bar.update(table.num_rows)
         try:

@@ -56,7 +56,7 @@ from isic_vq.data.splits import SPLITS, Assignment, assign_splits, few_images, s
 from isic_vq.files import write_atomically
 from isic_vq.locks import HOST, hold, is_running
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
-from isic_vq.work import SETTINGS, Work, differences, told
+from isic_vq.work import SETTINGS, Work, differences, differences_text
 
 logger = logging.getLogger(__name__)
 
@@ -272,12 +272,12 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
     different = differences(old.settings, settings)
     if different and not extend:
         raise DataError(
-            f"{output.name} is finished and was prepared with other settings or sources ({told(different)}): choose "
+            f"{output.name} is finished and was prepared with other settings or sources ({differences_text(different)}): choose "
             "another folder, or add to it with --extend"
         )
     fixed = {key: values for key, values in different.items() if key in FIXED}
     if fixed:
-        raise DataError(f"{output.name} was prepared with {told(fixed)}: extend it with the same")
+        raise DataError(f"{output.name} was prepared with {differences_text(fixed)}: extend it with the same")
     return old
 
 
@@ -286,7 +286,7 @@ def _make_units(
 ) -> None:
     """Make the missing units; `calls` are the arguments of `_make_unit` for all units."""
     missing = work.missing
-    finished = (work.path(number) for number in work.own if number not in missing)
+    finished = (work.path(number) for number in work.numbers if number not in missing)
     initial = sum(pyarrow.parquet.read_metadata(path).num_rows for path in finished)
     with work.progress(num_images, initial, "preparing", progress) as bar:
         for num_rows in _run(_make_unit, [calls[number] for number in missing], workers):

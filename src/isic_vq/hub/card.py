@@ -1,4 +1,4 @@
-"""Render the model card of a repository folder, and nothing that its files do not say.
+"""Render the model card of a repository folder from its files alone.
 
 Numbers come from `reports/*.json`, `provenance.json` and the configs: what none of them holds cannot reach the card.
 The text is `card_template.md`, the metadata that of the Hub. Both have the metrics that people know (`KNOWN`), the model-index those
@@ -8,7 +8,6 @@ A report named `memorization.json` is the audit for memorised training images: i
 that the card shows. A file `comparison.md` is linked.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import markdown_table, number_text, report_tables, topic_of
 from isic_vq.files import MAX_PREVIEWS, preview_name, write_atomically
+from isic_vq.hub.pretrained import read_object
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
 from isic_vq.models.repository import TAGS
 
@@ -48,7 +48,7 @@ STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fin
 
 
 def as_text(text: str) -> str:
-    """Text of others, such as an attribution, as Markdown that shows it and nothing else, on one line."""
+    """Escape foreign text, such as an attribution, as one line of Markdown that shows it literally."""
     line = re.sub(
         r"[<`|\\]|\](?=\()",
         lambda match: "&lt;" if match[0] == "<" else f"\\{match[0]}",
@@ -58,12 +58,12 @@ def as_text(text: str) -> str:
 
 
 def counts_text(counts: dict[str, int]) -> str:
-    """How many images there are of each diagnosis or licence."""
+    """Format the number of images of each diagnosis or licence."""
     return ", ".join(f"{as_text(name.replace('_', ' '))} {count:,}" for name, count in counts.items())
 
 
 def dataset_title(uri: str) -> str:
-    """A data set's name for readers: HAM10000 for "parquet:${DATA}/ham10000/test-*.parquet", else its folder's."""
+    """Return a data set's name for readers: HAM10000 for "parquet:${DATA}/ham10000/test-*.parquet", else its folder's."""
     scheme, _, path = uri.partition(":")
     folders = [
         name for name in re.split(r"[/\\]", path) if name and not re.search(r"[*?${}]|\.parquet$", name)
@@ -84,7 +84,7 @@ def write_card(folder: Path) -> None:
 
 
 def render_card(folder: Path, name: str) -> str:
-    """The card of a repository folder, metadata and text.
+    """Render the card of a repository folder, metadata and text.
 
     Args:
         folder: the folder.
@@ -135,7 +135,7 @@ def render_card(folder: Path, name: str) -> str:
 
 
 def read_reports(folder: Path) -> dict[str, Report]:
-    """A repository folder's reports, by file name.
+    """Read a repository folder's reports, by file name.
 
     Raises:
         ValueError: there is none.
@@ -167,11 +167,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / "provenance.json"
     if not path.is_file():
         raise ValueError(f"{folder.name} has no provenance.json: write the folder with isic-vq export")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """What the pictures of a folder say of themselves (PNG field Comment), by name without suffix.
+    """Read the captions of a folder's pictures (PNG field Comment), by name without suffix.
 
     Raises:
         ValueError: one of them is no PNG.
@@ -215,12 +215,12 @@ def eval_result(metric: Metric) -> EvalResult:
 
 
 def slug(title: str) -> str:
-    """A name in small letters and digits: "uda1" for "UDA-1"."""
+    """Reduce a name to lower-case letters and digits: "uda1" for "UDA-1"."""
     return re.sub(r"[^a-z0-9]", "", title.lower())
 
 
 def column_title(metric: Metric) -> str:
-    """What a metric was measured on: data set, split where its name adds something, and how many items."""
+    """Name what a metric was measured on: data set, split where its name adds something, and the number of items."""
     title = dataset_title(metric.dataset)
     split = "" if slug(metric.split) == slug(title) else f", {as_text(metric.split)}"
     return f"{title}{split} (n = {metric.n:,})"
@@ -266,14 +266,14 @@ def topic_tables(metrics: Iterable[Metric]) -> dict[str, str]:
 
 
 def metric_cell(metric: Metric) -> str:
-    """A value, its interval and seed, rounded for reading."""
+    """Format a value with its interval and seed, rounded for reading."""
     about = [] if metric.interval is None else ["{:.4g} to {:.4g}".format(*metric.interval)]
     about += [] if metric.seed is None else [f"seed {metric.seed}"]
     return number_text(metric.value) + (f" ({', '.join(about)})" if about else "")
 
 
 def measured_on(reports: Iterable[Report]) -> str:
-    """The machines and versions that the reports were measured with."""
+    """Name the machines and versions that reports were measured with."""
     described = [
         ", ".join(
             f"{name} {report.environment[key]}".strip()
@@ -286,7 +286,7 @@ def measured_on(reports: Iterable[Report]) -> str:
 
 
 def audit_verdict(reports: dict[str, Report]) -> str | None:
-    """What the audit for memorised training images found; None without one.
+    """Return the verdict of the audit for memorised training images; None without an audit.
 
     Raises:
         ValueError: there is an audit without a verdict.
@@ -300,7 +300,7 @@ def audit_verdict(reports: dict[str, Report]) -> str | None:
 
 
 def training_table(origin: dict[str, Any]) -> str:
-    """How each part was trained, from the provenance, as a Markdown table; what it lacks is "not recorded"."""
+    """Format how each part was trained, from the provenance, as a Markdown table; missing entries are "not recorded"."""
     training = origin.get("training", {})
     stages = ["vqvae", "prior", *(["decoder"] if "decoder" in training else [])]
     columns = [training_column(training.get(stage, {})) for stage in stages]
@@ -324,7 +324,7 @@ def attributions_of(origin: dict[str, Any]) -> list[str]:
 
 
 def training_data_table(origin: dict[str, Any]) -> str:
-    """What each part was trained on, from the provenance, as a Markdown table; what it lacks is "not recorded"."""
+    """Format what each part was trained on, from the provenance, as a Markdown table; missing entries are "not recorded"."""
     stages: dict[str, Any] = {"vqvae": None, **origin.get(BY_STAGE, {"prior": origin["training_data"]})}
     columns = []
     for info in stages.values():
@@ -351,7 +351,7 @@ def history(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def training_column(record: dict[str, Any]) -> dict[str, str]:
-    """One part's cells of the training table, by row."""
+    """Format one part's cells of the training table, by row."""
     recipe, machine = record.get("recipe", {}), record.get("environment", {})
     loop = recipe.get("loop", {})
     return {
@@ -366,6 +366,6 @@ def training_column(record: dict[str, Any]) -> dict[str, str]:
 
 
 def say(text: str, source: dict[str, Any], missing: str = NOT_RECORDED) -> str:
-    """A format string filled from a record, or `missing` if the record lacks one of its fields."""
+    """Fill a format string from a record; `missing` if the record lacks one of its fields."""
     fields = re.findall(r"{(\w+)", text)
     return text.format(**source) if all(source.get(name) is not None for name in fields) else missing

@@ -23,11 +23,7 @@ NAME = re.compile(r"[A-Za-z][\w-]*\d[\w-]*")
 
 
 def check_card(folder: Path) -> list[str]:
-    """What is wrong with a repository folder's README.md, a line each; nothing if it is as it should be.
-
-    Raises:
-        ValueError: as `render_card`, since there is nothing to compare the card with.
-    """
+    """List the problems of a repository folder's README.md, a line each; raises as `render_card` does."""
     path = folder / "README.md"
     if not path.is_file():
         return ["README.md is missing: run isic-vq card"]

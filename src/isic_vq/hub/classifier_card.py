@@ -1,10 +1,9 @@
-"""Make a trained classifier a Hub repository's folder: weights, configs, report, recipe, and a card of their numbers.
+"""Write a trained classifier as a Hub repository's folder: weights, configs, report, recipe, and a card of their numbers.
 
-The card's numbers are those of `reports/validation.json`, `training_data.json` and the weights; none is written by
+The card's text is `classifier_card_template.md`; its numbers are those of `reports/validation.json`, `training_data.json` and the weights; none is written by
 hand. Any Hub tool opens the folder, without this package.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,73 +15,11 @@ from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.files import replaced_directory, write_atomically
 from isic_vq.hub.card import as_text, counts_text, dataset_title, measured_on
+from isic_vq.hub.pretrained import read_object
 from isic_vq.yaml_text import read_yaml
 
 REPORT = "reports/validation.json"
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-A small ResNet ({{ parameters }} parameters, {{ megabytes }} MB) trained from scratch at {{ size }} pixels to tell
-dermoscopy diagnoses apart. It is for its features: a space for Frechet and kernel distances, precision and recall between
-sets of dermoscopy images. **It is not a diagnostic device.** Its class outputs may check generated images, nothing else.
-
-```python
-import torch
-from transformers import AutoModel
-
-backbone = AutoModel.from_pretrained("{{ name }}")
-with torch.no_grad():
-    pixel_values = torch.rand(1, 3, {{ size }}, {{ size }}) * 2 - 1  # [0, 1] to [-1, 1], as its processor does
-    features = backbone(pixel_values).pooler_output.flatten(1)
-```
-
-With isic-vq, which takes images in [0, 1] of any size:
-
-```python
-import torch
-
-from isic_vq.evaluation.features import FeatureModel
-
-model = FeatureModel.from_pretrained("{{ name }}")
-features = model(torch.rand(1, 3, {{ size }}, {{ size }}))
-```
-
-## Measured
-
-On the recipe's validation images. These chose among the run's weights, too, so the numbers are a little too good.
-
-{{ table }}
-
-Balanced accuracy is the mean recall of the classes. Classes of few images are not listed singly. Logits are adjusted for
-class frequency: their argmax is the guess where all diagnoses are equally likely, so accuracy on unbalanced images is
-lower than it could be. Measured with {{ environment }}. The report, with the confusion matrix, is in
-[{{ report }}]({{ report }}).
-
-## Training
-
-{{ data_title }}: {{ images }} images ({{ diagnoses }}), by licence {{ licenses }}.
-The recipe is in [recipe.yaml](recipe.yaml), the data's hashes are in [{{ training_data }}]({{ training_data }}).
-
-Attribution of the training images:
-
-{{ attributions }}
-
-## Limits
-
-- A yardstick, not a judge: it saw the training images, and samples of a model that was trained on the same ones can look
-  nearer in its features than they are. Report the distance between real sets at the same n, and that of reconstructions,
-  beside every distance, and compare with a second extractor.
-- Distances in its features compare with each other only, not with those of another extractor.
-- It was trained on one data set: other devices, clinics and skin types are represented as little as they are there.
-- Not for diagnosis, triage or any decision about a patient.
-
-## Licence
-
-Weights: {{ license }}, the most restrictive of the training images' licences. Code: Apache-2.0.
-"""
+TEMPLATE = Path(__file__).with_name("classifier_card_template.md")
 
 
 def is_classifier_run(folder: Path) -> bool:
@@ -120,24 +57,17 @@ def export_classifier(run: Path, folder: Path) -> None:
 
 
 def render_classifier_card(folder: Path, name: str) -> str:
-    """The card of a classifier's repository folder.
-
-    Args:
-        folder: the folder.
-        name: what the card calls the model.
+    """Render the card of a classifier's repository folder.
 
     Raises:
         ValueError: the folder holds another kind of model, or its report or record of training data is damaged.
     """
-    report, config = (
-        Report.load(folder / REPORT),
-        json.loads((folder / "config.json").read_text(encoding="utf-8")),
-    )
+    report, config = Report.load(folder / REPORT), read_object(folder / "config.json")
     info = read_training_data(folder).get("classifier")
     if info is None or config["model_type"] != "resnet":
         raise ValueError(f"{folder.name} is no classifier of isic-vq: export one with isic-vq export RUN DIR")
     weights = folder / "model.safetensors"
-    prepared = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    prepared = read_object(folder / "preprocessor_config.json")
     license = weights_license(licenses_of({"classifier": vars(info)}))
     metadata = ModelCardData(
         license=license,
@@ -147,7 +77,7 @@ def render_classifier_card(folder: Path, name: str) -> str:
     )
     card = ModelCard.from_template(
         metadata,
-        template_str=TEMPLATE,
+        template_path=str(TEMPLATE),
         name=name,
         parameters=f"{report.model['num_parameters']:,}",
         megabytes=f"{weights.stat().st_size / 1e6:.1f}",
@@ -167,7 +97,6 @@ def render_classifier_card(folder: Path, name: str) -> str:
 
 
 def _table(metrics: list[Metric]) -> str:
-    """The metrics with their intervals as a Markdown table."""
     head = ["measure", "value", "95 % interval", "unit", "images"]
     rows = [
         [

@@ -30,7 +30,7 @@ from isic_vq.figures.write import draw_run
 from isic_vq.files import MAX_PREVIEWS, preview_name, replaced_directory, write_atomically, write_tensors
 from isic_vq.hub.layout import check_replaceable
 from isic_vq.hub.onnx_export import export_onnx
-from isic_vq.hub.pretrained import load_model
+from isic_vq.hub.pretrained import load_model, read_object
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -102,15 +102,14 @@ def store_as_bf16(folder: Path, model: IsicVQModel) -> None:
     parameters = {name for name, _ in model.named_parameters()}
     for part, rounded in (("prior", "prior."), ("vqvae", "vqvae.decoder.")):
         path = folder / part / WEIGHTS_FILE
-        tensors = {
-            name: tensor.bfloat16() if name in parameters and name.startswith(rounded) else tensor
-            for name, tensor in load_file(path).items()
-        }
+        tensors = load_file(path)
+        for name in tensors.keys() & parameters:
+            tensors[name] = tensors[name].bfloat16() if name.startswith(rounded) else tensors[name]
         write_tensors(path, tensors)
 
 
 def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:
-    """What each part of a model was trained on, as dictionaries; None for a tokenizer of which nothing is recorded.
+    """Collect what each part of a model was trained on, as dictionaries; None for a tokenizer without a record.
 
     Args:
         model: folder of a whole model.
@@ -123,7 +122,7 @@ def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, 
     found: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
         if (run / "run.json").is_file():
-            found[stage] = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["train"]
+            found[stage] = read_object(run / "run.json")["data"]["train"]
     for stage, info in read_training_data(model).items():
         if info is not None:
             found[stage] = dataclasses.asdict(info)
@@ -136,7 +135,7 @@ def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, 
 
 
 def provenance(cache: CodeCache, stages: dict[str, Any]) -> dict[str, Any]:
-    """What the weights were trained on, in a form that may be published."""
+    """Describe what the weights were trained on, in a form that may be published."""
     return {
         "isic_vq": __version__,
         "tokenizer_hash": cache.tokenizer_hash,
@@ -147,11 +146,7 @@ def provenance(cache: CodeCache, stages: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_provenance(folder: Path, content: dict[str, Any]) -> None:
-    """Write a repository folder's provenance.
-
-    Raises:
-        ValueError: it names an absolute path, which may not be published.
-    """
+    """Write a repository folder's provenance; ValueError if it names an absolute path, which may not be published."""
     text = json.dumps(content, indent=2) + "\n"
     if found := ABSOLUTE_PATH.search(text):
         raise ValueError(f"{PROVENANCE_FILE} would name an absolute path ({found[0].strip()}...): shorten it")
@@ -163,9 +158,8 @@ def write_previews(model: IsicVQModel, folder: Path) -> None:
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
 
     def preview(rows: list[torch.Tensor]) -> Image.Image:
-        return image_grid(
-            processor.postprocess(torch.cat(rows), output_type="np"), columns=PREVIEWS_PER_CLASS
-        )
+        pixels = processor.postprocess(torch.cat(rows), output_type="np")
+        return image_grid(pixels, columns=PREVIEWS_PER_CLASS)
 
     shown = list(model.config.class_names.items())[:MAX_PREVIEWS]
     if len(shown) < len(model.config.class_names):
@@ -210,7 +204,7 @@ def _record(folder: Path, model: str, origins: Origins) -> list[str]:
     """Do what `record_training` does, with the origins that it finds."""
     trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
     check_same_weights(trained, shipped, folder)
-    content = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    content = read_object(folder / PROVENANCE_FILE)
     counts = content.pop("training_code_counts")  # long, so it stays last
     content[BY_STAGE] = training_data_by_stage(Path(model), origins.runs, content["training_data"])
     write_license(folder, weights_license(licenses_of(content[BY_STAGE])))
@@ -225,16 +219,16 @@ def _record(folder: Path, model: str, origins: Origins) -> list[str]:
 
 
 def take_over(repository: Path, folder: Path) -> dict[str, Any]:
-    """The training records of another repository folder, whose plots of runs are copied to this one's."""
+    """Return the training records of another repository folder, and copy its plots of runs to this one."""
     for path in sorted((repository / "figures").glob("*.png")):
         write_atomically(folder / "figures" / path.name, path.read_bytes())
-    return dict(json.loads((repository / PROVENANCE_FILE).read_text(encoding="utf-8")).get("training", {}))
+    return dict(read_object(repository / PROVENANCE_FILE).get("training", {}))
 
 
 def write_license(folder: Path, license: str) -> None:
-    """Let a repository folder's config name the weights' licence, which more records may have changed."""
+    """Write the weights' licence, which more records may have changed, to a repository folder's config."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path)
     if config["license"] != license:
         text = json.dumps({**config, "license": license}, indent=2, sort_keys=True) + "\n"
         write_atomically(path, text.encode())
@@ -251,7 +245,7 @@ def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path)
 
 
 def find_training_runs(model: Path, expected_hash: str) -> Origins:
-    """How a model was made: its own run, and those of the models it began with.
+    """Find a model's own run, and those of the models it began with.
 
     Args:
         model: the model's folder.
@@ -278,11 +272,7 @@ def find_training_runs(model: Path, expected_hash: str) -> Origins:
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
-    """A run's resolved recipe.
-
-    Raises:
-        ValueError: it names an absolute path, which may not be published.
-    """
+    """Read a run's resolved recipe; ValueError if it names an absolute path, which may not be published."""
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
     if found := ABSOLUTE_PATH.search(text):
         raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({found[0].strip()}...): shorten it")
@@ -309,7 +299,7 @@ def training_record(run: Path) -> dict[str, Any]:
     ):
         record["started_from"] = before
     if (run / "run.json").is_file():
-        began = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        began = read_object(run / "run.json")
         record |= {key: began[key] for key in ("environment", "changes") if key in began}
     if (run / METRICS_FILE).is_file():
         steps = Run(run).metrics["batch"]

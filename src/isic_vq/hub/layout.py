@@ -81,7 +81,7 @@ def check_folder(folder: Path, files: list[str]) -> None:
     """Refuse a folder that is not a complete repository, or that holds what must not be published.
 
     Args:
-        folder: the folder.
+        folder: the repository folder.
         files: its files that belong to the layout.
 
     Raises:
@@ -90,7 +90,7 @@ def check_folder(folder: Path, files: list[str]) -> None:
     for name in REQUIRED:
         if name not in files:
             linked = " that is no symbolic link (cp -rL copies the files themselves)"
-            command = "card write" if name == "README.md" else "export"
+            command = "card" if name == "README.md" else "export"
             raise ModelError(
                 f"{folder} lacks {name}: expected a file{linked if (folder / name).is_symlink() else ''}, "
                 f"which isic-vq {command} writes"
@@ -102,7 +102,10 @@ def check_folder(folder: Path, files: list[str]) -> None:
         )
     _check_code(folder, files)
     _check_weights(folder, files)
-    _check_card(folder / "README.md")
+    if not read_card(folder / "README.md").data.to_dict():  # no filter of the Hub would find it
+        raise ModelError(
+            f"{folder / 'README.md'} has no metadata between --- lines at its start: run isic-vq card"
+        )
     for path in files:
         if path.endswith(".png"):
             check_picture(folder / path)
@@ -134,7 +137,6 @@ def _check_code(folder: Path, files: list[str]) -> None:
 
 
 def _check_weights(folder: Path, files: list[str]) -> None:
-    """Compare the index with the tensors in the weight files."""
     weight_map = read_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX_FILE} has no weight_map: write it anew with isic-vq export")
@@ -159,11 +161,7 @@ def _check_weights(folder: Path, files: list[str]) -> None:
 
 
 def read_card(path: Path) -> ModelCard:
-    """A card that anybody may have written.
-
-    Raises:
-        ModelError: its metadata cannot be read.
-    """
+    """Read a card that anybody may have written; ModelError if its metadata cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
         if match := REGEX_YAML_BLOCK.search(text):
@@ -174,19 +172,8 @@ def read_card(path: Path) -> ModelCard:
         raise ModelError(f"{path} has unreadable metadata ({reason}): run isic-vq card") from error
 
 
-def _check_card(path: Path) -> None:
-    """Refuse a card without metadata, which the Hub would not find by any filter."""
-    card = read_card(path)
-    if not card.data.to_dict():
-        raise ModelError(f"{path} has no metadata between --- lines at its start: run isic-vq card")
-
-
 def check_picture(path: Path) -> None:
-    """Refuse a picture that does not say that we drew it, and of what: it may be of a patient.
-
-    Raises:
-        ModelError: it does not, or it is no PNG.
-    """
+    """Raise ModelError for a picture that does not say that we drew it, and of what: it may be of a patient."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()

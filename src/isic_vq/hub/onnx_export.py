@@ -85,7 +85,9 @@ def export_onnx(tokenizer: VQVAEModel, folder: Path, license_id: str | None = No
     """
     require_packages()
     tokenizer = deepcopy(tokenizer).cpu().float().eval()
-    encoder, decoder = encoder_model(tokenizer), decoder_model(tokenizer)
+    codes = torch.zeros(2, *tokenizer.config.code_shape, dtype=torch.long)
+    encoder = encoder_model(tokenizer)
+    decoder = to_onnx(DecoderGraph(tokenizer).eval(), codes, "codes", "pixel_values")
     for model in (encoder, decoder):
         describe(model, tokenizer, license_id)
     check_encoder(encoder, tokenizer)
@@ -97,11 +99,7 @@ def export_onnx(tokenizer: VQVAEModel, folder: Path, license_id: str | None = No
 
 
 def known_license(model: str | None) -> str | None:
-    """Licence that a checkpoint's config names; None where it names none, as that of a tokenizer alone.
-
-    Args:
-        model: as `isic_vq.hub.pretrained.resolve` takes it.
-    """
+    """Return the licence that a checkpoint's config names; None where it names none, as that of a tokenizer alone."""
     config, _ = PreTrainedConfig.get_config_dict(resolve(model))
     return config.get("license")
 
@@ -119,16 +117,10 @@ def require_packages() -> None:
 
 
 def encoder_model(tokenizer: VQVAEModel) -> "ModelProto":
-    """The encoder's graph of a float32 tokenizer in eval mode."""
+    """Export the encoder of a float32 tokenizer in eval mode."""
     size = tokenizer.config.image_size
     pixel_values = torch.zeros(2, tokenizer.config.num_channels, size, size)
     return to_onnx(EncoderGraph(tokenizer).eval(), pixel_values, "pixel_values", "codes")
-
-
-def decoder_model(tokenizer: VQVAEModel) -> "ModelProto":
-    """The decoder's graph of a float32 tokenizer in eval mode."""
-    codes = torch.zeros(2, *tokenizer.config.code_shape, dtype=torch.long)
-    return to_onnx(DecoderGraph(tokenizer).eval(), codes, "codes", "pixel_values")
 
 
 @torch.no_grad()
@@ -197,11 +189,7 @@ def describe(model: "ModelProto", tokenizer: VQVAEModel, license_id: str | None)
 
 
 def check_encoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
-    """Refuse a graph that gives other codes than the tokenizer, but for ties of distance.
-
-    Raises:
-        RuntimeError: it does.
-    """
+    """Raise RuntimeError for a graph that gives other codes than the tokenizer, but for ties of distance."""
     session = open_session(model)
     size, generator = tokenizer.config.image_size, torch.Generator().manual_seed(0)
     grains = [torch.rand(1, tokenizer.config.num_channels, n, n, generator=generator) for n in (1, 4, size)]
@@ -218,13 +206,13 @@ def check_encoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
 
 
 def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, found: Tensor, expected: Tensor) -> int:
-    """How many codes differ though no tie excuses it; past the first tie of an image later scales are not compared.
+    """Count codes that differ without a tie; past the first tie of an image later scales are not compared.
 
     Args:
-        tokenizer: whose codes they are.
-        rows: what was quantized, `(B, L, D)`.
-        found: the graph's codes.
-        expected: the tokenizer's.
+        tokenizer: makes the expected codes.
+        rows: the quantized vectors, `(B, L, D)`.
+        found: codes of the graph.
+        expected: codes of the tokenizer.
     """
     codebook, wrong = tokenizer.quantizer.codebook.double(), 0
     comparable = torch.ones(len(found), dtype=torch.bool)
@@ -241,11 +229,7 @@ def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, found: Tensor, expected: T
 
 
 def check_decoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
-    """Refuse a graph whose images differ from the tokenizer's by more than `MAX_PIXEL_DIFFERENCE`.
-
-    Raises:
-        RuntimeError: they do.
-    """
+    """Raise RuntimeError for a graph whose images differ from the tokenizer's by more than `MAX_PIXEL_DIFFERENCE`."""
     session = open_session(model)
     config, generator = tokenizer.config, torch.Generator().manual_seed(0)
     grids = torch.randint(config.num_codes, (3, *config.code_shape), generator=generator)
@@ -259,11 +243,7 @@ def check_decoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
 
 
 def open_session(model: "ModelProto") -> "InferenceSession":
-    """Check that a graph is valid ONNX, and open it in ONNX Runtime, on the CPU.
-
-    Raises:
-        onnx.checker.ValidationError: it is not valid.
-    """
+    """Check that a graph is valid ONNX, and open it in ONNX Runtime, on the CPU."""
     from onnx import checker
     from onnxruntime import InferenceSession
 
@@ -272,6 +252,6 @@ def open_session(model: "ModelProto") -> "InferenceSession":
 
 
 def run(session: "InferenceSession", values: Tensor) -> Tensor:
-    """Output of a graph with one input and one output."""
+    """Compute the output of a graph with one input and one output."""
     (output,) = session.run(None, {session.get_inputs()[0].name: values.numpy()})
     return torch.from_numpy(output)

@@ -75,7 +75,7 @@ def resolve(model: str | None) -> str:
 
 
 def class_names_of(model: str) -> dict[int, str] | None:
-    """The classes of a model's folder, id to name, without loading it; None if they cannot be told so."""
+    """Read the classes of a model's folder, id to name, without loading it; None if its config does not tell them."""
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         return {int(index): str(name) for index, name in config["prior_config"]["id2label"].items()}
@@ -141,7 +141,7 @@ def find_device(device: str | None = None) -> "torch.device":
 
 
 def _read_config(path: Path, model_class: "type[PreTrainedModel]") -> "PreTrainedConfig":
-    """The configuration of a folder, once the weights can be those of so large a model."""
+    """Read the configuration of a folder, and refuse one of a larger model than its weights can fill."""
     import torch
 
     try:
@@ -174,7 +174,7 @@ def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
+    """Read a file's JSON object.
 
     Raises:
         ModelError: it is something else.

@@ -11,26 +11,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
 
 from isic_vq import __version__
 from isic_vq.files import name_full_disk, replaced_directory
 from isic_vq.hub.card_check import CODE_BLOCK, NAME, check_card, number_problems
 from isic_vq.hub.layout import MODEL_TYPE, WRITER, check_folder, check_replaceable, is_safe, sort_files
 from isic_vq.hub.pretrained import ModelError
-from isic_vq.models.upload import (
-    HUBS_OWN,
-    HubError,
-    PlannedFile,
-    Token,
-    UploadResult,
-    check_target,
-    hub_errors,
-    model_type,
-    plan_upload,
-    remote_files,
-    upload_folder,
-)
+from isic_vq.models import upload
+from isic_vq.models.upload import HubError, PlannedFile, Token, UploadResult, hub_errors
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ def push(
     if dry_run:
         plan, exists = _compare(HfApi(token=token), folder, files, repo_id, revision, tag)
         return Push(plan, left_out, exists, None)
-    result = upload_folder(
+    result = upload.upload_folder(
         folder,
         files,
         repo_id,
@@ -102,8 +90,7 @@ def push(
 
 
 def _check_name(repo_id: str) -> None:
-    """Refuse a name without an owner, which requests and folders alike would take for something else."""
-    if "/" not in repo_id:
+    if "/" not in repo_id:  # requests and folders alike would take it for something else
         raise HubError(f"{repo_id!r} is no repository: expected user/name")
 
 
@@ -129,11 +116,11 @@ def _check_claims(folder: Path, files: list[str]) -> None:
 def _compare(
     api: HfApi, folder: Path, files: list[str], repo_id: str, revision: str | None, tag: str | None
 ) -> tuple[list[PlannedFile], bool]:
-    """The plan of a push, and whether the repository can be seen; reads only."""
+    """Plan a push without writing, and tell whether the repository can be seen."""
     with hub_errors(repo_id, revision):
         try:
-            base = revision if check_target(api, repo_id, revision, tag) else None
-            return plan_upload(api, folder, files, repo_id, base or constants.DEFAULT_REVISION), True
+            base = revision if upload.check_target(api, repo_id, revision, tag) else None
+            return upload.plan_upload(api, folder, files, repo_id, base or constants.DEFAULT_REVISION), True
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -166,12 +153,17 @@ def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Toke
     with hub_errors(repo_id, revision):
         commit = api.repo_info(repo_id, revision=revision).sha
         assert commit is not None, "a revision is a commit"
-        listing = remote_files(api, repo_id, commit)
-    listing.pop(HUBS_OWN, None)
-    _check_listing(repo_id, listing)
+        listing = upload.remote_files(api, repo_id, commit)
+    listing.pop(upload.HUBS_OWN, None)
+    if unsafe := [path for path in listing if not is_safe(path)]:
+        raise HubError(
+            f"{repo_id} lists the unsafe path {unsafe[0]!r}: nothing was downloaded; tell its owner"
+        )
+    if "config.json" not in listing:
+        raise HubError(f"{repo_id} holds no config.json: expected the repository of a model")
     check_replaceable(target, listing)
     with hub_errors(repo_id, revision), name_full_disk(cache):
-        if model_type(repo_id, commit, token) != MODEL_TYPE:
+        if upload.model_type(repo_id, commit, token) != MODEL_TYPE:
             raise HubError(
                 f"{repo_id} is no model of {WRITER}: expected model_type {MODEL_TYPE} in its config.json"
             )
@@ -187,14 +179,3 @@ def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Toke
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / path, folder / path)
     return output
-
-
-def _check_listing(repo_id: str, listing: dict[str, RepoFile]) -> None:
-    """Refuse a repository whose paths lead elsewhere, or that is not a model."""
-    for path in listing:
-        if not is_safe(path):
-            raise HubError(
-                f"{repo_id} lists the unsafe path {path!r}: nothing was downloaded; tell its owner"
-            )
-    if "config.json" not in listing:
-        raise HubError(f"{repo_id} holds no config.json: expected the repository of a model")

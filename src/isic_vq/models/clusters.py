@@ -8,6 +8,7 @@ representation first.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,7 @@ from .configuration_prior import PriorConfig
 
 
 class ConditionEmbedding(nn.Embedding):
-    """A vector for each class, to which that of the cluster is added where the prior has clusters.
-
-    Args:
-        config: of the prior.
-        size: channels.
-    """
+    """A vector of `size` channels for each class, plus that of the cluster where the prior has clusters."""
 
     def __init__(self, config: PriorConfig, size: int):
         super().__init__(config.unconditional_id + 1, size)
@@ -33,13 +29,12 @@ class ConditionEmbedding(nn.Embedding):
         """Vectors `(B, size)` of conditions `(B,)`, see `PriorModel.conditions`."""
         if not self.num_clusters:
             return super().forward(conditions)
-        return super().forward(conditions // self.num_clusters) + self.clusters(
-            conditions % self.num_clusters
-        )
+        classes, clusters = conditions // self.num_clusters, conditions % self.num_clusters
+        return super().forward(classes) + self.clusters(clusters)
 
 
 def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Tensor:
-    """How often each code occurs in each image, `(B, K)` float64 with rows that sum to 1: the mean over its grids.
+    """Count each code's share of each image, `(B, K)` float64 with rows that sum to 1: the mean over its grids.
 
     Args:
         codes (`torch.LongTensor` of shape `(B, ...)`): in [0, K).
@@ -47,12 +42,9 @@ def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Ten
         num_codes: K.
     """
     flat = codes.flatten(1)
-    shares = torch.tensor(
-        [1 / (len(sizes) * size) for size in sizes for _ in range(size)],
-        dtype=torch.float64,
-        device=codes.device,
-    )
-    frequencies = torch.zeros(codes.shape[0], num_codes, dtype=torch.float64, device=codes.device)
+    where: Any = {"dtype": torch.float64, "device": codes.device}
+    shares = torch.tensor([1 / (len(sizes) * size) for size in sizes for _ in range(size)], **where)
+    frequencies = torch.zeros(len(codes), num_codes, **where)
     return frequencies.scatter_add_(1, flat, shares.expand(flat.shape))
 
 

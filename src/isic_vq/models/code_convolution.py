@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def code_tables(embedding: Tensor, weight: Tensor) -> Tensor:
-    """What each code adds at each tap of a kernel; the code K, which stands for "outside the grid", adds nothing.
+    """Tabulate what each code adds at each tap of a kernel; the code K, "outside the grid", adds nothing.
 
     Args:
         embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .checks import expect
 from .configuration_pixelcnn import PixelCNNConfig
 from .configuration_prior import PriorConfig
 from .configuration_var import VARConfig
@@ -17,14 +18,10 @@ PRIOR_CONFIGS: dict[str, type[PriorConfig]] = {
 
 
 def prior_config_class(fields: dict[str, Any]) -> type[PriorConfig]:
-    """Take `model_type` out of a prior's fields, and find its class; `isic_pixelcnn` where there is none.
-
-    Raises:
-        ValueError: an unknown type.
-    """
+    """Take `model_type` out of a prior's fields, and find its class; `isic_pixelcnn` where there is none."""
     model_type = fields.pop("model_type", PixelCNNConfig.model_type)
-    if model_type not in PRIOR_CONFIGS:
-        raise ValueError(f"prior model_type is {model_type!r}: expected one of {sorted(PRIOR_CONFIGS)}")
+    known = sorted(PRIOR_CONFIGS)
+    expect(model_type in known, "prior model_type", model_type, f"one of {known}")
     return PRIOR_CONFIGS[model_type]
 
 
@@ -80,10 +77,6 @@ class IsicVQConfig(PreTrainedConfig):
         vqvae, prior = self.vqvae_config, self.prior_config
         if not isinstance(vqvae, PreTrainedConfig) or not isinstance(prior, PreTrainedConfig):
             return  # strict validates once before __post_init__ has resolved the parts
-        if vqvae.num_codes != prior.num_codes:
-            raise ValueError(
-                f"the tokenizer has {vqvae.num_codes} codes but the prior models {prior.num_codes}"
-            )
         if vqvae.code_shape != prior.code_shape:
             raise ValueError(
                 f"the tokenizer makes {_by(vqvae.code_shape)} codes but the prior models {_by(prior.code_shape)}"

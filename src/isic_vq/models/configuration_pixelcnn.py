@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import expect
 from .configuration_prior import PriorConfig
 from .configuration_vqvae import MAX_LAYERS, check_parameters
 
@@ -43,52 +44,43 @@ class PixelCNNConfig(PriorConfig):
 
     @property
     def description(self) -> str:
-        """What it is and in which order it makes codes."""
         kind = "gated " if self.architecture == "gated" else ""
         return f"{kind}PixelCNN prior that generates such grids in raster order"
 
     @property
     def reference(self) -> tuple[str, str]:
-        """Authors, title and arXiv number of its paper."""
         if self.architecture == "gated":
-            authors = "A. van den Oord et al."
-            return f"{authors}: Conditional Image Generation with PixelCNN Decoders", "1606.05328"
-        return (
-            "A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu: Pixel Recurrent Neural Networks",
-            "1601.06759",
-        )
+            title = "Conditional Image Generation with PixelCNN Decoders"
+            return f"A. van den Oord et al.: {title}", "1606.05328"
+        authors = "A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu"
+        return f"{authors}: Pixel Recurrent Neural Networks", "1601.06759"
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of an image's codes: `(h, w)`."""
         return self.grid_size, self.grid_size
 
     @property
     def sizes(self) -> list[int]:
-        """Codes of the one grid."""
         return [self.grid_size**2]
 
     @property
     def least_parameters(self) -> int:
-        """A lower bound of the number of parameters."""
         size, kernel = self.hidden_size, self.kernel_size
         layers = size * (self.num_layers * size * kernel * (kernel // 2) + self.first_kernel_size**2 // 2)
         return layers + self.num_codes * (size + self.head_size) + size * (self.head_size + self.grid_size**2)
 
     @property
     def num_steps(self) -> int:
-        """Rows of the grid."""
         return self.grid_size
 
     def validate_architecture(self) -> None:
         """Check the relations between fields; called by `strict` at construction."""
-        if self.architecture not in ("gated", "plain"):
-            raise ValueError(f"architecture is {self.architecture!r}: expected 'gated' or 'plain'")
+        is_known = self.architecture in ("gated", "plain")
+        expect(is_known, "architecture", self.architecture, "'gated' or 'plain'")
         for name in ("kernel_size", "first_kernel_size"):
-            if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected an odd number of at least 3")
+            side = getattr(self, name)
+            expect(side >= 3 and side % 2 == 1, name, side, "an odd number of at least 3")
         if min(self.num_codes, self.grid_size, self.hidden_size, self.head_size) < 1 or self.num_layers < 0:
             raise ValueError("num_codes, grid_size, hidden_size and head_size must be positive")
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers is {self.num_layers}: expected at most {MAX_LAYERS}")
+        expect(self.num_layers <= MAX_LAYERS, "num_layers", self.num_layers, f"at most {MAX_LAYERS}")
         check_parameters(self.least_parameters)

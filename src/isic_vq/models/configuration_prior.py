@@ -6,6 +6,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import expect
+
 
 @strict
 class PriorConfig(PreTrainedConfig):
@@ -95,7 +97,5 @@ class PriorConfig(PreTrainedConfig):
                 f"id2label has the ids {ids}: expected 0, 1, 2 and so on; the id after the last is unconditional"
             )
         for name in ("dropout", "class_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a probability in [0, 1)")
-        if self.num_clusters < 0:
-            raise ValueError(f"num_clusters is {self.num_clusters}: expected at least 0")
+            expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a probability in [0, 1)")
+        expect(self.num_clusters >= 0, "num_clusters", self.num_clusters, "at least 0")

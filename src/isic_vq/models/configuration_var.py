@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import expect
 from .configuration_prior import PriorConfig
 from .configuration_vqvae import MAX_LAYERS, check_parameters, check_scales
 
@@ -44,34 +45,29 @@ class VARConfig(PriorConfig):
 
     @property
     def description(self) -> str:
-        """What it is and in which order it makes codes."""
         return "VAR prior that generates such grids coarse to fine, all codes of a grid at once"
 
     @property
     def reference(self) -> tuple[str, str]:
-        """Authors, title and arXiv number of its paper."""
         title = "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"
         return f"K. Tian, Y. Jiang, Z. Yuan, B. Peng, L. Wang: {title}", "2404.02905"
 
     @property
     def sizes(self) -> list[int]:
-        """Codes of each scale."""
         return [side * side for side in self.scales]
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Shape of an image's codes: `(L,)`, all scales one after the other."""
         return (sum(self.sizes),)
 
     @property
     def least_parameters(self) -> int:
-        """A lower bound of the number of parameters, and of the entries of the mask between positions."""
         layers = int(self.num_layers * self.hidden_size**2 * self.mlp_ratio)
-        return layers + (self.num_codes + self.code_dim) * self.hidden_size + self.num_positions**2
+        mask = self.num_positions**2  # between positions: no parameters, but as large
+        return layers + (self.num_codes + self.code_dim) * self.hidden_size + mask
 
     @property
     def num_steps(self) -> int:
-        """Scales."""
         return len(self.scales)
 
     def validate_architecture(self) -> None:
@@ -79,16 +75,10 @@ class VARConfig(PriorConfig):
         check_scales(self.scales, self.scales[-1] if self.scales else 1)
         if min(self.num_codes, self.code_dim, self.hidden_size, self.num_layers, self.num_heads) < 1:
             raise ValueError("num_codes, code_dim, hidden_size, num_layers and num_heads must be positive")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}: expected a multiple of num_heads, {self.num_heads}"
-            )
-        if not 0 <= self.initializer_range < math.inf:
-            raise ValueError(
-                f"initializer_range is {self.initializer_range}: expected a finite number of at least 0"
-            )
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: expected a finite number of more than 0")
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers is {self.num_layers}: expected at most {MAX_LAYERS}")
+        is_multiple = self.hidden_size % self.num_heads == 0
+        expect(is_multiple, "hidden_size", self.hidden_size, f"a multiple of num_heads, {self.num_heads}")
+        is_range = 0 <= self.initializer_range < math.inf
+        expect(is_range, "initializer_range", self.initializer_range, "a finite number of at least 0")
+        expect(0 < self.mlp_ratio < math.inf, "mlp_ratio", self.mlp_ratio, "a finite number of more than 0")
+        expect(self.num_layers <= MAX_LAYERS, "num_layers", self.num_layers, f"at most {MAX_LAYERS}")
         check_parameters(self.least_parameters)

@@ -14,6 +14,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import expect
+
 PRESETS: dict[str, dict[str, Any]] = {
     "f8": {"hidden_sizes": (64, 128, 128)},
     "f4": {"hidden_sizes": (64, 128)},
@@ -25,11 +27,7 @@ MAX_IMAGE_SIZE = 4096  # pixels
 
 
 def check_parameters(least: float) -> None:
-    """Refuse sizes that are a mistake or an attack: modules allocate what a config asks for.
-
-    Raises:
-        ValueError: there would be at least so many parameters, too many.
-    """
+    """Raise ValueError for sizes that are a mistake or an attack: modules allocate what a config asks for."""
     if least > MAX_PARAMETERS:
         raise ValueError(
             f"the sizes make at least {least:.3g} parameters: expected at most {MAX_PARAMETERS:,}"
@@ -37,11 +35,7 @@ def check_parameters(least: float) -> None:
 
 
 def check_scales(scales: Sequence[int], last: int) -> None:
-    """Refuse sides of code grids that do not grow from at least 1 to `last`.
-
-    Raises:
-        ValueError: the scales are not such.
-    """
+    """Raise ValueError unless sides of code grids grow from at least 1 to `last`."""
     sides = list(scales)
     if not sides or sides[0] < 1 or sides != sorted(set(sides)) or sides[-1] != last:
         raise ValueError(
@@ -148,41 +142,30 @@ class VQVAEConfig(PreTrainedConfig):
             raise ValueError(
                 "hidden_sizes is empty: expected one entry per halving, for example (64, 128, 128)"
             )
-        if self.image_size <= 0 or self.image_size % self.downsampling:
-            raise ValueError(
-                f"image_size is {self.image_size}: expected a positive multiple of {self.downsampling}, "
-                f"the downsampling of {len(self.hidden_sizes)} hidden_sizes"
-            )
-        if self.image_size > MAX_IMAGE_SIZE or self.num_residual_blocks > MAX_LAYERS:
-            raise ValueError(
-                f"image_size is {self.image_size} and num_residual_blocks {self.num_residual_blocks}: expected at most "
-                f"{MAX_IMAGE_SIZE} and {MAX_LAYERS}"
-            )
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels is {self.num_channels}: expected at least 1")
+        multiple = f"{self.downsampling}, the downsampling of {len(self.hidden_sizes)} hidden_sizes"
+        is_multiple = self.image_size > 0 and self.image_size % self.downsampling == 0
+        expect(is_multiple, "image_size", self.image_size, f"a positive multiple of {multiple}")
+        expect(self.image_size <= MAX_IMAGE_SIZE, "image_size", self.image_size, f"at most {MAX_IMAGE_SIZE}")
+        blocks = self.num_residual_blocks
+        expect(blocks <= MAX_LAYERS, "num_residual_blocks", blocks, f"at most {MAX_LAYERS}")
+        expect(self.num_channels >= 1, "num_channels", self.num_channels, "at least 1")
         check_parameters(self.least_parameters)
-        if self.refinement_size < 0:
-            raise ValueError(f"refinement_size is {self.refinement_size}: expected 0 (none) or more")
-        if self.norm not in ("batch", "group"):
-            raise ValueError(f"norm is {self.norm!r}: expected 'batch' or 'group'")
-        if self.codebook_update not in ("ema", "gradient"):
-            raise ValueError(f"codebook_update is {self.codebook_update!r}: expected 'ema' or 'gradient'")
-        if self.num_codes < 1 or self.code_dim < 1:
-            raise ValueError(
-                f"num_codes and code_dim must be positive, got {self.num_codes} and {self.code_dim}"
-            )
+        expect(self.refinement_size >= 0, "refinement_size", self.refinement_size, "0 (none) or more")
+        expect(self.norm in ("batch", "group"), "norm", self.norm, "'batch' or 'group'")
+        update = self.codebook_update
+        expect(update in ("ema", "gradient"), "codebook_update", update, "'ema' or 'gradient'")
+        for name in ("num_codes", "code_dim"):
+            expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.scales is not None:
             check_scales(self.scales, self.grid_size)
-            if not 1 <= self.num_phi <= len(self.scales):
-                raise ValueError(
-                    f"num_phi is {self.num_phi}: expected 1 to {len(self.scales)}, the number of scales"
-                )
+            number = len(self.scales)
+            expect(
+                1 <= self.num_phi <= number, "num_phi", self.num_phi, f"1 to {number}, the number of scales"
+            )
         least = {"num_residual_blocks": 0, "residual_size": 1, "ema_epsilon": 0, "dead_code_threshold": 0}
         least |= {"beta": 0, "l1_weight": 0, "mse_weight": 0}
         for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {low}")
+            expect(low <= getattr(self, name) < math.inf, name, getattr(self, name), f"at least {low}")
         if min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes are {list(self.hidden_sizes)}: expected at least 1 channel each")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: expected a value in [0, 1)")
+        expect(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a value in [0, 1)")

@@ -40,103 +40,38 @@ DIAGNOSES = (
 
 # Spellings are compared without case, spaces and punctuation: "Basal-cell carcinoma" is "basalcellcarcinoma".
 _ALIASES = {
-    "melanoma": (
-        "mel",
-        "malignant melanoma",
-        "melanoma in situ",
-        "melanoma invasive",
-        "melanoma nos",
-        "melanoma metastasis",
-        "malignant melanocytic proliferations (melanoma)",
-    ),
-    "nevus": (
-        "nv",
-        "nevi",
-        "naevus",
-        "naevi",
-        "melanocytic nevus",
-        "melanocytic nevi",
-        "melanocytic naevus",
-        "nevus spilus",
-        "common nevus",
-        "blue nevus",
-        "spitz nevus",
-        "congenital nevus",
-        "atypical nevus",
-        "dysplastic nevus",
-    ),
-    "basal_cell_carcinoma": ("bcc", "basalioma"),
-    "actinic_keratosis": (
-        "ak",
-        "akiec",
-        "actinic keratoses",
-        "solar keratosis",
-        "solar or actinic keratosis",
-        "intraepithelial carcinoma",
-        "actinic keratoses and intraepithelial carcinoma",
-        "bowen disease",
-        "bowen's disease",
-    ),
-    "benign_keratosis": (
-        "bkl",
-        "bk",
-        "benign keratosis like lesion",
-        "benign keratosis like lesions",
-        "seborrheic keratosis",
-        "seborrhoeic keratosis",
-        "sk",
-        "solar lentigo",
-        "lichen planus like keratosis",
-        "lplk",
-        "lichenoid keratosis",  # another word for the lichen planus-like one; the 2020 challenge writes it so
-        "pigmented benign keratosis",
-        "benign epidermal proliferations",
-        "clear cell acanthoma",
-        "epidermal nevus",  # of keratinocytes: no nevus in the sense of the class
-    ),
-    "dermatofibroma": ("df", "dermatofibromas"),
-    "vascular_lesion": (
-        "vasc",
-        "vascular",
-        "vascular lesions",
-        "angioma",
-        "hemangioma",
-        "haemangioma",
-        "angiokeratoma",
-        "pyogenic granuloma",
-        "benign soft tissue proliferations - vascular",
-    ),
-    "squamous_cell_carcinoma": (
-        "scc",
-        "invasive squamous cell carcinoma",
-        "squamous cell carcinoma, invasive",
-        "squamous cell carcinoma in situ",
-        "squamous cell carcinoma nos",
-    ),
-    "unknown": ("unk", "none of the others", "not available"),
+    "melanoma": "mel, malignant melanoma, melanoma nos, malignant melanocytic proliferations (melanoma)",
+    "nevus": "nv, nevi, naevus, naevi, melanocytic nevus, melanocytic nevi, melanocytic naevus",
+    "basal_cell_carcinoma": "bcc, basalioma",
+    "actinic_keratosis": "ak, akiec, actinic keratoses, solar keratosis, solar or actinic keratosis, "
+    "actinic keratoses and intraepithelial carcinoma",
+    "benign_keratosis": "bkl, bk, benign keratosis like lesion, benign keratosis like lesions",
+    "dermatofibroma": "df, dermatofibromas",
+    "vascular_lesion": "vasc, vascular, vascular lesions, benign soft tissue proliferations - vascular",
+    "squamous_cell_carcinoma": "scc, squamous cell carcinoma nos",
+    "unknown": "unk, none of the others, not available",
+}
+# Aliases that name a part of their class: a list of classes may tell them apart, as "solar lentigo" from the rest.
+# The 2020 challenge calls the lichen planus-like keratosis lichenoid; an epidermal nevus is one of keratinocytes, no nevus
+# in the sense of the class.
+_NARROWER = {
+    "melanoma": "melanoma in situ, melanoma invasive, melanoma metastasis",
+    "nevus": "nevus spilus, common nevus, blue nevus, spitz nevus, congenital nevus, atypical nevus, dysplastic nevus",
+    "actinic_keratosis": "intraepithelial carcinoma, bowen disease, bowen's disease",
+    "benign_keratosis": "seborrheic keratosis, seborrhoeic keratosis, sk, solar lentigo, lichen planus like keratosis, lplk, "
+    "lichenoid keratosis, pigmented benign keratosis, benign epidermal proliferations, clear cell acanthoma, "
+    "epidermal nevus",
+    "vascular_lesion": "angioma, hemangioma, haemangioma, angiokeratoma, pyogenic granuloma",
+    "squamous_cell_carcinoma": "invasive squamous cell carcinoma, squamous cell carcinoma invasive, "
+    "squamous cell carcinoma in situ",
 }
 
-# Words for none of the eight, or for what cannot be told, in the challenges' tables and the archive's older metadata.
-# In data they are `unknown`; they are no names to ask a model for.
+# Words for none of the eight, or for what cannot be told, in the challenges' tables and the archive's older metadata
+# (AIMP: atypical intraepithelial melanocytic proliferation). In data they are `unknown`; they are no names to ask a model for.
 _OTHER = (
-    "acrochordon",
-    "adnexal tumor",
-    "AIMP",  # atypical intraepithelial melanocytic proliferation
-    "angiofibroma or fibrous papule",
-    "atypical melanocytic proliferation",
-    "atypical spitz tumor",
-    "cafe-au-lait macule",
-    "ephelis",
-    "lentigo NOS",
-    "lentigo simplex",
-    "merkel cell carcinoma",
-    "mucosal melanosis",
-    "neurofibroma",
-    "other",
-    "scar",
-    "sebaceous adenoma",
-    "sebaceous hyperplasia",
-    "verruca",
+    "acrochordon, adnexal tumor, AIMP, angiofibroma or fibrous papule, atypical melanocytic proliferation, "
+    "atypical spitz tumor, cafe-au-lait macule, ephelis, lentigo NOS, lentigo simplex, merkel cell carcinoma, "
+    "mucosal melanosis, neurofibroma, other, scar, sebaceous adenoma, sebaceous hyperplasia, verruca"
 )
 
 # Columns of the challenges' tables with one 1 in each row; upper case in 2018 and 2019, lower case in 2017.
@@ -149,26 +84,14 @@ def _key(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
-_CANONICAL_OF = {_key(spelling): name for name, aliases in _ALIASES.items() for spelling in (name, *aliases)}
-_OTHER_KEYS = frozenset(map(_key, _OTHER))
-# Aliases that name a part of their class: a list of classes may tell them apart, as "solar lentigo" from the rest.
-_NARROWER = frozenset(
-    map(
-        _key,
-        (
-            *("melanoma in situ", "melanoma invasive", "melanoma metastasis"),
-            *(name for name in _ALIASES["nevus"][7:]),
-            *("intraepithelial carcinoma", "bowen disease", "bowen's disease"),
-            *(name for name in _ALIASES["benign_keratosis"][4:]),
-            *("angioma", "hemangioma", "haemangioma", "angiokeratoma", "pyogenic granuloma"),
-            *(
-                name
-                for name in _ALIASES["squamous_cell_carcinoma"]
-                if "in situ" in name or "invasive" in name
-            ),
-        ),
-    )
-)
+def _keys(spellings: str) -> list[str]:
+    return [_key(spelling) for spelling in spellings.split(", ")]
+
+
+_OTHER_KEYS = frozenset(_keys(_OTHER))
+_NARROWER_KEYS = {key: name for name, spellings in _NARROWER.items() for key in _keys(spellings)}
+_CANONICAL_OF = {key: name for name, aliases in _ALIASES.items() for key in (_key(name), *_keys(aliases))}
+_CANONICAL_OF |= _NARROWER_KEYS
 _MAX_LISTED = 20  # classes in a message
 
 
@@ -204,7 +127,7 @@ def find_diagnosis(name: str, synonyms_only: bool = False) -> str | None:
         synonyms_only: take no alias that names a part of its class, such as "solar lentigo" of benign keratosis.
     """
     key = _key(name)
-    return None if synonyms_only and key in _NARROWER else _CANONICAL_OF.get(key)
+    return None if synonyms_only and key in _NARROWER_KEYS else _CANONICAL_OF.get(key)
 
 
 def is_other_disease(name: str) -> bool:

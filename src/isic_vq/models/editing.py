@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .finite import check_finite, damaged_or_overflow
+from .checks import check_finite, damaged_or_overflow, expect, is_positive_int
 from .modeling_prior import PriorModel, Walk
 from .modeling_vqvae import VQVAEModel
 from .modes import exactly, weights_at_hand
@@ -102,8 +102,7 @@ def code_masks(
             f"mask has shape {tuple(mask.shape)}: expected {', '.join(map(str, shapes[:-1]))} or {shapes[-1]}, the "
             "height and width of the images"
         )
-    if dilation < 0:
-        raise ValueError(f"dilation is {dilation}: expected 0 codes or more")
+    expect(dilation >= 0, "dilation", dilation, "0 codes or more")
     pixels = mask.reshape(-1, 1, size, size).expand(num_images, 1, size, size).float()
     touched = F.max_pool2d(pixels, size // sides[-1])
     touched = F.max_pool2d(touched, 2 * dilation + 1, stride=1, padding=dilation)
@@ -241,8 +240,7 @@ def redraw_codes(
     Raises:
         ValueError: `num_particles` below 1, or labels that are not the prior's.
     """
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-        raise ValueError(f"num_particles is {num_particles!r}: expected a whole number of at least 1")
+    expect(is_positive_int(num_particles), "num_particles", num_particles, "a whole number of at least 1")
     prior = model.prior
     chosen, sets = [], []
     with weights_at_hand(prior), exactly(prior), torch.inference_mode():

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .checks import check_finite, damaged_or_overflow
 from .configuration_isic_vq import IsicVQConfig
-from .finite import check_finite, damaged_or_overflow
 from .modeling_prior import PriorModel
 from .modes import evaluating
 
@@ -36,7 +36,7 @@ class Scorer(Protocol):
     prior: PriorModel
 
     def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits `(B, K, *code shape)` of every code from earlier ones."""
+        """Predict logits `(B, K, *code shape)` of every code from earlier ones."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .checks import expect, is_positive_int
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
 from .editing import BLENDS, EditOutput, blended, central_region, code_masks, pixel_mask, redraw_codes
@@ -136,15 +137,15 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         return model.eval()
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Codes of images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.encode`."""
+        """Return codes of images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.encode`."""
         return self.vqvae.encode(pixel_values)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] of codes; see `VQVAEModel.decode`."""
+        """Return images `(B, 3, H, W)` in [0, 1] of codes; see `VQVAEModel.decode`."""
         return self.vqvae.decode(codes)
 
     def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits `(B, K, *code shape)` of every code, from earlier ones and class ids `(B,)`; None is unconditional.
+        """Predict logits `(B, K, *code shape)` of every code from earlier ones and class ids `(B,)`; None is unconditional.
 
         A prior with clusters is given those that the codes as a whole fall into.
         """
@@ -174,7 +175,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         return output
 
     def label_ids(self, labels: Labels, num_images: int) -> Tensor:
-        """Class ids `(num_images,)` from a name, an id, one per image, or None for unconditional.
+        """Resolve a name, an id, one per image, or None for unconditional, to class ids `(num_images,)`.
 
         Raises:
             ValueError: an unknown label, or a sequence of another length.
@@ -260,23 +261,19 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
                 frequency given the class, from the image's noise.
             batch_size: images computed at once.
             backend: "eager", "compiled" (CPU, needs numba), "cuda_graph", or "auto" for the one that takes the least
-                time for so many images, of those that this project has run on such a device (`run_on`).
+                time for so many images, of those that this project has run on such a device (`modes.RUN_ON`).
             on_step: called after each finished step of a block, a row of its code grids or a scale; `num_steps` times.
             settings: fields of `Sampling`, such as `temperature`, that differ from those of `sampling`.
 
         Raises:
             ValueError, TypeError: as `generate`.
         """
-        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
-            raise ValueError(f"num_images is {num_images!r}: expected a whole number of at least 1")
-        if num_images > MAX_IMAGES:
-            raise ValueError(
-                f"num_images is {num_images}: expected at most {MAX_IMAGES} in one call; first_index goes on from there"
-            )
+        expect(is_positive_int(num_images), "num_images", num_images, "a whole number of at least 1")
+        at_most = f"at most {MAX_IMAGES} in one call; first_index goes on from there"
+        expect(num_images <= MAX_IMAGES, "num_images", num_images, at_most)
+        expect(1 <= batch_size <= MAX_BATCH, "batch_size", batch_size, f"1 to {MAX_BATCH}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
-        if not 1 <= batch_size <= MAX_BATCH:
-            raise ValueError(f"batch_size is {batch_size}: expected 1 to {MAX_BATCH}")
         sampling = replace(sampling or Sampling(), **settings)
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
@@ -312,7 +309,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             )
 
     def num_steps(self, num_images: int, batch_size: int = BLOCK_SIZE) -> int:
-        """How often `generate` calls `on_step` for so many images, counted from the first of a seed."""
+        """Count the calls of `on_step` that `generate` makes for so many images from the first of a seed."""
         return self.config.prior_config.num_steps * -(-num_images // batch_size)
 
     def _noise(
@@ -432,7 +429,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         marginalize: bool = False,
         class_weights: Tensor | None = None,
     ) -> ScoreOutput:
-        """How many bits the prior needs for the codes of images, and where; fewer bits are likelier codes.
+        """Measure how many bits the prior needs for the codes of images, and where; fewer bits are likelier codes.
 
         It measures codes, not pixels: what the tokenizer leaves out costs nothing, and smooth images cost little. Under a
         prior with clusters it is an upper bound, the bits of the image's cluster among them.

@@ -25,8 +25,7 @@ from .code_convolution import CodeConv2d
 from .configuration_pixelcnn import PixelCNNConfig
 from .modeling_prior import Extend, PriorModel, PriorOutput
 from .modes import exactly
-from .pixelcnn_cache import RasterWalk
-from .pixelcnn_sampler import best_backend, sample_codes
+from .pixelcnn_sampler import RasterWalk, best_backend, sample_codes
 from .sampling import Sampling
 
 

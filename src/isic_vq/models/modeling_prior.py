@@ -15,8 +15,7 @@ from transformers.utils import ModelOutput
 
 from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
-from .modes import weights_at_hand
-from .run_on import warn_if_slow
+from .modes import warn_if_slow, weights_at_hand
 from .sampling import Sampling, draw
 from .strict_loading import StrictLoading
 
@@ -49,13 +48,13 @@ class Walk(Protocol):
     steps: Sequence[Sequence[slice]]
 
     def logits(self, group: slice) -> Tensor:
-        """Logits `(B, n, K)` of the next group's codes."""
+        """Compute logits `(B, n, K)` of the next group's codes."""
 
     def put(self, group: slice, codes: Tensor) -> None:
         """Take in the codes `(B, n)` of that group."""
 
     def reorder(self, ancestors: Tensor) -> None:
-        """Between steps: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
+        """Between steps, continue image i from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
 
 
 class PriorModel(StrictLoading, PreTrainedModel):
@@ -83,18 +82,14 @@ class PriorModel(StrictLoading, PreTrainedModel):
             self.register_buffer("cluster_weights", weights)
 
     def checked_codes(self, codes: Tensor) -> Tensor:
-        """The codes.
-
-        Raises:
-            ValueError: they are of another shape than the model's.
-        """
+        """Return codes of the model's shape, else raise ValueError."""
         if codes.shape[1:] != self.config.code_shape:
             expected = ", ".join(map(str, ("batch", *self.config.code_shape)))
             raise ValueError(f"codes have shape {tuple(codes.shape)}: expected ({expected})")
         return codes
 
     def checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """Class ids `(B,)` on the model's device; None becomes the unconditional id.
+        """Return class ids `(B,)` on the model's device; None becomes the unconditional id.
 
         Raises:
             ValueError: wrong shape, or an id outside [0, number of classes].
@@ -113,16 +108,8 @@ class PriorModel(StrictLoading, PreTrainedModel):
             )
         return labels.to(self.device)
 
-    def training_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """As `checked_labels`; in train mode each becomes the unconditional id with probability `class_dropout`."""
-        labels = self.checked_labels(labels, batch_size)
-        if self.training and self.config.class_dropout:
-            dropped = torch.rand(batch_size, device=labels.device) < self.config.class_dropout
-            labels = labels.masked_fill(dropped, self.config.unconditional_id)
-        return labels
-
     def conditions(self, labels: Tensor, clusters: Tensor | None) -> Tensor:
-        """Class ids and clusters, `(B,)` each, as one number: class * C + cluster; the class alone where C is 0.
+        """Combine class ids and clusters, `(B,)` each, as class * C + cluster; the class alone where C is 0.
 
         Raises:
             ValueError: clusters that are not the prior's, or none where it has some.
@@ -137,31 +124,31 @@ class PriorModel(StrictLoading, PreTrainedModel):
             raise ValueError(
                 f"clusters are {found}: expected whole numbers of shape {tuple(labels.shape)}, one per image"
             )
-        if (
-            not torch.compiler.is_compiling()
-            and clusters.numel()
-            and (clusters.min() < 0 or clusters.max() >= number)
-        ):
+        if not torch.compiler.is_compiling() and ((clusters < 0) | (clusters >= number)).any():
             raise ValueError(
-                f"clusters lie in [{clusters.min().item()}, {clusters.max().item()}]: expected numbers from 0 to "
-                f"{number - 1}"
+                f"clusters lie in [{clusters.min().item()}, {clusters.max().item()}]: expected 0 to {number - 1}"
             )
         return labels * number + clusters.to(labels.device)
 
     def conditions_of(self, codes: Tensor, labels: Tensor | None, clusters: Tensor | None = None) -> Tensor:
-        """Conditions of codes, with dropped labels in train mode; clusters that are not given are the codes' own."""
-        if clusters is None:
-            clusters = self.clusters_of(codes)
-        return self.conditions(self.training_labels(labels, codes.shape[0]), clusters)
+        """Return the conditions of codes; clusters that are not given are the codes' own.
+
+        In train mode each label becomes the unconditional id with probability `class_dropout`.
+        """
+        labels = self.checked_labels(labels, codes.shape[0])
+        if self.training and self.config.class_dropout:
+            dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
+            labels = labels.masked_fill(dropped, self.config.unconditional_id)
+        return self.conditions(labels, self.clusters_of(codes) if clusters is None else clusters)
 
     def without_class(self, conditions: Tensor) -> Tensor:
-        """The same conditions, unconditional and of the same clusters: what guidance compares with."""
+        """Replace the classes of conditions by the unconditional id, which guidance compares with; clusters stay."""
         number = self.config.num_clusters
         labels = torch.full_like(conditions, self.config.unconditional_id)
         return labels * number + conditions % number if number else labels
 
     def clusters_of(self, codes: Tensor) -> Tensor | None:
-        """The cluster `(B,)` that each image's codes fall into; None where the prior has none."""
+        """Find the cluster `(B,)` of each image's codes; None where the prior has no clusters."""
         if not self.config.num_clusters:
             return None
         frequencies = code_frequencies(codes, self.config.sizes, self.config.num_codes)
@@ -170,17 +157,17 @@ class PriorModel(StrictLoading, PreTrainedModel):
         return (frequencies @ scores).argmax(1)
 
     def cluster_log_probabilities(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """log p(cluster | class), `(B, C)` float64, of a prior with clusters."""
+        """Return log p(cluster | class), `(B, C)` float64, of a prior with clusters."""
         with weights_at_hand(self):
             weights = self.cluster_weights[self.checked_labels(labels, batch_size)].double()
         return (weights / weights.sum(1, keepdim=True)).log()
 
     def draw_clusters(self, labels: Tensor | None, uniforms: Tensor) -> Tensor:
-        """Clusters `(B,)` by their frequencies given the class, from uniforms `(B,)` in [0, 1), float64."""
+        """Draw clusters `(B,)` by their frequencies given the class, from uniforms `(B,)` in [0, 1), float64."""
         return draw(self.cluster_log_probabilities(labels, len(uniforms)), uniforms)
 
     def best_backend(self, num_blocks: int) -> str:
-        """The backend that samples so many batches of 16 images in the least time; see `sample`."""
+        """Name the backend that samples so many batches of 16 images in the least time; see `sample`."""
         return "eager"
 
     def sample(
@@ -201,7 +188,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
             uniforms (`torch.Tensor` of shape `(B, L)`): noise of each image and position, in [0, 1).
             labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
             sampling: how codes are drawn from logits; by default from the prior's own distribution.
-            backend: "eager" or, of a PixelCNN, "compiled" (CPU, needs numba) or "cuda_graph"; `run_on` tells where each
+            backend: "eager" or, of a PixelCNN, "compiled" (CPU, needs numba) or "cuda_graph"; `modes.RUN_ON` tells where each
                 was run.
             on_step: called after each finished row or scale, for progress bars.
             extend: the tokenizer's, which tells each scale what coarser ones made: `VQVAEModel.extend`; a single grid
@@ -239,7 +226,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
         on_step: Callable[[], None] | None,
         extend: Extend | None,
     ) -> Tensor:
-        """`sample`, of conditions that are one entry per image, or two when guided; see `Sampling.both`."""
+        """Do what `sample` does, of conditions of one entry per image, or two when guided; see `Sampling.both`."""
         raise NotImplementedError
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> Walk:

@@ -285,7 +285,6 @@ class VARScaleWalk:
         self.index = 0
 
     def logits(self, group: slice) -> Tensor:
-        """Logits `(B, n, K)` of the next scale's codes."""
         model = self.model
         given = (
             self.classes[:, None] if self.context is None else model.features(self.context.to(model.dtype))
@@ -294,12 +293,10 @@ class VARScaleWalk:
         return model.layers_and_head(hidden, self.classes, None, self.cache)
 
     def put(self, group: slice, codes: Tensor) -> None:
-        """Take in the codes `(B, n)` of that scale."""
         self.features, self.context = self.extend(self.features, codes, self.index)
         self.index += 1
 
     def reorder(self, ancestors: Tensor) -> None:
-        """Image i goes on from what image `ancestors[i]` was."""
         self.cache.reorder_cache(ancestors)
         self.features = self.features[ancestors]
         self.context = None if self.context is None else self.context[ancestors]

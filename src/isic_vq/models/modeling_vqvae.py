@@ -18,11 +18,10 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .checks import check_finite, damaged_or_overflow
 from .configuration_vqvae import VQVAEConfig
-from .finite import check_finite, damaged_or_overflow
-from .modes import evaluating, weights_at_hand
+from .modes import evaluating, warn_if_slow, weights_at_hand
 from .residual_quantizer import Phi, ResidualQuantizer
-from .run_on import warn_if_slow
 from .strict_loading import StrictLoading
 from .vector_quantizer import VectorQuantizer
 

@@ -1,4 +1,4 @@
-"""What codes already drawn mean to the next ones in a PixelCNN: each feature is computed once.
+"""Sampling from a PixelCNN with torch's operations: each feature of the codes already drawn is computed once.
 
 Within a row only the codes to the left are new, so everything that depends on the rows above (the vertical
 stack, or the upper half of a masked convolution) is computed once per row, and a code costs one step of small
@@ -11,21 +11,23 @@ with the halves folded into the weights, so that one tanh serves both halves of 
 code but by the draw.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .code_convolution import code_tables, sum_taps
+from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .modeling_pixelcnn import PixelCNNGatedLayer, PixelCNNModel, PixelCNNPlainLayer
 
 
 def open_cache(model: "PixelCNNModel", conditions: Tensor) -> "GatedCache | PlainCache":
-    """An empty cache for images of the conditions `(B,)`: `start_row`, then `logits` and `put` per column.
+    """Open an empty cache for images of the conditions `(B,)`: call `start_row`, then `logits` and `put` per column.
 
     Raises:
         ValueError: a layer was wrapped by another library; what that adds to its weights would be left out.
@@ -40,37 +42,8 @@ def open_cache(model: "PixelCNNModel", conditions: Tensor) -> "GatedCache | Plai
     return (GatedCache if model.config.architecture == "gated" else PlainCache)(model, conditions)
 
 
-class RasterWalk:
-    """Rows from above, and in each the codes from the left, every one a group of its own; a `prior.Walk`.
-
-    Args:
-        model: in eval mode.
-        conditions: `(B,)`, see `PriorModel.conditions`.
-    """
-
-    def __init__(self, model: "PixelCNNModel", conditions: Tensor):
-        self.cache, self.grid = open_cache(model, conditions), model.config.grid_size
-        starts = torch.arange(self.grid**2).view(self.grid, self.grid).tolist()
-        self.steps: Sequence[Sequence[slice]] = [[slice(start, start + 1) for start in row] for row in starts]
-
-    def logits(self, group: slice) -> Tensor:
-        """Logits `(B, 1, K)` of the next code."""
-        row, column = divmod(group.start, self.grid)
-        if column == 0:
-            self.cache.start_row(row)
-        return self.cache.logits(column)[:, None]
-
-    def put(self, group: slice, codes: Tensor) -> None:
-        """Take in that code, `(B, 1)`."""
-        self.cache.put(group.start % self.grid, codes[:, 0])
-
-    def reorder(self, ancestors: Tensor) -> None:
-        """Image i goes on from what image `ancestors[i]` was."""
-        self.cache.reorder(ancestors)
-
-
 class Cache(ABC):
-    """What the codes so far determine: of the present row, and of those above as far as later rows see them.
+    """Features of the codes so far: of the present row, and of those above as far as later rows see them.
 
     Layer 0 sees codes; the others see features of `size` channels. An activation takes `width` channels.
     """
@@ -114,10 +87,10 @@ class Cache(ABC):
 
     @abstractmethod
     def last_hidden(self, column: int) -> Tensor:
-        """Features `(B, C)` at a column after the last layer, rectified."""
+        """Compute the features `(B, C)` at a column after the last layer, rectified."""
 
     def logits(self, column: int) -> Tensor:
-        """Logits `(B, K)` of the next code of the row."""
+        """Compute logits `(B, K)` of the next code of the row."""
         (first_bias, first), (second_bias, second) = self.head
         hidden = torch.addmm(first_bias, self.last_hidden(column), first).relu_()
         return torch.addmm(second_bias, hidden, second)
@@ -130,12 +103,11 @@ class Cache(ABC):
             tables = self.tables_left[: last - column]
             self.before[0, column + 1 : last + 1].add_(tables.index_select(1, codes))
         for start in range(0, self.windows.shape[2] - self.size, self.size):
-            self.windows[:, :, start : start + self.size] = self.windows[:, :, start + self.size :][
-                :, :, : self.size
-            ]
+            end = start + self.size
+            self.windows[:, :, start:end] = self.windows[:, :, end : end + self.size]
 
     def reorder(self, ancestors: Tensor) -> None:
-        """Between rows: image i goes on from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
+        """Between rows, continue image i from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
         self.codes_above.copy_(self.codes_above[ancestors])
         self.codes.copy_(self.codes[ancestors])
         for rows in self.above:
@@ -148,21 +120,19 @@ class Cache(ABC):
         """Take layer 0's kernels, `(width, C, rows, k)` over the rows above and `(width, C, 1, k)` to the left."""
         embedding = self.model.code_embedding.weight
         self.tables_above = code_tables(embedding, above)
-        self.tables_left = (
-            code_tables(embedding, left)[:, :-1].flip(0).contiguous()
-        )  # by distance to the right
+        # By distance to the right.
+        self.tables_left = code_tables(embedding, left)[:, :-1].flip(0).contiguous()
 
     def _convolve_codes_above(self) -> Tensor:
-        """Layer 0's convolution of the rows above, `(columns * B, width)`, without its bias."""
+        """Convolve layer 0's rows above, `(columns * B, width)`, without its bias."""
         present = self.codes_above[:, :, self.first_reach : self.first_reach + self.grid]
         present.copy_(torch.cat([present[:, 1:], self.codes[:, None]], dim=1))
-        windows = self.codes_above.unfold(
-            2, 2 * self.first_reach + 1, 1
-        )  # (image, row, column, kernel column)
+        # (image, row, column, kernel column)
+        windows = self.codes_above.unfold(2, 2 * self.first_reach + 1, 1)
         return sum_taps(self.tables_above, windows.permute(2, 0, 1, 3).flatten(0, 1).flatten(1))
 
     def _convolve_above(self, rows: Tensor, kernel: list[Tensor]) -> Tensor:
-        """A later layer's convolution of its rows above, `(columns * B, width)`, without its bias."""
+        """Convolve a later layer's rows above, `(columns * B, width)`, without its bias."""
         parts = [rows[shift : shift + self.grid].flatten(0, 1) for shift in range(len(kernel))]
         result = parts[0] @ kernel[0]
         for part, matrix in zip(parts[1:], kernel[1:], strict=True):
@@ -170,14 +140,13 @@ class Cache(ABC):
         return result
 
     def _push(self, rows: Tensor, new: Tensor) -> None:
-        """Drop the oldest of a layer's rows above and append the row `(columns, B, C)`."""
         kept = rows[:, :, self.size :].clone()
         rows[:, :, : kept.shape[2]] = kept
         rows[self.reach : self.reach + self.grid, :, kept.shape[2] :] = new
 
 
 def columns(weight: Tensor) -> list[Tensor]:
-    """A kernel `(F, C, rows, k)` as k matrices `(rows * C, F)`, one per column of the kernel."""
+    """Split a kernel `(F, C, rows, k)` into k matrices `(rows * C, F)`, one per column."""
     return [part.permute(2, 1, 0).flatten(0, 1).contiguous() for part in weight.unbind(3)]
 
 
@@ -305,5 +274,84 @@ class PlainCache(Cache):
 
 
 def batch_norm_scale(norm: nn.BatchNorm2d) -> Tensor:
-    """What BatchNorm multiplies its channels by in eval mode, `(C, 1, 1, 1)`."""
+    """Return the factors of BatchNorm's channels in eval mode, `(C, 1, 1, 1)`."""
     return (norm.weight * (norm.running_var + norm.eps).rsqrt()).view(-1, 1, 1, 1)
+
+
+class Rows(AbstractContextManager):
+    """Draws the rows of codes of a batch, one after the other: on any device, in any precision."""
+
+    def __init__(self, cache: Cache, sampling: Sampling):
+        self.cache, self.sampling = cache, sampling
+        self.total = torch.zeros(
+            (), dtype=torch.float64, device=cache.before.device
+        )  # of all logits drawn from
+        self.guidance_share: float | Tensor = 1.0  # of the present row
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def draw(self, row: int, uniforms: Tensor) -> Tensor:
+        """Draw the codes `(B, columns)` of a row from uniforms of that shape; rows are drawn in order."""
+        self.guidance_share = self.share_of(row)
+        self.start_row(row)
+        return self.draw_columns(uniforms)
+
+    def share_of(self, row: int) -> float:
+        return self.sampling.guidance_share(row / max(self.cache.grid - 1, 1))
+
+    def start_row(self, row: int) -> None:
+        self.cache.start_row(row)
+
+    def logits(self, column: int) -> Tensor:
+        """Compute logits of the next code of the row, `(B, K)` or, when guided, `(2B, K)`."""
+        return self.cache.logits(column)
+
+    def draw_columns(self, uniforms: Tensor) -> Tensor:
+        """Draw the codes of the row that is started."""
+        codes = []
+        for column, noise in enumerate(uniforms.unbind(1)):
+            codes.append(self.sampling.draw(self.logits(column), noise, self.guidance_share, self.total))
+            self.cache.put(column, self.sampling.both(codes[-1]))
+        return torch.stack(codes, dim=1)
+
+    def check(self) -> None:
+        """Raise ValueError if a code was drawn from logits that are not finite."""
+        self.sampling.check(math.isfinite(self.total.item()))
+
+
+class GraphedRows(Rows):
+    """Replays one recorded row as a CUDA graph, which costs one launch where a row has thousands.
+
+    Raises:
+        ValueError: a cache that is not on a CUDA device.
+    """
+
+    def __init__(self, cache: Cache, sampling: Sampling):
+        super().__init__(cache, sampling)
+        if cache.before.device.type != "cuda":
+            raise ValueError(
+                f"the model is on {cache.before.device}: backend 'cuda_graph' needs a CUDA device"
+            )
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def draw(self, row: int, uniforms: Tensor) -> Tensor:
+        if row == 0:  # one ordinary row sets up what may not be set up in a graph
+            return super().draw(row, uniforms)
+        self.cache.position_row.copy_(self.cache.position[row])
+        if self.graph is None:
+            if (
+                self.sampling.guidance_power is not None
+            ):  # differs from row to row: a graph reads it from memory
+                self.guidance_share = torch.zeros((), dtype=torch.float64, device=uniforms.device)
+                self.guidance_share.fill_(self.share_of(row))
+            self.uniforms = uniforms.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.cache.see_rows_above()
+                self.codes = self.draw_columns(self.uniforms)
+        self.uniforms.copy_(uniforms)
+        if isinstance(self.guidance_share, Tensor):
+            self.guidance_share.fill_(self.share_of(row))
+        self.graph.replay()
+        return self.codes.clone()

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pixelcnn_cache import GatedCache, PlainCache
-from .pixelcnn_rows import Rows
+from .pixelcnn_cache import GatedCache, PlainCache, Rows
 from .sampling import Sampling
 
 try:
@@ -69,35 +68,16 @@ def _overload_tanh(x):
     if x != types.float32:
         return lambda x: math.tanh(x)
     limit = np.float32(9.02)
-    p0, p1, p2, p3, p4 = (
-        np.float32(value)
-        for value in (
-            0.9999999790678767,
-            0.13379722740627845,
-            0.003494040047383633,
-            2.0583563866058703e-05,
-            1.3319172885930171e-08,
-        )
-    )
-    q0, q1, q2, q3, q4 = (
-        np.float32(value)
-        for value in (
-            1.0,
-            0.4671303799612609,
-            0.02587109461400176,
-            0.0003283101473588974,
-            7.762063574039639e-07,
-        )
-    )
+    p = (0.9999999790678767, 0.13379722740627845, 0.003494040047383633, 2.0583563866058703e-05)
+    q = (1.0, 0.4671303799612609, 0.02587109461400176, 0.0003283101473588974, 7.762063574039639e-07)
+    p0, p1, p2, p3, p4 = map(np.float32, (*p, 1.3319172885930171e-08))
+    q0, q1, q2, q3, q4 = map(np.float32, q)
 
     def rational(x):
         x = min(max(x, -limit), limit)
         z = x * x
-        return (
-            x
-            * (p0 + z * (p1 + z * (p2 + z * (p3 + z * p4))))
-            / (q0 + z * (q1 + z * (q2 + z * (q3 + z * q4))))
-        )
+        above = x * (p0 + z * (p1 + z * (p2 + z * (p3 + z * p4))))
+        return above / (q0 + z * (q1 + z * (q2 + z * (q3 + z * q4))))
 
     return rational
 
@@ -191,7 +171,7 @@ def gate(out, features):
 
 @compiled
 def gated_logits(column, images, before, net, windows, logits):
-    """Logits `(M, K)` at a column of the images `(M,)`; `windows` `(layers, M, taps * C)` moves on to it."""
+    """Compute logits `(M, K)` at a column of the images `(M,)`, and move `windows` `(layers, M, taps * C)` on to it."""
     position, own, outputs, offset, head = net
     num_layers, num_rows, _ = windows.shape
     size = position.shape[1]
@@ -215,7 +195,7 @@ def gated_logits(column, images, before, net, windows, logits):
 
 @compiled
 def plain_logits(column, images, before, net, windows, logits):
-    """As `gated_logits`; `row` takes the inputs of layers 1 and up at the column."""
+    """Do as `gated_logits` for the plain network; `row` takes the inputs of layers 1 and up at the column."""
     position, own, row, head = net
     num_layers, num_rows, _ = windows.shape
     size = position.shape[1]
@@ -270,9 +250,9 @@ def draw_code(logits, unlabelled, guidance_scale, temperature, uniform):
 
 @compiled
 def draw_column(
-    column, images, num_draws, before, tables_left, logits, uniforms, codes, guidance_scale, temperature
+    column, images, before, logits, num_draws, tables_left, uniforms, codes, guidance_scale, temperature
 ):
-    """Draw the codes of a column and add to layer 0 what they mean to the columns on their right."""
+    """Draw the codes of a column, and add what they mean to the columns on their right to layer 0."""
     for m in range(num_draws):
         unlabelled = logits[(m + num_draws) % len(images)]
         code = draw_code(logits[m], unlabelled, guidance_scale, temperature, uniforms[images[m], column])
@@ -283,45 +263,19 @@ def draw_column(
 
 
 @compiled
-def gated_row(
-    images, net, windows, logits, num_draws, before, tables_left, uniforms, codes, guidance_scale, temperature
-):
-    """Draw a row of codes for the images `(M,)`, of which the first `num_draws` are drawn."""
+def gated_row(images, before, net, windows, logits, *drawing):
+    """Draw a row of codes for the images `(M,)`; `drawing` are the other arguments of `draw_column`."""
     for column in range(before.shape[1]):
         gated_logits(column, images, before, net, windows, logits)
-        draw_column(
-            column,
-            images,
-            num_draws,
-            before,
-            tables_left,
-            logits,
-            uniforms,
-            codes,
-            guidance_scale,
-            temperature,
-        )
+        draw_column(column, images, before, logits, *drawing)
 
 
 @compiled
-def plain_row(
-    images, net, windows, logits, num_draws, before, tables_left, uniforms, codes, guidance_scale, temperature
-):
-    """Draw a row of codes for the images `(M,)`, of which the first `num_draws` are drawn."""
+def plain_row(images, before, net, windows, logits, *drawing):
+    """Do as `gated_row` for the plain network."""
     for column in range(before.shape[1]):
         plain_logits(column, images, before, net, windows, logits)
-        draw_column(
-            column,
-            images,
-            num_draws,
-            before,
-            tables_left,
-            logits,
-            uniforms,
-            codes,
-            guidance_scale,
-            temperature,
-        )
+        draw_column(column, images, before, logits, *drawing)
 
 
 @dataclass
@@ -358,12 +312,9 @@ class CompiledRows(Rows):
             )
         super().__init__(cache, sampling)
         self.before, self.tables_left = cache.before.numpy(), cache.tables_left.numpy()
-        shape = (len(cache.own), cache.windows.shape[2], cache.width)
-        own = (
-            np.stack([matrix.numpy() for matrix in cache.own])
-            if cache.own
-            else np.empty(shape, self.before.dtype)
-        )
+        own = np.empty((len(cache.own), cache.windows.shape[2], cache.width), self.before.dtype)
+        for number, matrix in enumerate(cache.own):
+            own[number] = matrix.numpy()
         head = tuple(part.detach().numpy() for layer in cache.head for part in layer)
         self.net: tuple
         if isinstance(cache, GatedCache):
@@ -398,11 +349,8 @@ class CompiledRows(Rows):
         return torch.from_numpy(logits)
 
     def draw_columns(self, uniforms: Tensor) -> Tensor:
-        if self.sampling.top_k is None and self.sampling.top_p is None:
-            return self._draw_row(uniforms)
-        return super().draw_columns(uniforms)
-
-    def _draw_row(self, uniforms: Tensor) -> Tensor:
+        if self.sampling.top_k is not None or self.sampling.top_p is not None:
+            return super().draw_columns(uniforms)
         codes = torch.empty(uniforms.shape, dtype=torch.long)
         noise, drawn = uniforms.numpy(), codes.numpy()
         scale = 1 + float(self.guidance_share) * (self.sampling.guidance_scale - 1)
@@ -410,8 +358,8 @@ class CompiledRows(Rows):
 
         def work(share: Share) -> None:
             num_draws = len(share.images) // 2 if self.sampling.guided else len(share.images)
-            state = share.images, self.net, share.windows, share.logits, num_draws
-            self.row_kernel(*state, self.before, self.tables_left, noise, drawn, *settings)
+            grids = share.images, self.before, self.net, share.windows, share.logits
+            self.row_kernel(*grids, num_draws, self.tables_left, noise, drawn, *settings)
 
         list(self.threads.map(work, self.shares))
         self.sampling.check(bool((codes != NOT_FINITE).all()))  # the next row would look it up
@@ -421,8 +369,7 @@ class CompiledRows(Rows):
     def _share(self, images: np.ndarray) -> Share:
         if self.sampling.guided:
             images = np.concatenate([images, images + self.cache.batch // 2])
-        shape = len(self.cache.windows), len(images), self.cache.windows.shape[2]
-        num_codes = self.cache.model.config.num_codes
-        return Share(
-            images, np.zeros(shape, self.before.dtype), np.empty((len(images), num_codes), self.before.dtype)
-        )
+        layers, _, taps = self.cache.windows.shape
+        num_codes, dtype = self.cache.model.config.num_codes, self.before.dtype
+        windows = np.zeros((layers, len(images), taps), dtype)
+        return Share(images, windows, np.empty((len(images), num_codes), dtype))

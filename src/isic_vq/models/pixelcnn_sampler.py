@@ -1,19 +1,18 @@
 """Exact incremental sampling from a PixelCNN, row by row, on one of three backends.
 
 "eager" runs torch's own operations and works everywhere; "compiled" runs numba's kernels on a CPU; "cuda_graph"
-replays a recorded row on a CUDA device (see `run_on`). All draw the same codes, up to rounding.
+replays a recorded row on a CUDA device (see `modes.RUN_ON`). All draw the same codes, up to rounding.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .pixelcnn_cache import GatedCache, PlainCache, open_cache
-from .pixelcnn_rows import GraphedRows, Rows
-from .run_on import label_unrun, was_run
+from .modes import label_unrun, was_run
+from .pixelcnn_cache import Cache, GraphedRows, Rows, open_cache
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -28,26 +27,21 @@ LOADING, COMPILING = 0.6, 10.0
 
 
 def best_backend(model: "PixelCNNModel", num_blocks: int) -> str:
-    """The backend that samples so many blocks of images in the least time, kernels' start included.
+    """Choose the backend that samples so many blocks of images in the least time, kernels' start included.
 
     Of those that were run on the kind of device; "eager", which is plain torch, where none was.
     """
     if was_run(model.device.type, "cuda_graph"):
         return "cuda_graph"
-    if (
-        model.device.type != "cpu"
-        or model.dtype != torch.float32
-        or importlib.util.find_spec("numba") is None
-    ):
+    has_numba = importlib.util.find_spec("numba") is not None
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not has_numba:
         return "eager"
     saved = num_blocks * model.config.grid_size**2 * len(model.layers) * SAVED_PER_LAYER
-    if saved > COMPILING:
-        return "compiled"
-    if saved <= LOADING:
-        return "eager"
-    from .pixelcnn_compiled import lie_on_disk
+    if LOADING < saved <= COMPILING:
+        from .pixelcnn_compiled import lie_on_disk
 
-    return "compiled" if lie_on_disk() else "eager"
+        return "compiled" if lie_on_disk() else "eager"
+    return "compiled" if saved > COMPILING else "eager"
 
 
 def sample_codes(
@@ -58,13 +52,12 @@ def sample_codes(
     backend: str,
     on_step: Callable[[], None] | None,
 ) -> Tensor:
-    """Codes `(B, h, w)`; the arguments are those of `PriorModel.draw_codes`, the model is in eval mode."""
+    """Draw codes `(B, h, w)`; the arguments are those of `PriorModel.draw_codes`, the model is in eval mode."""
     label_unrun(model.device.type, backend)
     grid = model.config.grid_size
     rows_first = uniforms.to(model.device).view(-1, grid, grid).transpose(0, 1).contiguous()
-    cache = open_cache(model, conditions)
     codes = []
-    with open_rows(backend, cache, sampling) as rows:
+    with open_rows(backend, open_cache(model, conditions), sampling) as rows:
         for row in range(grid):
             codes.append(rows.draw(row, rows_first[row]))
             if on_step is not None:
@@ -73,8 +66,8 @@ def sample_codes(
     return torch.stack(codes, dim=1)
 
 
-def open_rows(backend: str, cache: GatedCache | PlainCache, sampling: Sampling) -> Rows:
-    """What draws rows of codes the way that a backend's name says.
+def open_rows(backend: str, cache: Cache, sampling: Sampling) -> Rows:
+    """Return what draws rows of codes on a backend.
 
     Raises:
         ValueError: an unknown backend, or one that the model's device or precision rules out.
@@ -89,3 +82,29 @@ def open_rows(backend: str, cache: GatedCache | PlainCache, sampling: Sampling) 
 
         return CompiledRows(cache, sampling)
     raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+class RasterWalk:
+    """A `Walk` over rows from above, and in each over the codes from the left, every one a group of its own.
+
+    Args:
+        model: in eval mode.
+        conditions: `(B,)`, see `PriorModel.conditions`.
+    """
+
+    def __init__(self, model: "PixelCNNModel", conditions: Tensor):
+        self.cache, self.grid = open_cache(model, conditions), model.config.grid_size
+        starts = torch.arange(self.grid**2).view(self.grid, self.grid).tolist()
+        self.steps: Sequence[Sequence[slice]] = [[slice(start, start + 1) for start in row] for row in starts]
+
+    def logits(self, group: slice) -> Tensor:
+        row, column = divmod(group.start, self.grid)
+        if column == 0:
+            self.cache.start_row(row)
+        return self.cache.logits(column)[:, None]
+
+    def put(self, group: slice, codes: Tensor) -> None:
+        self.cache.put(group.start % self.grid, codes[:, 0])
+
+    def reorder(self, ancestors: Tensor) -> None:
+        self.cache.reorder(ancestors)

@@ -1,4 +1,4 @@
-"""What makes a saved model a repository that every library opens, with this package and without it.
+"""Save a model as a repository that every library opens, with this package and without it.
 
 transformers reads `auto_map` and `custom_pipelines` in the configs and runs the code at the root; diffusers reads
 `model_index.json`, runs `pipeline.py`, and loads each part with the module that lies in the part's folder.
@@ -31,13 +31,8 @@ TAGS = ["isic-vq", "vq-vae", "diffusers", "dermoscopy", "skin", "medical-imaging
 PARTS = ("vqvae", "prior")
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-PIPELINES = {
-    TASK: {
-        "impl": "auto_map.UnconditionalImageGenerationPipeline",
-        "pt": ["AutoModel"],
-        "type": "image",
-    }
-}
+PIPELINE = "auto_map.UnconditionalImageGenerationPipeline"
+PIPELINES = {TASK: {"impl": PIPELINE, "pt": ["AutoModel"], "type": "image"}}
 
 
 class SavedInParts:
@@ -203,13 +198,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_doors(folder: Path, parts: dict[str, Any], config: IsicVQConfig) -> None:
-    """Add the code, and all that names it, to a folder that holds the configs and weights.
-
-    Args:
-        folder: the repository folder.
-        parts: the parts' models by the names of their folders.
-        config: the whole model's.
-    """
+    """Add the code, and all that names it, to a folder that holds the configs and weights of the parts."""
     for file in CODE_FOLDER.glob("*.py"):
         if file.name != "__init__.py":
             shutil.copyfile(file, folder / file.name)
@@ -229,18 +218,9 @@ def write_doors(folder: Path, parts: dict[str, Any], config: IsicVQConfig) -> No
 
 
 def plain_card(name: str, config: IsicVQConfig, tags: Sequence[str] = ()) -> str:
-    """The card of a model that comes without measurements: what it is and how it is opened, and no number.
-
-    Args:
-        name: the repository.
-        config: the model's; its `license` is the card's.
-        tags: more tags than the usual ones.
-    """
+    """Write the card of a model without measurements: what it is and how it is opened, and no number."""
     metadata = ModelCardData(
-        license=config.license,
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=[*TAGS, *tags],
+        license=config.license, library_name="transformers", pipeline_tag=TASK, tags=[*TAGS, *tags]
     )
     return f"""---
 {metadata.to_yaml()}

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import expect
+
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -39,23 +41,17 @@ class Sampling:
     guidance_power: float | None = None
 
     def __post_init__(self) -> None:
-        if not FLOAT32.tiny <= self.temperature <= FLOAT32.max:
-            raise ValueError(
-                f"temperature is {self.temperature}: expected more than 0 (top_k=1 takes the most likely code), and no "
-                "smaller or larger than float32 holds"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: expected at least 1, or None for all codes")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: expected a probability in (0, 1], or None")
-        if not 0 <= self.guidance_scale <= FLOAT32.max:
-            raise ValueError(
-                f"guidance_scale is {self.guidance_scale}: expected at least 0; 1 is off; and no more than float32 holds"
-            )
-        if self.guidance_power is not None and not 0 < self.guidance_power <= FLOAT32.max:
-            raise ValueError(
-                f"guidance_power is {self.guidance_power}: expected more than 0, or None for the prior's own"
-            )
+        temperature, top_k, top_p, scale, power = vars(self).values()
+        positive = (
+            "more than 0 (top_k=1 takes the most likely code), and no smaller or larger than float32 holds"
+        )
+        expect(FLOAT32.tiny <= temperature <= FLOAT32.max, "temperature", temperature, positive)
+        expect(top_k is None or top_k >= 1, "top_k", top_k, "at least 1, or None for all codes")
+        expect(top_p is None or 0 < top_p <= 1, "top_p", top_p, "a probability in (0, 1], or None")
+        at_least = "at least 0; 1 is off; and no more than float32 holds"
+        expect(0 <= scale <= FLOAT32.max, "guidance_scale", scale, at_least)
+        own = "more than 0, or None for the prior's own"
+        expect(power is None or 0 < power <= FLOAT32.max, "guidance_power", power, own)
 
     @property
     def changes(self) -> dict[str, float]:
@@ -69,7 +65,7 @@ class Sampling:
         return self.guidance_scale != 1
 
     def guidance_share(self, progress: float, usual: float = 1.0) -> float:
-        """How much of what guidance adds to 1 is taken at a row or scale: (1 - cos(pi t^p)) / 2.
+        """Return the share of the guidance that a row or scale takes: (1 - cos(pi t^p)) / 2.
 
         Source: sampling of Yu et al., "Randomized Autoregressive Visual Generation", arXiv 2411.00776.
 
@@ -82,7 +78,7 @@ class Sampling:
         return (1 - math.cos(math.pi * progress**self.guidance_power)) / 2
 
     def both(self, images: Tensor) -> Tensor:
-        """One entry per image `(B, ...)` as the batch that is computed: twice, one after the other, when guided."""
+        """Repeat entries per image `(B, ...)` when guided, once with and once without a label: `(2B, ...)`."""
         return torch.cat([images, images]) if self.guided else images
 
     def draw(
@@ -92,7 +88,7 @@ class Sampling:
         guidance_share: float | Tensor = 1.0,
         total: Tensor | None = None,
     ) -> Tensor:
-        """Codes `(B, ...)` from logits `(B, ..., K)`, or `(2B, ..., K)` when guided, and uniforms `(B, ...)`.
+        """Draw codes `(B, ...)` from logits `(B, ..., K)`, or `(2B, ..., K)` when guided, and uniforms `(B, ...)`.
 
         Args:
             logits: raw, in any precision.
@@ -122,9 +118,8 @@ class Sampling:
 
 
 def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[torch.Generator]:
-    """One CPU generator per image, a function of (seed, image index) alone."""
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: expected 0 or more")
+    """Make one CPU generator per image, a function of (seed, image index) alone."""
+    expect(seed >= 0, "seed", seed, "0 or more")
     states = [
         np.random.SeedSequence(seed, spawn_key=(first_index + index,)).generate_state(1, np.uint64)[0]
         for index in range(num_images)
@@ -152,7 +147,7 @@ def filtered_logits(logits: Tensor, temperature: float, top_k: int | None, top_p
 
 
 def exclude_unlikely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """As `filtered_logits`, of logits that are scaled already."""
+    """Set excluded codes to -inf, see `filtered_logits`, in logits that are scaled already."""
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

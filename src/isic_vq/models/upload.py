@@ -15,26 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    errors,
+    hf_hub_download,
 )
 from huggingface_hub.hf_api import RepoFile
 
 HUBS_OWN = ".gitattributes"  # says what is a large file; the Hub writes it
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|Bearer\s+\S+")
+HUBS_ERRORS = (
+    errors.HTTPError,
+    errors.LocalTokenNotFoundError,
+    errors.OfflineModeIsEnabled,
+    errors.HFValidationError,
+)
+KNOWN_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    errors.HTTPError,
+    errors.EntryNotFoundError,
+    errors.XetDownloadError,
+)
 
 Token = str | bool | None
 
@@ -44,7 +51,7 @@ class HubError(OSError):
 
 
 class PlannedFile(NamedTuple):
-    """What a push does to one file of the repository."""
+    """The change that a push makes to one file of the repository."""
 
     action: Literal["add", "change", "same", "delete"]
     path: str
@@ -53,7 +60,7 @@ class PlannedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class UploadResult:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
         url: the commit's page.
@@ -75,14 +82,10 @@ class UploadResult:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises in the block into a `HubError`.
-
-    Errors of the local disk pass as they are.
-    """
-    known = (OSError, ValueError, RuntimeError, HTTPError, EntryNotFoundError, XetDownloadError)
+    """Turn whatever huggingface_hub raises in the block into a `HubError`; errors of the local disk pass as they are."""
     try:
         yield
-    except known as error:
+    except KNOWN_ERRORS as error:
         root = _root(error)
         local = isinstance(root, OSError) and root.errno is not None and not isinstance(root, ConnectionError)
         if isinstance(error, HubError) or local:
@@ -91,88 +94,86 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def explained(error: BaseException, repo_id: str, revision: str | None = None) -> HubError | None:
-    """The failure of the Hub or of the network that lies behind an error of transformers.
+    """Find the failure of the Hub or of the network behind an error of transformers.
 
     None if there is none, or if the Hub lacks a file: transformers says which.
     """
     root = _root(error)
-    is_hubs = isinstance(root, (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError))
-    if not is_hubs or isinstance(root, RemoteEntryNotFoundError):
+    if not isinstance(root, HUBS_ERRORS) or isinstance(root, errors.RemoteEntryNotFoundError):
         return None
     return _hub_error(root, repo_id, revision)
 
 
 def _hub_error(root: BaseException, repo_id: str, revision: str | None) -> HubError:
-    """The sentence about an error, on one line and without a token."""
+    """Explain an error on one line, without a token."""
     return HubError(" ".join(TOKEN.sub("***", _explain(root, repo_id, revision)).split()))
 
 
 def _root(error: BaseException) -> BaseException:
-    """The Hub's error below those that huggingface_hub wraps around it."""
-    hubs = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError)
-    while not isinstance(error, hubs) and error.__cause__ is not None:
+    """Unwrap the Hub's error from those that huggingface_hub wraps around it."""
+    while not isinstance(error, HUBS_ERRORS) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
-    """One sentence: what is wrong with which repository, and the way out."""
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no repository: expected user/name of letters, digits, '-', '_' and '.'"
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"{repo_id} needs a Hub token and there is none: {LOG_IN}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo_id} is not reached because HF_HUB_OFFLINE is set: unset it and run this again"
-    if isinstance(error, HfHubHTTPError):
-        return _explain_answer(error, repo_id, revision)
+def _explain(error: BaseException, repo: str, revision: str | None) -> str:
+    """Say what is wrong with which repository, and the way out."""
+    match error:
+        case errors.HFValidationError():
+            return f"{repo!r} is no repository: expected user/name of letters, digits, '-', '_' and '.'"
+        case errors.LocalTokenNotFoundError():
+            return f"{repo} needs a Hub token and there is none: {LOG_IN}"
+        case errors.OfflineModeIsEnabled():
+            return f"{repo} is not reached because HF_HUB_OFFLINE is set: unset it and run this again"
+        case errors.HfHubHTTPError():
+            return _explain_answer(error, repo, revision)
+    said = f"({type(error).__name__}: {error})"
     if type(error).__name__ == "LocalProtocolError":
-        return f"your token cannot be sent for {repo_id}, it holds a line break or the like: {LOG_IN} anew"
-    if isinstance(error, HTTPError):
-        return (
-            f"the connection to {constants.ENDPOINT} broke while working on {repo_id} ({type(error).__name__}: {error}): "
-            "run this again, it goes on with what is missing"
-        )
-    return f"the Hub's answer about {repo_id} is not as expected ({type(error).__name__}: {error}): run this again"
+        return f"your token cannot be sent for {repo}, it holds a line break or the like: {LOG_IN} anew"
+    if isinstance(error, errors.HTTPError):
+        broke = f"the connection to {constants.ENDPOINT} broke while working on {repo} {said}"
+        return f"{broke}: run this again, it goes on with what is missing"
+    return f"the Hub's answer about {repo} is not as expected {said}: run this again"
 
 
-def _explain_answer(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
-    """The same for an answer of the Hub, by its kind first and by its status then."""
-    status, page = error.response.status_code, f"{constants.ENDPOINT}/{repo_id}"
+def _explain_answer(error: errors.HfHubHTTPError, repo: str, revision: str | None) -> str:
+    """Explain an answer of the Hub, by its kind first and by its status then."""
+    status, page = error.response.status_code, f"{constants.ENDPOINT}/{repo}"
     says = f" (the Hub says: {error.server_message})" if error.server_message else ""
-    if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated: ask for access at {page}, then {LOG_IN}"
-    if isinstance(error, DisabledRepoError):
-        return f"{repo_id} is disabled by the Hub or its owner: see {page}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision or 'main'}: expected a branch, tag or commit of {page}/commits"
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"{repo_id} lacks a file that it was expected to hold{says}: run this again"
-    anonymous = "authorization" not in error.response.request.headers
-    if isinstance(error, RepositoryNotFoundError) and not anonymous:
-        return f"{repo_id} does not exist, or your token may not see it: correct the name, or {LOG_IN} as a member"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{repo_id} does not exist or is private: correct the name, or {LOG_IN}"
-    if status == 401 and anonymous:
-        return f"{repo_id} needs a Hub token: {LOG_IN}"
-    if status == 401:
-        return f"the Hub refuses your token for {repo_id}, it may have ended: {LOG_IN} anew"
-    if status == 403:
-        tokens = f"{constants.ENDPOINT}/settings/tokens"
-        return (
-            f"your token may not do this with {repo_id}{says}: make one that may, with write permission for a push, "
-            f"at {tokens}, then {LOG_IN}"
-        )
-    if status == 412:
-        return f"somebody else committed to {repo_id} meanwhile and nothing was changed: look at it, then run this again"
-    if status == 429:
-        return f"the Hub limits requests, {repo_id} has to wait: run this again {_when(error)}"
+    has_token = "authorization" in error.response.request.headers
+    match error:
+        case errors.GatedRepoError():
+            return f"{repo} is gated: ask for access at {page}, then {LOG_IN}"
+        case errors.DisabledRepoError():
+            return f"{repo} is disabled by the Hub or its owner: see {page}"
+        case errors.RevisionNotFoundError():
+            wanted = revision or "main"
+            return f"{repo} has no revision {wanted}: expected a branch, tag or commit of {page}/commits"
+        case errors.RemoteEntryNotFoundError():
+            return f"{repo} lacks a file that it was expected to hold{says}: run this again"
+        case errors.RepositoryNotFoundError() if has_token:
+            return f"{repo} does not exist, or your token may not see it: correct the name, or {LOG_IN} as a member"
+        case errors.RepositoryNotFoundError():
+            return f"{repo} does not exist or is private: correct the name, or {LOG_IN}"
+    match status:
+        case 401 if has_token:
+            return f"the Hub refuses your token for {repo}, it may have ended: {LOG_IN} anew"
+        case 401:
+            return f"{repo} needs a Hub token: {LOG_IN}"
+        case 403:
+            way_out = f"make one that may, with write permission for a push, at {constants.ENDPOINT}/settings/tokens"
+            return f"your token may not do this with {repo}{says}: {way_out}, then {LOG_IN}"
+        case 412:
+            return f"somebody else committed to {repo} meanwhile and nothing was changed: look at it, then run this again"
+        case 429:
+            return f"the Hub limits requests, {repo} has to wait: run this again {_when(error)}"
     if status >= 500:
-        return f"the Hub is in trouble (status {status}) and {repo_id} was not completed: run this again later{says}"
-    return f"the Hub refuses what was asked of {repo_id} (status {status}){says}: see {page}"
+        return f"the Hub is in trouble (status {status}) and {repo} was not completed: run this again later{says}"
+    return f"the Hub refuses what was asked of {repo} (status {status}){says}: see {page}"
 
 
-def _when(error: HfHubHTTPError) -> str:
-    """When a limited request may be repeated, from the headers that say so."""
+def _when(error: errors.HfHubHTTPError) -> str:
+    """Say when a limited request may be repeated, from its headers."""
     headers = error.response.headers
     seconds = re.fullmatch(r"(\d+)", headers.get("retry-after", ""))
     seconds = seconds or re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
@@ -180,7 +181,7 @@ def _when(error: HfHubHTTPError) -> str:
 
 
 def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """Every file of a revision, by its path."""
+    """List every file of a revision, by its path."""
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
@@ -303,7 +304,7 @@ def _refuse_other_model(api: HfApi, repo_id: str, revision: str) -> None:
 
 
 def full_name(repo_id: str, token: Token = None) -> str:
-    """A repository's name with its owner, where it may be called by its name alone.
+    """Add the owner, who is logged in, to a repository's name that lacks one.
 
     Raises:
         HubError: the Hub does not say who is logged in.
@@ -315,7 +316,7 @@ def full_name(repo_id: str, token: Token = None) -> str:
 
 
 def model_type(repo_id: str, revision: str, token: Token) -> Any:
-    """The kind of model that the config.json of a repository names; None if it is not a config."""
+    """Read the model_type of a repository's config.json; None if it is not a config."""
     config = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
     try:
         return json.loads(config.read_bytes()).get("model_type")

@@ -24,7 +24,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from isic_vq.allocator import keep_freed_memory
-from isic_vq.models.run_on import label_unrun, was_run
+from isic_vq.models.modes import label_unrun, was_run
 from isic_vq.training.recipe import LoopRecipe
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from isic_vq.models.strict_loading import share_weights
 from isic_vq.training.load import strict_message, unknown_key
 from isic_vq.training.processes import Processes, TrainingError
 from isic_vq.training.recipe import Recipe, RecipeError, public_recipe
-from isic_vq.work import differences, flat, told
+from isic_vq.work import differences, differences_text, flat
 from isic_vq.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
     refused = {key: values for key, values in different.items() if key not in MAY_CHANGE}
     if refused:
         raise TrainingError(
-            f"{folder.name} was begun with {told(refused)}: resume it with the recorded values, or choose another output_dir"
+            f"{folder.name} was begun with {differences_text(refused)}: resume it with the recorded values, or choose another output_dir"
         )
     for name, info in data.items():
         before = began.get(name, {})

@@ -1,14 +1,27 @@
-"""Refuse NaN and infinite numbers at the edge of the codes, where they would become codes or pixels that look sound.
+"""Refuse settings out of their range, and NaN and infinite numbers at the edge of the codes.
 
-`forward` has none of these checks: it stays traceable, and a training loop checks its loss.
+There such numbers would become codes or pixels that look sound. `forward` does not look for them: it stays traceable, and a
+training loop checks its loss.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NUM_NAMED = 5  # images that an error names
+
+
+def expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raise ValueError, "NAME is VALUE: expected EXPECTED", unless a condition holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}: expected {expected}")
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1, and not True."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
@@ -36,5 +49,5 @@ def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
 
 
 def damaged_or_overflow(dtype: torch.dtype) -> str:
-    """What makes a sound input not finite inside a model, and the way out."""
+    """Explain why a sound input became not finite inside a model, and the way out."""
     return f"the model's weights are damaged or overflow {str(dtype).removeprefix('torch.')}; load them anew, in float32"

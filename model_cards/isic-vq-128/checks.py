@@ -1,0 +1,1 @@
+../../src/isic_vq/models/checks.py

@@ -1,1 +1,0 @@
-../../src/isic_vq/models/pixelcnn_rows.py
