@@ -150,9 +150,8 @@ def _check_settings(asked: dict[str, Any], num_codes: int) -> None:
     block_size, size = asked["block_size"], asked["images_per_shard"]
     if asked["labels"] == []:
         raise ValueError("labels are empty: give a diagnosis, or None for unconditional images")
-    known = {"backend": ("auto", *BACKENDS), "format": tuple(SUFFIXES)}
-    for name, names in known.items():
-        expect(asked[name] in names, name, asked[name], ", ".join(names))
+    expect(asked["backend"] in BACKENDS, "backend", asked["backend"], f"auto, {', '.join(BACKENDS)}")
+    expect(asked["format"] in SUFFIXES, "the format of the shards", asked["format"], " or ".join(SUFFIXES))
     for name in ("num_images", "block_size"):
         expect(asked[name] >= 1, name, asked[name], "at least 1")
     expect(0 <= asked["seed"] < 2**63, "seed", asked["seed"], "0 to 2**63 - 1")
