@@ -94,7 +94,7 @@ def default_student(model: IsicVQModel) -> Student:
 
 @torch.inference_mode()
 def reconstructed(model: IsicVQModel, pixels: Tensor, size: int) -> Tensor:
-    """Images `(N, 3, H, W)` uint8 through the tokenizer, as files of `(N, 3, size, size)` uint8 would hold them."""
+    """Reconstructions of images `(N, 3, H, W)` uint8, resized to `(N, 3, size, size)` uint8."""
     processor, parts = IsicVQImageProcessor(size=size), []
     for batch in pixels.split(32):
         decoded = model.decode(model.encode(batch.to(model.device).float() / 255))

@@ -262,7 +262,8 @@ class DecoderRecipe(CheckedFields):
     def validate_weights(self) -> None:
         if self.discriminator_warmup and not self.adversarial_weight:
             raise ValueError(
-                "discriminator_warmup is set and adversarial_weight is 0: there is no discriminator"
+                f"discriminator_warmup is {self.discriminator_warmup} and adversarial_weight is 0: there is no "
+                "discriminator; set both or neither"
             )
         if self.discriminator_warmup > self.adversarial_start:
             raise ValueError(

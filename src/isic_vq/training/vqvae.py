@@ -66,7 +66,7 @@ class VQVAETask(ImageTask):
         return losses
 
     def after_step(self) -> dict[str, Tensor]:
-        """Let the codebook learn from all that the step saw; its perplexity is over all processes."""
+        """Update the codebook from the step's latents; its perplexity is over all processes."""
         perplexity = self.codebook.update()
         return {} if perplexity is None else {"perplexity": perplexity}
 
