@@ -1,4 +1,4 @@
-"""One image under every diagnosis the model knows: its middle drawn anew, all else kept.
+"""One image under every diagnosis the model knows: its middle inpainted, all else kept.
 
 python examples/counterfactual.py nevus.jpg
 python examples/counterfactual.py nevus.jpg --diagnoses nevus melanoma --particles 256
