@@ -2,6 +2,7 @@
 
 import colorsys
 import copy
+import json
 import math
 import re
 import shlex
@@ -441,4 +442,48 @@ reads = [f for f in page.fns.values() if any(isinstance(field, gradio.File) for 
 print(len(reads), {{f.concurrency_limit for f in reads}}, 2 * PIL.Image.MAX_IMAGE_PIXELS)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == f"3 {{1}} {MAX_PIXELS}"
+    assert result.stdout.strip() == f"4 {{1}} {MAX_PIXELS}"
+
+
+CALLS = """
+import inspect, json, sys
+from gradio_client import Client, handle_file
+from isic_vq.demo.page import build_demo, launch_settings
+from isic_vq.hub.pretrained import load_model
+from isic_vq.models.modeling_isic_vq import IsicVQModel
+
+page = build_demo(load_model(IsicVQModel, sys.argv[1]))
+named = {f.api_name: f for f in page.fns.values() if f.api_visibility == "public"}
+undocumented = [
+    (name, parameter.name)
+    for name, function in named.items()
+    for parameter in inspect.signature(function.fn).parameters.values()
+    if parameter.annotation is parameter.empty or f"{parameter.name}: " not in inspect.getdoc(function.fn)
+]
+_, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
+client = Client(address, verbose=False)
+generated, _ = client.predict(num_images=2, seed=3, api_name="/generate")
+inpainted = client.predict(handle_file(generated[0]["image"]), num_variants=1, num_particles=2, left=2, top=2, right=9,
+                           bottom=9, api_name="/inpaint")
+try:
+    client.predict(num_images=17, api_name="/generate")
+    refused = ""
+except Exception as error:
+    refused = str(error)
+print(json.dumps([sorted(named), undocumented, [item["image"] for item in generated],
+                  [item["caption"] for item in inpainted], refused]))
+page.close(verbose=False)
+"""
+
+
+@pytest.mark.slow
+def test_programs_call_the_page_by_name_and_get_the_models_images(tiny_run, model, demo):
+    command = [sys.executable, "-c", CALLS, str(tiny_run.prior / "model")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    names, undocumented, files, captions, refused = json.loads(result.stdout.splitlines()[-1])
+    assert names == ["generate", "inpaint", "reconstruct"]
+    assert undocumented == []
+    for file, image in zip(files, demo.generate(ANY, 2, 3).images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), np.asarray(image))
+    assert captions == ["original", "region", "any diagnosis, seed 0, variant 0"]
+    assert "17" in refused

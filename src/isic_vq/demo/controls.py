@@ -12,13 +12,28 @@ try:
 except ImportError as error:
     raise ImportError('the demo needs gradio: pip install "isic-vq[demo]"') from error
 
+try:
+    import spaces  # of Spaces on ZeroGPU, where a GPU is lent for a call
+except ImportError:
+    spaces = None
+
 MAX_SEED = 2**53 - 1  # the largest integer that a browser holds exactly
 
-# Events are private to the page. Those that compute run one at a time; the others do not wait.
+# Events are private to the page unless `public` names them. Those that compute run one at a time; the others do not wait.
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 COMPUTING: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
 # A file of 20 MB may be an image of 0.6 GB: one at a time, but not behind computations.
 READING: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "files"}
+
+
+def on_gpu(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a callback on a lent GPU, in a Space that has them; elsewhere leave it as it is."""
+    return callback if spaces is None else spaces.GPU(callback)
+
+
+def public(name: str) -> dict[str, Any]:
+    """Settings of an event that computes and that programs may call, by gradio_client or as an MCP tool."""
+    return {**COMPUTING, "api_visibility": "public", "api_name": name}
 
 
 def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from isic_vq.demo.actions import DemoModel, Generated, chosen, made_before
+from isic_vq.demo.actions import DemoModel, Generated, Pictures, chosen, made_before
 from isic_vq.demo.code_maps import MOST_BITS, use_table
 from isic_vq.demo.controls import (
     COMPUTING,
@@ -15,7 +15,9 @@ from isic_vq.demo.controls import (
     READING,
     diagnosis_field,
     gallery,
+    on_gpu,
     picture,
+    public,
     seed_field,
     slider,
     step_counter,
@@ -38,42 +40,60 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
     generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            diagnosis = diagnosis_field(demo)
-            num_images = slider(1, MAX_IMAGES, 4, "Number of images")
-            seed = seed_field()
-            temperature = slider(0.1, 2, 1, "Temperature", "Below 1 safer, above 1 wilder.", 0.05)
+            fields = [
+                diagnosis_field(demo),
+                slider(1, MAX_IMAGES, 4, "Number of images"),
+                seed_field(),
+                slider(0.1, 2, 1, "Temperature", "Below 1 safer, above 1 wilder.", 0.05),
+            ]
             with gr.Accordion("Advanced", open=False):
-                guidance = slider(0, 5, 1, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1)
-                top_k = slider(0, demo.num_codes, 0, "Top-k", "Most likely codes to keep; 0 is off.")
-                top_p = slider(0.05, 1, 1, "Top-p", "Probability to keep; 1 is off.", 0.05)
+                fields += [
+                    slider(0, 5, 1, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1),
+                    slider(0, demo.num_codes, 0, "Top-k", "Most likely codes to keep; 0 is off."),
+                    slider(0.05, 1, 1, "Top-p", "Probability to keep; 1 is off.", 0.05),
+                ]
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=2, min_width=280):
             images = gallery("Generated images")
             command = gr.Textbox(label="The same images from the command line", interactive=False)
 
     @with_messages
+    @on_gpu
     def generate(
-        name: str,
-        count: int,
-        number: int | None,
-        heat: float,
-        scale: float,
-        most_likely: int,
-        probability: float,
+        diagnosis: str,
+        num_images: int,
+        seed: int | None,
+        temperature: float,
+        guidance_scale: float,
+        top_k: int,
+        top_p: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Any:
+    ) -> tuple[Pictures, str, Generated, int]:
+        """Generate synthetic dermoscopy images; they are no diagnostic material.
+
+        Args:
+            diagnosis: a diagnosis of the model, such as "melanoma", or "any".
+            num_images: how many, from 1 to 16.
+            seed: image i depends on (seed, i) alone.
+            temperature: below 1 safer, above 1 wilder.
+            guidance_scale: 1 is off; more follows the diagnosis.
+            top_k: most likely codes to keep; 0 keeps all.
+            top_p: probability to keep; 1 keeps all.
+            progress: set by gradio.
+
+        Returns:
+            Images with captions, and the command that makes the same ones.
+        """
         on_step = step_counter(progress, demo.num_steps)
-        sampling = Sampling(heat, int(most_likely) or None, None if probability == 1 else probability, scale)
-        made = demo.generate(name, count, number, sampling, on_step)
+        sampling = Sampling(temperature, int(top_k) or None, None if top_p == 1 else top_p, guidance_scale)
+        made = demo.generate(diagnosis, num_images, seed, sampling, on_step)
         return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
-    fields = [diagnosis, num_images, seed, temperature, guidance, top_k, top_p]
-    button.click(
-        generate, fields, [images, command, generated, selected], show_progress_on=images, **COMPUTING
-    )
+    outputs = [images, command, generated, selected]
+    button.click(generate, fields, outputs, show_progress_on=images, **public("generate"))
     images.select(select, None, selected, **PRIVATE)
     return generated, selected
 
@@ -100,16 +120,25 @@ def reconstruct_tab(demo: DemoModel) -> None:
     outputs = [seen, reconstruction, codes, surprise, numbers, table]
 
     @with_messages
-    def reconstruct(path: str | None) -> Any:
+    @on_gpu
+    def reconstruct(path: str | None) -> tuple[Any, ...] | list[None]:
+        """Encode an image to discrete codes and decode them.
+
+        Args:
+            path: an image file.
+
+        Returns:
+            The centred square, its reconstruction, its codes as colours, how many bits each costs, and two tables in HTML.
+        """
         if path is None:
             return [None] * len(outputs)
         square = demo.read_square(path)
         explained = demo.explain(square)
         pictures = [square, explained.reconstruction, explained.code_map, explained.surprise]
-        return [*pictures, explained.table(), use_table(explained.use, demo.colors)]
+        return (*pictures, explained.table(), use_table(explained.use, demo.colors))
 
     file.change(lambda: [None] * len(outputs), None, outputs, **PRIVATE).then(
-        reconstruct, file, outputs, show_progress_on=reconstruction, **COMPUTING
+        reconstruct, file, outputs, show_progress_on=reconstruction, **public("reconstruct")
     )
 
 
@@ -180,6 +209,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         return image, to_editor(image)
 
     @with_messages
+    @on_gpu
     def edit(
         image: Image.Image | None,
         how: str,
@@ -197,6 +227,41 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         on_step = step_counter(progress, count * demo.num_steps)
         return demo.edit(image, mask, name, count, number, candidates, blend, on_step)
 
+    @with_messages
+    @on_gpu
+    def inpaint(
+        path: str | None,
+        diagnosis: str,
+        num_variants: int,
+        seed: int | None,
+        num_particles: int,
+        blend: bool,
+        left: int,
+        top: int,
+        right: int,
+        bottom: int,
+    ) -> Pictures:
+        """Inpaint a box of an image's centred square, at the model's size, given a diagnosis and the rest of the image.
+
+        Args:
+            path: an image file.
+            diagnosis: a diagnosis of the model, such as "melanoma", or "any".
+            num_variants: how many, from 1 to 8.
+            seed: variant i depends on (seed, i) and the image.
+            num_particles: candidates per variant; more fit better.
+            blend: blend the region's edges into the image.
+            left: edge of the box, in pixels.
+            top: edge of the box, in pixels.
+            right: edge of the box, in pixels.
+            bottom: edge of the box, in pixels.
+
+        Returns:
+            The original, the marked region and the variants, with captions.
+        """
+        image = None if path is None else demo.read_square(path)
+        mask = demo.box_mask(left, top, right, bottom)
+        return demo.edit(image, mask, diagnosis, num_variants, seed, num_particles, blend)
+
     def show_method(how: str) -> Any:
         by_box = how == "box"
         return gr.Group(visible=by_box), gr.Image(visible=by_box), gr.ImageEditor(visible=not by_box)
@@ -213,6 +278,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
     field.method.change(show_method, field.method, [field.box, region, field.editor], **PRIVATE)
     settings = [field.diagnosis, field.variants, field.seed, field.particles, field.blend, *field.edges]
     field.button.click(edit, [square, field.method, field.editor, *settings], field.results, **COMPUTING)
+    gr.on([], inpaint, [field.file, *settings], field.results, **public("inpaint"))  # for programs alone
 
 
 def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, selected: gr.State) -> None:
@@ -232,13 +298,24 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
             )
 
     @with_messages
-    def search_upload(path: str | None, number: int) -> Any:
+    @on_gpu
+    def search_upload(path: str | None, count: int) -> Pictures:
+        """Find the training images whose codes are nearest to those of an image.
+
+        Args:
+            path: an image file.
+            count: how many, from 1 to 24.
+
+        Returns:
+            The image and the training images, nearest first, all as their codes decode, with captions.
+        """
         square = chosen(None if path is None else demo.read_square(path))
-        return demo.neighbours(demo.encode(square), index, number)
+        return demo.neighbours(demo.encode(square), index, count)
 
     @with_messages
+    @on_gpu
     def search_generated(made: Generated | None, image: int, number: int) -> Any:
         return demo.neighbours(made_before(made).codes[image], index, number)
 
-    search.click(search_upload, [file, count], results, **COMPUTING)
+    search.click(search_upload, [file, count], results, **public("nearest"))
     take.click(search_generated, [generated, selected, count], results, **COMPUTING)
