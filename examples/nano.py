@@ -263,7 +263,7 @@ class GatedLayer(nn.Module):
 class PixelCNN(nn.Module):
     """p(codes) = product of p(code | all earlier codes), [CNN] eq. 1."""
 
-    def __init__(self, num_codes: int = 256, grid: int = 16, size: int = 64, num_layers: int = 5):
+    def __init__(self, num_codes: int = 256, grid: int = 16, size: int = 48, num_layers: int = 5):
         super().__init__()
         self.grid = grid
         # A mole is in the middle of its photo: tell the net where on the grid it is.
@@ -368,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("folder", type=Path, nargs="?", help="a folder of images; without it they are drawn")
     parser.add_argument("--output", type=Path, default=Path("nano"), help="a folder for the pictures")
-    parser.add_argument("--steps", type=int, default=400, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for each model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder, steps = options.output, options.steps

@@ -184,7 +184,7 @@ def test_images_of_subfolders_are_read_and_broken_ones_named(nano, tmp_path, cap
 
 @pytest.mark.slow
 def test_nano_makes_its_pictures(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--steps", "20", "--output", "pictures"]
+    command = [sys.executable, str(SCRIPT), "--steps", "5", "--output", "pictures"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
