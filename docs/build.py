@@ -1,9 +1,9 @@
-"""Write what the documentation says of results from the reports.
+"""Write what the documentation says of results and of commands.
 
     python docs/build.py
 
-That is docs/results.md with its plots, what stands between marks in README.md, docs/codec.md and docs/next-scale.md, and the
-VAR's comparison.md, which its card shows. Reads the reports beside the shipped checkpoints and of benchmarks; computes nothing.
+That is docs/results.md with its plots, docs/cli.md, docs/classes.png, what stands between marks in README.md and in pages of docs/,
+and the VAR's comparison.md, which its card shows. Reads the checkpoints' reports and those of benchmarks; computes nothing.
 """
 
 import json
@@ -11,8 +11,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from cli_page import cli_page
+from front_page import (
+    YARDSTICK,
+    class_picture,
+    models_table,
+    read_json,
+    results_table,
+    sampling_table,
+    unusual_images_table,
+)
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.evaluation.report_tables import markdown_table
+from isic_vq.figures.png import png_content
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
 from isic_vq.hub.card import (
@@ -28,73 +39,14 @@ from isic_vq.hub.card import (
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
+SAMPLING_REPORT = ROOT / "benchmarks" / "reports" / "sampling.json"
+UNUSUAL_REPORT = ROOT / "examples" / "reports" / "ood-isic-vq-128.json"
 NEXT_SCALE_REPORT = ROOT / "benchmarks" / "reports" / "next_scale.json"
 CHECKPOINT = ROOT / "model_cards" / "isic-vq-128"
 VAR_CHECKPOINT = ROOT / "model_cards" / "isic-vq-128-var"
 LEADERBOARD = ROOT / "docs" / "leaderboard.json"
-YARDSTICK = "derm-resnet"  # nothing was trained or chosen in it
-MARKS = "<!-- results -->", "<!-- /results -->"
 SETS = {"validation": "HAM10000, held-out files", "uda1": "UDA-1, another source"}
-LINES = {
-    "psnr": "reconstruction, PSNR in dB",
-    "ssim": "reconstruction, SSIM",
-    "perplexity": "codes in use, perplexity",
-    "bits_per_code": "prior, bits per code given the diagnosis",
-    "bits_per_code_unigram": "the same by the codes' frequencies in training",
-    "conditioning_gain": "what the diagnosis saves, bits per image",
-}
 COMPARED = {"floor": "other real images", "reconstructions": "reconstructions", "samples": "samples"}
-MELANOMA = {"positive": "melanoma"}
-ARMS = {"real": "real images", "synthetic": "generated images", "real+synthetic": "both"}
-
-
-def readme_section(reports: dict[str, Report]) -> str:
-    """What matters most, with intervals."""
-    evaluation, utility = reports["evaluation.json"], reports["utility.json"]
-    head = [f"{title} (n = {evaluation.tables[key]['data']['num_images']:,})" for key, title in SETS.items()]
-    yardsticks = evaluation.tables["generation"]["yardsticks"]
-    measures = {"balanced accuracy": ("balanced_accuracy", {}), "AUC of melanoma": ("auc", MELANOMA)}
-    return "\n\n".join(
-        [
-            markdown_table(
-                ["", *head],
-                [
-                    [title, *(metric_cell(evaluation.find(name, split)) for split in SETS)]
-                    for name, title in LINES.items()
-                ],
-            ),
-            "Generated images, as many as the held-out files have and of the same diagnoses: Frechet distance to those, beside "
-            "what other real images and perfect use of the tokenizer reach.",
-            markdown_table(
-                ["features of", *COMPARED.values()],
-                [
-                    [
-                        yardstick,
-                        *(
-                            metric_cell(evaluation.find("frechet_distance", images=kind, yardstick=yardstick))
-                            for kind in COMPARED
-                        ),
-                    ]
-                    for yardstick in yardsticks
-                ],
-            ),
-            "A small classifier, tested on the held-out files:",
-            markdown_table(
-                ["trained on", *measures],
-                [
-                    [
-                        title,
-                        *(
-                            metric_cell(utility.find(name, arm=arm, **labels))
-                            for name, labels in measures.values()
-                        ),
-                    ]
-                    for arm, title in ARMS.items()
-                ],
-            ),
-            f"Memorisation: {audit_verdict(reports)}",
-        ]
-    )
 
 
 def codec_section(report: Report) -> str:
@@ -297,7 +249,7 @@ def speed_section(speed: dict[str, Any]) -> str:
 
 def next_scale_section() -> str:
     """The comparison, and how fast codes are drawn."""
-    speed = json.loads(NEXT_SCALE_REPORT.read_text(encoding="utf-8"))
+    speed = read_json(NEXT_SCALE_REPORT)
     return "\n\n".join(
         [comparison((VAR_CHECKPOINT, CHECKPOINT), speed), "How fast codes are drawn:", speed_section(speed)]
     )
@@ -395,11 +347,30 @@ def leaderboard_page(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def fill(path: Path, section: str) -> None:
+def sections() -> dict[tuple[str, str], str]:
+    """What stands between marks, by file and mark."""
+    reports = read_reports(CHECKPOINT)
+    return {
+        ("README.md", "models"): models_table((CHECKPOINT, VAR_CHECKPOINT)),
+        ("README.md", "results"): results_table(reports),
+        ("docs/sampling.md", "speed"): sampling_table(read_json(SAMPLING_REPORT)["races"]),
+        ("docs/evaluation.md", "unusual"): unusual_images_table(Report.load(UNUSUAL_REPORT)),
+        ("docs/codec.md", "results"): codec_section(Report.load(CODEC_REPORT)),
+        ("docs/next-scale.md", "results"): next_scale_section(),
+    }
+
+
+def marked(text: str, mark: str) -> tuple[str, str, str]:
+    """A text before, between and after the marks of a name."""
+    before, rest = text.split(f"<!-- {mark} -->\n")
+    between, after = rest.split(f"<!-- /{mark} -->")
+    return before, between, after
+
+
+def fill(path: Path, mark: str, section: str) -> None:
     """Put a text between the marks of a file."""
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    write_atomically(path, f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}".encode())
+    before, _, after = marked(path.read_text(encoding="utf-8"), mark)
+    write_atomically(path, f"{before}<!-- {mark} -->\n{section}\n<!-- /{mark} -->{after}".encode())
 
 
 def main() -> None:
@@ -412,10 +383,12 @@ def main() -> None:
     rows = leaderboard((CHECKPOINT, VAR_CHECKPOINT))
     write_atomically(LEADERBOARD, (json.dumps(rows, indent=2) + "\n").encode())
     write_atomically(ROOT / "docs" / "leaderboard.md", leaderboard_page(rows).encode())
-    fill(ROOT / "README.md", readme_section(reports))
-    fill(ROOT / "docs" / "codec.md", codec_section(Report.load(CODEC_REPORT)))
-    fill(ROOT / "docs" / "next-scale.md", next_scale_section())
-    speed = json.loads(NEXT_SCALE_REPORT.read_text(encoding="utf-8"))
+    write_atomically(ROOT / "docs" / "cli.md", cli_page().encode())
+    about = {"Description": f"Generated by {CHECKPOINT.name}"}
+    write_atomically(ROOT / "docs" / "classes.png", png_content(class_picture(CHECKPOINT), about))
+    for (name, mark), section in sections().items():
+        fill(ROOT / name, mark, section)
+    speed = read_json(NEXT_SCALE_REPORT)
     write_atomically(
         VAR_CHECKPOINT / COMPARISON, f"{comparison((VAR_CHECKPOINT, CHECKPOINT), speed)}\n".encode()
     )

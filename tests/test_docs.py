@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from isic_vq.evaluation.report import Metric, Report
 from isic_vq.hub.card import read_reports
+from isic_vq.models.configuration_isic_vq import IsicVQConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,21 +28,52 @@ def build():
     return module
 
 
-def between_marks(build, path):
-    return path.read_text().split(build.MARKS[0])[1].split(build.MARKS[1])[0].strip()
+def test_what_stands_between_marks_is_what_the_reports_say(build):
+    for (name, mark), section in build.sections().items():
+        assert build.marked((ROOT / name).read_text(), mark)[1].strip() == section, (
+            f"run docs/build.py: {name}, {mark}"
+        )
 
 
-def test_the_readme_shows_the_reports_numbers(build):
-    assert between_marks(build, ROOT / "README.md") == build.readme_section(read_reports(build.CHECKPOINT))
+def test_the_commands_page_is_current(build):
+    assert (ROOT / "docs" / "cli.md").read_text() == build.cli_page(), "run docs/build.py"
 
 
-def test_the_codec_page_shows_its_reports_numbers(build):
-    report = Report.load(build.CODEC_REPORT)
-    assert between_marks(build, ROOT / "docs" / "codec.md") == build.codec_section(report)
+def test_the_picture_of_classes_shows_the_checkpoints_previews(build):
+    with Image.open(ROOT / "docs" / "classes.png") as picture:
+        assert np.array_equal(picture, build.class_picture(build.CHECKPOINT)), "run docs/build.py"
 
 
-def test_the_next_scale_page_and_the_card_show_the_same_comparison(build):
-    assert between_marks(build, ROOT / "docs" / "next-scale.md") == build.next_scale_section()
+def test_blurred_images_look_more_likely_as_the_page_says(build):
+    blur = Report.load(build.UNUSUAL_REPORT).value("auroc", score="bits_per_code", images="blur")
+    assert blur < 0.5
+    page = " ".join((ROOT / "docs" / "evaluation.md").read_text().split())
+    assert re.search(rf"blurred images.*{blur:.2f}", page)
+
+
+def test_the_readme_has_the_models_classes_and_true_badges(build):
+    text = (ROOT / "README.md").read_text()
+    config = IsicVQConfig.from_pretrained(build.CHECKPOINT)
+    listed = re.search(r"^Classes: (.+?)\.$", text, re.MULTILINE | re.DOTALL).group(1)
+    assert re.findall(r"`(\w+)`", listed) == list(config.prior_config.id2label.values())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python, code, weights = re.findall(r"shields\.io/badge/([^)\s]+)-\w+\)", text)
+    assert unquote(python) == f"python-{project['requires-python'].removeprefix('>=')}+"
+    badges = [
+        unquote(badge).partition("-")[2].replace("--", "-").replace(" ", "-") for badge in (code, weights)
+    ]
+    assert " AND ".join(badges) == project["license"]
+
+
+def test_the_readme_names_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("| extra | adds |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:])))
+    assert named == set(project["optional-dependencies"])
+
+
+def test_the_card_shows_the_comparison_of_the_next_scale_page(build):
     comparison = (build.VAR_CHECKPOINT / build.COMPARISON).read_text().strip()
     assert build.next_scale_section().startswith(comparison)
     assert comparison in (build.VAR_CHECKPOINT / "README.md").read_text()

@@ -39,6 +39,7 @@ PUBLIC_HOSTS = {
     "git-lfs.github.com",
     "github.com",
     "huggingface.co",
+    "img.shields.io",
     "isic-archive.s3.us-east-1.amazonaws.com",
     "isic-challenge-data.s3.amazonaws.com",
     "pypi.org",

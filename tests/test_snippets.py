@@ -1,7 +1,8 @@
-"""The code in README and cards runs as it stands, offline, each block as a program of its own.
+"""The code in README, docs and cards runs as it stands, offline; the README's in the fast part, the others' in the slow one.
 
-Blocks that trust a repository's code run where `isic_vq` cannot be imported. Shell blocks are parsed, and the first
-command of the README is run.
+A Python block is a program of its own; one that trusts a repository's code runs where `isic_vq` cannot be imported. The shell blocks
+of a file run one after the other in one folder, with smaller numbers (`reduced`), but for those whose first line is `# not run
+here: REASON`. Those are parsed, as are the blocks of cards and examples.
 """
 
 import json
@@ -12,8 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from isic_vq import cli
 from isic_vq.data.synthetic_images import synthetic_image
@@ -25,6 +28,7 @@ README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RUNNER = Path(__file__).with_name("snippet_runner.py")
+NOT_RUN = "# not run here: "
 # Ways to open a model that a card must show, with the package and without it.
 DOORS = {
     True: [
@@ -83,30 +87,74 @@ def tiny_card(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory, tiny_card):
-    """Every block's outcome, in a folder that holds what README and cards name."""
+def place(tmp_path_factory):
+    """A folder that holds what README and docs name: checkpoints, examples, images."""
     folder = tmp_path_factory.mktemp("snippets")
-    (folder / "model_cards").symlink_to(ROOT / "model_cards")
-    for card in (*CARDS, tiny_card):  # copied, as a pull leaves it: a clone's code files are links
-        shutil.copytree(card.parent, folder / card.parent.name)
-    synthetic_image(0, seed=0).save(folder / "image.jpg")
-    programs = {
-        (path, index): (code, needs_package(code))
-        for path in (README, *DOCS, *CARDS, tiny_card)
+    for name in ("model_cards", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "photos").mkdir()
+    for index in range(2):
+        synthetic_image(index, seed=0).save(folder / "photos" / f"{index}.jpg")
+    synthetic_image(0, seed=0, size=512).save(folder / "photo.jpg")
+    white = np.zeros((512, 512), np.uint8)
+    white[192:320, 192:320] = 255
+    Image.fromarray(white).save(folder / "mask.png")
+    for images, number in (("my_images", 24), ("my_test_images", 4)):
+        for index in range(number):
+            target = folder / images / ("psoriasis", "eczema")[index % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            synthetic_image(index, seed=1).save(target / f"{index}.png")
+    return folder
+
+
+def python_programs(paths):
+    return {
+        (title(path) if path.is_relative_to(ROOT) else path.name, index): (code, needs_package(code))
+        for path in paths
         for index, code in enumerate(blocks(path, "python"))
+        if not code.startswith(NOT_RUN)
     }
-    return run_all({**programs, **{name: FAILING[name][:2] for name in FAILING}}, folder)
+
+
+def failures(outcomes):
+    return {name: errors for name, errors in outcomes.items() if errors is not None}
+
+
+def test_the_readmes_python_blocks_run(place):
+    programs = python_programs([README])
+    assert programs
+    assert failures(run_all(programs, place)) == {}
 
 
 @pytest.mark.slow
-def test_python_blocks_run(tiny_card, outcomes):
+def test_python_blocks_of_docs_and_cards_run(place, tiny_card):
+    for card in (*CARDS, tiny_card):  # copied, as a pull leaves it: a clone's code files are links
+        shutil.copytree(card.parent, place / card.parent.name)
+    shutil.copy(place / "photo.jpg", place / "image.jpg")
+    programs = python_programs([*DOCS, *CARDS, tiny_card])
+    named = [name for name, _ in programs]
+    assert named.count(tiny_card.name) == 2, "a freshly rendered card shows every way of loading"
+    outcomes = run_all({**programs, **{name: FAILING[name][:2] for name in FAILING}}, place)
     assert [name for name, (*_, text) in FAILING.items() if text not in outcomes.pop(name)] == [], (
         "the runner"
     )
-    paths = [path for path, _ in outcomes]
-    assert min(map(paths.count, (README, *CARDS, tiny_card))) >= 1
-    assert paths.count(tiny_card) == 2, "a freshly rendered card shows every way of loading"
-    assert {name: errors for name, errors in outcomes.items() if errors is not None} == {}
+    assert failures(outcomes) == {}
+
+
+def test_every_block_is_run_or_says_why_not():
+    found = [
+        (title(path), language, text)
+        for path in (README, *DOCS)
+        for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+    assert {language for _, language, _ in found} <= {"bash", "python", "text", "bibtex"}
+    reasons = [
+        text.partition("\n")[0].removeprefix(NOT_RUN) for *_, text in found if text.startswith(NOT_RUN)
+    ]
+    assert all(len(reason.split()) >= 3 for reason in reasons)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install --quiet -c constraints.txt -e ".[dev]"' in ci
+    assert "pytest -n 2 --dist worksteal" in ci, "the README's installation and tests run there"
 
 
 def test_cards_show_every_way_of_loading():
@@ -138,7 +186,7 @@ def parse(words):
 def test_shell_commands_parse():
     lines = [
         (title(path), words)
-        for path in (README, *CARDS, *sorted((ROOT / "examples").rglob("*.md")))
+        for path in (README, *DOCS, *CARDS, *sorted((ROOT / "examples").rglob("*.md")))
         for words in command_lines(path)
     ]
     violations = []
