@@ -3,7 +3,7 @@
     python docs/build.py
 
 That is docs/results.md with its plots, docs/cli.md, docs/classes.png, what stands between marks in README.md and in pages of docs/,
-and the VAR's comparison.md, which its card shows. Reads the checkpoints' reports and those of benchmarks; computes nothing.
+and the VAR's comparison.md, which its card links. Reads the checkpoints' reports and those of benchmarks; computes nothing.
 """
 
 import json

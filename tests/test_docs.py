@@ -73,10 +73,10 @@ def test_the_readme_names_every_extra():
     assert named == set(project["optional-dependencies"])
 
 
-def test_the_card_shows_the_comparison_of_the_next_scale_page(build):
+def test_the_card_links_the_comparison_of_the_next_scale_page(build):
     comparison = (build.VAR_CHECKPOINT / build.COMPARISON).read_text().strip()
     assert build.next_scale_section().startswith(comparison)
-    assert comparison in (build.VAR_CHECKPOINT / "README.md").read_text()
+    assert f"]({build.COMPARISON})" in (build.VAR_CHECKPOINT / "README.md").read_text()
 
 
 def test_the_comparison_names_a_winner_only_where_the_intervals_are_apart(build):
@@ -114,6 +114,13 @@ def test_a_studys_page_says_what_its_report_found(name):
     assert report.tables["findings"]
     assert all(f"- {finding}\n" in page for finding in report.tables["findings"])
     assert {metric.seed for metric in report.metrics} >= {0, 1}
+
+
+def test_the_architecture_page_names_files_that_are_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = re.findall(r"`(\w+/\w+\.py)`", page)
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / "src" / "isic_vq" / name).is_file()] == []
 
 
 def test_links_to_files_lead_somewhere():
