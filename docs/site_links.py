@@ -1,6 +1,6 @@
 """Links of the site: files outside of docs/ are copied to `source/`, so that the pages read as they do in the repository.
 
-A hook of mkdocs (https://www.mkdocs.org/user-guide/configuration/#hooks).
+A hook of mkdocs.
 """
 
 import os
