@@ -33,6 +33,7 @@ PUBLIC_HOSTS = {
     "arxiv.org",
     "challenge.isic-archive.com",
     "creativecommons.org",
+    "docs.pypi.org",
     "doi.org",
     "download.pytorch.org",
     "example.org",
