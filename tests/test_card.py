@@ -219,6 +219,12 @@ def test_each_parts_images_are_described(repository):
     assert "Weights: cc-by-nc-4.0, the most restrictive of the training images' licences." in text
 
 
+def test_the_images_of_every_stage_of_training_have_a_column(repository):
+    change_provenance(repository, vqvae=None, prior_start=None, decoder=None)
+    text = render_card(repository, "tiny")
+    assert "| trained on | tokenizer | prior | prior it started from | decoder, fine-tuned |" in text
+
+
 def test_images_that_were_not_recorded_are_said_to_be_so_and_no_licence_is_claimed(repository):
     change_provenance(repository, vqvae=None)
     text = render_card(repository, "tiny")

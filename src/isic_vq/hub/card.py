@@ -44,7 +44,12 @@ KNOWN: tuple[
     ("auc", {"arm": "real", "positive": "melanoma"}, "AUROC for melanoma, trained on real images"),
     ("auc", {"arm": "synthetic", "positive": "melanoma"}, "AUROC for melanoma, trained on generated images"),
 )
-STAGE_TITLES = {"vqvae": "tokenizer", "prior": "prior", "decoder": "decoder, fine-tuned"}
+STAGE_TITLES = {
+    "vqvae": "tokenizer",
+    "prior": "prior",
+    "prior_start": "prior it started from",
+    "decoder": "decoder, fine-tuned",
+}
 
 
 def as_text(text: str) -> str:
