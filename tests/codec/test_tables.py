@@ -101,7 +101,7 @@ def test_the_shipped_checkpoint_tells_how_often_codes_occur():
     counts = training_code_counts()
     provenance = json.loads((default_checkpoint() / "provenance.json").read_text())
     assert len(counts) == 512
-    assert sum(counts) == provenance["training_data"]["num_images"] * 8 * 256, "eight views of 16 x 16 codes"
+    assert sum(counts) == provenance["training_data"]["num_images"] * 4 * 256, "four views of 16 x 16 codes"
 
 
 def test_a_checkpoint_without_counts_has_none(tmp_path):
