@@ -118,7 +118,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     Raises:
         InUseError: another process is at it.
 
-    Example:
+    Examples:
         >>> with replaced_directory(Path("run/model")) as folder:  # doctest: +SKIP
         ...     model.save_pretrained(folder)
     """

@@ -22,7 +22,7 @@ _RESTRICTIVENESS = ["cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "unknown"]
 def license_id(name: str | None) -> str:
     """The Hub's id of a licence; "unknown" for None, ValueError if it is not one of ISIC's.
 
-    Example:
+    Examples:
         >>> license_id("CC BY-NC 4.0"), license_id("CC-0")
         ('cc-by-nc-4.0', 'cc0-1.0')
     """

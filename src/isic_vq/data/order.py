@@ -30,7 +30,7 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int =
     Returns:
         Rows of the data set, int64 of shape (rows,).
 
-    Example:
+    Examples:
         >>> sorted(epoch_order([2, 3], seed=0, epoch=0).tolist())
         [0, 1, 2, 3, 4]
     """

@@ -38,7 +38,7 @@ _SITE_OF = {_key(word): site for site, words in _WORDS.items() for word in (site
 def canonical_site(text: str) -> str:
     """The site that a word means, one of `SITES`; an unknown word is returned in lower case.
 
-    Example:
+    Examples:
         >>> canonical_site("Back"), canonical_site("left heel")
         ('posterior torso', 'left heel')
     """
@@ -55,7 +55,7 @@ def archive_site(levels: Sequence[str | None]) -> str | None:
 
     The most specific known level counts; without any, the most general one is returned in lower case.
 
-    Example:
+    Examples:
         >>> archive_site(["Upper extremity", "Hand", "Palm of hand", "Thenar eminence", None])
         'palms/soles'
     """

@@ -147,7 +147,7 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         DataError: a range goes down, or has more than `MAX_NAMES` names.
 
-    Example:
+    Examples:
         >>> expand_braces("{train,test}-{08..10}.tar")[:4]
         ['train-08.tar', 'train-09.tar', 'train-10.tar', 'test-08.tar']
     """

@@ -107,7 +107,7 @@ def canonical_diagnosis(name: str) -> str:
     Raises:
         ValueError: no diagnosis is called that; the message lists the known names and the closest spellings.
 
-    Example:
+    Examples:
         >>> canonical_diagnosis("MEL"), canonical_diagnosis("Seborrheic keratosis")
         ('melanoma', 'benign_keratosis')
     """
@@ -150,7 +150,7 @@ def archive_diagnosis(levels: Sequence[str | None]) -> str:
     Args:
         levels: from the general to the specific; None where a level is empty.
 
-    Example:
+    Examples:
         >>> archive_diagnosis(["Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma Invasive"])
         'melanoma'
     """

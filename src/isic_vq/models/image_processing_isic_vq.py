@@ -61,7 +61,7 @@ class IsicVQImageProcessor(PilBackend):
     Args:
         size: Side of the square output in pixels, as an int or as `{"height": n, "width": n}`.
 
-    Example:
+    Examples:
         >>> processor = IsicVQImageProcessor(size=32)
         >>> pixel_values = processor(Image.new("RGB", (60, 40)), return_tensors="pt").pixel_values
         >>> pixel_values.shape

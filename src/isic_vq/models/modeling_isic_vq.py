@@ -69,7 +69,7 @@ class GenerationOutput(ModelOutput):
 class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
     """Images from codes from a prior, and back.
 
-    Example:
+    Examples:
         >>> from isic_vq import IsicVQModel
         >>> model = IsicVQModel.from_pretrained("model_cards/isic-vq-128")  # doctest: +SKIP
         >>> model.generate(4, labels="melanoma", seed=0).pixel_values.shape  # doctest: +SKIP

@@ -128,7 +128,7 @@ class PixelCNNFirstGatedLayer(PixelCNNGatedLayer):
 class PixelCNNModel(PriorModel):
     """p(codes | label) = product over raster order of p(code | earlier codes, label).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from isic_vq import PixelCNNConfig, PixelCNNModel
         >>> config = PixelCNNConfig(num_codes=16, grid_size=4, hidden_size=8, num_layers=1, first_kernel_size=3)

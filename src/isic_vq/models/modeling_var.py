@@ -118,7 +118,7 @@ def modulated(hidden: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class VARModel(PriorModel):
     """p(codes | label) = product over scales of p(codes of the scale | coarser scales, label).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from isic_vq import VARConfig, VARModel
         >>> config = VARConfig(num_codes=16, scales=(1, 2, 4), code_dim=8, hidden_size=16, num_layers=1, num_heads=2)

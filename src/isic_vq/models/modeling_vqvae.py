@@ -226,7 +226,7 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
 class VQVAEModel(VQVAEPreTrainedModel):
     """Tokenizer between images in [0, 1] and grids of codes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from isic_vq import VQVAEConfig, VQVAEModel
         >>> model = VQVAEModel(VQVAEConfig(image_size=32, hidden_sizes=(8, 8), num_codes=16)).eval()

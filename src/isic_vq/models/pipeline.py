@@ -23,7 +23,7 @@ except (
 class IsicVQPipeline(DiffusionPipeline):
     """Generate images: code grids from the prior, decoded by the tokenizer.
 
-    Example:
+    Examples:
         >>> from isic_vq import IsicVQPipeline
         >>> pipe = IsicVQPipeline.from_pretrained("model_cards/isic-vq-128")  # doctest: +SKIP
         >>> images = pipe("melanoma", num_images=4, seed=0).images  # doctest: +SKIP

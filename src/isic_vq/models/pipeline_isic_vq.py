@@ -21,7 +21,7 @@ SETTINGS = (*(field.name for field in fields(Sampling)), "sampling", "cluster", 
 class UnconditionalImageGenerationPipeline(Pipeline):
     """Generate images from a composite model.
 
-    Example:
+    Examples:
         >>> from transformers import pipeline
         >>> import isic_vq
         >>> pipe = pipeline("unconditional-image-generation", model="model_cards/isic-vq-128")  # doctest: +SKIP

@@ -59,7 +59,7 @@ def open_source(
         DataError: the URI, its files or a row cannot be used, or the source can only be streamed. In a stream, a
             row's error is raised when the row is reached.
 
-    Example:
+    Examples:
         >>> open_source("synthetic:16:0").num_rows
         16
     """
