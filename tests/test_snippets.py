@@ -5,6 +5,8 @@ of a file run one after the other in one folder, with smaller numbers (`reduced`
 here: REASON`. Those are parsed, as are the blocks of cards and examples.
 """
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+import yaml
 from PIL import Image
 
 from isic_vq import cli
@@ -107,6 +110,12 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def readme_commands(place):
+    """The README's shell commands, run in `place`; those that failed."""
+    return run_commands(README, place)
+
+
 def python_programs(paths):
     return {
         (title(path) if path.is_relative_to(ROOT) else path.name, index): (code, needs_package(code))
@@ -126,8 +135,22 @@ def test_the_readmes_python_blocks_run(place):
     assert failures(run_all(programs, place)) == {}
 
 
+def test_the_readmes_commands_run(readme_commands, place):
+    assert readme_commands == []
+    for name in (
+        "samples/grid.png",
+        "codes.parquet",
+        "images.ivq",
+        "edited/melanoma",
+        "scores",
+        "my-model/README.md",
+    ):
+        assert (place / name).exists(), name
+
+
 @pytest.mark.slow
-def test_python_blocks_of_docs_and_cards_run(place, tiny_card):
+def test_python_blocks_of_docs_and_cards_run(readme_commands, place, tiny_card):
+    assert readme_commands == [], "pages use what the README's commands wrote"
     for card in (*CARDS, tiny_card):  # copied, as a pull leaves it: a clone's code files are links
         shutil.copytree(card.parent, place / card.parent.name)
     shutil.copy(place / "photo.jpg", place / "image.jpg")
@@ -155,6 +178,61 @@ def test_every_block_is_run_or_says_why_not():
     ci = (ROOT / ".ci" / "run").read_text()
     assert 'pip install --quiet -c constraints.txt -e ".[dev]"' in ci
     assert "pytest -n 2 --dist worksteal" in ci, "the README's installation and tests run there"
+
+
+def words_of(block):
+    """The commands of a shell block, as words."""
+    lines = [part for line in block.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def reduced(words):
+    """A command with numbers that a test has time for, which change nothing else."""
+    words = list(words)
+    for index, word in enumerate(words[:-1]):
+        if word in ("-n", "--num-images"):
+            words[index + 1] = str(min(2, int(words[index + 1])))
+    if words[1] == "train":
+        stage = yaml.safe_load((ROOT / words[2]).read_text())["stage"]
+        words = [re.sub(r"(?<=max_steps=)\d+", lambda m: str(int(m[0]) // 50), word) for word in words]
+        words += [] if any("max_steps" in word for word in words) else ["loop.max_steps=2"]
+        words += ["loop.batch_size=4", "loop.save_every=1"]
+        words += ["num_samples=4", "model.num_layers=1"] if stage == "prior" else ["model.num_codes=16"]
+    return words
+
+
+def run_commands(path, folder):
+    """Run the shell blocks of a file in a folder; what failed, and how."""
+    failed = []
+    for block in blocks(path, "bash"):
+        if block.startswith(NOT_RUN):
+            continue
+        for words in words_of(block):
+            if words[0] in ("pip", "pytest"):
+                continue  # .ci/run does that
+            problem = run_command(words, folder)
+            failed += [f"{title(path)}: {shlex.join(words)}: {problem}"] if problem else []
+    return failed
+
+
+def run_command(words, folder):
+    """Run a command in this process if it can, otherwise as a program; what it wrote if it failed."""
+    if words[0] == "torchrun":
+        words = ["isic-vq", *words[words.index("isic_vq") + 1 :]]
+    if words[0] != "isic-vq":
+        program = [sys.executable, *words[1:]] if words[0] == "python" else words
+        done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
+        return done.stderr if done.returncode else None
+    written = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(written):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", reduced(words))
+        with contextlib.redirect_stderr(written):
+            try:
+                cli.main()
+            except SystemExit as end:
+                return written.getvalue() if end.code else None
+    return None
 
 
 def test_cards_show_every_way_of_loading():
