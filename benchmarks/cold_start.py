@@ -34,9 +34,13 @@ pipe = UnconditionalImageGenerationPipeline(load_model(IsicVQModel, None))
 clock.append(time.perf_counter())
 model, backend = pipe.model, sys.argv[2]
 uniforms = position_uniforms(image_generators(0, 16), model.config.prior_config.grid_size**2)
-codes = model.prior.sample(uniforms, backend=model.prior.best_backend(1) if backend == "auto" else backend)
-clock.append(time.perf_counter())
 import torch
+codes = model.prior.sample(
+    uniforms,
+    backend=model.prior.best_backend(1) if backend == "auto" else backend,
+    clusters=torch.zeros(16, dtype=torch.long) if model.prior.config.num_clusters else None,
+)
+clock.append(time.perf_counter())
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 with torch.no_grad():
     pixels = IsicVQImageProcessor(size=128).postprocess(model.decode(codes), output_type="np")

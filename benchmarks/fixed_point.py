@@ -20,14 +20,14 @@ from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.sampling import Sampling, image_generators, position_uniforms
-from measure import write_report
+from measure import one_cluster, write_report
 
 
 def settle(prior: PixelCNNModel, codes: Tensor, uniforms: Tensor, rows: slice) -> int:
     """Draw the codes of some rows anew until they stay as they are; returns the passes it took."""
     passes = 0
     while True:
-        logits = prior(codes).logits.permute(0, 2, 3, 1)[:, rows]
+        logits = prior(codes, clusters=one_cluster(prior, len(codes))).logits.permute(0, 2, 3, 1)[:, rows]
         drawn = Sampling().draw(logits.flatten(0, 2), uniforms[:, rows].flatten()).view_as(codes[:, rows])
         passes += 1
         if torch.equal(drawn, codes[:, rows]):
@@ -42,7 +42,7 @@ def measure(prior: PixelCNNModel, batch: int) -> dict[str, Any]:
     flat = position_uniforms(image_generators(0, batch), grid * grid)
     uniforms = flat.view(batch, grid, grid)
     start = time.perf_counter()
-    expected = prior.sample(flat)
+    expected = prior.sample(flat, clusters=one_cluster(prior, batch))
     cached = time.perf_counter() - start
     codes = torch.zeros_like(expected)
     start = time.perf_counter()

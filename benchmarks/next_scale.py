@@ -29,6 +29,7 @@ from measure import (
     Contestant,
     compare,
     num_parameters,
+    one_cluster,
     print_figures,
     write_report,
 )
@@ -120,11 +121,16 @@ def contestants(
         for count in (var.config.prior_config.num_positions, 256)
     )
     labels = torch.zeros(batch, dtype=torch.long)
+    of_var, clusters = (one_cluster(model.prior, batch) for model in (var, pixelcnn))
+    sample = partial(pixelcnn.prior.sample, noise, labels, clusters=clusters)
     steps = {
-        VAR: (var.prior, partial(var.prior.sample, var_noise, labels, extend=var.vqvae.extend)),
+        VAR: (
+            var.prior,
+            partial(var.prior.sample, var_noise, labels, extend=var.vqvae.extend, clusters=of_var),
+        ),
         RASTER: (raster, partial(raster.sample, noise, labels)),
-        EAGER: (pixelcnn.prior, partial(pixelcnn.prior.sample, noise, labels, backend="eager")),
-        COMPILED: (pixelcnn.prior, partial(pixelcnn.prior.sample, noise, labels, backend="compiled")),
+        EAGER: (pixelcnn.prior, partial(sample, backend="eager")),
+        COMPILED: (pixelcnn.prior, partial(sample, backend="compiled")),
         VAR_IMAGES: (var, partial(var.generate, batch, batch_size=batch)),
         PIXELCNN_IMAGES: (pixelcnn, partial(pixelcnn.generate, batch, batch_size=batch, backend="compiled")),
     }
