@@ -1,8 +1,8 @@
 """The code in README, docs and cards runs as it stands, offline; the README's in the fast part, the others' in the slow one.
 
 A Python block is a program of its own; one that trusts a repository's code runs where `isic_vq` cannot be imported. The shell blocks
-of a file run one after the other in one folder, with smaller numbers (`reduced`), but for those whose first line is `# not run
-here: REASON`. Those are parsed, as are the blocks of cards and examples.
+of README run one after the other in one folder, with smaller numbers (`reduced`), but for those whose first line is `# not run
+here: REASON`. Those are parsed, as are the shell blocks of docs, cards and examples.
 """
 
 import contextlib

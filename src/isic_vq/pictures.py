@@ -78,7 +78,7 @@ def write_generated(
         model: a whole model.
         output: folder.
         num_images: how many, as PNGs at most 4096; see `generate_shards`.
-        labels: diagnosis (name, alias or id); several are one per image, none generates without one.
+        labels: diagnosis (name, alias or id); several are one per image; without any, images have no class.
         sampling: how codes are drawn; by default from the prior's own distribution.
         seed: image i depends on (seed, i) alone.
         batch_size: images computed at once, 16 by default; another number may round an image differently.
