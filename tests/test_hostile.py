@@ -58,7 +58,7 @@ def test_an_attribution_is_shown_and_does_nothing(model_folder):
     assert "<script" not in text
     assert [line for line in text.splitlines() if line.startswith(("# ", "---"))] == ["---", "---", "# tiny"]
     shown = "Clinic &lt;script>alert(1)&lt;/script> # Cured --- license: mit --- \\| a \\| [b\\](https://example.org) \\`d"
-    assert text.count(shown) >= 3
+    assert text.count(shown) >= 2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from isic_vq import cli
@@ -113,7 +114,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def readme_commands(place):
     """The README's shell commands, run in `place`; those that failed."""
-    return run_commands(README, place)
+    # Tests before it in this process may have trained in another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield run_commands(README, place)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def python_programs(paths):
