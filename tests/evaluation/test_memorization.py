@@ -326,7 +326,8 @@ def test_twenty_planted_copies_among_five_hundred_images_are_all_found(channels,
         wrong.append((number - sum(recall[-1])) / number)
     by_codes, by_features = np.array(recall).T
     assert (by_codes == NUM_COPIES).all()
-    assert by_features.mean() > 15, "an untrained network's features say less than codes"
+    # They say less than codes, and less of images whose fine texture the decoder invents (with a smooth one: more than 15).
+    assert by_features.mean() > 13
     assert by_features.min() > 8
     assert np.mean(wrong) < LEVEL
 

@@ -42,7 +42,8 @@ def sampled(prior: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(SEED)
     positions = prior.config.grid_size**2
     uniforms = torch.rand((NUM_IMAGES, positions), generator=generator, dtype=torch.float64)
-    return prior.sample(uniforms, torch.zeros(NUM_IMAGES, dtype=torch.int64)).numpy()
+    first = torch.zeros(NUM_IMAGES, dtype=torch.int64)
+    return prior.sample(uniforms, first, clusters=first if prior.config.num_clusters else None).numpy()
 
 
 def processed(processor: Any) -> np.ndarray:
