@@ -310,7 +310,7 @@ def leaderboard_page(rows: list[dict[str, Any]]) -> str:
             [
                 "# Leaderboard",
                 "How many minutes of one CPU core a model's trainings took, and how far its samples are from real images. Written by `python docs/build.py`; "
-                "a row is added for a shipped model whenever it is measured anew, and none is removed. Minutes are those in optimizer steps at the median "
+                "a row is added for a shipped model whenever it is measured again, and rows of earlier models stay. Minutes are those in optimizer steps at the median "
                 "pace, times the threads. Distances: Frechet, to the validation images of HAM10000, of as many samples of the same diagnoses, "
                 "with 95 % intervals; isic-derm-features is the space that decoders were trained in. What did not work is in "
                 "[LOG.md](../LOG.md) and in the [ablations' reports](../benchmarks/reports).",

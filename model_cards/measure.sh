@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure a shipped model again: its reports and card, and what the documentation says of it. An hour or two on two cores.
+# Measure a shipped model again: its reports and card, and what the documentation says of it; prints the seconds of each step.
 #   isic-vq encode MODEL --data 'parquet:${ISIC_VQ_DATA}/ham10000/train-*.parquet' -o CODES/train.parquet
 #   isic-vq encode MODEL --data 'parquet:${ISIC_VQ_DATA}/ham10000/validation-*.parquet' -o CODES/validation.parquet --views 1
 #   ISIC_VQ_DATA=FOLDER model_cards/measure.sh MODEL CODES [--features FOLDER_OF_ANOTHER_FEATURE_MODEL]
