@@ -239,7 +239,11 @@ def planted_copies(images):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(IsicVQModel)
+    """The shipped model without the noise that its decoder draws texture from: in another view of an image it is another."""
+    model = load_model(IsicVQModel)
+    with torch.no_grad():
+        model.vqvae.decoder.refinement.first.weight[:, -1] = 0
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -326,8 +330,7 @@ def test_twenty_planted_copies_among_five_hundred_images_are_all_found(channels,
         wrong.append((number - sum(recall[-1])) / number)
     by_codes, by_features = np.array(recall).T
     assert (by_codes == NUM_COPIES).all()
-    # They say less than codes, and less of images whose fine texture the decoder invents (with a smooth one: more than 15).
-    assert by_features.mean() > 13
+    assert by_features.mean() > 15, "an untrained network's features say less than codes"
     assert by_features.min() > 8
     assert np.mean(wrong) < LEVEL
 
