@@ -1,5 +1,6 @@
 """The audit of a tiny model from end to end: its report, its pairs, its pictures, and its command."""
 
+import copy
 import dataclasses
 import json
 
@@ -125,10 +126,21 @@ def test_features_are_those_of_decoded_codes_in_every_view(model, features, trai
     extractor = FeatureModel.from_pretrained(str(features))
     found = decoded_features(model, extractor, train.first_views()[:3], num_views=8)
     with torch.inference_mode():
-        images = model.decode(train.first_views()[:3])
+        images = model.vqvae.decode(train.first_views()[:3], noise=False)
         turned = torch.rot90(images.flip(-1), 1, (-2, -1))
         torch.testing.assert_close(found[:, 5], extractor(turned))
         torch.testing.assert_close(found[:, 0], extractor(images))
+
+
+def test_features_are_of_images_without_the_decoders_noise(model, features, train):
+    """As of a decoder whose weights for the noise are zero."""
+    codes = train.first_views()[:3]
+    silent = copy.deepcopy(model)
+    silent.vqvae.decoder.refinement.first.weight.data[:, -1] = 0
+    extractor = FeatureModel.from_pretrained(str(features))
+    features = decoded_features(model, extractor, codes, num_views=1)[:, 0]
+    torch.testing.assert_close(features, extractor(silent.decode(codes)))
+    assert (features - extractor(model.decode(codes))).abs().max() > 1e-4, "`decode` draws noise"
 
 
 def test_membership_is_the_area_of_scikit_learn_and_the_gap_the_difference_of_means(model, train, held_out):

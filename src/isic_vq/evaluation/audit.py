@@ -272,11 +272,14 @@ def decoded_features(
     desc: str = "features",
     progress: bool = False,
 ) -> Tensor:
-    """Features `(N, num_views, D)`, on the CPU, of the images that codes `(N, h, w)` decode to, in their first views."""
+    """Features `(N, num_views, D)`, on the CPU, of the images that codes `(N, h, w)` decode to, in their first views.
+
+    They are decoded without noise: another view of an image has other codes, thus other noise, and would seem farther away.
+    """
     parts = []
     with tqdm(total=len(codes), unit="image", desc=desc, disable=not progress) as bar:
         for batch in codes.split(BATCH_SIZE):
-            images = model.decode(batch.to(model.device)).float()
+            images = model.vqvae.decode(batch.to(model.device), noise=False).float()
             views = [dihedral(images, torch.full((len(images),), view)) for view in range(num_views)]
             parts.append(torch.stack([extractor(view) for view in views], dim=1).cpu())
             bar.update(len(batch))

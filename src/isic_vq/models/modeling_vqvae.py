@@ -290,12 +290,13 @@ class VQVAEModel(VQVAEPreTrainedModel):
             return self.quantizer.encode(latents)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, noise: bool = True) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] of codes in [0, K); never learns, in either mode.
 
         Args:
             codes (`torch.LongTensor` of shape `(B, h, w)` or, of several scales, `(B, L)`): of these the first
                 scales alone are enough, and make a coarser image.
+            noise: False leaves out the texture that a refinement draws from `pixel_noise`, to compare images of codes.
 
         Raises:
             ValueError: a code outside [0, K), codes that are not those of whole scales, or pixels that are not finite.
@@ -305,7 +306,7 @@ class VQVAEModel(VQVAEPreTrainedModel):
             quantized = self.quantizer.lookup(codes).to(self.dtype)
             check_finite(quantized, "codebook vectors", damaged_or_overflow(self.dtype))
             return check_finite(
-                self.decoder(quantized, self.code_grids(codes)[-1]),
+                self.decoder(quantized, self.code_grids(codes)[-1] if noise else None),
                 "decoded pixels",
                 damaged_or_overflow(self.dtype),
             )
