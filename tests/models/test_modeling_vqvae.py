@@ -122,6 +122,27 @@ def test_pixel_noise_depends_on_code_and_place_alone():
     assert changed[:, 3].unique().tolist() == [12, 13, 14, 15]
 
 
+def test_pixel_noise_of_a_side_that_does_not_divide_the_images_takes_the_nearest_code():
+    codes = torch.tensor([[[5, 6, 7], [8, 9, 10], [11, 12, 13]]])
+    noise = pixel_noise(codes, 8)
+    for y in range(8):
+        for x in range(8):
+            alone = pixel_noise(codes[:, 3 * y // 8 : 3 * y // 8 + 1, 3 * x // 8 : 3 * x // 8 + 1], 8)
+            assert noise[0, 0, y, x] == alone[0, 0, y, x]
+
+
+def test_a_refined_decoder_of_scales_that_do_not_divide_the_image_decodes_every_prefix():
+    config = VQVAEConfig(
+        image_size=16, hidden_sizes=[8, 8], num_codes=7, code_dim=4, scales=[1, 3, 4], refinement_size=4
+    )
+    model = VQVAEModel(config).eval()
+    nn.init.ones_(model.decoder.refinement.last.weight)
+    codes = model.encode(images(2))
+    stages = model.decode_progressively(codes)
+    assert [stage.shape for stage in stages] == [(2, 3, 16, 16)] * 3
+    torch.testing.assert_close(stages[-1], model.decode(codes))
+
+
 def test_space_shrinks_and_depth_grows_through_the_encoder(model):
     ran = layers_in_order_of_use(model.encoder, images())
     shapes = [tuple(output.shape[1:]) for name, _, output in ran if name == RELU]

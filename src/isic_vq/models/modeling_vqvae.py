@@ -112,11 +112,11 @@ def pixel_noise(codes: Tensor, size: int) -> Tensor:
     edited code changes the noise of its own pixels only.
 
     Args:
-        codes (`torch.LongTensor` of shape `(B, h, w)`): a square grid.
-        size: a multiple of h.
+        codes (`torch.LongTensor` of shape `(B, h, w)`): a square grid; h need not divide `size`, as that of a coarse scale.
+        size: side of the noise in pixels, at least h.
     """
-    cell = size // codes.shape[-1]
-    spread = codes.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]
+    nearest = torch.arange(size, device=codes.device) * codes.shape[-1] // size
+    spread = codes[:, nearest][:, :, nearest][:, None]
     place = torch.arange(size * size, device=codes.device).view(size, size)
     prime = 2**31 - 1  # squares of what is below it fit in 64 bits
     value = (spread * 1_000_003 + place * 69_069 + 12_345) % prime
