@@ -133,7 +133,13 @@ def test_pixel_noise_of_a_side_that_does_not_divide_the_images_takes_the_nearest
 
 def test_a_refined_decoder_of_scales_that_do_not_divide_the_image_decodes_every_prefix():
     config = VQVAEConfig(
-        image_size=16, hidden_sizes=[8, 8], num_codes=7, code_dim=4, scales=[1, 3, 4], refinement_size=4
+        image_size=16,
+        hidden_sizes=[8, 8],
+        num_codes=7,
+        code_dim=4,
+        scales=[1, 3, 4],
+        num_phi=2,
+        refinement_size=4,
     )
     model = VQVAEModel(config).eval()
     nn.init.ones_(model.decoder.refinement.last.weight)
