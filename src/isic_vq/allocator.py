@@ -14,17 +14,11 @@ MMAP_THRESHOLDS = (
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc's malloc keep what is freed, for the rest of the process, whose memory then stays at its peak.
+    """Let glibc's malloc keep what is freed, for the rest of the process; returns whether it does.
 
-    By default it takes large tensors from the system and returns them when they are freed: a model on a CPU spends a third of
-    its time on pages that are cleared again and again. For programs, not for libraries: call it once, at the start.
-    `ISIC_VQ_KEEP_MEMORY=0` in the environment leaves malloc as it is.
-
-    Returns:
-        Whether it was set: not without glibc, and not if switched off.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
+    By default large tensors return to the system when they are freed: a model on a CPU spends a third of its time on pages
+    that are cleared again and again. Call it once, at the start of a program. Without glibc nothing happens, nor with
+    `ISIC_VQ_KEEP_MEMORY=0` in the environment, whose other values but 1 are a ValueError.
     """
     wanted = os.environ.get(SWITCH, "1")
     if wanted not in ("0", "1"):

@@ -82,11 +82,7 @@ def name_full_disk(target: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full; an old file stays as it was.
-    """
+    """Write a file whole or not at all; an OSError names it, and an old file stays as it was."""
     tidy_once(path.parent)
     temporary = beside(path, "tmp")
     try:
@@ -101,11 +97,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Write a safetensors file whole or not at all, with the mode that the umask gives.
-
-    Raises:
-        OSError: as `write_atomically`.
-    """
+    """Write a safetensors file whole or not at all, with the mode that the umask gives; OSError as `write_atomically`."""
     from safetensors.torch import save
 
     write_atomically(path, save(dict(tensors), metadata={"format": "pt"}))
@@ -115,8 +107,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Give an empty folder to fill; it takes the place of `target` when the block ends without an error.
 
-    Raises:
-        InUseError: another process is at it.
+    InUseError if another process is at it.
 
     Examples:
         >>> with replaced_directory(Path("run/model")) as folder:  # doctest: +SKIP

@@ -42,19 +42,12 @@ MAX_SHARD_SIZE = 2**14  # images, which a process holds in memory
 
 @dataclass(frozen=True)
 class _Generation:
-    """A set of images that is being generated.
-
-    Attributes:
-        model: what generates.
-        work: its pieces are the shards.
-        settings: all that decides a byte of them, as `generation.json` has it.
-        labels: class ids `(L,)` int64; image i is of class `labels[i % L]`.
-    """
+    """A set of images that is being generated."""
 
     model: IsicVQModel
-    work: Work
-    settings: dict[str, Any]
-    labels: torch.Tensor
+    work: Work  # its pieces are the shards
+    settings: dict[str, Any]  # all that decides a byte of them, as `generation.json` has it
+    labels: torch.Tensor  # class ids `(L,)` int64; image i is of class `labels[i % L]`
 
     @property
     def run(self) -> str:

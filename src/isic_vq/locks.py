@@ -44,14 +44,9 @@ def is_running(pid: int, host: str) -> bool:
 
 @contextmanager
 def hold(target: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Hold a folder or file for a block, alone or with the other processes of one launch.
+    """Hold a folder or file, which need not be there, for a block: alone or with the other ranks of one launch.
 
     A process may hold what it holds already. Processes that it forks do not.
-
-    Args:
-        target: it need not be there.
-        rank: number of this process in its launch.
-        world: processes of the launch.
 
     Raises:
         InUseError: another launch holds it, or another process is this one's rank.

@@ -245,8 +245,7 @@ def marked_pixels(
 ) -> Tensor:
     """The pixels `(H, W)` bool of the model's square that a mask, a box or the lower half marks; see `write_edits`.
 
-    Raises:
-        ValueError: not one of them is given, it does not fit the image, or it marks nothing that the model sees.
+    ValueError unless one of them is given, fits the image, and marks something that the model sees.
     """
     if (mask is not None) + (box is not None) + lower_half != 1:
         raise ValueError("what to redraw: expected one of --mask, --box and --lower-half")
@@ -338,16 +337,13 @@ def write_scores(
 
 
 def write_sample(source: "Source", num_images: int, path: Path, seed: int = 0) -> int:
-    """Write a grid of some images of a source: its own pixels, not generated ones.
+    """Write a grid of some images of a source: its own pixels, not generated ones; returns how many it shows.
 
     Args:
         source: of a stream the first images are shown, for the others are far away.
         num_images: how many it has.
         path: of the PNG.
         seed: of the draw.
-
-    Returns:
-        How many images it shows.
 
     Raises:
         ValueError: none of them can be read.

@@ -22,21 +22,13 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Work:
-    """Pieces of work in a folder that its processes hold.
+    """Pieces of work in a folder that its processes hold."""
 
-    Attributes:
-        folder: where the pieces go.
-        names: files of all pieces, in order.
-        noun: name of the pieces in messages.
-        rank: number of this process, which makes the pieces rank, rank + world, ...
-        world: number of processes.
-    """
-
-    folder: Path
-    names: Sequence[str]
-    noun: str
-    rank: int = 0
-    world: int = 1
+    folder: Path  # where the pieces go
+    names: Sequence[str]  # files of all pieces, in order
+    noun: str  # name of the pieces in messages
+    rank: int = 0  # number of this process, which makes the pieces rank, rank + world, ...
+    world: int = 1  # number of processes
 
     @property
     def numbers(self) -> range:
@@ -88,16 +80,9 @@ def settings_bytes(settings: Mapping[str, Any]) -> bytes:
 
 
 def begin(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS) -> None:
-    """Write the settings that work in a folder begins with, or check that it was begun with the same.
+    """Write the settings that decide what comes out of work in a folder, or check that it was begun with the same.
 
-    Args:
-        folder: is made if need be.
-        settings: all that decides what comes out.
-        name: JSON file of the settings.
-
-    Raises:
-        DataError: they differ, or the file does not hold settings.
-        OSError: the file cannot be written.
+    DataError if they differ, or the JSON file `name` does not hold settings.
     """
     path = folder / name
     if not path.is_file():
@@ -142,10 +127,8 @@ def differences_text(changed: Mapping[str, tuple[Any, Any]]) -> str:
 def launched_process() -> tuple[int, int]:
     """Return rank and number of processes, from what torchrun and accelerate launch set; (0, 1) alone.
 
-    On a machine with several GPUs, the one of its local rank becomes the one it uses.
-
-    Raises:
-        ValueError: only one of RANK and WORLD_SIZE is set, or they contradict each other.
+    On a machine with several GPUs, the one of its local rank becomes the one it uses. ValueError if only one of RANK and
+    WORLD_SIZE is set, or they contradict each other.
     """
     values = [os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(values) == 1:

@@ -43,11 +43,7 @@ for _first in list("-+0123456789"):
 
 
 def read_yaml(text: str) -> Any:
-    """Parse a YAML document.
-
-    Raises:
-        ValueError: it is not YAML, or larger than `MAX_NODES`; the text says where.
-    """
+    """Parse a YAML document; ValueError, which says where, if it is not YAML or holds more than `MAX_NODES` values."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -34,18 +34,14 @@ THREADS = 1  # more threads gain little on matrices of this size, and another nu
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed file and its numbers.
-
-    Attributes:
-        num_fallbacks: blocks that are coded with static tables because the prior did not decode them exactly.
-        payload_bytes: bytes of codes; all others are names, checksums and headers.
-    """
+    """A compressed file and its numbers."""
 
     content: bytes
     num_images: int
     num_blocks: int
+    # Blocks that are coded with static tables because the prior did not decode them exactly
     num_fallbacks: int
-    payload_bytes: int
+    payload_bytes: int  # bytes of codes; all others are names, checksums and headers
 
 
 @dataclass(frozen=True)

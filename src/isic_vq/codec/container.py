@@ -36,58 +36,38 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """All that the prior's probabilities depend on to the last bit.
+    """All that the prior's probabilities depend on to the last bit."""
 
-    Attributes:
-        prior: hash of the weights.
-        lanes: images computed at once.
-        backend: of the incremental computation.
-        precision: probabilities are integers over two to this power.
-        canary: hash of the integers of a known block, which identifies the machine's arithmetic.
-    """
-
-    prior: str
-    lanes: int
+    prior: str  # hash of the weights
+    lanes: int  # images computed at once
     threads: int
     dtype: str
-    backend: str
+    backend: str  # of the incremental computation
     torch: str
-    precision: int
-    canary: str
+    precision: int  # probabilities are integers over two to this power
+    canary: str  # hash of the integers of a known block, which identifies the machine's arithmetic
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a file was coded with.
+    """The settings that a file was coded with."""
 
-    Attributes:
-        tokenizer: hash of the encoder and codebook.
-        label: class id that all images were coded under.
-        table: hash of the static table.
-        layout: None if no block is coded under the prior.
-    """
-
-    tokenizer: str
+    tokenizer: str  # hash of the encoder and codebook
     num_codes: int
     grid_size: int
-    label: int
-    table: str
-    layout: Layout | None
+    label: int  # class id that all images were coded under
+    table: str  # hash of the static table
+    layout: Layout | None  # None if no block is coded under the prior
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some images.
-
-    Attributes:
-        coder: "prior" or "static".
-        codes_crc: CRC-32 of the codes, which detects a machine that computes other probabilities.
-    """
+    """Some images."""
 
     names: list[str]
-    coder: str
+    coder: str  # "prior" or "static"
     payload: bytes
-    codes_crc: int
+    codes_crc: int  # CRC-32 of the codes, which detects a machine that computes other probabilities
 
 
 @dataclass(frozen=True)
@@ -116,10 +96,7 @@ def write_container(settings: Settings, blocks: Sequence[Block]) -> bytes:
 
 
 def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | str]]:
-    """Read the intact blocks of a file.
-
-    Returns:
-        The settings, the header's entries, and for each entry the block or the reason why it cannot be read.
+    """Read settings and entries of a file's header, and for each entry the block or the reason why it cannot be read.
 
     Raises:
         CodecError: the content is no .ivq file, or several, or both copies of its header are damaged.

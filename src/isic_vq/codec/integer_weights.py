@@ -51,15 +51,9 @@ def table_hash(weights: Weights) -> str:
 
 
 def training_code_counts(model: str | None = None) -> list[int] | None:
-    """The counts of the K codes in the training images, from the checkpoint's provenance.json; None if not recorded.
+    """The counts of the K codes in the training images, from the provenance.json of a checkpoint; None if not recorded.
 
-    Args:
-        model: folder, Hub id, or None for the shipped checkpoint.
-
-    Raises:
-        ModelError: there is no such checkpoint.
-        ValueError: the file is damaged.
-        OSError: the Hub cannot be reached.
+    ModelError without such a checkpoint (a folder, a Hub id, or None for the shipped one), ValueError for a damaged file.
     """
     name = resolve(model)
     path = Path(name) / PROVENANCE

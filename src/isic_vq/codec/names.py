@@ -23,10 +23,9 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
-    """Paths to write images to: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become the same.
+    """Paths of PNGs: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become the same.
 
-    Raises:
-        CodecError: as `check_names`, or a path would leave the folder.
+    CodecError as `check_names`, or if a path would leave the folder.
     """
     check_names(names)
     suffixes = [PurePosixPath(name).suffix for name in names]

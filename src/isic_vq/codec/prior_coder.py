@@ -32,16 +32,9 @@ NextCodes = Callable[[int, Weights], NDArray[np.int64]]
 
 
 class PriorCoder:
-    """Codes blocks of up to `lanes` images under the prior, given one class.
+    """Codes blocks of up to `lanes` images under the prior, which is on the CPU, given a class or the unconditional id.
 
-    Args:
-        prior: on the CPU.
-        label: class id, or the unconditional one.
-        lanes: images computed at once, even for a smaller block.
-        threads: of torch.
-
-    Raises:
-        ValueError: the prior is on another device, or a number is out of range.
+    All lanes are computed, even for a smaller block. ValueError for a prior elsewhere, or a number out of range.
     """
 
     def __init__(self, prior: PixelCNNModel, label: int, lanes: int, threads: int):

@@ -16,15 +16,7 @@ NUM_VIEWS = 8
 
 
 def dihedral(pixel_values: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-    """Apply to each image of a batch its own symmetry; returns a new tensor.
-
-    Args:
-        pixel_values (torch.Tensor of shape (batch, ..., side, side)): any dtype and range.
-        views (torch.Tensor of shape (batch,), int64, in 0 to 7): numbered as in the module's docstring.
-
-    Raises:
-        ValueError: the images are not square, or the views do not fit.
-    """
+    """Apply to each image of a batch `(B, ..., side, side)` its own symmetry `(B,)`, int64 in 0 to 7; returns a new tensor."""
     if pixel_values.ndim < 3 or pixel_values.shape[-1] != pixel_values.shape[-2]:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, ..., side, side)."
@@ -53,8 +45,7 @@ def view(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
 def random_views(num_images: int, seed: int, epoch: int) -> torch.Tensor:
     """Draw a view for each image of an epoch: int64 of shape (num_images,), uniform in 0 to 7.
 
-    `seed` and `epoch` are not negative. The same arguments give the same views on any machine, after any resume, and for
-    any batch size and number of processes.
+    A function of the arguments alone: the same after any resume, for any batch size and number of processes.
     """
     state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))

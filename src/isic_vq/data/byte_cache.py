@@ -14,11 +14,9 @@ from isic_vq.files import beside, tidy_once
 
 
 class ByteCache:
-    """Contents by key; methods raise OSError if the folder cannot be read or written.
+    """Contents by key in a folder, which is made if needed; methods raise OSError if it cannot be read or written.
 
-    Args:
-        folder: made if needed.
-        limit: bytes of all files together; each process may exceed it by a twentieth until it looks at the folder again.
+    `limit` is in bytes; each process may exceed it by a twentieth until it looks at the folder again.
     """
 
     def __init__(self, folder: Path, limit: int):

@@ -23,18 +23,12 @@ NUM_LISTED = 10  # names or rows in a message
 
 @dataclass(frozen=True)
 class Classes:
-    """The names that labels may have.
+    """The names that labels may have; ValueError if one is empty, holds control characters, or two differ only in case."""
 
-    Attributes:
-        names: declared classes in the order of their ids; ISIC's eight are known beside them.
-        others: what to do with a label that is neither declared nor known: "stop" the run, "drop" its image (and images
-            of ISIC classes that are not declared), "take" it as a class of that name, or "ignore" all labels.
-
-    Raises:
-        ValueError: names that are empty, hold control characters, or differ only in case or blanks.
-    """
-
+    # Declared classes in the order of their ids; ISIC's eight are known beside them
     names: tuple[str, ...] = ISIC
+    # What to do with a label that is neither declared nor known: "stop" the run, "drop" its image (and images of ISIC
+    # classes that are not declared), "take" it as a class of that name, or "ignore" all labels
     others: str = "stop"
 
     def __post_init__(self) -> None:
@@ -49,11 +43,8 @@ class Classes:
     def parse(cls, declared: str | Sequence[object] | None, drop_others: bool = False) -> "Classes":
         """Parse declared classes: names, names separated by commas, "auto", "none", or None for ISIC's.
 
-        A spelling of an ISIC class, such as "mel" for melanoma, is that class. `drop_others` leaves out images of
-        other classes.
-
-        Raises:
-            ValueError: as the class; or a name that YAML reads as neither text nor a number.
+        A spelling of an ISIC class, such as "mel" for melanoma, is that class. `drop_others` leaves out images of other
+        classes. ValueError as the class, or for a name that YAML reads as neither text nor a number.
         """
         if isinstance(declared, str):
             names: list[object] = [name.strip() for name in declared.split(",") if name.strip()]
@@ -134,27 +125,19 @@ def ordered_classes(present: Iterable[str], declared: Sequence[str] | None = Non
 class Reading:
     """One pass over a source's records: names their classes, and counts what is left out and why.
 
-    Args:
-        classes: the names that labels may have.
-        is_strict: stop at the first label that is neither declared nor known; else `check` refuses all together.
-
-    Attributes:
-        labels: number of images by class.
-        read_as: number of images by (label as it is written, class) where these differ.
-        others: number of images by label that is neither declared nor known.
-        first_other: where the first of these is.
-        left_out: names of files and images by the reason why they are left out.
-        notes: names of images that are kept, by a remark about them.
+    If strict it stops at the first label that is neither declared nor known; else `check` refuses all together.
     """
 
     def __init__(self, classes: Classes | None = None, is_strict: bool = True):
         self.classes, self.is_strict = classes or Classes(), is_strict
-        self.labels: Counter[str] = Counter()
-        self.read_as: Counter[tuple[str, str]] = Counter()
-        self.others: Counter[str] = Counter()
-        self.first_other = ""
-        self.left_out: dict[str, list[str]] = {}
-        self.notes: dict[str, list[str]] = {}
+        self.labels: Counter[str] = Counter()  # images by class
+        self.read_as: Counter[tuple[str, str]] = (
+            Counter()
+        )  # by (label as it is written, class) where these differ
+        self.others: Counter[str] = Counter()  # by label that is neither declared nor known
+        self.first_other = ""  # where the first of these is
+        self.left_out: dict[str, list[str]] = {}  # names of files and images by the reason
+        self.notes: dict[str, list[str]] = {}  # names of images that are kept, by a remark about them
         self._resolved: dict[str, str | None] = {}
 
     def name_class(self, text: str, where: str) -> str | None:

@@ -31,22 +31,14 @@ METADATA_KEY = b"isic_vq"
 
 @dataclass(frozen=True)
 class CodeCache:
-    """Codes of a data set.
+    """Codes of a data set."""
 
-    Attributes:
-        codes: uint16 of shape (N, views, h, w), or (N, views, L) of several scales, in [0, num_codes).
-        isic_ids: N image ids.
-        diagnoses: N class names, "unknown" for images without a class.
-        num_codes: K of the tokenizer.
-        tokenizer_hash: of the tokenizer that encoded them.
-        source: the description of the images.
-    """
-
+    # uint16 of shape (N, views, h, w), or (N, views, L) of several scales, in [0, num_codes)
     codes: NDArray[np.uint16]
-    isic_ids: list[str]
-    diagnoses: list[str]
-    num_codes: int
-    tokenizer_hash: str
+    isic_ids: list[str]  # N image ids
+    diagnoses: list[str]  # N class names, "unknown" for images without a class
+    num_codes: int  # K of the tokenizer
+    tokenizer_hash: str  # of the tokenizer that encoded them
     source: SourceInfo
 
     def first_views(self) -> torch.Tensor:

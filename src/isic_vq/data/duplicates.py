@@ -64,30 +64,20 @@ _CHUNK = 2**18  # hashes that are looked up at once
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images that show the same photograph.
+    """Two images that show the same photograph."""
 
-    Attributes:
-        first: row of one image.
-        second: row of the other, larger than `first`.
-        view: number of the symmetry (`isic_vq.data.augmentation`) that turns the first into the second.
-        distance: Hamming distance of their hashes in that view, 0 to `MAX_DISTANCE`.
-        similarity: correlation of their details in that view, `MIN_SIMILARITY` to 1.
-    """
-
-    first: int
-    second: int
-    view: int
-    distance: int
-    similarity: float
+    first: int  # row of one image
+    second: int  # row of the other, larger than `first`
+    view: int  # number of the symmetry (`isic_vq.data.augmentation`) that turns the first into the second
+    distance: int  # Hamming distance of their hashes in that view, 0 to `MAX_DISTANCE`
+    similarity: float  # correlation of their details in that view, `MIN_SIMILARITY` to 1
 
 
 def signature(image: Image.Image | bytes) -> bytes:
-    """Describe an image of at least 16 pixels, or its encoded bytes, in `SIGNATURE_BYTES` bytes for `find_duplicates`.
+    """Describe an image, or its encoded bytes, in `SIGNATURE_BYTES` bytes for `find_duplicates`.
 
     Encoded large JPEGs are decoded at a fraction of their size, which changes the signature as little as recompression.
-
-    Raises:
-        ImageError: the image is damaged or smaller than 16 pixels.
+    ImageError for an image that is damaged or smaller than 16 pixels.
     """
     square = IsicVQImageProcessor(size=SIDE).to_square(image)
     detail = np.rint(_DETAIL_SCALE * _detail(Image.fromarray(square).convert("L"))).clip(-127, 127)
@@ -99,14 +89,8 @@ def signature(image: Image.Image | bytes) -> bytes:
 def find_duplicates(signatures: Sequence[bytes]) -> list[DuplicatePair]:
     """Find the pairs of images that show the same photograph, sorted by `first` and `second`.
 
-    A pair is in the view that matches best; every two of several copies are a pair. Images without detail (of one colour,
-    or a smooth gradient) are never in a pair.
-
-    Args:
-        signatures: of `signature`, one per row; they are copied, 1.1 KB each.
-
-    Raises:
-        ValueError: a signature has another length.
+    Of one `signature` per row. A pair is in the view that matches best; every two of several copies are a pair. Images
+    without detail (of one colour, or a smooth gradient) are never in a pair. ValueError for a signature of another length.
     """
     for row, content in enumerate(signatures):
         if len(content) != SIGNATURE_BYTES:
@@ -133,12 +117,8 @@ def find_duplicates(signatures: Sequence[bytes]) -> list[DuplicatePair]:
 def near_hashes(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Find all pairs of rows whose hashes differ in at most `MAX_DISTANCE` bits in some view.
 
-    Args:
-        hashes (array of shape (rows, 8), uint64): of every row in all views.
-
-    Returns:
-        First row, second row and view of every match, int64 of shape (matches,), sorted: the hash of the first in
-        that view is near the hash of the second in view 0, and first < second.
+    Of hashes `(rows, 8)` uint64 in all views. Returns first row, second row and view of every match, int64, sorted: the hash
+    of the first in that view is near the hash of the second in view 0, and first < second.
     """
     queries = np.ascontiguousarray(hashes).ravel()
     in_bands = [np.empty(0, np.int64)]
@@ -154,19 +134,11 @@ def near_hashes(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[
 def drop_from_train(
     pairs: Sequence[DuplicatePair], splits: Sequence[str], names: Sequence[str], num_fixed: int = 0
 ) -> dict[int, str]:
-    """Choose the rows to exclude so that no photograph of training is in validation or test.
+    """Choose the rows to exclude so that no photograph of training is in validation or test, with a reason for each.
 
-    The training row of a pair is excluded, or the other one if the training row is among the first `num_fixed`.
-    Duplicates within a split, between validation and test, and other photographs of the lesion stay.
-
-    Args:
-        pairs: of `find_duplicates`.
-        splits: of every row: "train", "validation", "test" or "excluded".
-        names: of every row, for the reasons.
-        num_fixed: number of first rows that stay.
-
-    Returns:
-        The reason, which names the most similar image, by row.
+    The training row of a pair is excluded, or the other one if the training row is among the first `num_fixed`, which stay.
+    Duplicates within a split, between validation and test, and other photographs of the lesion stay. `splits` and `names`
+    are of every row.
     """
     reasons: dict[int, str] = {}
     for pair in sorted(pairs, key=lambda pair: -pair.similarity):
@@ -214,7 +186,7 @@ def duplicate_report(pairs: Sequence[DuplicatePair], rows: Sequence[Mapping[str,
 def _detail(luminance: Image.Image) -> NDArray[np.float64]:
     """The detail (see the module) of a picture of mode "L" and `SIDE` pixels a side, in units of the local contrast.
 
-    It is of shape (SIDE, SIDE) and about -5 to 5; in and beside the dark frame of a dermoscope it is 0.
+    It is about -5 to 5, and 0 in and beside the dark frame of a dermoscope.
     """
     level = np.asarray(_frame_level(luminance).filter(ImageFilter.MinFilter(5)), dtype=np.float64)
     weight = ((level - _BLACK_LEVEL) / (_SEEN_LEVEL - _BLACK_LEVEL)).clip(0, 1)

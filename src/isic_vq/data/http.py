@@ -38,31 +38,20 @@ class RemoteError(DataError):
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """Addresses of remote sources, and limits on requests.
+    """Addresses of remote sources, and limits on requests."""
 
-    Attributes:
-        api_url: of the ISIC archive's API v2.
-        bucket_url: of the archive's open bucket.
-        challenge_url: of the challenges' files; also a folder or file:// URL of the same layout.
-        cache: folder of the cache of fetched bytes; None caches nothing.
-        cache_gib: maximum size of the cache, in GiB.
-        connections: open at once to one server.
-        retries: per request; each redirect counts as one.
-        backoff: seconds before the second retry, doubled for each further one; the first retry is immediate.
-        connect_timeout: seconds.
-        read_timeout: seconds without a byte.
-    """
-
-    api_url: str = "https://api.isic-archive.com/api/v2"
-    bucket_url: str = "https://isic-archive.s3.us-east-1.amazonaws.com"
+    api_url: str = "https://api.isic-archive.com/api/v2"  # of the ISIC archive's API v2
+    bucket_url: str = "https://isic-archive.s3.us-east-1.amazonaws.com"  # of the archive's open bucket
+    # Of the challenges' files; also a folder or file:// URL of the same layout
     challenge_url: str = "https://isic-challenge-data.s3.amazonaws.com"
-    cache: Path | None = None
-    cache_gib: float = 5.0
-    connections: int = 8
-    retries: int = 6
+    cache: Path | None = None  # folder of the cache of fetched bytes; None caches nothing
+    cache_gib: float = 5.0  # maximum size of the cache, in GiB
+    connections: int = 8  # open at once to one server
+    retries: int = 6  # per request; each redirect counts as one
+    # Seconds before the second retry, doubled for each further one; the first retry is immediate
     backoff: float = 0.5
-    connect_timeout: float = 5.0
-    read_timeout: float = 30.0
+    connect_timeout: float = 5.0  # seconds
+    read_timeout: float = 30.0  # seconds without a byte
 
     @classmethod
     def from_environment(cls) -> "RemoteSettings":
@@ -124,12 +113,9 @@ class HttpClient:
     def get(self, request: Request) -> bytes:
         """Fetch an address, or a range of its bytes.
 
-        Cached content is returned without asking the server whether it changed (images of the archive never do); give
-        the `version` of a file that may change.
-
-        Raises:
-            RemoteError: the file is missing, shorter than the range, of another version, or unreadable after all retries.
-            DataError: the cache cannot be read or written.
+        Cached content is returned without asking the server whether it changed (images of the archive never do); give the
+        `version` of a file that may change. RemoteError if it is missing, shorter than the range, of another version, or
+        unreadable after all retries; DataError if the cache cannot be used.
         """
         if self.cache is None:
             return self._get(request)
@@ -229,8 +215,7 @@ class HttpClient:
 class RangeFile(AbstractBufferedFile):
     """A seekable remote file for zipfile, tarfile and pyarrow, read in ranges with some read-ahead.
 
-    Raises:
-        RemoteError: the file is missing, its server supports no ranges, or, while reading, its ETag changed.
+    RemoteError if it is missing, its server supports no ranges, or its ETag changes while it is read.
     """
 
     def __init__(self, url: str):

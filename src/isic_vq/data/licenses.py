@@ -33,11 +33,7 @@ def license_id(name: str | None) -> str:
 
 
 def weights_license(licenses: Iterable[str]) -> str:
-    """The Hub's licence id for weights trained on images of these licences: the most restrictive, or "unknown".
-
-    Raises:
-        ValueError: as `license_id`, or there are no licences.
-    """
+    """The Hub's id of the most restrictive of the images' licences, or "unknown"; ValueError as `license_id`, or without any."""
     ids = {license_id(name) for name in licenses}
     if not ids:
         raise ValueError("weights of no images have no licence: expected at least one")

@@ -26,22 +26,16 @@ NUM_NAMED_SKIPS = 5
 
 
 class Batch(TypedDict):
-    """A collated batch.
+    """A collated batch."""
 
-    Attributes:
-        pixel_values: float32 of shape (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if all are corrupt.
-        labels: int64 of shape (batch,); the unconditional id for a diagnosis that the model does not have.
-        indices: int64 of shape (batch,), rows of the data set.
-        skipped: "name: reason" of each corrupt image, which the tensors leave out.
-        isic_ids, diagnoses: of the images; only from `iter_batches` and `decoded_batches`.
-    """
-
-    pixel_values: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    skipped: list[str]
-    isic_ids: NotRequired[list[str]]
-    diagnoses: NotRequired[list[str]]
+    pixel_values: (
+        torch.Tensor
+    )  # float32 (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if all are corrupt
+    labels: torch.Tensor  # int64 (batch,); the unconditional id for a diagnosis that the model does not have
+    indices: torch.Tensor  # int64 (batch,), rows of the data set
+    skipped: list[str]  # "name: reason" of each corrupt image, which the tensors leave out
+    isic_ids: NotRequired[list[str]]  # only from `iter_batches` and `decoded_batches`
+    diagnoses: NotRequired[list[str]]  # as `isic_ids`
 
 
 class Views(Protocol):
@@ -59,7 +53,7 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
         image_processor: fixes the size.
         label2id: class ids by diagnosis; other diagnoses get the unconditional id, `len(label2id)`.
         cache: keep decoded pixels in memory (48 KiB per image of 128 x 128 pixels, in each worker process).
-        shard_sizes: rows of each file behind `records`, for epochs that read few files at a time; None for any order.
+        shard_sizes: rows of each file, for epochs that read few files at a time; None for any order.
     """
 
     def __init__(
@@ -112,16 +106,10 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class SkipCounter:
-    """Counts corrupt images over a run, logs each once by name, and raises when there are too many.
+    """Counts corrupt images over a run, logs each once by name, and raises when their share is above `max_share`.
 
-    Args:
-        max_share: allowed share of corrupt images, 0 to 1.
-        min_images: until `finish`, the share is of at least this many images, so that one corrupt image among the first
-            few does not stop the run; the size of the data set where it is known.
-
-    Attributes:
-        num_images: images counted so far, corrupt ones included; images of every epoch count.
-        num_skipped: corrupt images among them.
+    Until `finish`, the share is of at least `min_images`, so that one corrupt image among the first few does not stop the
+    run: the size of the data set where it is known.
     """
 
     def __init__(self, max_share: float = 0.01, min_images: int = 1000):
@@ -129,7 +117,7 @@ class SkipCounter:
             raise ValueError(f"max_share is {max_share}, expected a share from 0 to 1 such as 0.01.")
         self.max_share = max_share
         self.min_images = min_images
-        self.num_images = 0
+        self.num_images = 0  # of every epoch, corrupt ones included
         self.num_skipped = 0
         self._logged: dict[str, str] = {}
 
@@ -165,13 +153,9 @@ def check_share(
 
 
 def collate(items: list[dict[str, Any]], views: Views | None = None) -> Batch:
-    """Join items of `DecodedImages` or `StreamedImages` into a batch without the corrupt ones, as a `collate_fn`.
+    """Join items of `DecodedImages` or `StreamedImages`, each in its dihedral view, into a batch without the corrupt ones.
 
     `pixel_values` are channels last in memory, like decoded images, which is fast for convolutions.
-
-    Args:
-        items: decoded images.
-        views: the dihedral view of each image, by its index; None leaves images as they are.
     """
     sound = [item for item in items if "error" not in item]
     pixels = [
@@ -197,14 +181,8 @@ def iter_batches(
 ) -> Iterator[Batch]:
     """Yield the images of a data set or stream once, in order, in batches with `isic_ids` and `diagnoses`.
 
-    Corrupt images make a batch smaller; a batch without any sound image is left out.
-
-    Args:
-        dataset: has the columns of `FEATURES`.
-        image_processor: fixes the size.
-        batch_size: number of records per batch.
-        label2id: as for `DecodedImages`.
-        max_corrupt_share: a larger share of corrupt images is a DataError.
+    Corrupt images make a batch smaller; a batch without any sound image is left out. A larger share of corrupt images than
+    `max_corrupt_share` is a DataError. `label2id` is as for `DecodedImages`.
     """
     counter = SkipCounter(max_corrupt_share, len(dataset) if isinstance(dataset, Dataset) else 1000)
     for batch in decoded_batches(dataset, image_processor, batch_size, label2id):

@@ -16,19 +16,10 @@ def seeded_subset(number: int, limit: int, seed: int) -> Tensor:
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> NDArray[np.int64]:
-    """Order the rows of all shards: shards in random order, and the rows of every `window` of them mixed.
+    """Order the rows of all shards, int64 (rows,): shards in random order, and the rows of every `window` of them mixed.
 
     The order depends only on the arguments, so that a position in an epoch is one integer. Up to `window` shards it is a
     uniform permutation of all rows.
-
-    Args:
-        shard_sizes: rows of each shard, in the order of the data set's rows.
-        seed: of the run.
-        epoch: from 0.
-        window: number of shards that are open at once.
-
-    Returns:
-        Rows of the data set, int64 of shape (rows,).
 
     Examples:
         >>> sorted(epoch_order([2, 3], seed=0, epoch=0).tolist())

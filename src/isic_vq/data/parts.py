@@ -67,16 +67,8 @@ def split_source(
 ) -> tuple[SelectedSource, SelectedSource]:
     """Split a source into training and validation by `split_rows` with seed 0; rows are read once.
 
-    Licences are selected after splitting, so that they do not move an image to the other part.
-
-    Args:
-        source: the whole.
-        share: expected share of the groups in validation.
-        licenses: as for `licensed`.
-
-    Raises:
-        ValueError: the share or a licence is invalid.
-        DataError: as `split_rows`, or no image of a part has such a licence.
+    `share` is the expected share of the groups in validation. Licences are selected after splitting, so that they do not move
+    an image to the other part. ValueError as `split_rows` and `licensed`; DataError also if a part has no such image.
     """
     rows, fingerprint = list(source.metadata()), source.fingerprint()
     train, validation = (
@@ -95,9 +87,7 @@ def split_source(
 def licensed(source: Source, licenses: Collection[str]) -> Source:
     """Select the images under one of these licences, in any spelling; without licences, all.
 
-    Raises:
-        ValueError: a licence is unknown.
-        DataError: no image has such a licence.
+    ValueError for an unknown licence; DataError if no image has such a licence.
     """
     return _selected(source, source.metadata(), source.name, licenses) if licenses else source
 

@@ -31,27 +31,16 @@ ROW_GROUP_SIZE = 128  # rows that are loaded to read one image
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated image and its origin.
+    """A generated image and its origin."""
 
-    Attributes:
-        image: a PNG file.
-        label: the requested diagnosis; None if unconditional.
-        seed: of the whole set; the image depends on seed and index.
-        index: number in the whole set.
-        codes: in raster order, each below 2**16.
-        model: name of the model.
-        isic_vq: version of this package.
-        run: fingerprint of all settings, the same in all shards of a set.
-    """
-
-    image: bytes
-    label: str | None
-    seed: int
-    index: int
-    codes: list[int]
-    model: str
-    isic_vq: str
-    run: str
+    image: bytes  # a PNG file
+    label: str | None  # the requested diagnosis; None if unconditional
+    seed: int  # of the whole set; the image depends on seed and index
+    index: int  # number in the whole set
+    codes: list[int]  # in raster order, each below 2**16
+    model: str  # name of the model
+    isic_vq: str  # version of this package
+    run: str  # fingerprint of all settings, the same in all shards of a set
 
     @property
     def name(self) -> str:
@@ -74,16 +63,8 @@ def to_png(pixels: NDArray[np.uint8]) -> bytes:
 def write_shard(path: Path, samples: Sequence[Sample], class_names: Sequence[str]) -> None:
     """Write samples as parquet or, if `path` ends in .tar, as WebDataset, atomically.
 
-    Parquet has a column for each field of `Sample`, `label` as a `ClassLabel`, and the features with which
+    Parquet has a column for each field of `Sample`, `label` as a `ClassLabel` of `class_names`, and the features with which
     `datasets.load_dataset("parquet", ...)` yields PIL images. A tar has a `.png` and a `.json` per sample.
-
-    Args:
-        path: the file, which is replaced.
-        samples: at least one.
-        class_names: the possible labels in the order of their ids.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full.
     """
     content = (
         tar_bytes(_members(samples)) if path.suffix == ".tar" else _to_parquet(samples, list(class_names))

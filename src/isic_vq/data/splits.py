@@ -134,23 +134,14 @@ class _Sides:
 
 @dataclass(frozen=True)
 class Stratum:
-    """The frequency of one value of a column in one split.
+    """The frequency of one value of a column in one split."""
 
-    Attributes:
-        column: "diagnosis", "source", "sex" or "license".
-        value: "unknown" where a record has none.
-        split: one of `SPLITS`.
-        num_images: records with the value in the split.
-        share: their share of the split, in [0, 1].
-        deviation: `share` minus the value's share of all records, in [-1, 1].
-    """
-
-    column: str
-    value: str
-    split: str
-    num_images: int
-    share: float
-    deviation: float
+    column: str  # "diagnosis", "source", "sex" or "license"
+    value: str  # "unknown" where a record has none
+    split: str  # one of `SPLITS`
+    num_images: int  # records with the value in the split
+    share: float  # their share of the split, in [0, 1]
+    deviation: float  # `share` minus the value's share of all records, in [-1, 1]
 
 
 def stratified_report(rows: Sequence[Mapping[str, Any]], assignments: Sequence[Assignment]) -> list[Stratum]:
@@ -184,17 +175,8 @@ def few_images(report: Sequence[Stratum]) -> list[str]:
 def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Split records, which have the columns `GROUP_COLUMNS`, into training and validation, disjoint by group.
 
-    Args:
-        rows: the records.
-        share: expected share of the groups in validation, between 0 and 1.
-        seed: another seed gives another split.
-
-    Returns:
-        The numbers of the training rows and of the validation rows, in order.
-
-    Raises:
-        ValueError: the share is not between 0 and 1.
-        DataError: one of the two would be empty.
+    Returns the numbers of the training rows and of the validation rows, in order. `share` is the expected share of the groups
+    in validation; ValueError unless it is between 0 and 1, DataError if one of the two would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, expected a number between 0 and 1 such as 0.1.")

@@ -30,31 +30,19 @@ MAX_BYTES_IN_MEMORY = 2**31
 
 @dataclass(frozen=True)
 class Position:
-    """The position in a lane of an epoch.
+    """The position in a lane of an epoch."""
 
-    Attributes:
-        window: number of the current window.
-        part: number, among the lane's parts, of the one in which the window begins.
-        row: rows of that part before the window.
-        taken: images of the window that were yielded.
-    """
-
-    window: int = 0
-    part: int = 0
-    row: int = 0
-    taken: int = 0
+    window: int = 0  # number of the current window
+    part: int = 0  # number, among the lane's parts, of the one in which the window begins
+    row: int = 0  # rows of that part before the window
+    taken: int = 0  # images of the window that were yielded
 
 
 class StreamedImages:
-    """Decoded images of a source in a new random order every epoch.
+    """Decoded images of a source, which may lack random access, in a new random order every epoch.
 
-    Items are those of `DecodedImages` with `isic_id`; their `index` is a checksum of the pixels instead of a row.
-
-    Args:
-        source: may lack random access.
-        image_processor: fixes the size.
-        num_images: of the source.
-        window: images that are shuffled together.
+    Items are those of `DecodedImages` with `isic_id`; their `index` is a checksum of the pixels instead of a row. `window`
+    images are shuffled together.
     """
 
     def __init__(
@@ -68,12 +56,7 @@ class StreamedImages:
     ) -> Iterator[tuple[dict[str, Any], Position]]:
         """Yield the items of a lane, each with the position after it; all lanes together yield every image once.
 
-        Args:
-            seed: of the run.
-            epoch: number of the epoch.
-            lane: number of the lane.
-            num_lanes: number of lanes.
-            position: where to resume; None starts the epoch.
+        A `position` resumes there; None starts the epoch.
         """
         position = position or Position()
         parts = [self.parts[index] for index in _permutation(len(self.parts), seed, epoch)[lane::num_lanes]]

@@ -38,31 +38,18 @@ _SKIN_TONES = (
 
 @dataclass(frozen=True)
 class _Look:
-    """The look of a diagnosis.
+    """The look of a diagnosis."""
 
-    Attributes:
-        rim: colour at the border, RGB.
-        core: colour at the centre, RGB.
-        patch: colour of the irregular patches inside, RGB.
-        patch_share: share of the lesion that the patches cover, 0 to 1.
-        raggedness: amplitude of the border's waves, as a share of the radius.
-        asymmetry: shift of the centre of colour, as a share of the radius.
-        softness: width of the border, as a share of the radius.
-        opacity: of the lesion over the skin, 0 to 1.
-        dots: number of small dots and their colour, RGB.
-        network: strength of the pigment network, 0 to 1.
-    """
-
-    rim: tuple[int, int, int]
-    core: tuple[int, int, int]
-    patch: tuple[int, int, int]
-    patch_share: float
-    raggedness: float
-    asymmetry: float
-    softness: float
-    opacity: float
-    dots: tuple[int, tuple[int, int, int]] = (0, (0, 0, 0))
-    network: float = 0.0
+    rim: tuple[int, int, int]  # colour at the border, RGB
+    core: tuple[int, int, int]  # colour at the centre, RGB
+    patch: tuple[int, int, int]  # colour of the irregular patches inside, RGB
+    patch_share: float  # share of the lesion that the patches cover, 0 to 1
+    raggedness: float  # amplitude of the border's waves, as a share of the radius
+    asymmetry: float  # shift of the centre of colour, as a share of the radius
+    softness: float  # width of the border, as a share of the radius
+    opacity: float  # of the lesion over the skin, 0 to 1
+    dots: tuple[int, tuple[int, int, int]] = (0, (0, 0, 0))  # number of small dots and their colour, RGB
+    network: float = 0.0  # strength of the pigment network, 0 to 1
 
 
 _LOOKS = {

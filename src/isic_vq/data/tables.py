@@ -37,8 +37,7 @@ def read_table(content: bytes, name: str, header: Sequence[str] | None = None) -
         header: column names of a CSV without a header row.
 
     Raises:
-        DataError: another encoding, no rows, a duplicate column, an unclosed quote, or rows that have other columns
-            than the header or are no JSON object.
+        DataError: another encoding, no rows, a duplicate column, an unclosed quote, or a row that is not as the header.
     """
     text = _decoded(content, name)
     if PurePosixPath(name).suffix.lower() == ".jsonl":

@@ -28,8 +28,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 def parse_uri(uri: str, schemes: Collection[str]) -> tuple[str, str]:
     """Split a URI into scheme and target; the scheme of a path is that of its content.
 
-    Raises:
-        DataError: the scheme is unknown, or the URI names nothing.
+    DataError for an unknown scheme, or a URI that names nothing.
     """
     match = re.match(
         r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", "isic-archive:" if uri == "isic-archive" else uri, re.DOTALL
@@ -144,8 +143,7 @@ def public_path(path: str) -> str:
 def expand_braces(pattern: str) -> list[str]:
     """Expand {000..009}, padded to the width of the first number, and {a,b}, in order, as a shell does.
 
-    Raises:
-        DataError: a range goes down, or has more than `MAX_NAMES` names.
+    DataError for a range that goes down, or has more than `MAX_NAMES` names.
 
     Examples:
         >>> expand_braces("{train,test}-{08..10}.tar")[:4]

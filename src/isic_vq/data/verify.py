@@ -16,10 +16,7 @@ def verify(folder: Path) -> list[str]:
     """Check a prepared folder against its manifest, and return a sentence for each fault.
 
     Checked are the hash of every shard, every image, the place of every row, duplicate ids, lesions and patients in two
-    splits, the manifest's counts, and the attribution that a licence demands.
-
-    Raises:
-        DataError: there is no manifest, or the rows cannot be read.
+    splits, the manifest's counts, and the attribution that a licence demands. DataError without a manifest or rows.
     """
     manifest, rows = Manifest.read(folder), read_images(folder)
     faults = list(_shard_faults(folder, manifest, rows))

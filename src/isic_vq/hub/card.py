@@ -80,23 +80,14 @@ def dataset_title(uri: str) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write README.md of a repository folder.
-
-    Raises:
-        ValueError: as `render_card`.
-    """
+    """Write README.md of a repository folder; ValueError as `render_card`."""
     write_atomically(folder / "README.md", render_card(folder, folder.resolve().name).encode())
 
 
 def render_card(folder: Path, name: str) -> str:
-    """Render the card of a repository folder, metadata and text.
+    """Render the card of a repository folder, which calls the model `name`: metadata and text.
 
-    Args:
-        folder: the folder.
-        name: what the card calls the model.
-
-    Raises:
-        ValueError: the folder has no report or provenance, or its reports contradict each other.
+    ValueError without a report or provenance, or if the reports contradict each other.
     """
     reports = read_reports(folder)
     origin = read_provenance(folder)
@@ -140,11 +131,7 @@ def render_card(folder: Path, name: str) -> str:
 
 
 def read_reports(folder: Path) -> dict[str, Report]:
-    """Read a repository folder's reports, by file name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Read a repository folder's reports, by file name; ValueError if there is none."""
     reports = {path.name: Report.load(path) for path in sorted((folder / "reports").glob("*.json"))}
     if not any(report.metrics for report in reports.values()):
         raise ValueError(f"{folder.name}/reports is empty: run isic-vq evaluate with --output there first")
@@ -164,11 +151,7 @@ def known_metrics(reports: Iterable[Report]) -> list[Metric]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """A repository folder's `provenance.json`.
-
-    Raises:
-        ValueError: it is missing.
-    """
+    """Read a repository folder's `provenance.json`; ValueError if it is missing."""
     path = folder / "provenance.json"
     if not path.is_file():
         raise ValueError(f"{folder.name} has no provenance.json: write the folder with isic-vq export")
@@ -176,11 +159,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """Read the captions of a folder's pictures (PNG field Comment), by name without suffix.
-
-    Raises:
-        ValueError: one of them is no PNG.
-    """
+    """Read the captions of a folder's PNGs (field Comment), by name without suffix; ValueError for a file that is none."""
     found = {}
     for path in sorted(folder.glob("*.png")):
         try:
@@ -232,11 +211,7 @@ def column_title(metric: Metric) -> str:
 
 
 def known_table(metrics: Iterable[Metric]) -> str:
-    """Metrics of `KNOWN` as a Markdown table with a column for each data set.
-
-    Raises:
-        ValueError: one thing was measured twice.
-    """
+    """Metrics of `KNOWN` as a Markdown table with a column for each data set; ValueError for one that was measured twice."""
     rows: dict[str, dict[str, str]] = {}
     for metric in metrics:
         row, column = rows.setdefault(known_title(metric), {}), column_title(metric)
@@ -291,11 +266,7 @@ def measured_on(reports: Iterable[Report]) -> str:
 
 
 def audit_verdict(reports: dict[str, Report]) -> str | None:
-    """Return the verdict of the audit for memorised training images; None without an audit.
-
-    Raises:
-        ValueError: there is an audit without a verdict.
-    """
+    """The verdict of the audit for memorised training images, which must have one; None without an audit."""
     if AUDIT_REPORT not in reports:
         return None
     verdict = reports[AUDIT_REPORT].tables.get("verdict")

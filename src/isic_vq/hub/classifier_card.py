@@ -32,15 +32,7 @@ def is_classifier_run(folder: Path) -> bool:
 
 
 def export_classifier(run: Path, folder: Path) -> None:
-    """Write a classifier's finished run as a Hub repository's folder.
-
-    Args:
-        run: the run's folder.
-        folder: replaced.
-
-    Raises:
-        ValueError: the run is not finished, or no such run.
-    """
+    """Write a classifier's finished run as a Hub repository's folder, which is replaced; ValueError for any other run."""
     for name in ("report.json", "recipe.yaml", f"model/{TRAINING_DATA}"):
         if not (run / name).is_file():
             raise ValueError(
@@ -59,8 +51,7 @@ def export_classifier(run: Path, folder: Path) -> None:
 def render_classifier_card(folder: Path, name: str) -> str:
     """Render the card of a classifier's repository folder.
 
-    Raises:
-        ValueError: the folder holds another kind of model, or its report or record of training data is damaged.
+    ValueError for another kind of model, or a damaged report or record of training data.
     """
     report, config = Report.load(folder / REPORT), read_object(folder / "config.json")
     info = read_training_data(folder).get("classifier")

@@ -48,14 +48,10 @@ PUBLISHED_FIGURES = ("_epoch_loss", "codebook_usage")  # plots; what shows sourc
 
 @dataclass(frozen=True)
 class Origins:
-    """How a model was made.
+    """How a model was made."""
 
-    Attributes:
-        runs: folders of its runs by stage, the last one first.
-        repository: the repository folder that the first of them began with, whose record is taken over.
-    """
-
-    runs: dict[str, Path]
+    runs: dict[str, Path]  # folders of its runs by stage, the last one first
+    # The repository folder that the first of them began with, whose record is taken over
     repository: Path | None = None
 
 
@@ -111,13 +107,8 @@ def store_as_bf16(folder: Path, model: IsicVQModel) -> None:
 def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:
     """Collect what each part of a model was trained on, as dictionaries; None for a tokenizer without a record.
 
-    Args:
-        model: folder of a whole model.
-        runs: as `find_training_runs` has them; older ones describe their data in `run.json` alone.
-        prior: of the codes that its prior was trained on.
-
-    Raises:
-        DataError: the prior was trained on others.
+    `runs` are as `find_training_runs` has them; older ones describe their data in `run.json` alone. `prior` describes the
+    codes that its prior was trained on: DataError if it was trained on others.
     """
     found: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
@@ -180,9 +171,9 @@ def write_previews(model: IsicVQModel, folder: Path) -> None:
 def record_training(folder: Path, model: str) -> list[str]:
     """Add how a repository folder's model was trained: sizes, recipes and environments, and plots of its runs.
 
-    The run of a model is the folder around it, as training leaves it (`RUN/model`); the run of its tokenizer is found
-    by the recipe. A run that began with a repository folder takes over what that one has recorded. What is not found is not
-    recorded, and named in a warning of this module's logger.
+    The run of a model is the folder around it, as training leaves it (`RUN/model`); the run of its tokenizer is found by the
+    recipe. A run that began with a repository folder takes over what that one has recorded. What is not found is not recorded,
+    and named in a warning of this module's logger.
 
     Args:
         folder: repository folder with a `provenance.json`, whose other entries stay; `figures/` is filled.
@@ -194,7 +185,6 @@ def record_training(folder: Path, model: str) -> list[str]:
     Raises:
         ValueError: the folder holds other weights, or a run is broken or names an absolute path.
         DataError: the folder was exported with other codes than those that the prior was trained on.
-        ImportError: there are runs to be drawn, and matplotlib is not installed.
     """
     expected = tokenizer_hash(load_model(VQVAEModel, model))
     return _record(folder, model, find_training_runs(Path(model), expected))
@@ -245,12 +235,7 @@ def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path)
 
 
 def find_training_runs(model: Path, expected_hash: str) -> Origins:
-    """Find a model's own run, and those of the models it began with.
-
-    Args:
-        model: the model's folder.
-        expected_hash: of its tokenizer, which all its runs share.
-    """
+    """Find a model's own run, and those of the models it began with, as long as the hash of their tokenizer is the expected."""
     runs: dict[str, Path] = {}
     while True:
         folder = model.parent

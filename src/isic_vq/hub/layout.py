@@ -49,9 +49,6 @@ def sort_files(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
 
     Hidden files never belong, nor do symbolic links, which may lead anywhere; only code may be linked, as in a clone,
     where `model_cards/` leads to the package's own.
-
-    Raises:
-        ModelError: it is no folder.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: expected one that isic-vq export has written")
@@ -78,14 +75,9 @@ def in_layout(path: str) -> bool:
 
 
 def check_folder(folder: Path, files: list[str]) -> None:
-    """Refuse a folder that is not a complete repository, or that holds what must not be published.
+    """Refuse a folder, some of whose files belong to the layout, that is not complete or holds what must not be published.
 
-    Args:
-        folder: the repository folder.
-        files: its files that belong to the layout.
-
-    Raises:
-        ModelError: with the first problem and the way out.
+    The ModelError names the first problem and the way out.
     """
     for name in REQUIRED:
         if name not in files:
@@ -194,12 +186,8 @@ def check_picture(path: Path) -> None:
 def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
     """Refuse to replace a folder that is not a repository of ours, or to which somebody has added files.
 
-    Args:
-        target: the folder; one that is missing or empty may be replaced.
-        expected: paths that will be in it again; none if it is to be written anew.
-
-    Raises:
-        ModelError: it holds something else.
+    A folder that is missing or empty may be replaced. `expected` are the paths that will be in it again; none if it is to be
+    written anew.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return

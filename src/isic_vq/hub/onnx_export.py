@@ -125,13 +125,10 @@ def encoder_model(tokenizer: VQVAEModel) -> "ModelProto":
 
 @torch.no_grad()
 def to_onnx(module: nn.Module, example: Tensor, input_name: str, output_name: str) -> "ModelProto":
-    """Export a module of one input and one output, whose first dimension may have any size.
+    """Export a module in eval mode with one input and one output, whose first dimension may have any size.
 
-    Args:
-        module: in eval mode.
-        example: an input of the batch size 2: torch.export takes 0 and 1 for constants.
-        input_name: name of the input, in the graph and in the module's `forward`.
-        output_name: name of the output.
+    `example` is an input of the batch size 2: torch.export takes 0 and 1 for constants. `input_name` is also that of the
+    argument of `forward`.
     """
     with quiet_exporter():
         program = torch.onnx.export(
@@ -206,13 +203,9 @@ def check_encoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
 
 
 def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, found: Tensor, expected: Tensor) -> int:
-    """Count codes that differ without a tie; past the first tie of an image later scales are not compared.
+    """Count codes of the graph that differ from the tokenizer's without a tie of distance to `rows`, `(B, L, D)`.
 
-    Args:
-        tokenizer: makes the expected codes.
-        rows: the quantized vectors, `(B, L, D)`.
-        found: codes of the graph.
-        expected: codes of the tokenizer.
+    Past the first tie of an image later scales are not compared.
     """
     codebook, wrong = tokenizer.quantizer.codebook.double(), 0
     comparable = torch.ones(len(found), dtype=torch.bool)

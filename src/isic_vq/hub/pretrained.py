@@ -30,11 +30,7 @@ class ModelError(ValueError):
 
 
 def default_checkpoint() -> Path:
-    """Folder of the shipped checkpoint: inside an installed wheel, or in `model_cards/` of a clone.
-
-    Raises:
-        ModelError: it is in neither place.
-    """
+    """Folder of the shipped checkpoint, inside an installed wheel or in `model_cards/` of a clone; ModelError without any."""
     for folder in _default_places():
         if (folder / "config.json").is_file():
             return folder
@@ -56,11 +52,7 @@ def is_default(model: str) -> bool:
 def resolve(model: str | None) -> str:
     """Turn what a user calls a model into what `from_pretrained` takes.
 
-    Args:
-        model: a folder, a Hub id "user/name", or None or "isic-vq-128" for the shipped checkpoint.
-
-    Raises:
-        ModelError: it is none of them.
+    That is a folder, a Hub id "user/name", or None or "isic-vq-128" for the shipped checkpoint; ModelError for all else.
     """
     path = Path(model or DEFAULT_CHECKPOINT)
     if model is None or (model == DEFAULT_CHECKPOINT and not path.exists()):
@@ -121,11 +113,7 @@ def load_model(model_class: "type[Model]", model: str | None = None, device: str
 
 
 def find_device(device: str | None = None) -> "torch.device":
-    """The device of a name; by default the first GPU if there is one, the CPU otherwise.
-
-    Raises:
-        ModelError: it has no tensors.
-    """
+    """The device of a name, by default the first GPU or else the CPU; ModelError for one that has no tensors."""
     import torch
 
     if device is None:
@@ -174,11 +162,7 @@ def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file's JSON object.
-
-    Raises:
-        ModelError: it is something else.
-    """
+    """Read a file's JSON object; ModelError if it is something else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

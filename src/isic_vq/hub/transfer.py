@@ -23,19 +23,14 @@ from isic_vq.models.upload import HubError, PlannedFile, Token, UploadResult, hu
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did, or would do.
+    """What a push did, or would do."""
 
-    Attributes:
-        plan: every file of the layout and of the repository.
-        left_out: files of the folder that are not of the layout, with their sizes in bytes.
-        exists: whether the repository is there: a push makes it, a dry run does not.
-        result: the upload's; None for a dry run.
-    """
-
-    plan: list[PlannedFile]
-    left_out: list[tuple[str, int]]
-    exists: bool
-    result: UploadResult | None
+    plan: list[PlannedFile]  # every file of the layout and of the repository
+    left_out: list[
+        tuple[str, int]
+    ]  # files of the folder that are not of the layout, with their sizes in bytes
+    exists: bool  # whether the repository is there: a push makes it, a dry run does not
+    result: UploadResult | None  # the upload's; None for a dry run
 
 
 def push(

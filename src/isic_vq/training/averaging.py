@@ -18,11 +18,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class AveragedParameters:
     """Shadow copy of the trainable parameters, by name.
 
-    Args:
-        model: the model whose parameters are followed.
-        decay: limit of the decay per step, in [0, 1).
-        warms_up: whether the first parameters are forgotten soon, as the noise of a new model should be; those of a
-            trained one count from the first step.
+    `decay` in [0, 1) is the limit of the decay per step. With `warms_up` the first parameters are forgotten soon, as the noise
+    of a new model should be; those of a trained one count from the first step.
     """
 
     def __init__(self, model: nn.Module, decay: float, warms_up: bool = True):

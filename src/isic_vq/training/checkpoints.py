@@ -46,19 +46,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoint folders of one run, `step-00000500` and so on.
+    """The checkpoint folders of one run, `step-00000500` and so on, of which the last `keep` are kept.
 
-    Every process takes part in saving (each has random states of its own) and in loading; the folder is on a disk
-    that all of them see. The main process makes and renames.
-
-    Args:
-        folder: holds them.
-        keep: how many of them are kept.
-        processes: the group.
-        state: what is trained.
-
-    Attributes:
-        feed: what `save` was given as this process's feed in the checkpoint loaded last; None if it was given none.
+    Every process takes part in saving (each has random states of its own) and in loading; the folder is on a disk that all of
+    them see. The main process makes and renames. `feed` is what `save` was given in the checkpoint loaded last, if anything.
     """
 
     def __init__(self, folder: Path, keep: int, processes: Processes, state: "TrainingState"):
@@ -77,12 +68,8 @@ class Checkpoints:
     def save(self, progress: Progress, feed: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint and drop the oldest ones past `keep`.
 
-        Args:
-            progress: where the run stands, in all processes.
-            feed: what else this process has to know to be fed the rest of an epoch; JSON.
-
-        Raises:
-            CheckpointError: some process cannot write it; the earlier checkpoints are untouched.
+        `feed` is what this process has to know, in JSON, to be fed the rest of an epoch. CheckpointError if some process cannot
+        write its part; the earlier checkpoints are untouched.
         """
         target = self.folder / f"step-{progress.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
@@ -145,8 +132,7 @@ class Checkpoints:
     def load_newest(self) -> Progress:
         """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning.
 
-        Raises:
-            CheckpointError: there is none, it was written by another number of processes, or it is a pickle.
+        CheckpointError if there is none, another number of processes wrote it, or it is a pickle.
         """
         for path in reversed(self.list()):
             progress, error = None, None
@@ -200,11 +186,7 @@ class TrainingState:
         self.model, self.optimizer, self.scheduler, self.averaged = model, optimizer, scheduler, averaged
 
     def save(self, folder: Path) -> None:
-        """Write a file for each.
-
-        Raises:
-            OSError: one cannot be written.
-        """
+        """Write a file for each."""
         optimizer = self.optimizer.state_dict()
         moments = {
             f"{index}.{name}": tensor.contiguous()
@@ -220,11 +202,7 @@ class TrainingState:
             write_tensors(folder / AVERAGED, self.averaged.state_dict())
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` has written; all files are read before anything changes.
-
-        Raises:
-            OSError, SafetensorError, ValueError, KeyError, RuntimeError: a file is missing, damaged or another model's.
-        """
+        """Restore what `save` has written; all files are read before anything changes."""
         weights, moments = load_file(folder / MODEL), load_file(folder / OPTIMIZER)
         schedule = json.loads((folder / SCHEDULE).read_text(encoding="utf-8"))
         averaged = {} if self.averaged is None else load_file(folder / AVERAGED)
@@ -257,11 +235,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned, before or after JSON.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is damaged.
-    """
+    """Restore what `random_state` returned, before or after JSON."""
     version, internal, gauss = state["python"]
     cuda = [torch.tensor(device, dtype=torch.uint8) for device in state["cuda"]]
     random.setstate((version, tuple(internal), gauss))

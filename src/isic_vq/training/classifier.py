@@ -47,14 +47,9 @@ REFIT_BATCHES = 64  # batches that re-estimate BatchNorm's statistics under aver
 
 
 def build_classifier(fields: dict[str, Any], classes: Sequence[str]) -> ResNetForImageClassification:
-    """A ResNet with new weights.
+    """A ResNet with new weights, of fields of `ResNetConfig` such as `hidden_sizes`, `depths` and `layer_type`.
 
-    Args:
-        fields: of `ResNetConfig`, such as `embedding_size`, `hidden_sizes`, `depths` and `layer_type`.
-        classes: name of each class.
-
-    Raises:
-        RecipeError: a field that the config does not have, or a value that does not fit.
+    RecipeError for a field that the config does not have, or a value that does not fit.
     """
     config = build_config(ResNetConfig, fields)
     config.id2label = dict(enumerate(classes))
@@ -83,9 +78,8 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_shares: Tensor) -
 def random_colours(num_images: int, strength: float, seed: int, epoch: int) -> Tensor:
     """Draw how the colours of each image of a data set change in an epoch: a function of the arguments alone.
 
-    Returns:
-        `(num_images, 2, 3)` float32: by image, a factor for each channel, uniform in 1 +- strength, and an offset,
-        uniform in +- strength / 2, strength in [0, 1); see `recoloured`.
+    `(num_images, 2, 3)` float32: by image, a factor for each channel, uniform in 1 +- strength, and an offset, uniform in
+    +- strength / 2, strength in [0, 1); see `recoloured`.
     """
     state = np.random.SeedSequence(seed, spawn_key=(epoch, 1)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
@@ -100,13 +94,9 @@ def recoloured(pixel_values: Tensor, colours: Tensor) -> Tensor:
 
 
 class ClassifierTask(ImageTask):
-    """The classifier stage: `model` is a `ResNetForImageClassification`, and every image has a class.
+    """The classifier stage: `model` is a `ResNetForImageClassification`, and every image has a class."""
 
-    Attributes:
-        left_out: number of images without a class, by split.
-    """
-
-    left_out: dict[str, int]
+    left_out: dict[str, int]  # number of images without a class, by split
 
     def begin(self, processes: Processes) -> None:
         super().begin(processes)
@@ -217,11 +207,7 @@ def preprocessor(image_size: int) -> ConvNextImageProcessorPil:
 
 
 def known_classes(diagnoses: Sequence[str], declared: Sequence[str] | None = None) -> list[str]:
-    """The classes that occur, in the order of `ordered_classes`.
-
-    Raises:
-        DataError: there are fewer than two.
-    """
+    """The classes that occur, in the order of `ordered_classes`; DataError for fewer than two."""
     classes = ordered_classes(diagnoses, declared)
     if len(classes) < 2:
         raise DataError(f"the training images have {classes or 'no class'}: expected at least two classes")
@@ -229,11 +215,7 @@ def known_classes(diagnoses: Sequence[str], declared: Sequence[str] | None = Non
 
 
 def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset":
-    """The records of these classes.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The records of these classes; DataError if there are none."""
     rows = [row for row, diagnosis in enumerate(records["diagnosis"]) if diagnosis in classes]
     if not rows:
         raise DataError(f"no image of {name} has one of the diagnoses {', '.join(classes)}")
@@ -248,11 +230,7 @@ def labelled(records: "Dataset", classes: Sequence[str], name: str) -> "Dataset"
 
 
 def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
-    """Open the images of a recipe, without those of no class, and create a classifier.
-
-    Raises:
-        DataError: there are fewer than two classes, or the training images can only be streamed.
-    """
+    """Open the images of a recipe, without those of no class, and create a classifier."""
     source, train, validation, sources = open_data(recipe.data)
     if train is None:
         raise DataError(
@@ -276,12 +254,5 @@ def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
 
 
 def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
-    """Train a classifier: writes `model/` and `report.json`.
-
-    Returns:
-        The report, in the main process.
-
-    Raises:
-        DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
-    """
+    """Train a classifier: writes `model/` and `report.json`, which the main process returns; errors as of `train_vqvae`."""
     return run_stage(open_task, recipe, resume)

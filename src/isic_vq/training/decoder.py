@@ -38,13 +38,9 @@ UNITS = {"psnr": "dB", "ssim": "1", "feature_distance": "1", "frechet_distance":
 
 
 class DecoderWithCritics(nn.Module):
-    """A decoder and the discriminator that judges it, as one module with one loss.
+    """A trained decoder and the discriminator that judges it, as one module with the loss that the recipe weighs.
 
-    Args:
-        decoder: trained, but for its BatchNorm statistics.
-        features: frozen.
-        classifier: frozen; its logits are matched, if it is given.
-        recipe: the weights of the loss.
+    Features are frozen, and so is the classifier, whose logits are matched if it is given.
     """
 
     def __init__(
@@ -70,11 +66,7 @@ class DecoderWithCritics(nn.Module):
     def forward(self, quantized: Tensor, codes: Tensor, images: Tensor, step: int) -> dict[str, Tensor]:
         """Losses of decoding codebook vectors `quantized` `(B, D, h, w)` against `images` `(B, 3, H, W)` in [0, 1].
 
-        Args:
-            quantized: codebook vectors.
-            codes: their finest grid.
-            images: what they should decode to.
-            step: of the training; it decides which part learns, and by which terms.
+        `codes` are their finest grid. The step of training decides which part learns, and by which terms.
         """
         recipe, warming_up = self.recipe, step < self.recipe.discriminator_warmup
         with torch.set_grad_enabled(torch.is_grad_enabled() and not warming_up):
@@ -119,12 +111,7 @@ class DecoderWithCritics(nn.Module):
 class DecoderTask(ImageTask):
     """The fine-tuning stage: `model` is a `DecoderWithCritics`.
 
-    Args:
-        whole: the tokenizer, or the model that it is a part of.
-        tokenizer: its decoder is trained in place.
-        features: the feature space.
-        classifier: its logits are matched, if it is given.
-        images_and_recipe: as for `ImageTask`.
+    The decoder of `tokenizer`, a part of `whole` or the same, is trained in place.
     """
 
     averages_directly = True
@@ -230,11 +217,7 @@ class DecoderTask(ImageTask):
 
 
 def open_task(recipe: DecoderRecipe) -> DecoderTask:
-    """The model whose decoder is trained, its critics, and the images of a recipe.
-
-    Raises:
-        DataError, ModelError, RecipeError: one of them is not named, cannot be read, or does not fit.
-    """
+    """The model whose decoder is trained, its critics, and the images of a recipe."""
     torch.manual_seed(recipe.loop.seed)
     for name in ("model", "feature_model"):
         if not getattr(recipe, name):
@@ -266,22 +249,13 @@ def open_task(recipe: DecoderRecipe) -> DecoderTask:
 def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
     """Fine-tune a decoder: writes `model/`, a whole model if it started from one, and `report.json`.
 
-    Returns:
-        The report, before and after, in the main process.
-
-    Raises:
-        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
-            docstrings say.
+    The main process returns the report, before and after; errors as of `train_vqvae`, and ModelError.
     """
     return run_stage(open_task, recipe, resume)
 
 
 def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
-    """Add a refinement, which changes nothing before it is trained, to a tokenizer without one.
-
-    Raises:
-        ModelError: it has one of another size.
-    """
+    """Add a refinement, which changes nothing before it is trained; ModelError for a model with one of another size."""
     config, decoder = tokenizer.config, tokenizer.decoder
     if config.refinement_size == size:
         return
@@ -295,11 +269,7 @@ def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
 
 
 def open_model(model: str) -> tuple[IsicVQModel | VQVAEModel, VQVAEModel]:
-    """A whole model, or a tokenizer alone, and the tokenizer in it.
-
-    Raises:
-        ModelError: it is neither.
-    """
+    """A whole model, or a tokenizer alone, and the tokenizer in it; ModelError if it is neither."""
     try:
         whole = load_model(IsicVQModel, model)
     except ModelError:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Sequential):
     """Images `(B, 3, H, W)` in [0, 1] to one score per patch `(B, 1, h, w)`: high where they look real.
 
-    Args:
-        channels: of the first layer; they double with each of the later ones.
-        num_layers: stride-2 convolutions, one to three; a score sees 16, 34 or 70 pixels in height and width.
+    The channels double with each layer after the first. With one to three layers of stride 2, a score sees 16, 34 or 70
+    pixels in height and width.
     """
 
     def __init__(self, channels: int = 32, num_layers: int = 3):
@@ -41,11 +40,7 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """Regularizer that holds each kind's scores near the other kind's moving mean (eq. 3): the two stay close.
-
-    Args:
-        decay: of the moving means per training step.
-    """
+    """Regularizer that holds each kind's scores near the other kind's moving mean (eq. 3): the two stay close."""
 
     means: Tensor
     num_updates: Tensor

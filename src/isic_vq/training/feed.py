@@ -40,17 +40,12 @@ class Feed(Protocol):
     def restore(self, state: dict[str, Any] | None) -> None:
         """Continue, at the next call of `epoch`, as a feed whose state this was.
 
-        Raises:
-            TrainingError: it was another kind of feed, or one with other settings.
+        TrainingError if that was another kind of feed, or one with other settings.
         """
 
 
 def check_batch_size(num_items: int, batch_size: int, micro_batches: int, world: int) -> None:
-    """Refuse a batch that the training set does not fill, or that cannot be cut evenly.
-
-    Raises:
-        TrainingError: it is one.
-    """
+    """Raise TrainingError for a batch that the training set does not fill, or that cannot be cut evenly."""
     if num_items < batch_size:
         raise TrainingError(
             f"the training set has {num_items} images, fewer than one batch of {batch_size}: lower loop.batch_size"
@@ -65,19 +60,9 @@ def check_batch_size(num_items: int, batch_size: int, micro_batches: int, world:
 class EpochBatches(Sampler[list[int]]):
     """Rows of this process's micro-batches; the last incomplete batch of an epoch is dropped.
 
-    `epoch` and `start` (a batch) are set by the feed before each pass: the position in the data is two integers.
-
-    Args:
-        num_items: size of the training set.
-        batch_size: items per optimizer step, over all micro-batches and processes.
-        seed: of the default order.
-        micro_batches: parts of a batch that are accumulated.
-        world: number of processes.
-        rank: number of this one.
-        order: from an epoch's number to its rows, `(num_items,)` int64; by default each is a random permutation.
-
-    Raises:
-        TrainingError: as `check_batch_size`.
+    `epoch` and `start` (a batch) are set by the feed before each pass: the position in the data is two integers. `batch_size`
+    counts items per optimizer step, over all micro-batches and processes. `order` gives an epoch's rows `(num_items,)` int64;
+    by default each is a random permutation, of `seed`. TrainingError as `check_batch_size`.
     """
 
     def __init__(
@@ -118,15 +103,7 @@ class EpochBatches(Sampler[list[int]]):
 class RowFeed:
     """The rows of a data set with random access, each epoch in a new order: its place is (epoch, batch).
 
-    Args:
-        dataset: has a length.
-        collate: joins its items into a batch.
-        recipe: batch size, seed and loading processes.
-        processes: the group.
-        order: as for `EpochBatches`.
-
-    Raises:
-        TrainingError: as `EpochBatches`.
+    `order` is as for `EpochBatches`, and so is the TrainingError.
     """
 
     def __init__(
@@ -170,16 +147,7 @@ class StreamFeed:
     Each loading process of each process of the run reads one lane of the stream. Those of one process take turns with
     their micro-batches, and their places come with these: a checkpoint keeps them. A lane drops its last images if they do
     not fill a micro-batch, and the loop ends an epoch for all processes when one has no whole share left: more is dropped
-    where parts are of unequal size.
-
-    Args:
-        images: the stream.
-        collate: joins its items into a batch.
-        recipe: batch size, seed and loading processes.
-        processes: the group.
-
-    Raises:
-        TrainingError: the stream has fewer parts than there are processes, or a batch cannot be cut evenly.
+    where parts are of unequal size. TrainingError for fewer parts than processes, or a batch that cannot be cut evenly.
     """
 
     def __init__(self, images: StreamedImages, collate: Collate, recipe: LoopRecipe, processes: Processes):

@@ -18,15 +18,8 @@ PSEUDO_IMAGES = 8  # of all classes' frequencies, so that a class of few images 
 def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Tensor, seed: int) -> None:
     """Fit a prior's cluster scores, and the clusters' frequencies given each class and without one.
 
-    Args:
-        prior: its buffers are set; without clusters nothing happens.
-        codebook (`torch.Tensor` of shape `(K, D)`): the tokenizer's.
-        codes (`torch.LongTensor` of shape `(N, views, ...)`): of the training images.
-        labels (`torch.LongTensor` of shape `(N,)`): their class ids.
-        seed: of the run.
-
-    Raises:
-        ValueError: fewer images than clusters.
+    Of a codebook `(K, D)`, and codes `(N, views, ...)` and labels `(N,)`, int64, of at least as many training images as
+    clusters. Without clusters nothing happens.
     """
     config = prior.config
     if not config.num_clusters:

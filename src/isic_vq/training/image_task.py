@@ -38,15 +38,7 @@ SHOWN_IMAGES = 12  # validation images kept for the reconstruction figure
 
 
 class ImageTask(Task):
-    """A stage that trains on images.
-
-    Args:
-        model: what is trained, on its device after the trainer was built.
-        processor: decodes images, and is saved beside the weights.
-        train_set: training images.
-        validation_set: validation images.
-        recipe: the run's recipe.
-    """
+    """A stage that trains on images; the processor decodes them, and is saved beside the weights."""
 
     def __init__(
         self,
@@ -78,11 +70,7 @@ class ImageTask(Task):
         return {**batch, "size": len(batch["indices"])}
 
     def check(self, batch: dict[str, Any]) -> None:
-        """Count corrupt images.
-
-        Raises:
-            DataError: too many are, or all of this batch.
-        """
+        """Count corrupt images; DataError if too many are, or all of this batch."""
         self.skipped.count(cast(Batch, batch))
         if not batch["size"]:
             raise DataError(
@@ -136,11 +124,7 @@ class ImageTask(Task):
 def open_images(
     recipe: DataRecipe, processor: IsicVQImageProcessor
 ) -> tuple[DecodedImages | StreamedImages, DecodedImages, dict[str, SourceInfo]]:
-    """Training and validation images, and the public descriptions of their sources.
-
-    Raises:
-        DataError: there are no training images, or no validation images, or they cannot be used.
-    """
+    """Training and validation images, and the public descriptions of their sources; DataError if they cannot be used."""
     source, train, validation, infos = open_data(recipe)
     validation_set = DecodedImages(validation, processor, cache=recipe.cache)
     if train is None:
@@ -178,8 +162,7 @@ def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dic
 def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:
     """The validation images that a recipe names, and their public description.
 
-    Raises:
-        DataError: the recipe declares classes, and there are images of one that no training image has.
+    DataError if the recipe declares classes, and an image is of one that no training image has.
     """
     classes, declared = recipe.declared_classes, recipe.classes is not None
     if declared and recipe.drop_other_classes:

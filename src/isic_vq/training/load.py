@@ -44,11 +44,8 @@ def load_recipe(
 ) -> RecipeClass:
     """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
 
-    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a resumed
-    run keeps those it was begun with.
-
-    Raises:
-        RecipeError: the file is missing or not a mapping; or keys are unknown or values wrong, all of which are named.
+    An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a resumed run
+    keeps those it was begun with. One RecipeError names all unknown keys and wrong values.
     """
     fields = _read_fields(config)
     stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
@@ -62,11 +59,7 @@ def load_recipe(
 
 
 def load_stage(config: Path | None, overrides: list[str], resume: bool = False) -> Recipe:
-    """Read a training recipe as `load_recipe` does, of the class that its `stage` names.
-
-    Raises:
-        RecipeError: neither the file nor an override names a stage, or it is an unknown one.
-    """
+    """Read a training recipe as `load_recipe` does, of the class that its `stage` names; RecipeError if it names none."""
     stages = {recipe_class.stage: recipe_class for recipe_class in get_args(Recipe)}
     fields = _read_fields(config)
     for override in overrides:
@@ -97,9 +90,6 @@ def check_places(recipe: Recipe) -> None:
     """Refuse images, codes and models that a recipe names and that do not exist, before torch is imported.
 
     What is not named at all is left to the stage, which says what it needs.
-
-    Raises:
-        DataError, ModelError: the first of them.
     """
     data = getattr(recipe, "data", None)
     for uri in (data.train, data.validation) if data is not None else ():
@@ -190,12 +180,9 @@ def _shorten_warm_ups(
 def build_recipe(
     cls: type[RecipeClass], fields: dict[str, Any], problems: Sequence[str] = (), prefix: str = ""
 ) -> RecipeClass:
-    """Construct a recipe dataclass from nested dictionaries, refusing unknown keys.
+    """Construct a recipe from nested dictionaries; one RecipeError names all unknown keys and wrong values.
 
-    The message begins with the given `problems`; `prefix` comes before the names of fields.
-
-    Raises:
-        RecipeError: unknown keys, or values of the wrong type or range; all are named in one message.
+    Its message begins with the given `problems`; `prefix` comes before the names of fields.
     """
     problems = [*problems]
     keys = [f"{prefix}{key}" for key in known_keys(cls, fields)]

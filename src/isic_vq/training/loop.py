@@ -81,14 +81,10 @@ def memory_gib(device: torch.device) -> float:
 
 
 def run_stage(open_task: Callable[[AnyRecipe], Task], recipe: AnyRecipe, resume: bool) -> Any:
-    """Train what a recipe asks for. The main process locks the run's folder for all: two runs never write to one.
+    """Train what a recipe asks for; the main process returns what `Task.conclude` does, the others None.
 
-    Returns:
-        What `Task.conclude` returns, in the main process; None in the others.
-
-    Raises:
-        InUseError: another run is in the folder.
-        TrainingError, CheckpointError, InterruptedTraining: as `open_run` and `Trainer` have them.
+    The main process locks the run's folder for all, as two runs never write to one: InUseError. Other errors are those of
+    `open_run` and `Trainer`.
     """
     folder = Path(recipe.output_dir)
     with hold(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
@@ -105,17 +101,9 @@ def run_stage(open_task: Callable[[AnyRecipe], Task], recipe: AnyRecipe, resume:
 
 
 class Trainer:
-    """One run of a task in one folder.
+    """One run of a task in one folder, which gets `metrics.jsonl`, `checkpoints/` and `best/`.
 
-    Args:
-        task: what is trained.
-        recipe: how it is trained.
-        run: its folder gets `metrics.jsonl`, `checkpoints/` and `best/`.
-        processes: the group this process belongs to.
-        settings: flat settings shown by the trackers.
-
-    Raises:
-        TrainingError: a tracker is not installed, or the data do not make one batch.
+    TrainingError if a tracker, which shows the flat settings, is not installed, or the data do not make one batch.
     """
 
     def __init__(
@@ -152,12 +140,7 @@ class Trainer:
         task.begin(processes)
 
     def resume(self) -> None:
-        """Restore the newest checkpoint of the run folder.
-
-        Raises:
-            CheckpointError: there is none.
-            TrainingError: the run was fed by rows and is now fed by a stream, or the reverse.
-        """
+        """Restore the newest checkpoint of the run folder."""
         self.progress = self.checkpoints.load_newest()
         self.feed.restore(self.checkpoints.feed)
         logger.info("resumed at step %d", self.progress.step)
@@ -247,12 +230,7 @@ class Trainer:
         self.log.write("epoch", progress.step, epoch, record)
 
     def _fetch(self, steps: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...], int]:
-        """This process's micro-batches of a step, and the images of all processes; 0 if some process has none left.
-
-        Raises:
-            InterruptedTraining: some process was asked to stop.
-            TrainingError: some process has no data.
-        """
+        """This process's micro-batches of a step, and the images of all processes; 0 if some process has none left."""
         micro_batches: tuple[Batch, ...] = ()
         failure = None
         try:

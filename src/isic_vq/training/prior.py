@@ -44,12 +44,7 @@ SHOWN_SAMPLES = 16  # what trackers show at each validation
 
 
 class CodeGrids(torch.utils.data.TensorDataset):
-    """Items of a code cache: (codes of all views, class id, index).
-
-    Args:
-        cache: the codes.
-        class_names: the prior's classes; any other diagnosis gets the unconditional id.
-    """
+    """Items of a code cache: (codes of all views, class id, index); a diagnosis of no class gets the unconditional id."""
 
     def __init__(self, cache: CodeCache, class_names: list[str]):
         self.cache, ids = cache, {name: index for index, name in enumerate(class_names)}
@@ -61,13 +56,8 @@ class CodeGrids(torch.utils.data.TensorDataset):
 class PriorTask(Task):
     """The prior stage.
 
-    Args:
-        model: the prior.
-        tokenizer: gives the context of coarser scales, and decodes samples.
-        train_set: training codes, all views.
-        validation_set: validation codes; the first view is measured.
-        recipe: the run's recipe.
-        features: the feature space that samples are measured in at each validation, if any.
+    The tokenizer gives the context of coarser scales, and decodes samples, which are measured in the feature space at each
+    validation if there is one. Of validation codes the first view is measured.
     """
 
     averages_directly = True
@@ -165,11 +155,7 @@ class PriorTask(Task):
 
 
 def open_task(recipe: PriorRecipe) -> PriorTask:
-    """The codes of a recipe, and a new prior.
-
-    Raises:
-        DataError, ModelError, RecipeError: codes or tokenizer are not named, cannot be read, or do not fit.
-    """
+    """The codes of a recipe, and a new prior; DataError, ModelError or RecipeError if they are not named or do not fit."""
     for name in ("tokenizer", "train_codes", "validation_codes"):
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
@@ -211,11 +197,7 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
 
 
 def open_features(folder: str) -> FeatureModel | None:
-    """The feature model of a folder or Hub id, if one is named.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
+    """The feature model of a folder or Hub id, if one is named; ModelError if it cannot be read."""
     try:
         return FeatureModel.from_pretrained(folder) if folder else None
     except (OSError, ValueError) as error:
@@ -225,9 +207,7 @@ def open_features(folder: str) -> FeatureModel | None:
 def trained_prior(folder: str, config: PriorConfig) -> PriorModel:
     """The prior of a folder, alone or in a whole model, on the CPU.
 
-    Raises:
-        ModelError: there is none.
-        RecipeError: its config is not this one; dropouts may differ, and clusters may be added.
+    RecipeError unless its config is this one; dropouts may differ, and clusters may be added.
     """
     try:
         prior = load_model(IsicVQModel, folder).prior
@@ -254,12 +234,7 @@ def take_over(prior: PriorModel, trained: PriorModel) -> None:
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
     """Train a prior on cached codes: writes `model/` (tokenizer and prior), `report.json` and samples.
 
-    Returns:
-        The report, in the main process.
-
-    Raises:
-        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their
-            docstrings say.
+    The main process returns the report; errors as of `train_vqvae`, and ModelError.
     """
     return run_stage(open_task, recipe, resume)
 
@@ -267,8 +242,7 @@ def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
 def known_to_training(cache: CodeCache, class_names: list[str], drop_others: bool) -> CodeCache:
     """Codes of the validation images whose class is one of `class_names` or missing.
 
-    Raises:
-        DataError: there are others of declared classes, and they are not to be dropped; or nothing else.
+    DataError if others are of declared classes and not to be dropped, or nothing else is left.
     """
     others = set(cache.class_names()).difference(class_names)
     new = Counter(name for name in cache.diagnoses if name in others)
@@ -287,11 +261,7 @@ def known_to_training(cache: CodeCache, class_names: list[str], drop_others: boo
 
 
 def build_prior_config(tokenizer: VQVAEConfig, fields: dict[str, Any]) -> PriorConfig:
-    """The config of a prior over a tokenizer's codes, of the type that the recipe's fields name.
-
-    Raises:
-        RecipeError: an unknown type, an unknown key, or a value that does not fit.
-    """
+    """The config of a prior over a tokenizer's codes, of the type that its fields name; RecipeError as `build_config`."""
     fields = dict(fields)
     try:
         config_class = prior_config_class(fields)

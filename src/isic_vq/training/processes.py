@@ -48,11 +48,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that cannot be imported.
-
-    Raises:
-        TrainingError: it is not installed.
-    """
+    """Raise TrainingError for a tracker that cannot be imported."""
     missing = set(names) - {tracker.value for tracker in get_available_trackers()}
     if missing:
         raise TrainingError(
@@ -63,16 +59,8 @@ def check_trackers(names: list[str]) -> None:
 class Processes:
     """This process among those of the run; a run in one process is a group of one.
 
-    Args:
-        recipe: precision, trackers and how long to wait for another process.
-        run_dir: where trackers that write files put them.
-        idle_parameters: whether some parameters get no gradient in some steps, which DDP has to know.
-
-    Attributes:
-        accelerator: accelerate's view of them.
-
-    Raises:
-        TrainingError: they were started for something other than data parallelism, or a tracker is not installed.
+    With `idle_parameters` some parameters get no gradient in some steps, which DDP has to know. TrainingError if they were
+    started for something other than data parallelism, or a tracker is not installed.
     """
 
     def __init__(self, recipe: LoopRecipe, run_dir: Path, idle_parameters: bool = False):

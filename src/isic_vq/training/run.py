@@ -36,10 +36,9 @@ def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
 
 
 def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
-    """Construct a model config from a recipe's `model` section, refusing keys the class does not have.
+    """Construct a model config from a recipe's `model` section.
 
-    Raises:
-        RecipeError: an unknown key (transformers would store it silently) or a value that does not fit.
+    RecipeError for an unknown key (transformers would store it silently) or a value that does not fit.
     """
     fields = dict(fields)
     preset = fields.pop("preset", None)
@@ -87,18 +86,10 @@ class Run:
 
 
 def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes: Processes) -> Run:
-    """Begin a run's folder, or resume the run in it if nothing has changed that decides its result.
+    """Begin a run's folder, or with `resume` continue from its newest checkpoint if nothing has changed that decides the result.
 
-    Without a checkpoint in the folder the run starts again.
-
-    Args:
-        recipe: the run's recipe.
-        sources: by name, descriptions of its images, or the sha256 of what else it is trained on.
-        resume: continue from the newest checkpoint.
-        processes: the group.
-
-    Raises:
-        TrainingError: the folder holds a run and `resume` is off, or recipe or data are not those it was begun with.
+    `sources` are by name, descriptions of images, or the sha256 of what else it is trained on. Without a checkpoint the run
+    starts again. TrainingError if the folder holds a run and `resume` is off, or recipe or data are not those it began with.
     """
     folder = Path(recipe.output_dir)
     data = {
@@ -130,11 +121,7 @@ def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes
 
 
 def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What `run.json` keeps of the run in the folder: its identifier, and all changes of the recipe so far.
-
-    Raises:
-        TrainingError: the run was begun with another recipe or other data, or does not say how it was begun.
-    """
+    """What `run.json` keeps of the run in the folder: its identifier, and all changes of the recipe so far."""
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
         recorded = read_yaml((folder / RECIPE).read_text(encoding="utf-8"))

@@ -10,13 +10,10 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 
 
 class SampleQuality:
-    """Compares samples with decoded validation codes, which no prior can surpass.
+    """Compares samples with decoded validation codes `(N, *code shape)`, which no prior can surpass.
 
-    Args:
-        features: the feature space; never the one that the finished prior will be judged in.
-        codes: `(N, *code shape)` of validation images.
-        labels: their class ids `(N,)`; sample i is of class `labels[i]`.
-        seed: of the samples, the same at each validation.
+    Sample i is of class `labels[i]`; samples are the same at each validation. The feature space is never the one that the
+    finished prior will be judged in.
     """
 
     def __init__(self, features: FeatureModel, codes: Tensor, labels: Tensor, seed: int):

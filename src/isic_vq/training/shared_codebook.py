@@ -13,15 +13,7 @@ from isic_vq.training.processes import Processes
 
 
 class SharedRows:
-    """The rows of tensors that are spread over processes, numbered in sample order.
-
-    Args:
-        parts: this process's tensors `(N_i, D)`, one per micro-batch; every process has as many.
-        processes: the group.
-
-    Attributes:
-        total: number of rows over all parts and processes.
-    """
+    """The `total` rows of tensors `(N_i, D)` that are spread over processes, one per micro-batch, numbered in sample order."""
 
     def __init__(self, parts: list[Tensor], processes: Processes):
         self.parts, self.processes = parts, processes

@@ -20,25 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class Task:
-    """A stage: its model, its data, its loss and its metrics. The methods without a default are the stage's own.
-
-    Attributes:
-        model: what is trained.
-        averages_directly: averaged parameters can be validated as they are (no statistics to re-estimate).
-        idle_parameters: some parameters get no gradient in some steps, which DDP has to know.
-        fine_tunes: the model is a trained one, whose parameters belong to the average.
-        sources: by name, the `SourceInfo` of the data, or the sha256 of what else it is trained on.
-        settings: flat settings that trackers show.
-        validated: all that the last `validate` measured.
-    """
+    """A stage: its model, its data, its loss and its metrics. The methods without a default are the stage's own."""
 
     model: Any  # an nn.Module
+    # Averaged parameters can be validated as they are (no statistics to re-estimate)
     averages_directly = False
-    idle_parameters = False
-    fine_tunes = False
+    idle_parameters = False  # some parameters get no gradient in some steps, which DDP has to know
+    fine_tunes = False  # the model is a trained one, whose parameters belong to the average
+    # By name, the `SourceInfo` of data, or the sha256 of what else it is trained on
     sources: Mapping[str, Any] = {}
-    settings: Mapping[str, Any] = {}
-    validated: Any = None
+    settings: Mapping[str, Any] = {}  # flat settings that trackers show
+    validated: Any = None  # all that the last `validate` measured
 
     def compiled_parts(self) -> list[nn.Module]:
         """What `loop.compile` compiles: modules without random choices of Python's or data-dependent branches."""
@@ -89,11 +81,7 @@ class Task:
         """Re-estimate what averaging leaves out under the model's present parameters, before they are validated."""
 
     def conclude(self, trainer: Any) -> Any:
-        """Choose the final model, save it as `model/`, measure it and write `report.json`; in the main process alone.
-
-        Returns:
-            The measurements.
-        """
+        """Choose the final model, save it as `model/`, measure it and write `report.json`; in the main process alone."""
         raise NotImplementedError
 
     @property
@@ -110,15 +98,10 @@ class Task:
         return report
 
     def choose_best(self, trainer: Any, by: str, part: str) -> str:
-        """Load the better of best raw and averaged parameters into `model`, and save it as `model/`.
+        """Save the better of best raw and averaged parameters as `model/`; returns "raw" or "averaged".
 
-        Args:
-            trainer: has trained; afterwards `validated` is of the model chosen.
-            by: metric of `validate` that is to be small.
-            part: what `training_data.json` calls what was trained.
-
-        Returns:
-            "raw" or "averaged".
+        Better is a smaller metric `by` of `validate`; afterwards `model` and `validated` are of the one chosen. `part` is what
+        `training_data.json` calls what was trained.
         """
         model_class, config, trained = type(self.model), self.model.config, self.model.state_dict()
         # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.

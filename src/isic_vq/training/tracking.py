@@ -18,14 +18,8 @@ logger = logging.getLogger(__name__)
 class MetricLog:
     """metrics.jsonl and the trackers: one record per optimizer step, one per epoch, pictures per validation.
 
-    Only the main process writes.
-
-    Args:
-        run_dir: gets `metrics.jsonl` and what wandb and tensorboard write.
-        run_id: names the run to the trackers, so that a resumed run continues the same one.
-        recipe: which trackers, and the project.
-        processes: the group.
-        settings: flat settings shown by the trackers.
+    Only the main process writes. The id names the run to the trackers, so that a resumed run continues the same one; they
+    show the flat settings.
     """
 
     def __init__(
@@ -41,11 +35,8 @@ class MetricLog:
     def begin(self, step: int, epoch: int) -> list[dict[str, Any]]:
         """Begin the trackers' run, or continue it after `step` in `epoch`; returns the records written before.
 
-        Drops records past the step, those of epochs that have not ended (a checkpoint of an epoch's last step comes
-        before its validation), and a last line that a killed run left half-written.
-
-        Raises:
-            TrainingError: a record cannot be read.
+        Drops records past the step, those of epochs that have not ended (a checkpoint of an epoch's last step comes before its
+        validation), and a last line that a killed run left half-written. TrainingError for a record that cannot be read.
         """
         if self.recipe.trackers:
             run_dir, name = self.path.parent, f"{self.path.parent.name}-{self.run_id}"

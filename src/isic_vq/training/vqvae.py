@@ -211,7 +211,7 @@ def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | N
     """Train a tokenizer: writes `model/`, `report.json` and the arrays of the figures.
 
     Returns:
-        The reconstruction measures, in the main process.
+        The reconstruction measures, in the main process; None in the others.
 
     Raises:
         DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.

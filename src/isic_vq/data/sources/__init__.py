@@ -48,16 +48,11 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 def open_source(
     uri: str, streaming: bool = False, classes: Classes | None = None
 ) -> Dataset | IterableDataset:
-    """Open a source with exactly the columns of `FEATURES`.
-
-    Args:
-        uri: see the module's docstring.
-        streaming: return an `IterableDataset`, which reads rows on demand, in the same order.
-        classes: as for `find_source`.
+    """Open a source with exactly the columns of `FEATURES`; `streaming` reads rows on demand, in the same order.
 
     Raises:
-        DataError: the URI, its files or a row cannot be used, or the source can only be streamed. In a stream, a
-            row's error is raised when the row is reached.
+        DataError: the URI, its files or a row cannot be used, or the source can only be streamed. In a stream, a row's error
+            is raised when the row is reached.
 
     Examples:
         >>> open_source("synthetic:16:0").num_rows
@@ -73,14 +68,9 @@ def describe_source(uri: str) -> SourceInfo:
 
 
 def find_source(uri: str, classes: Classes | None = None) -> Source:
-    """Find the source of a URI.
+    """Find the source of a URI; DataError if its scheme is unknown, or it names nothing.
 
-    Args:
-        uri: see the module's docstring.
-        classes: names that labels may have; by default those that the source itself declares, else ISIC's.
-
-    Raises:
-        DataError: the URI has an unknown scheme, or names nothing.
+    `classes` are the names that labels may have; by default those that the source itself declares, else ISIC's.
     """
     scheme, target = parse_uri(uri, SOURCES)
     source = SOURCES[scheme](target)

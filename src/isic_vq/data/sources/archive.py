@@ -58,25 +58,16 @@ _ISIC_ID = re.compile(r"ISIC_\d{7}")
 
 @dataclass(frozen=True)
 class ArchiveFilters:
-    """Selects images of the archive; an empty tuple selects all.
+    """Selects images of the archive; an empty tuple selects all."""
 
-    Attributes:
-        license: values of `LICENSES`.
-        image_type: as the archive writes them, such as "dermoscopic" or "clinical: close-up".
-        diagnosis: of `DIAGNOSES`.
-        collection: numbers of collections.
-        query: in the archive's language.
-        images: "thumbnail" (at most 256 pixels) or "full".
-        limit: maximum number of images, in the order of the archive; None takes all.
-    """
-
-    license: tuple[str, ...] = ()
+    license: tuple[str, ...] = ()  # values of `LICENSES`
+    # As the archive writes them, such as "dermoscopic" or "clinical: close-up"
     image_type: tuple[str, ...] = ()
-    diagnosis: tuple[str, ...] = ()
-    collection: tuple[str, ...] = ()
-    query: str = ""
-    images: str = "thumbnail"
-    limit: int | None = None
+    diagnosis: tuple[str, ...] = ()  # of `DIAGNOSES`
+    collection: tuple[str, ...] = ()  # numbers of collections
+    query: str = ""  # in the archive's language
+    images: str = "thumbnail"  # "thumbnail" (at most 256 pixels) or "full"
+    limit: int | None = None  # maximum number of images, in the order of the archive; None takes all
 
     @classmethod
     def parse(cls, text: str) -> "ArchiveFilters":

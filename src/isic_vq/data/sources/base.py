@@ -26,30 +26,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The description of a source, which is safe to publish.
+    """The description of a source, which is safe to publish."""
 
-    Attributes:
-        name: the URI; other paths than environment variables are reduced to their last component.
-        fingerprint: sha256 of the content as hex digits; the same wherever the files lie.
-        num_images: number of rows, corrupt images included.
-        licenses: number of images per licence, "unknown" where a row has none.
-        attributions: the distinct attribution lines, sorted.
-        diagnoses: number of images per class.
-        snapshot: when the source says that its content was fixed; None if it does not say.
-        ids_sha256: `hash_ids` of its images; None in records of older versions.
-        manifest_sha256: of the manifest of a prepared folder; None for other sources.
-        classes: the images' classes in the order of their ids; None if these are ISIC's, in their order.
-    """
-
-    name: str
-    fingerprint: str
-    num_images: int
-    licenses: dict[str, int]
-    attributions: list[str]
-    diagnoses: dict[str, int]
-    snapshot: str | None = None
-    ids_sha256: str | None = None
-    manifest_sha256: str | None = None
+    name: str  # the URI; other paths than environment variables are reduced to their last component
+    fingerprint: str  # sha256 of the content as hex digits; the same wherever the files lie
+    num_images: int  # number of rows, corrupt images included
+    licenses: dict[str, int]  # number of images per licence, "unknown" where a row has none
+    attributions: list[str]  # the distinct attribution lines, sorted
+    diagnoses: dict[str, int]  # number of images per class
+    snapshot: str | None = None  # when the source says that its content was fixed; None if it does not say
+    ids_sha256: str | None = None  # `hash_ids` of its images; None in records of older versions
+    manifest_sha256: str | None = None  # of the manifest of a prepared folder; None for other sources
+    # The images' classes in the order of their ids; None if these are ISIC's, in their order
     classes: list[str] | None = None
 
 
@@ -57,18 +45,13 @@ class Source(ABC):
     """Images of one origin, as records with the columns of `FEATURES`.
 
     All methods raise DataError if the source or one of its records cannot be used; the message names it.
-
-    Attributes:
-        name, snapshot, manifest_sha256: as in `SourceInfo`.
-        classes: the names that its labels may have.
-        is_listed_cheaply: whether its rows are read without fetching images from another machine.
     """
 
-    name: str
+    name: str  # this and the next two are as in `SourceInfo`
     snapshot: str | None = None
     manifest_sha256: str | None = None
-    classes: Classes = Classes()
-    is_listed_cheaply: bool = True
+    classes: Classes = Classes()  # the names that its labels may have
+    is_listed_cheaply: bool = True  # its rows are read without fetching images from another machine
 
     def with_classes(self, classes: Classes) -> Self:
         """Copy the source, with these names for its labels."""
@@ -87,12 +70,9 @@ class Source(ABC):
 
     @abstractmethod
     def records_of(self, part: Any, reading: Reading, with_images: bool = True) -> Iterator[dict[str, Any]]:
-        """Yield the records of a part in order.
+        """Yield the records of a part in order, counted by `reading`; a diagnosis of None leaves out its record.
 
-        Args:
-            part: one of `parts`.
-            reading: names classes and counts what is left out; a diagnosis of None leaves out its record.
-            with_images: encoded images are read: bytes, a path, or None. Without, `image` is absent or None.
+        Images are encoded: bytes, a path, or None. Without them, `image` is absent or None.
         """
 
     def rows(self, reading: Reading) -> Iterator[dict[str, Any]]:
@@ -164,7 +144,7 @@ def stream_parts(source: Source, parts: Sequence[Any]) -> IterableDataset:
 
 
 def cached_dataset(source: Source) -> Dataset:
-    """Open all records of a source with random access: they are read once and kept in the cache of `datasets`.
+    """Open all records with random access: they are read once and kept in the cache of `datasets`.
 
     The cache key holds the source's fingerprint and classes and this package's version.
     """

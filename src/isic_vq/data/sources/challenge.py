@@ -81,21 +81,14 @@ _LICENSES = {
 
 
 class Release(NamedTuple):
-    """One part of a challenge; files are relative to the challenges' address.
+    """One part of a challenge; files are relative to the challenges' address."""
 
-    Attributes:
-        images: zip archive.
-        tables: CSV files, or zip archives of one, whose rows are joined by the image's name; later ones add columns.
-        license: as the download page states it.
-        attribution: whom to name.
-        in_archive_bucket: the files lie in the archive's bucket under `challenges/`.
-    """
-
-    images: str
+    images: str  # zip archive
+    # CSV files, or zip archives of one, whose rows are joined by the image's name; later ones add columns
     tables: tuple[str, ...]
-    license: str
-    attribution: str
-    in_archive_bucket: bool
+    license: str  # as the download page states it
+    attribution: str  # whom to name
+    in_archive_bucket: bool  # the files lie in the archive's bucket under `challenges/`
 
 
 def _release(year: str, files: str) -> Release:
@@ -182,21 +175,13 @@ class ChallengeSource(Source):
 
 
 class _Contents(NamedTuple):
-    """The files of a release.
-
-    Attributes:
-        archive: the zip archive.
-        images: its members that are photographs, in the order of their bytes.
-        ids: ids of the images by their names in the archive.
-        rows: rows of the tables by the image's id.
-        left_out: names of the other members, which are masks, superpixels and notes.
-    """
+    """The files of a release."""
 
     archive: RangeZip
-    images: tuple[ZipInfo, ...]
-    ids: Mapping[str, str]
-    rows: Mapping[str, dict[str, Any]]
-    left_out: tuple[str, ...]
+    images: tuple[ZipInfo, ...]  # its members that are photographs, in the order of their bytes
+    ids: Mapping[str, str]  # ids of the images by their names in the archive
+    rows: Mapping[str, dict[str, Any]]  # rows of the tables by the image's id
+    left_out: tuple[str, ...]  # names of the other members, which are masks, superpixels and notes
 
 
 @functools.lru_cache(maxsize=4)

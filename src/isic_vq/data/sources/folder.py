@@ -74,12 +74,9 @@ def read_folder(folder: Path, reading: Reading | None = None) -> list[dict[str, 
     """Read one record per image, in the order of the relative names; `image` is the path.
 
     An image is described by its row of the table, else by NAME.json beside it. The table is metadata.csv, .tsv, .tab or
-    .jsonl in the folder itself, else the only such file there. Without a diagnosis the class is that of the nearest
-    folder that is named like a known class, else of the folder that the image lies in. The `isic_id` is the table's,
-    else the file's stem, or its relative name where two files share the stem.
-
-    Raises:
-        DataError: there is no image, or the metadata cannot be used; all wrong rows are named together.
+    .jsonl in the folder itself, else the only such file there. Without a diagnosis the class is that of the nearest folder
+    that is named like a known class, else of the folder that the image lies in. The `isic_id` is the table's, else the file's
+    stem, or its relative name where two files share the stem. A DataError names all wrong rows together.
     """
     reading = reading or Reading()
     names, others = image_names(folder, reading)

@@ -55,17 +55,11 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Connection:
-    """Requests about one repository, which are repeated where that may help.
+    """Requests about one repository, which are repeated where that may help."""
 
-    Attributes:
-        name: what messages call the source.
-        repo: OWNER/NAME.
-        revision: None for main.
-    """
-
-    name: str
-    repo: str
-    revision: str | None
+    name: str  # what messages call the source
+    repo: str  # OWNER/NAME
+    revision: str | None  # None for main
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
         """Return one answer; errors are as in `resumed`."""
@@ -74,8 +68,7 @@ class Connection:
     def resumed(self, rows: Callable[[], Iterator[Answer]]) -> Iterator[Answer]:
         """Yield the rows of `rows()`; after a lost connection, call it again and skip the rows already yielded.
 
-        Raises:
-            DataError: more than `RETRIES` failures at one row, or one that does not pass.
+        DataError after more than `RETRIES` failures at one row, or for one that does not pass.
         """
         done, failures = 0, 0
         while True:
@@ -109,23 +102,15 @@ def _may_pass(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """The rows of one split of a data set repository.
-
-    Attributes:
-        repo: OWNER/NAME.
-        commit: its full id.
-        files: the split's files, as hf:// addresses at the commit.
-        columns: how rows become records.
-        class_names: names behind the integers of columns, by column of the repository.
-    """
+    """The rows of one split of a data set repository."""
 
     name: str
-    repo: str
-    commit: str
+    repo: str  # OWNER/NAME
+    commit: str  # its full id
     split: str
-    files: tuple[str, ...]
-    columns: Columns
-    class_names: Mapping[str, list[str]]
+    files: tuple[str, ...]  # the split's files, as hf:// addresses at the commit
+    columns: Columns  # how rows become records
+    class_names: Mapping[str, list[str]]  # names behind the integers of columns, by column of the repository
     is_listed_cheaply = False
 
     @classmethod

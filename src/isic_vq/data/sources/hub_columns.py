@@ -17,17 +17,12 @@ _COLUMN_IN_TEXT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Columns:
-    """How the rows of a repository become records.
+    """How the rows of a repository become records."""
 
-    Attributes:
-        names: column of the repository by column of `FEATURES`.
-        constants: text by column of `FEATURES`; {COLUMN} in it stands for the row's value.
-        classes: diagnoses that integers stand for, in order.
-    """
-
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)  # column of the repository by column of `FEATURES`
+    # Text by column of `FEATURES`; {COLUMN} in it stands for the row's value
     constants: Mapping[str, str] = field(default_factory=dict)
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # diagnoses that integers stand for, in order
 
     def updated(self, other: "Columns") -> "Columns":
         """Replace the origin of those columns that another names."""

@@ -41,13 +41,10 @@ def image_id(stem: str) -> str:
 
 
 def image_names(folder: Path, reading: Reading | None = None) -> tuple[list[str], list[str]]:
-    """List the images and the other files of a folder, recursively: sorted relative names with forward slashes.
+    """List the images, at least one, and the other files of a folder: sorted relative names with forward slashes.
 
     Masks, superpixels, downsampled copies, hidden files and folders that links lead to again are left out, which
     `reading` counts.
-
-    Raises:
-        DataError: there is no image.
     """
     reading = reading or Reading()
     names = sorted(_walk(folder, folder, reading, set()))
@@ -98,11 +95,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_sidecar(content: bytes, where: str) -> dict[str, Any]:
-    """Read the JSON object about an image, flattened to names that `normalise` reads; errors call it `where`.
-
-    Raises:
-        DataError: the content is no JSON object.
-    """
+    """Read the JSON object about an image, flattened to names that `normalise` reads; errors call it `where`."""
     try:
         values = json.loads(content)
     except (

@@ -50,26 +50,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`.
+    """The content of `manifest.json`."""
 
-    Attributes:
-        settings: all that decides the bytes of the images, and the versions that made them.
-        sources: `SourceInfo` of each source, as a dictionary.
-        splits: `count_rows` of each split.
-        shards: the files, in order.
-        unreadable: reasons by image.
-        strata: `Stratum` of each value and split, as a dictionary.
-        duplicates: the counts of `duplicate_report`.
-        classes: of the images, in the order of their ids; None if these are ISIC's, in their order.
-    """
-
-    settings: dict[str, Any]
-    sources: list[dict[str, Any]]
-    splits: dict[str, dict[str, Any]]
-    shards: list[Shard]
-    unreadable: dict[str, str]
-    strata: list[dict[str, Any]]
-    duplicates: dict[str, Any]
+    settings: dict[str, Any]  # all that decides the bytes of the images, and the versions that made them
+    sources: list[dict[str, Any]]  # `SourceInfo` of each source, as a dictionary
+    splits: dict[str, dict[str, Any]]  # `count_rows` of each split
+    shards: list[Shard]  # the files, in order
+    unreadable: dict[str, str]  # reasons by image
+    strata: list[dict[str, Any]]  # `Stratum` of each value and split, as a dictionary
+    duplicates: dict[str, Any]  # the counts of `duplicate_report`
+    # Of the images, in the order of their ids; None if these are ISIC's, in their order
     classes: list[str] | None = None
 
     @classmethod

@@ -26,21 +26,13 @@ RANGE_BYTES = 1 << 20  # of one request
 
 @dataclass(frozen=True)
 class RangeZip:
-    """A zip archive whose directory was read.
+    """A zip archive whose directory was read."""
 
-    Attributes:
-        location: path, or http(s) address.
-        version: ETag of a remote archive; later reads of another version fail.
-        directory: opened by zipfile.
-        members: its files, in the order of their bytes.
-        ends: by the offset of a member's header, the offset after its last byte.
-    """
-
-    location: str
-    version: str | None
-    directory: zipfile.ZipFile
-    members: tuple[ZipInfo, ...]
-    ends: dict[int, int]
+    location: str  # path, or http(s) address
+    version: str | None  # ETag of a remote archive; later reads of another version fail
+    directory: zipfile.ZipFile  # opened by zipfile
+    members: tuple[ZipInfo, ...]  # its files, in the order of their bytes
+    ends: dict[int, int]  # by the offset of a member's header, the offset after its last byte
 
     @classmethod
     def open(cls, location: str) -> "RangeZip":
