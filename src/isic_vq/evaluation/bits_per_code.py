@@ -14,12 +14,12 @@ from torch import Tensor
 from isic_vq.evaluation.intervals import MeasuredOn, bootstrap_interval
 from isic_vq.evaluation.measures import balanced_accuracy, code_counts
 from isic_vq.evaluation.report import Metric
-from isic_vq.models.likelihood import BATCH_SIZE, Scorer, score_codes
+from isic_vq.models.likelihood import BATCH_SIZE, score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 
 
 def bits_per_code(
-    model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
+    model: IsicVQModel, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
 ) -> Tensor:
     """Mean bits per code of each image under the prior, whatever mode it is in.
 
@@ -75,7 +75,7 @@ def bits_metrics(model: IsicVQModel, bits: dict[str, Tensor], on: MeasuredOn) ->
     ]
 
 
-def class_bits(model: Scorer, codes: Tensor, on_class: Callable[[], object] | None = None) -> Tensor:
+def class_bits(model: IsicVQModel, codes: Tensor, on_class: Callable[[], object] | None = None) -> Tensor:
     """Bits per code `(N, num_classes)` float64 of codes `(N, h, w)` or `(N, L)` given each class."""
     columns = []
     for class_id in range(len(model.config.class_names)):

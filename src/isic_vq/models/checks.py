@@ -50,4 +50,4 @@ def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
 
 def damaged_or_overflow(dtype: torch.dtype) -> str:
     """Explain why a sound input became not finite inside a model, and the way out."""
-    return f"the model's weights are damaged or overflow {str(dtype).removeprefix('torch.')}; load them anew, in float32"
+    return f"the model's weights are damaged or overflow {str(dtype).removeprefix('torch.')}; load them again, in float32"

@@ -34,13 +34,7 @@ class ConditionEmbedding(nn.Embedding):
 
 
 def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Tensor:
-    """Count each code's share of each image, `(B, K)` float64 with rows that sum to 1: the mean over its grids.
-
-    Args:
-        codes (`torch.LongTensor` of shape `(B, ...)`): in [0, K).
-        sizes: codes of each grid.
-        num_codes: K.
-    """
+    """Each code's share of images `(B, ...)` of codes in [0, K): `(B, K)` float64, the mean over grids of `sizes` codes."""
     flat = codes.flatten(1)
     where: Any = {"dtype": torch.float64, "device": codes.device}
     shares = torch.tensor([1 / (len(sizes) * size) for size in sizes for _ in range(size)], **where)
@@ -51,10 +45,6 @@ def code_frequencies(codes: Tensor, sizes: Sequence[int], num_codes: int) -> Ten
 def cluster_scores(codebook: Tensor, centres: Tensor) -> Tensor:
     """Scores `(K, C)` of codes: the centre nearest to an image's mean code vector has the highest mean score.
 
-    |m - c|^2 = |m|^2 - 2 m c + |c|^2, and the mean m is that of its codes' vectors.
-
-    Args:
-        codebook (`torch.Tensor` of shape `(K, D)`): vectors of the codes.
-        centres (`torch.Tensor` of shape `(C, D)`): of the clusters.
+    |m - c|^2 = |m|^2 - 2 m c + |c|^2, m the mean of its codes' vectors. `codebook` is `(K, D)`, `centres` `(C, D)`.
     """
     return codebook @ centres.T - centres.square().sum(1) / 2

@@ -10,14 +10,10 @@ from torch import Tensor, nn
 
 
 def code_tables(embedding: Tensor, weight: Tensor) -> Tensor:
-    """Tabulate what each code adds at each tap of a kernel; the code K, "outside the grid", adds nothing.
-
-    Args:
-        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
-        weight (`torch.Tensor` of shape `(C_out, C, height, width)`): the kernel.
+    """Tabulate what each code, of vectors `(K, C)`, adds at each tap of a kernel `(C_out, C, height, width)`.
 
     Returns:
-        `torch.Tensor` of shape `(height * width, K + 1, C_out)`.
+        `(height * width, K + 1, C_out)`; the code K, "outside the grid", adds nothing.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         tables = torch.einsum("kc,ocij->ijko", embedding, weight)
@@ -33,16 +29,9 @@ def sum_taps(tables: Tensor, codes: Tensor) -> Tensor:
 def convolve_codes(
     codes: Tensor, embedding: Tensor, conv: nn.Conv2d, padding: tuple[int, int, int, int]
 ) -> Tensor:
-    """conv(pad(embedded codes)), by look-ups.
+    """conv(pad(embedded codes)) by look-ups, of codes `(B, h, w)` with vectors `(K, C)` and a convolution of stride 1.
 
-    Args:
-        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-        embedding (`torch.Tensor` of shape `(K, C)`): the codes' vectors.
-        conv: convolution of C channels, stride 1.
-        padding: left, right, top, bottom; negative crops.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C_out, h', w')`, channels last, in the weights' precision.
+    Padding is left, right, top, bottom; negative crops. The result `(B, C_out, h', w')` lies channels last in memory.
     """
     height, width = conv.kernel_size
     tables = code_tables(embedding, conv.weight)

@@ -80,7 +80,6 @@ _ONE_HOT_2017 = ("MELANOMA", "SEBORRHEIC_KERATOSIS")
 
 
 def _key(name: str) -> str:
-    """Reduce a spelling to what is compared: lower-case letters and digits."""
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
@@ -226,18 +225,18 @@ def resolve_label(label: int | str, id2label: Mapping[int, str]) -> int:
         raise ValueError(f"label {label!r} is not a class id of this model. Classes: {_listed(id2label)}.")
     text, wanted = label.strip(), find_diagnosis(label)
     number = int(text) if text.isdecimal() else None
-    for found in (
+    for matches in (
         [index for index, name in id2label.items() if name == text],
         [index for index, name in id2label.items() if name.casefold() == text.casefold()],
         [number] if number in id2label else [],
         [index for index, name in id2label.items() if _key(name) == _key(text) != ""],
         [index for index, name in id2label.items() if wanted and find_diagnosis(name, True) == wanted],
     ):
-        if len(found) == 1:
-            return found[0]  # type: ignore[return-value]  # a number is None only where its list is empty
-        if found:
+        if len(matches) == 1:
+            return matches[0]  # type: ignore[return-value]  # a number is None only where its list is empty
+        if matches:
             raise ValueError(
-                f"label {label!r} may be {' or '.join(id2label[index] for index in found)}: give the name as it is "
+                f"label {label!r} may be {' or '.join(id2label[index] for index in matches)}: give the name as it is "
                 "written, or its id."
             )
     if number is not None:

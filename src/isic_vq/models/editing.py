@@ -1,4 +1,4 @@
-"""Editing on the code grid: draw some codes of an image anew, given all the others.
+"""Editing on the code grid: resample some codes of an image, given all the others.
 
 The target is the prior's own posterior, p(masked codes | kept codes, label). Codes are drawn in the prior's order, so
 a draw cannot see the kept codes that come after it. A particle filter makes up for that: it carries many
@@ -20,7 +20,7 @@ seamless cloning in its form of a membrane (eq. 4).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .checks import check_finite, damaged_or_overflow, expect, is_positive_int
-from .modeling_prior import PriorModel, Walk
-from .modeling_vqvae import VQVAEModel
+from .modeling_prior import Walk
 from .modes import exactly, weights_at_hand
 from .sampling import draw, image_generators, position_uniforms
+
+if TYPE_CHECKING:
+    from .modeling_isic_vq import IsicVQModel
 
 BLENDS = ("poisson", "paste", "decode")
 
@@ -43,7 +45,7 @@ class EditOutput(ModelOutput):
     Args:
         pixel_values: `(B, 3, H, W)`, RGB in [0, 1].
         codes: int64 in [0, K), `(B, h, w)` or, of several scales, `(B, L)`; outside the mask as encoded.
-        mask: bool of the same shape, the codes that were drawn anew.
+        mask: bool of the same shape, the resampled codes.
         labels: `(B,)` int64, the class ids; the unconditional id where none was asked for.
         num_particles: `(B,)` int64, how many were used: as many as asked for, or 1 where that is exact.
         ess: `(B, steps)` float64 in [1, num_particles], the effective sample size after each row or scale, before
@@ -72,14 +74,14 @@ def central_region(size: int) -> Tensor:
 def code_masks(
     mask: Tensor, num_images: int, size: int, sides: Sequence[int], dilation: int = 0
 ) -> list[Tensor]:
-    """The codes to draw anew for a mask of pixels: those whose patch touches it.
+    """The codes to resample for a mask of pixels: those whose patch touches it.
 
-    A code of a coarser scale stands for a larger patch, and goes if the codes to draw anew of the finest scale cover
-    more than half of it. Were it to go for the least touch, so would every image's coarsest code, and with it what the
-    kept codes around the mask were made to complete: kept halves of images change their colour.
+    A code of a coarser scale stands for a larger patch, and is resampled if resampled codes of the finest scale cover more
+    than half of it. If a touch were enough, every image's coarsest code would be resampled, which the kept codes around the
+    mask were chosen to complete: kept halves of images would change their colour.
 
     Args:
-        mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw.
+        mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to resample.
         num_images: B.
         size: H and W.
         sides: of the code grids, coarse to fine.
@@ -127,13 +129,10 @@ def effective_sample_size(log_weights: Tensor) -> float:
 
 
 def systematic_resampling(log_weights: Tensor, uniform: float) -> Tensor:
-    """Ancestors `(N,)` int64 of equally weighted particles: a comb of N teeth, 1 / N apart, through the CDF.
+    """Ancestors `(N,)` int64 of equally weighted particles, from log weights `(N,)` up to a constant.
 
-    Particle i gets floor(N w_i) or ceil(N w_i) children, N w_i in the mean.
-
-    Args:
-        log_weights (`torch.Tensor` of shape `(N,)`): up to a constant.
-        uniform: in [0, 1), where the comb starts, in units of 1 / N.
+    A comb of N teeth, 1 / N apart, goes through the CDF from `uniform` / N on: particle i gets floor(N w_i) or ceil(N w_i)
+    children, N w_i in the mean.
     """
     cumulative = log_weights.softmax(0).cumsum(0)
     teeth = torch.arange(len(log_weights), dtype=cumulative.dtype, device=cumulative.device) + uniform
@@ -142,19 +141,11 @@ def systematic_resampling(log_weights: Tensor, uniform: float) -> Tensor:
 
 
 def membrane(values: Tensor, known: Tensor) -> Tensor:
-    """Continue values into the pixels where they are not known, each of which becomes the mean of its neighbours.
+    """Continue values `(1, C, H, W)` from where they are `known` `(1, 1, H, W)`: other pixels become their neighbours' mean.
 
-    That is Laplace's equation, solved by successive over-relaxation from the mean of what is known: of neighbours, which
-    have different colours on a chess board, the black ones take a step, then the white ones. Each step goes beyond the mean
-    by the factor that is best for a square of this size (Young, "Iterative Solution of Large Linear Systems", 1971); the
-    error falls at least a thousandfold if a border of the image is known.
-
-    Args:
-        values (`torch.Tensor` of shape `(1, C, H, W)`): of one image; those that are not known do not matter.
-        known (`torch.BoolTensor` of shape `(1, 1, H, W)`): where to take them from.
-
-    Returns:
-        `torch.Tensor` of shape `(1, C, H, W)`, the known values among them; 0 where nothing is known.
+    This is Laplace's equation, solved by red-black successive over-relaxation from the mean of the known values, with the
+    factor that is best for a square of this size (Young, "Iterative Solution of Large Linear Systems", 1971). The error
+    falls at least a thousandfold if a border of the image is known. Where nothing is known the result is 0.
     """
     size = max(values.shape[-2:])
     held = torch.where(known, values, 0.0)
@@ -186,36 +177,22 @@ def blended(decoded: Tensor, original: Tensor, mask: Tensor, blend: str) -> Tens
         return decoded
     if blend == "poisson":
         # One by one: the last bits of a sum may depend on the size of the batch.
-        wrong = zip((original - decoded).split(1), (~mask).split(1), strict=True)
-        decoded = (decoded + torch.cat([membrane(*one) for one in wrong])).clamp(0, 1)
+        errors = zip((original - decoded).split(1), (~mask).split(1), strict=True)
+        decoded = (decoded + torch.cat([membrane(*error) for error in errors])).clamp(0, 1)
     return torch.where(mask, decoded, original)
 
 
 class Particles(NamedTuple):
-    """What `filter_particles` ends with.
+    """What `filter_particles` ends with."""
 
-    Args:
-        codes: `(N, L)` int64, the candidates, flat.
-        log_weights: `(N,)` float64, up to a constant: what each is worth.
-        ess: the effective sample size after each step, before resampling.
-        log_evidence: as in `EditOutput`.
-    """
-
-    codes: Tensor
-    log_weights: Tensor
-    ess: list[float]
-    log_evidence: float
-
-
-class Editor(Protocol):
-    """What codes are drawn with: an `IsicVQModel`."""
-
-    prior: PriorModel
-    vqvae: VQVAEModel
+    codes: Tensor  # `(N, L)` int64, the candidates, flat
+    log_weights: Tensor  # `(N,)` float64, up to a constant
+    ess: list[float]  # effective sample size after each step, before resampling
+    log_evidence: float  # as in `EditOutput`
 
 
 def redraw_codes(
-    model: Editor,
+    model: "IsicVQModel",
     codes: Tensor,
     mask: Tensor,
     labels: Tensor,
@@ -225,17 +202,9 @@ def redraw_codes(
 ) -> EditOutput:
     """Draw the masked codes from p(masked codes | kept codes, label); `pixel_values` is left to the caller.
 
-    Images are taken one by one, with the particles as the batch, so that none depends on its company. A prior with
-    clusters is given the image's own, that of all its codes.
-
-    Args:
-        model: the whole model, its prior in either mode.
-        codes (`torch.LongTensor` of shape `(B, h, w)` or `(B, L)`): in [0, K).
-        mask (`torch.BoolTensor` of the same shape): True where to redraw, somewhere in every image.
-        labels (`torch.LongTensor` of shape `(B,)`): class ids.
-        num_particles: N, candidates per image.
-        generators: one per image; its seed determines the image's noise.
-        on_step: called after each finished row, or scale, of each image.
+    Images are taken one by one, with the particles as the batch, so that no image depends on the others. A prior with
+    clusters is given that of all the image's codes. `codes` are `(B, h, w)` or `(B, L)`, a `mask` of their shape is True
+    somewhere in every image, `labels` are class ids `(B,)`; the seeds of `generators`, one per image, determine the noise.
 
     Raises:
         ValueError: `num_particles` below 1, or labels that are not the prior's.
@@ -277,13 +246,8 @@ def filter_particles(
 ) -> Particles:
     """Weighted candidates for one image's masked codes; call it in inference mode.
 
-    Args:
-        walk: of N images of one class, at its beginning.
-        codes (`torch.LongTensor` of shape `(L,)`): in [0, K), flat.
-        mask (`torch.BoolTensor` of shape `(L,)`): True where to redraw, somewhere.
-        uniforms (`torch.Tensor` of shape `(N, L)`): noise of each particle and position, in [0, 1).
-        comb (`torch.Tensor` of shape `(L,)`): noise of resampling after each position, in [0, 1).
-        on_step: called after each finished step.
+    `walk` is of N images of one class, at its beginning; `codes` and `mask` are `(L,)`. Noise in [0, 1) comes from
+    `uniforms` `(N, L)`, of each particle and position, and `comb` `(L,)`, of resampling after each position.
     """
     count = len(uniforms)
     first = mask.int().argmax().item()

@@ -13,7 +13,7 @@ upper bound on its bits. -log2 p(c | y) is shared out evenly among the positions
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,12 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .checks import check_finite, damaged_or_overflow
-from .configuration_isic_vq import IsicVQConfig
-from .modeling_prior import PriorModel
 from .modes import evaluating
 
+if TYPE_CHECKING:
+    from .modeling_isic_vq import IsicVQModel
+
 BATCH_SIZE = 32
-
-
-class Scorer(Protocol):
-    """What is scored with: an `IsicVQModel`."""
-
-    config: IsicVQConfig
-    device: torch.device
-    prior: PriorModel
-
-    def predict(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Predict logits `(B, K, *code shape)` of every code from earlier ones."""
 
 
 @dataclass
@@ -59,14 +49,14 @@ class ScoreOutput(ModelOutput):
 
 @torch.no_grad()
 def score_codes(
-    model: Scorer,
+    model: "IsicVQModel",
     codes: Tensor,
     labels: Tensor | None = None,
     marginalize: bool = False,
     class_weights: Tensor | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """Bits of every position under a model's prior, whatever mode it is in.
+    """Bits of every position under a model's prior, in either mode: float64 of the shape of `codes`, on the CPU.
 
     Args:
         model: the whole model.
@@ -78,12 +68,8 @@ def score_codes(
             as counts of training images; None weighs all classes alike.
         batch_size: grids per forward pass; of a mixture, pairs of a grid and a class.
 
-    Returns:
-        `torch.Tensor` of the shape of `codes`, float64, on the CPU.
-
     Raises:
-        ValueError: arguments that exclude each other, a mixture of no classes, weights that are none, or logits that
-            are not finite.
+        ValueError: arguments that exclude each other, a mixture of no classes, wrong weights, or logits that are not finite.
     """
     if class_weights is not None and not marginalize:
         raise ValueError("class_weights are given without marginalize: they weigh the classes of a mixture")
@@ -115,11 +101,8 @@ def mixture_log_weights(class_weights: Tensor | None, num_classes: int) -> Tenso
     return (weights.double() / total).log()
 
 
-def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
-    """-log p(code | earlier codes, label) of every position, float64 of the shape of `codes`, on the CPU.
-
-    With its share of -log p(cluster | label), where the prior has clusters.
-    """
+def _nats(model: "IsicVQModel", codes: Tensor, labels: Tensor | None, batch_size: int) -> Tensor:
+    """-log p(code | earlier codes, label) of every position, and its share of -log p(cluster | label), if any."""
     nats = []
     for first in range(0, len(codes), batch_size):
         part = codes[first : first + batch_size].to(model.device)
@@ -130,13 +113,12 @@ def _nats(model: Scorer, codes: Tensor, labels: Tensor | None, batch_size: int) 
         clusters = model.prior.clusters_of(part)
         if clusters is not None:
             log_probabilities = model.prior.cluster_log_probabilities(part_labels, len(part))
-            own = -log_probabilities.gather(1, clusters[:, None]).cpu() / part[0].numel()
-            nats[-1] += own.view(-1, *[1] * (part.ndim - 1))
+            cluster_nats = -log_probabilities.gather(1, clusters[:, None]).cpu() / part[0].numel()
+            nats[-1] += cluster_nats.view(-1, *[1] * (part.ndim - 1))
     return torch.cat(nats)
 
 
-def _mixture_nats(model: Scorer, codes: Tensor, log_weights: Tensor, batch_size: int) -> Tensor:
-    """-log p(code | earlier codes) of every position under the mixture, as `_nats`."""
+def _mixture_nats(model: "IsicVQModel", codes: Tensor, log_weights: Tensor, batch_size: int) -> Tensor:
     num_classes, num_images = len(log_weights), len(codes)
     labels = torch.arange(num_classes).repeat_interleave(num_images)
     nats = _nats(model, torch.cat([codes] * num_classes), labels, batch_size)
@@ -146,14 +128,9 @@ def _mixture_nats(model: Scorer, codes: Tensor, log_weights: Tensor, batch_size:
 
 
 def spread_over_grid(values: Tensor, sides: Sequence[int]) -> Tensor:
-    """Share numbers of codes out over the area that each stands for; an image's still have the same sum.
+    """Spread a number per code, `(B, h, w)` or `(B, L)`, evenly over the code's area: `(B, h, w)` of the same sum per image.
 
-    Args:
-        values (`torch.Tensor` of shape `(B, h, w)` or `(B, L)`): one number per code, of one grid or of all scales.
-        sides: sides of the grids, coarse to fine.
-
-    Returns:
-        `(B, h, w)`, h = w the last side.
+    `sides` are those of the grids, coarse to fine; h = w is the last.
     """
     places = torch.arange(sides[-1], dtype=values.dtype, device=values.device)
     total = values.new_zeros(len(values), sides[-1], sides[-1])

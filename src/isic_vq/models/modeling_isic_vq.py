@@ -115,12 +115,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
     @classmethod
     def from_parts(cls, vqvae: VQVAEModel, prior: PriorModel, license: str | None = None) -> "IsicVQModel":
-        """Join a trained tokenizer and a trained prior; the parts are taken over, not copied.
-
-        Args:
-            vqvae: the tokenizer.
-            prior: the prior.
-            license: the Hub's id of the weights' licence, if it is known.
+        """Join a trained tokenizer and a trained prior, without a copy; `license` is the Hub's id of the weights' licence.
 
         Raises:
             ValueError: the prior was made for other codes.
@@ -129,7 +124,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             config = IsicVQConfig(vqvae_config=vqvae.config, prior_config=prior.config, license=license)
         except StrictDataclassClassValidationError as error:
             raise ValueError(f"the prior was made for other codes: {error.__cause__}") from error
-        with torch.device("meta"):  # weights nobody needs
+        with torch.device("meta"):  # its weights are replaced at once
             model = cls(config)
         model.vqvae, model.prior = vqvae, prior
         for part in (vqvae, prior):
@@ -193,7 +188,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         return torch.tensor([resolve_label(label, self.config.class_names) for label in labels])
 
     def cluster_ids(self, cluster: int | Sequence[int] | Tensor | None, num_images: int) -> Tensor | None:
-        """Clusters `(num_images,)` from one for all images or one per image; None stays None: they are drawn.
+        """Clusters `(num_images,)` from one for all images or one per image; None stays None, for clusters to be drawn.
 
         Raises:
             ValueError: the prior has no clusters, or not this one; or a sequence of another length.
@@ -226,7 +221,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
         Raises:
             ValueError: an argument outside its range, an unknown label, or both seed and generator.
-            TypeError: a setting that there is not.
+            TypeError: an unknown setting.
         """
         blocks = list(self.generate_blocks(num_images, labels, seed=seed, **settings))
         parts = {name: [block[name] for block in blocks] for name in blocks[0]}
@@ -282,13 +277,13 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         clusters = self.cluster_ids(cluster, num_images)
         uniforms = self._noise(num_images, seed, first_index, generator)
         if self.config.prior_config.num_clusters:
-            uniforms, own = uniforms[:, :-1], uniforms[:, -1]
-            clusters = self.prior.draw_clusters(ids, own) if clusters is None else clusters
+            uniforms, of_clusters = uniforms[:, :-1], uniforms[:, -1]
+            clusters = self.prior.draw_clusters(ids, of_clusters) if clusters is None else clusters
         if backend == "auto":
             backend = self.prior.best_backend(-(-(first_index % batch_size + num_images) // batch_size))
         start = -(first_index % batch_size)
         for first in range(start, num_images, batch_size):
-            # Empty places before the first image and after the last make the blocks whole.
+            # Padding before the first image and after the last makes the blocks whole.
             kept = slice(max(first, 0), min(first + batch_size, num_images))
             places = (kept.start - first, first + batch_size - kept.stop)
             codes = self.prior.sample(
@@ -350,15 +345,15 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         blend: str = "poisson",
         on_step: Callable[[], Any] | None = None,
     ) -> EditOutput:
-        """Draw the codes under a mask anew, given all the others: a sample of p(masked codes | kept codes, label).
+        """Resample the codes under a mask, given all the others: a draw from p(masked codes | kept codes, label).
 
         A particle filter in the prior's own order, at temperature 1; see `editing`. Where no kept code follows
         a masked one (the lower part of an image for a PixelCNN, or all of it) a single particle is exact and is what is used.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
-            mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to redraw. A
-                code is drawn anew if its patch of pixels touches the mask; of coarser scales, if the patches of more
+            mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to resample. A
+                code is resampled if its patch of pixels touches the mask; of coarser scales, if the patches of more
                 than half its area do.
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
             num_particles: candidates per image; more follow the kept codes more closely and take longer.
@@ -400,10 +395,10 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
     def counterfactual(
         self, pixel_values: Tensor, labels: Labels, region: Tensor | None = None, **settings: Any
     ) -> EditOutput:
-        """Keep the image and draw a region of it anew as another diagnosis would have it.
+        """Inpaint a region of an image as another diagnosis would have it, and keep the rest.
 
-        It is `inpaint` with a diagnosis that must be given. All codes drawn anew would be a new image, not this
-        one under another diagnosis, so the region is never the whole image unless you say so.
+        It is `inpaint` with a diagnosis that must be given. If all codes were resampled the result would be a new image, not
+        this one under another diagnosis, so by default the region is a part of it.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
@@ -416,7 +411,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             ValueError: no diagnosis, or what `inpaint` refuses.
         """
         if labels is None:
-            raise ValueError("labels is None: expected the diagnosis to draw the region as")
+            raise ValueError("labels is None: expected the diagnosis to inpaint the region as")
         if region is None:
             region = central_region(self.config.vqvae_config.image_size)
         return self.inpaint(pixel_values, region, labels, **settings)

@@ -120,9 +120,9 @@ class PriorModel(StrictLoading, PreTrainedModel):
                 raise ValueError("clusters are given: this prior has none, its num_clusters is 0")
             return labels
         if clusters is None or clusters.is_floating_point() or clusters.shape != labels.shape:
-            found = None if clusters is None else f"{clusters.dtype} of shape {tuple(clusters.shape)}"
+            given = None if clusters is None else f"{clusters.dtype} of shape {tuple(clusters.shape)}"
             raise ValueError(
-                f"clusters are {found}: expected whole numbers of shape {tuple(labels.shape)}, one per image"
+                f"clusters are {given}: expected whole numbers of shape {tuple(labels.shape)}, one per image"
             )
         if not torch.compiler.is_compiling() and ((clusters < 0) | (clusters >= number)).any():
             raise ValueError(

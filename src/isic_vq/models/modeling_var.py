@@ -196,9 +196,9 @@ class VARModel(PriorModel):
         first, size = self.config.sizes[0], self.config.num_positions
         expected = (codes.shape[0], size - first, self.config.code_dim)
         if context is None or context.shape != expected:
-            found = None if context is None else tuple(context.shape)
+            shape = None if context is None else tuple(context.shape)
             raise ValueError(
-                f"context has shape {found}: expected {expected}, what the tokenizer's context(codes) returns"
+                f"context has shape {shape}: expected {expected}, what the tokenizer's context(codes) returns"
             )
         targets = codes if targets is None else targets
         classes = self.class_embedding(self.conditions_of(targets, class_ids, clusters))

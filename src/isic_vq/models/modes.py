@@ -85,9 +85,8 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def _is_elsewhere(module: nn.Module, device: Any) -> bool:
-    """Whether tensors of a module, its own ones if it has any, lie on another kind of device."""
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)] or module.parameters()
-    kinds = {tensor.device.type for tensor in own}
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)] or module.parameters()
+    kinds = {tensor.device.type for tensor in tensors}
     return "meta" in kinds or (device is not None and bool(kinds - {torch.device(device).type}))
 
 

@@ -132,7 +132,6 @@ class Cache(ABC):
         return sum_taps(self.tables_above, windows.permute(2, 0, 1, 3).flatten(0, 1).flatten(1))
 
     def _convolve_above(self, rows: Tensor, kernel: list[Tensor]) -> Tensor:
-        """Convolve a later layer's rows above, `(columns * B, width)`, without its bias."""
         parts = [rows[shift : shift + self.grid].flatten(0, 1) for shift in range(len(kernel))]
         result = parts[0] @ kernel[0]
         for part, matrix in zip(parts[1:], kernel[1:], strict=True):

@@ -48,7 +48,7 @@ def compiled(function: Callable) -> Any:
     try:
         return numba.njit(cache=True, **FLAGS)(function)
     except RuntimeError as error:
-        logger.warning("kernels are compiled anew in every process: %s", error)
+        logger.warning("every process compiles the kernels again: %s", error)
         return numba.njit(**FLAGS)(function)
 
 
@@ -280,17 +280,13 @@ def plain_row(images, before, net, windows, logits, *drawing):
 
 @dataclass
 class Share:
-    """A thread's part of a batch.
+    """A thread's part of a batch."""
 
-    Attributes:
-        images: `(M,)`, which images; when guided the labelled ones, then the same without a label.
-        windows: `(layers, M, taps * C)`, the inputs of layers 1 and up that their kernels see of the row.
-        logits: `(M, K)`, of the present column.
-    """
-
-    images: np.ndarray
-    windows: np.ndarray
-    logits: np.ndarray
+    images: np.ndarray  # `(M,)`, which images; when guided the labelled ones, then the same without a label
+    windows: (
+        np.ndarray
+    )  # `(layers, M, taps * C)`, the inputs of layers 1 and up that their kernels see of the row
+    logits: np.ndarray  # `(M, K)`, of the present column
 
 
 class CompiledRows(Rows):

@@ -35,17 +35,11 @@ class Phi(nn.Conv2d):
 
 
 class Step(NamedTuple):
-    """What the quantization of one scale saw and made.
+    """The quantization of one scale."""
 
-    Attributes:
-        residual: `(B, side * side, D)`, what was missing, averaged to the scale's side.
-        codes: `(B, side * side)`, its codes.
-        features: `(B, D, h, w)`, the sum of this scale and those before.
-    """
-
-    residual: Tensor
-    codes: Tensor
-    features: Tensor
+    residual: Tensor  # `(B, side * side, D)`, what was missing, averaged to the scale's side
+    codes: Tensor  # `(B, side * side)`
+    features: Tensor  # `(B, D, h, w)`, the sum of this scale and those before
 
 
 class ResidualQuantizer(VectorQuantizer):
@@ -172,7 +166,7 @@ class ResidualQuantizer(VectorQuantizer):
         return smoothed if features is None else features + smoothed
 
     def _refine(self, latents: Tensor, quantized: bool = True) -> Iterator[Step]:
-        """Quantize scale by scale; not `quantized`, every vector is taken for its own code's."""
+        """Quantize scale by scale; unless `quantized`, residuals themselves stand for their codes' vectors."""
         features: Tensor | None = None
         for index, side in enumerate(self.scales):
             missing = latents if features is None else latents - features.detach()

@@ -113,7 +113,7 @@ class Sampling:
             raise ValueError(
                 f"logits are not finite (NaN or infinite) at temperature {self.temperature:g} and guidance_scale "
                 f"{self.guidance_scale:g}: the prior's weights are damaged, or a number overflows; choose milder settings, "
-                "or load the model anew, in float32"
+                "or load the model again, in float32"
             )
 
 

@@ -69,7 +69,7 @@ class StrictLoading:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise OSError(
-                f"a weights file of {name} is damaged ({error}): download it again with force_download=True, or copy it anew"
+                f"a weights file of {name} is damaged ({error}): download it again with force_download=True, or copy it again"
             ) from error
         except (OSError, ValueError, HTTPError) as error:
             failure = (

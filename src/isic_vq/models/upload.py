@@ -60,19 +60,12 @@ class PlannedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class UploadResult:
-    """The result of a push.
+    """The result of a push."""
 
-    Attributes:
-        url: the commit's page.
-        commit: the commit's id; the one that was there before if nothing had to change.
-        pr_url: page of the pull request, if one was asked for.
-        plan: every file of the folder and of the repository.
-    """
-
-    url: str
-    commit: str
-    pr_url: str | None
-    plan: list[PlannedFile]
+    url: str  # the commit's page
+    commit: str  # its id; that of the last commit if nothing had to change
+    pr_url: str | None  # page of the pull request, if one was asked for
+    plan: list[PlannedFile]  # every file of the folder and of the repository
 
     @property
     def changed(self) -> bool:
@@ -105,19 +98,16 @@ def explained(error: BaseException, repo_id: str, revision: str | None = None) -
 
 
 def _hub_error(root: BaseException, repo_id: str, revision: str | None) -> HubError:
-    """Explain an error on one line, without a token."""
     return HubError(" ".join(TOKEN.sub("***", _explain(root, repo_id, revision)).split()))
 
 
 def _root(error: BaseException) -> BaseException:
-    """Unwrap the Hub's error from those that huggingface_hub wraps around it."""
     while not isinstance(error, HUBS_ERRORS) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _explain(error: BaseException, repo: str, revision: str | None) -> str:
-    """Say what is wrong with which repository, and the way out."""
     match error:
         case errors.HFValidationError():
             return f"{repo!r} is no repository: expected user/name of letters, digits, '-', '_' and '.'"
@@ -127,17 +117,16 @@ def _explain(error: BaseException, repo: str, revision: str | None) -> str:
             return f"{repo} is not reached because HF_HUB_OFFLINE is set: unset it and run this again"
         case errors.HfHubHTTPError():
             return _explain_answer(error, repo, revision)
-    said = f"({type(error).__name__}: {error})"
+    cause = f"({type(error).__name__}: {error})"
     if type(error).__name__ == "LocalProtocolError":
-        return f"your token cannot be sent for {repo}, it holds a line break or the like: {LOG_IN} anew"
+        return f"your token cannot be sent for {repo}, it holds a line break or the like: {LOG_IN} again"
     if isinstance(error, errors.HTTPError):
-        broke = f"the connection to {constants.ENDPOINT} broke while working on {repo} {said}"
+        broke = f"the connection to {constants.ENDPOINT} broke while working on {repo} {cause}"
         return f"{broke}: run this again, it goes on with what is missing"
-    return f"the Hub's answer about {repo} is not as expected {said}: run this again"
+    return f"the Hub's answer about {repo} is not as expected {cause}: run this again"
 
 
 def _explain_answer(error: errors.HfHubHTTPError, repo: str, revision: str | None) -> str:
-    """Explain an answer of the Hub, by its kind first and by its status then."""
     status, page = error.response.status_code, f"{constants.ENDPOINT}/{repo}"
     says = f" (the Hub says: {error.server_message})" if error.server_message else ""
     has_token = "authorization" in error.response.request.headers
@@ -157,7 +146,7 @@ def _explain_answer(error: errors.HfHubHTTPError, repo: str, revision: str | Non
             return f"{repo} does not exist or is private: correct the name, or {LOG_IN}"
     match status:
         case 401 if has_token:
-            return f"the Hub refuses your token for {repo}, it may have ended: {LOG_IN} anew"
+            return f"the Hub refuses your token for {repo}, it may have expired: {LOG_IN} again"
         case 401:
             return f"{repo} needs a Hub token: {LOG_IN}"
         case 403:
@@ -173,7 +162,6 @@ def _explain_answer(error: errors.HfHubHTTPError, repo: str, revision: str | Non
 
 
 def _when(error: errors.HfHubHTTPError) -> str:
-    """Say when a limited request may be repeated, from its headers."""
     headers = error.response.headers
     seconds = re.fullmatch(r"(\d+)", headers.get("retry-after", ""))
     seconds = seconds or re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
@@ -282,9 +270,9 @@ def upload_folder(
 def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     """Make the repository if need be and return its full name; refuse one of the other visibility."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    found = api.repo_info(repo_id).private
-    if private is not None and found != private:
-        is_now, wanted = ("private", "public") if found else ("public", "private")
+    is_private = api.repo_info(repo_id).private
+    if private is not None and is_private != private:
+        is_now, wanted = ("private", "public") if is_private else ("public", "private")
         raise HubError(
             f"{repo_id} is {is_now}, not {wanted}: change that at {constants.ENDPOINT}/{repo_id}/settings; nothing was sent"
         )
@@ -295,10 +283,10 @@ def _refuse_other_model(api: HfApi, repo_id: str, revision: str) -> None:
     """Refuse a repository that holds a model of another kind, which a push would remove."""
     if not api.file_exists(repo_id, "config.json", revision=revision):
         return
-    found = model_type(repo_id, revision, api.token)
-    if found != "isic_vq":
+    kind = model_type(repo_id, revision, api.token)
+    if kind != "isic_vq":
         raise HubError(
-            f"{repo_id} holds another model (model_type {found!r}), which a push would remove: choose another name; "
+            f"{repo_id} holds another model (model_type {kind!r}), which a push would remove: choose another name; "
             "nothing was sent"
         )
 

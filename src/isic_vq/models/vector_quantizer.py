@@ -141,19 +141,12 @@ def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
 
 @dataclass
 class Quantization:
-    """What `VectorQuantizer` returns.
+    """What `VectorQuantizer` returns."""
 
-    Attributes:
-        quantized: `(B, D, h, w)`, the codebook vectors; its gradient goes straight through to the latents.
-        codes: int64 in [0, K); `(B, h, w)`, or `(B, L)` over several scales.
-        commitment_loss: scalar, mean over B, h, w and D of (z - sg(e))^2.
-        codebook_loss: scalar, mean of (sg(z) - e)^2; carries no gradient where nothing in e learns by it.
-    """
-
-    quantized: Tensor
-    codes: Tensor
-    commitment_loss: Tensor
-    codebook_loss: Tensor
+    quantized: Tensor  # `(B, D, h, w)`, codebook vectors; the gradient goes straight through to the latents
+    codes: Tensor  # int64 in [0, K); `(B, h, w)`, or `(B, L)` over several scales
+    commitment_loss: Tensor  # scalar, mean over B, h, w and D of (z - sg(e))^2
+    codebook_loss: Tensor  # scalar, mean of (sg(z) - e)^2; without gradient where nothing in e learns by it
 
 
 class VectorQuantizer(nn.Module):
@@ -161,7 +154,7 @@ class VectorQuantizer(nn.Module):
 
     In training mode each forward pass updates the moving statistics once, in eval mode never. A training loop
     whose step is made of several passes (accumulation, several processes) calls `defer` first: passes are then
-    only noted down, and the loop calls `update` once per step with what all of them saw. Runs in the codebook's
+    only recorded, and the loop calls `update` once per step with the latents of all of them. Runs in the codebook's
     own precision (float32 or better) even under autocast.
 
     Args:
