@@ -233,7 +233,7 @@ def test_the_command_writes_a_report_and_pictures_and_says_what_it_decided(tiny_
     assert code == 0, err
     report = Report.load(tmp_path / "report.json")
     assert report.value("near_samples", channel="codes") in range(7)
-    assert f"verdict: {'more' if report.tables['verdict'].startswith('Training') else 'no more'}" in out
+    assert report.tables["verdict"] in out
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["codes.png", "tiny-features.png"]
     with Image.open(tmp_path / "pairs" / "codes.png") as picture:
         assert picture.text["Comment"] == "closest pairs by codes"

@@ -234,5 +234,4 @@ def audit(
         typer.echo(line)
     for path in (*write_pairs(result, pairs, train_images), output):
         typer.echo(f"wrote {path}")
-    for line in result.verdict_lines():
-        typer.echo(line)
+    typer.echo(result.report.tables["verdict"])

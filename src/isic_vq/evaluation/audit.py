@@ -72,9 +72,7 @@ class Channel:
     name: str
     samples: Nearest
     held_out: Nearest
-    neighbours: NDArray[
-        np.int64
-    ]  # `(S,)`: the nearest of each sample among training, then held-out images, in first views
+    neighbours: NDArray[np.int64]  # `(S,)` rows of training, then held-out images in first views
 
 
 @dataclass(frozen=True)
@@ -109,19 +107,6 @@ class Audit:
     def shown_pairs(self, channel: str) -> list[Pair]:
         """The pairs of a channel that were found, and the closest others up to `NUM_PAIRS`; the closest first."""
         return [pair for rank, pair in enumerate(self.pairs[channel]) if pair.found or rank < NUM_PAIRS]
-
-    def verdict_lines(self) -> list[str]:
-        """What was decided, in a line per channel and one for all."""
-        lines = []
-        for channel, excess in self.excess.items():
-            needed = "no number is" if excess.threshold is None else f"from {excess.threshold} on it is"
-            found = sum(pair.found for pair in self.pairs[channel])
-            lines.append(
-                f"{channel}: {excess.count} samples are near to training images, {excess.expected:.1f} by chance "
-                f"(p = {excess.p_value:.2g}; {needed} a verdict); {found} found as copies"
-            )
-        decided = "more samples are near to training images than" if self.verdict else "no more than"
-        return [*lines, f"verdict: {decided} chance explains"]
 
 
 def audit_checkpoint(
@@ -319,7 +304,7 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
     """The report's lines for a channel: distances, near samples, pairs found, and samples whose neighbour is held out."""
     samples, excess, name = audit.samples, audit.excess[channel.name], channel.name
     total = len(samples.names)
-    found = sum(pair.found for pair in audit.pairs[name])
+    num_found = sum(pair.found for pair in audit.pairs[name])
     num_train, num_held_out = len(audit.train.isic_ids), len(held_out.isic_ids)
     others = held_out_neighbours(channel.neighbours, num_train, num_held_out, seed=seed)
     near = [bound * total for bound in share_interval(excess.count, total)]
@@ -330,7 +315,7 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
         ("near_samples_by_chance", excess.expected, "samples", None),
         ("near_samples_threshold", excess.threshold, "samples", None),
         ("near_samples_p_value", excess.p_value, "1", None),
-        ("pairs_found", found, "samples", None),
+        ("pairs_found", num_found, "samples", None),
         ("held_out_neighbours", others.share, share_unit, share),
         ("held_out_neighbours_by_chance", others.expected, share_unit, None),
         ("held_out_neighbours_p_value", others.p_value, "1", None),
@@ -382,11 +367,11 @@ def verdict_sentence(audit: Audit, report: Report) -> str:
     number, excesses = len(audit.samples.names), audit.excess
     near = ", ".join(f"{excess.count} by {name}" for name, excess in excesses.items())
     chance = max(excess.expected for excess in excesses.values())
-    found = len({pair.sample for pairs in audit.pairs.values() for pair in pairs if pair.found})
+    copies = {pair.sample for pairs in audit.pairs.values() for pair in pairs if pair.found}
     return (
         f"{'Training images are repeated' if audit.verdict else 'No repeated training images were detected'}: of {number} images, "
         f"{near} are nearer to a training image than all but the nearest hundredth of held-out images, where chance gives "
-        f"{chance:.1f} ({'more' if audit.verdict else 'no more'} than chance explains, at a level of {LEVEL:.0%}); {found} were named "
+        f"{chance:.1f} ({'more' if audit.verdict else 'no more'} than chance explains, at a level of {LEVEL:.0%}); {len(copies)} were named "
         f"as copies; likelihood tells training from held-out images with AUROC {report.value('membership_auc'):.3f}."
     )
 

@@ -21,17 +21,7 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 def bits_per_code(
     model: IsicVQModel, codes: Tensor, labels: Tensor | None, batch_size: int = BATCH_SIZE
 ) -> Tensor:
-    """Mean bits per code of each image under the prior, whatever mode it is in.
-
-    Args:
-        model: the whole model.
-        codes (`torch.LongTensor` of shape `(N, h, w)` or `(N, L)`): in [0, K).
-        labels (`torch.LongTensor` of shape `(N,)`): class ids, or None for unconditional.
-        batch_size: images per forward pass.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`, float64.
-    """
+    """Mean bits per code of each image, `(N,)` float64, under a model's prior; arguments are those of `score_codes`."""
     return score_codes(model, codes, labels, batch_size=batch_size).flatten(1).mean(1)
 
 
@@ -100,16 +90,9 @@ def conditioning_metrics(
     * `likelihood_balanced_accuracy`: mean over the diagnoses that occur of how often argmax_y p(codes | y) is right;
       chance is one over the number of the model's diagnoses.
 
-    Args:
-        by_class: `(N, num_classes)` bits per code, as `class_bits` gives them.
-        unconditional: `(N,)` bits per code.
-        labels: `(N,)` class ids; others than those of the classes are left out.
-        num_positions: codes of an image.
-        on: the images' split and data set.
-        seed: of the accuracy's bootstrap, within diagnoses.
-
-    Returns:
-        Both; nothing where no image has a diagnosis of the model's.
+    They are computed from bits per code `by_class` `(N, num_classes)`, as `class_bits` gives them, and `unconditional` `(N,)`.
+    Images whose label `(N,)` is no class are left out; if that leaves none, there are no lines. `seed` is of the accuracy's
+    bootstrap, within diagnoses.
     """
     known = labels < by_class.shape[1]
     if not known.any():

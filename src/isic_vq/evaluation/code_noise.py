@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isic_vq.models.checks import expect
+
 
 def disturb_codes(
     codes: Tensor,
@@ -20,28 +22,19 @@ def disturb_codes(
     num_nearest: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Replace some codes of some images by a random one of the nearest codes.
+    """Replace some codes `(B, ...)` by a random one of the `num_nearest` (1 to K - 1) nearest codes of a codebook `(K, D)`.
 
-    Args:
-        codes: `(B, ...)` int64 in [0, K).
-        codebook: `(K, D)`.
-        image_share: probability in [0, 1] that an image is disturbed.
-        code_share: of a disturbed image, the probability that a code is replaced is drawn evenly from [0, code_share].
-        num_nearest: codes to draw from, the code itself not among them, 1 to K - 1.
-        generator: on the CPU; every draw comes from it.
-
-    Returns:
-        Codes of the same shape; images that are not disturbed keep theirs.
+    Each image is disturbed with probability `image_share`; the share of its codes that is replaced is drawn evenly from
+    [0, code_share]. All draws come from a generator on the CPU.
 
     Raises:
         ValueError: a share or a number outside its range.
     """
     if not (0 <= image_share <= 1 and 0 <= code_share <= 1):
         raise ValueError(f"image_share is {image_share} and code_share {code_share}: expected both in [0, 1]")
-    if not 1 <= num_nearest < len(codebook):
-        raise ValueError(
-            f"num_nearest is {num_nearest}: expected 1 to {len(codebook) - 1}, the other codes of the codebook"
-        )
+    others = len(codebook) - 1
+    expected = f"1 to {others}, the other codes of the codebook"
+    expect(1 <= num_nearest <= others, "num_nearest", num_nearest, expected)
     distances = torch.cdist(codebook, codebook, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.fill_diagonal_(torch.inf).topk(num_nearest, largest=False).indices
     disturbed = torch.rand(len(codes), generator=generator) < image_share
@@ -59,20 +52,9 @@ def annealed_share(start: float, until: float, progress: float) -> float:
 def disturb_context(
     codes: Tensor, num_codes: int, share: float, seed: int, step: int, indices: Sequence[int]
 ) -> Tensor:
-    """Replace a random share of each image's codes by uniform ones.
+    """Replace codes `(B, ...)` by uniform ones in [0, num_codes), in each image a share drawn from U(0, `share`).
 
-    An image's result depends on (seed, step, its index) alone, not on the batch, the process or a resume.
-
-    Args:
-        codes: `(B, ...)` int64 in [0, K).
-        num_codes: K.
-        share: r in [0, 1]; each image draws its own probability of replacement from U(0, r).
-        seed: of the run.
-        step: of the training.
-        indices: of the B images in the training set.
-
-    Returns:
-        Codes of the same shape.
+    An image's result depends on (seed, step, its index in the training set) alone, not on the batch, the process or a resume.
     """
     replaced, uniform = torch.empty(codes.shape, dtype=torch.bool), torch.empty_like(codes, device="cpu")
     for row, index in enumerate(indices):

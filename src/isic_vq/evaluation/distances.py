@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from isic_vq.models.checks import expect
+
 NUM_NEIGHBOURS = 5
 
 
@@ -93,8 +95,7 @@ def precision_recall_density_coverage(
     Raises:
         ValueError: no more than k rows in a set, another number of features, or numbers that are not finite.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}: expected at least 1")
+    expect(k >= 1, "k", k, "at least 1")
     x, y = map(torch.from_numpy, _checked(real, generated, min_rows=k + 1))
     between = torch.cdist(x, y)
     in_real_ball = between <= _reach(x, k)[:, None]

@@ -26,7 +26,7 @@ class FeatureModel(nn.Module):
         backbone: gives `hidden_states` and either `pooler_output` or `last_hidden_state`.
         mean: per channel, subtracted from pixel values.
         std: per channel, they are divided by it.
-        size: side in pixels the backbone expects.
+        size: side in pixels that the backbone expects.
 
     Attributes:
         num_features: length of a pooled feature vector.
@@ -84,14 +84,9 @@ class FeatureModel(nn.Module):
 
 
 class DiagnosisClassifier(FeatureModel):
-    """An image classifier of transformers, frozen, whose classes are diagnoses; it takes images in [0, 1] of any size.
+    """A `FeatureModel` whose backbone is an image classifier that gives `logits` and whose labels name diagnoses.
 
-    Args:
-        backbone: gives `logits`; the labels of its config name classes.
-        mean: per channel, subtracted from pixel values.
-        std: per channel, they are divided by it.
-        size: side in pixels the backbone expects.
-        classes: own classes; labels are taken for these, or for ISIC's, where they name one.
+    Labels are matched with the given `classes`, or with ISIC's.
 
     Attributes:
         diagnoses: name of each class.
@@ -144,8 +139,8 @@ def names_diagnoses(model: str, classes: Collection[str] = ()) -> bool:
     config = AutoConfig.from_pretrained(model)
     if not any(name.endswith("ForImageClassification") for name in config.architectures or []):
         return False
-    labels, own = config.id2label.values(), Classes.of_model(classes)
-    return any(map(own.declares, labels)) or all(Classes().resolve(label) is not None for label in labels)
+    labels, known = config.id2label.values(), Classes.of_model(classes)
+    return any(map(known.declares, labels)) or all(Classes().resolve(label) is not None for label in labels)
 
 
 def image_settings(model: str) -> tuple[list[float], list[float], int]:
@@ -167,10 +162,7 @@ def feature_distance(model: FeatureModel, images: Tensor, others: Tensor) -> Ten
 
 @torch.no_grad()
 def measure_features(model: FeatureModel, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Both distances between images and their reconstructions, batches of `(B, 3, H, W)` in [0, 1].
-
-    Returns:
-        `feature_distance`, the mean over pairs, and `frechet_distance`, between the two sets.
+    """`feature_distance`, the mean over pairs, and `frechet_distance` of images `(B, 3, H, W)` and their reconstructions.
 
     Raises:
         ValueError: there are fewer than two pairs, and so no covariance.

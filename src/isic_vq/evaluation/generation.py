@@ -123,10 +123,7 @@ def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -
 
 
 def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[int]:
-    """Draw rows of a pool, given by their diagnoses, so that each diagnosis occurs as often as in `wanted`.
-
-    Returns:
-        Rows in ascending order, no row twice.
+    """Draw rows of a pool, in ascending order and no row twice, so that each diagnosis occurs as often as in `wanted`.
 
     Raises:
         ValueError: the pool has too few images of a diagnosis.
@@ -147,14 +144,7 @@ def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[
 def generated_images(
     model: IsicVQModel, labels: Tensor, seed: int, sampling: Sampling | None = None
 ) -> Iterator[Tensor]:
-    """Yield images in blocks `(B, 3, H, W)` in [0, 1], image i of class `labels[i]` and a function of (seed, i).
-
-    Args:
-        model: in eval mode.
-        labels: class ids `(N,)`; the unconditional id is one of them.
-        seed: of the images, as for `IsicVQModel.generate`.
-        sampling: how codes are drawn; None is from the model's own distribution.
-    """
+    """Yield images in blocks `(B, 3, H, W)` in [0, 1], image i of class id `labels[i]` and a function of (seed, i)."""
     output: Any
     for output in model.generate_blocks(len(labels), labels, seed=seed, sampling=sampling):
         yield output.pixel_values
@@ -341,16 +331,8 @@ def agreement_metrics(
 ) -> list[Metric]:
     """The share of images whose predicted diagnosis is right, over all and per diagnosis of at least `MIN_GROUP` images.
 
-    Args:
-        named: the classifier's diagnosis of each of N images, by name of their set.
-        asked: the diagnosis that each of the N images has, or was generated for; the same for all sets.
-        known: diagnoses of both classifier and model. Images of others are left out.
-        yardstick: name of the classifier.
-        on: split and data set of the real images.
-        seed: of the samples.
-
-    Returns:
-        The lines; none where no image has a known diagnosis.
+    `named` holds the classifier's diagnosis of each of N images, by name of their set; `asked` the diagnosis that each has, or
+    was generated for, in every set. Images whose diagnosis is not `known`, to classifier and model, are left out.
     """
     rows = [row for row, diagnosis in enumerate(asked) if diagnosis in known]
     if not rows:

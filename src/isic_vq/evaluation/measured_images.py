@@ -31,12 +31,8 @@ class MeasuredImages:
     source: Source
     info: SourceInfo  # what may be published about it
     indices: list[int]  # rows of the N images among all records of the source
-    rows: list[
-        dict[str, str | None]
-    ]  # of each image `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on
-    labels: (
-        Tensor  # `(N,)` int64 class ids, the unconditional id for a diagnosis that the model does not have
-    )
+    rows: list[dict[str, str | None]]  # `isic_id`, `diagnosis`, `source`, `sex`, `site` and so on
+    labels: Tensor  # `(N,)` int64 class ids, the unconditional id for diagnoses that the model lacks
     codes: Tensor  # `(N, h, w)` int64 in [0, K)
     reconstruction: Reconstruction
     appearance: dict[str, Appearance]  # of "real" images and of "reconstructions"
@@ -163,10 +159,7 @@ def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], on: Measu
 
 
 def worst_reconstructions(model: IsicVQModel, measured: MeasuredImages, number: int) -> tuple[Tensor, Tensor]:
-    """The images with the lowest PSNR, the worst first, read once more, and their reconstructions.
-
-    Returns:
-        Both `(number, 3, H, W)` in [0, 1], or fewer if there are fewer.
+    """At most `number` images of the lowest PSNR, the worst first, and their reconstructions: `(N, 3, H, W)` in [0, 1] each.
 
     Raises:
         DataError: the data set can only be streamed.

@@ -109,12 +109,8 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
     """Test whether more samples are near to training images than chance explains.
 
     Near is nearer than the r-th nearest of the n held-out images, r = max(1, floor(`NEAR_SHARE` (n + 1))). Equal
-    distances make the test miss copies rather than report false ones.
-
-    Args:
-        distances: as for `empirical_p_values`.
-        held_out: as for `empirical_p_values`.
-        level: of the test: its share of the level where several channels are tested.
+    distances make the test miss copies rather than report false ones. Where several channels are tested, `level` is a share
+    of the common level; distances are as for `empirical_p_values`.
 
     Raises:
         ValueError: as `empirical_p_values`, or there are no samples.
@@ -160,15 +156,8 @@ def held_out_neighbours(
     """Test whether the nearest image of samples is a held-out one more rarely than chance explains.
 
     If training left no trace, which n of the N + n images are the held-out ones is a random draw, given the samples and all
-    images. The p-value is that of this permutation test, with the +1 of Phipson and Smyth, "Permutation P-values Should
-    Never Be Zero", 2010.
-
-    Args:
-        rows: `(S,)`, the nearest image of each sample, a number below N + n; training images come first.
-        num_train: N.
-        num_held_out: n.
-        draws: how often n of the images are drawn.
-        seed: of the draws.
+    images. The p-value is that of this permutation test with `draws` draws, with the +1 of Phipson and Smyth, "Permutation
+    P-values Should Never Be Zero", 2010. `rows` `(S,)` are the nearest images of the samples, training images numbered first.
     """
     total = num_train + num_held_out
     popularity = np.bincount(rows, minlength=total)

@@ -215,11 +215,7 @@ def score_metrics(scores: dict[str, dict[str, Tensor]], on: MeasuredOn, seed: in
 
 
 def score_histograms(scores: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Histograms of scores `(N,)` by kind of image and name, for a report's table.
-
-    Returns:
-        For every score `edges`, NUM_BINS + 1 numbers in bits per code, and `counts`, NUM_BINS integers by kind.
-    """
+    """For every score `(N,)` `edges`, NUM_BINS + 1 numbers in bits per code, and `counts`, NUM_BINS integers by kind."""
     tables = {}
     for name in SCORES:
         by_kind = {kind: by_name[name].numpy() for kind, by_name in scores.items()}

@@ -100,14 +100,9 @@ def score_images(
     marginalize: bool = False,
     reference: Reference | None = None,
 ) -> Iterator[ScoredImage]:
-    """Yield every image with its scores.
+    """Yield every image of batches of names and `pixel_values` `(B, 3, H, W)` in [0, 1], with its scores.
 
-    Args:
-        model: a whole model.
-        batches: names and `pixel_values` `(B, 3, H, W)` in [0, 1].
-        label: class id for all images; None means unconditional.
-        marginalize: as for `score_codes`.
-        reference: as `read_reference` makes it with the same label and marginalize.
+    `label` is a class id for all images, or None; `reference` was read with the same label and `marginalize`.
     """
     for names, pixel_values in batches:
         output = model.score(pixel_values, label, marginalize)

@@ -29,6 +29,7 @@ from isic_vq.evaluation.report import Metric, Report, environment
 from isic_vq.files import write_atomically
 from isic_vq.generate import generate_shards
 from isic_vq.hub.pretrained import find_device
+from isic_vq.models.checks import expect
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.training.classifier import (
@@ -189,11 +190,8 @@ class ClassifierStudy:
         split: str = "test",
     ):
         if seeds < 2:
-            raise ValueError(
-                f"seeds is {seeds}: expected at least 2, or nothing tells how much a seed decides"
-            )
-        if student.steps < 1:
-            raise ValueError(f"steps is {student.steps}: expected at least 1")
+            raise ValueError(f"seeds is {seeds}: expected at least 2, to tell how much a seed decides")
+        expect(student.steps >= 1, "steps", student.steps, "at least 1")
         self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
         self.limit, self.labels = limit, Classes.of_model(model.config.class_names.values())
         train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
