@@ -9,10 +9,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from isic_vq import PixelCNNConfig
-from isic_vq.models.code_convolution import convolve_codes
+from isic_vq.models.code_convolution import CodeConv2d
 from isic_vq.models.modeling_pixelcnn import PixelCNNCausalConv2d, gate
 from isic_vq.models.pixelcnn_cache import open_cache
-from isic_vq.models.sampling import draw, filtered_logits, guided_logits
+from isic_vq.models.sampling import draw, exclude_unlikely, guided_logits
 
 ARCHITECTURES = ["gated", "plain"]
 GRID = 4
@@ -118,7 +118,7 @@ def test_convolution_by_look_ups_is_the_convolution_of_the_embedding(kernel, pad
     embedding, conv = nn.Embedding(6, 4).double(), nn.Conv2d(4, 3, kernel).double()
     codes = torch.randint(6, (2, 5, 7))
     expected = conv(F.pad(embedding(codes).permute(0, 3, 1, 2), padding))
-    result = convolve_codes(codes, embedding.weight, conv, padding)
+    result = CodeConv2d.forward(conv, codes, embedding.weight, padding)
     torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
     inputs = [embedding.weight, conv.weight, conv.bias]
     weights = torch.randn_like(expected)
@@ -250,7 +250,7 @@ def sample_by_full_passes(
         if guidance_scale != 1:
             unconditional = model(codes).logits[:, :, row, column].float()
             logits = guided_logits(logits, unconditional, guidance_scale)
-        logits = filtered_logits(logits, temperature, top_k, top_p)
+        logits = exclude_unlikely(logits / temperature, top_k, top_p)
         codes[:, row, column] = draw(logits, uniforms[:, position])
     return codes
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from isic_vq.models import modes, pixelcnn_compiled, pixelcnn_sampler
 from isic_vq.models.pixelcnn_cache import GraphedRows, Rows, open_cache
 from isic_vq.models.pixelcnn_sampler import best_backend, open_rows
-from isic_vq.models.sampling import Sampling, draw, filtered_logits, guided_logits
+from isic_vq.models.sampling import Sampling, draw, exclude_unlikely, guided_logits
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BACKENDS = [
@@ -135,7 +135,7 @@ def test_every_backend_filters_and_guides_alike(make_model, backend, architectur
             scale = (1 + 3 * torch.tensor(share, device=logits.device))[:, None]
         logits = guided_logits(logits, model(codes).logits, scale)
     rows = logits.permute(0, 2, 3, 1).reshape(-1, model.config.num_codes)
-    rows = filtered_logits(rows, how.get("temperature", 1.0), how.get("top_k"), how.get("top_p"))
+    rows = exclude_unlikely(rows / how.get("temperature", 1.0), how.get("top_k"), how.get("top_p"))
     assert torch.equal(draw(rows, uniforms.flatten().to(rows.device)), codes.flatten())
 
 

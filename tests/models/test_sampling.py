@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from isic_vq.models.sampling import (
     Sampling,
     draw,
-    filtered_logits,
+    exclude_unlikely,
     guided_logits,
     image_generators,
     position_uniforms,
@@ -26,8 +26,13 @@ def log(*probabilities):
 
 def kept(logits, **filters):
     """Indices that a filter leaves possible in the only row."""
-    arguments = {"temperature": 1.0, "top_k": None, "top_p": None, **filters}
-    return filtered_logits(logits, **arguments)[0].isfinite().nonzero().flatten().tolist()
+    return (
+        exclude_unlikely(logits, **{"top_k": None, "top_p": None, **filters})[0]
+        .isfinite()
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
 
 
 # --- draw ----------------------------------------------------------------------------------------------------------
@@ -70,7 +75,7 @@ def test_every_row_uses_its_own_uniform_and_logits():
 
 
 def test_top_k_keeps_the_k_most_likely():
-    filtered = filtered_logits(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 1.0, 2, None)
+    filtered = exclude_unlikely(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2, None)
     assert filtered.tolist() == [[-math.inf, 3.0, 2.0, -math.inf]]
 
 
@@ -81,7 +86,7 @@ def test_top_k_keeps_what_is_tied_with_the_kth():
 @pytest.mark.parametrize("top_k", [4, 9])
 def test_top_k_of_all_codes_changes_nothing(top_k):
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    assert torch.equal(filtered_logits(logits, 1.0, top_k, None), logits)
+    assert torch.equal(exclude_unlikely(logits, top_k, None), logits)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +122,14 @@ def test_top_p_counts_probability_after_the_temperature():
 
 def test_filters_leave_kept_logits_as_they_are():
     logits = log(0.49, 0.05, 0.30, 0.16)
-    filtered = filtered_logits(logits, 1.0, 3, 0.6)
+    filtered = exclude_unlikely(logits, 3, 0.6)
     assert torch.equal(filtered[0, [0, 2]], logits[0, [0, 2]])
 
 
 def test_filters_treat_each_row_by_itself():
     logits = torch.randn(5, 8)
-    together = filtered_logits(logits, 0.8, 5, 0.7)
-    alone = [filtered_logits(row[None], 0.8, 5, 0.7) for row in logits]
+    together = exclude_unlikely(logits / 0.8, 5, 0.7)
+    alone = [exclude_unlikely(row[None] / 0.8, 5, 0.7) for row in logits]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -132,8 +137,9 @@ def test_filters_treat_each_row_by_itself():
 def test_temperature_raises_probabilities_to_its_inverse(temperature):
     probabilities = np.array([0.5, 0.3, 0.2])
     powered = probabilities ** (1 / temperature)
-    filtered = filtered_logits(log(*probabilities), temperature, None, None)
-    np.testing.assert_allclose(filtered.softmax(-1)[0].numpy(), powered / powered.sum(), rtol=1e-5)
+    drawn = Sampling(temperature=temperature).draw(log(*probabilities).expand(CELLS, -1), MIDPOINTS)
+    shares = drawn.bincount(minlength=3) / CELLS
+    np.testing.assert_allclose(shares.numpy(), powered / powered.sum(), atol=1 / CELLS)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,5 @@ def verify(
 
 
 def _with_split(text: str) -> tuple[str | None, str]:
-    """Parse [SPLIT=]URI."""
     match = re.match(r"(train|validation|test)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match else (None, text)

@@ -30,18 +30,12 @@ SHORT = {"output": "-o", "label": "-l", "labels": "-l", "num_images": "-n"}
 
 
 class Setting(NamedTuple):
-    """A parameter of a function or a field of a dataclass.
-
-    Attributes:
-        annotation: its type as the source has it.
-        default: None where there is none.
-        help: what the docstring says of it.
-    """
+    """A parameter of a function or a field of a dataclass."""
 
     name: str
-    annotation: str
-    default: Any
-    help: str
+    annotation: str  # as the source has it
+    default: Any  # None where there is none
+    help: str  # from the docstring
 
 
 def settings_of(target: str) -> dict[str, Setting]:
@@ -118,12 +112,12 @@ def options_of(
     def decorate(command: Callable) -> Callable:
         @wraps(command)
         def call(**arguments: Any) -> Any:
-            # What was left out takes the default of what is set.
+            # Options that were left out take the target's defaults.
             return command(
-                **{key: value for key, value in arguments.items() if key not in own or value is not None}
+                **{k: value for k, value in arguments.items() if k not in options or value is not None}
             )
 
-        own = {parameter.name for parameter in added}
+        options = {parameter.name for parameter in added}
         signature = inspect.signature(command)
         kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         call.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]

@@ -165,7 +165,6 @@ def _write_measured(
 
 
 def _named(text: str) -> tuple[str, str]:
-    """Parse [NAME=]SOURCE."""
     match = re.match(r"([\w-]+)=(.+)", text, re.DOTALL)
     return (match[1], match[2]) if match else ("validation", text)
 

@@ -49,13 +49,7 @@ def write_pairs(audit: Audit, folder: Path, train_images: str | None = None) -> 
 def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> tuple[Tensor, Tensor]:
     """The shown pairs of a channel: decoded samples, and training images in the dihedral view that is nearest.
 
-    Args:
-        audit: as `audit_checkpoint` returns it.
-        channel: name of the channel.
-        train_images: source of the training images; None decodes their codes.
-
-    Returns:
-        Both `(P, 3, H, W)` in [0, 1], on the CPU.
+    Both are `(P, 3, H, W)` in [0, 1], on the CPU. Without a source of `train_images` their codes are decoded.
 
     Raises:
         DataError: the source cannot be read, or lacks an image.

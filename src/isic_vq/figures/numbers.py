@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import convolve1d
 
 NATS_PER_BIT = math.log(2)
 SPLITS = ("train", "validation", "averaged")
@@ -28,23 +29,14 @@ def smoothing_window(number: int) -> int:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Average each value with its (window - 1) / 2 neighbours on either side, leaving out what is not finite.
+    """Average each value `(N,)` with its (window - 1) / 2 finite neighbours on either side, `window` odd.
 
-    Args:
-        values: One value per step, shape (number,).
-        window: Length of the mean, in steps, odd; 1 returns the values as they are.
-
-    Returns:
-        Shape (number,); NaN where the value itself is not finite.
+    NaN where the value itself is not finite.
     """
     finite = np.isfinite(values)
-    reach = window // 2
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    starts = np.maximum(np.arange(len(values)) - reach, 0)
-    ends = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    means = (sums[ends] - sums[starts]) / np.maximum(counts[ends] - counts[starts], 1)
-    return np.where(finite, means, np.nan)
+    kept = np.where(finite, values, 0.0), finite.astype(float)
+    sums, counts = (convolve1d(part, np.ones(window), mode="constant") for part in kept)
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
 def batch_columns(records: Sequence[dict[str, Any]], scale: float = 1.0) -> Columns:

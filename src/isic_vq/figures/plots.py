@@ -76,14 +76,7 @@ def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
     figure, (axes, *others) = new_figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
     for key in totals:
         split = key.partition("/")[0]
-        _line(
-            axes,
-            columns,
-            key,
-            color=SPLIT_COLORS.get(split, INK),
-            style="-",
-            label=SPLIT_LABELS.get(split, split),
-        )
+        _line(axes, columns, key, SPLIT_COLORS.get(split, INK), "-", SPLIT_LABELS.get(split, split))
     finish(axes, title, "epoch", unit, *(columns[key] for key in totals))
     if others:
         _components(others[0], columns, parts)
@@ -294,14 +287,12 @@ def new_figure(width: float, height: float, panels: int) -> tuple[Figure, Sequen
 
 
 def _bare(axes: Axes) -> Axes:
-    """Take ticks and frame off a panel that shows a picture."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return axes
 
 
 def _map_bits(axes: Axes, bits: np.ndarray, most: float) -> AxesImage:
-    """Show bits as colours, a square for every code."""
     return _bare(axes).imshow(bits, cmap="magma", vmin=0, vmax=most, interpolation="nearest")
 
 
@@ -325,7 +316,7 @@ def _components(axes: Axes, columns: Columns, keys: Iterable[str]) -> None:
         split: LINE_STYLES[i % len(LINE_STYLES)] for i, split in enumerate(dict.fromkeys(s for s, _ in pairs))
     }
     for split, name in pairs:
-        _line(axes, columns, f"{split}/{name}", color=colors[name], style=styles[split], label="")
+        _line(axes, columns, f"{split}/{name}", colors[name], styles[split], "")
     names = [Line2D([], [], color=color, linewidth=3, label=_words(name)) for name, color in colors.items()]
     splits = [
         Line2D([], [], color=INK, linestyle=style, label=SPLIT_LABELS.get(split, split))
@@ -359,12 +350,11 @@ def finish(axes: Axes, title: str, x: str, y: str, *values: Iterable[Any], legen
 
 def legend_of(axes: Axes, handles: list[Any], **place: Any) -> None:
     """Add a legend that hides the grid behind it, but draws no box."""
-    axes.legend(
-        handles=handles,
-        facecolor="white",
-        edgecolor="none",
-        framealpha=0.9,
-        fontsize=10,
-        labelcolor=INK,
-        **place,
-    )
+    style: dict[str, Any] = {
+        "facecolor": "white",
+        "edgecolor": "none",
+        "framealpha": 0.9,
+        "fontsize": 10,
+        "labelcolor": INK,
+    }
+    axes.legend(handles=handles, **style, **place)

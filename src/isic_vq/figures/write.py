@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TITLES = {"vqvae": "VQ-VAE", "prior": "Prior", "decoder": "Decoder", "classifier": "Classifier"}
-UNITS = {
-    "prior": ("bits per code", 1 / numbers.NATS_PER_BIT)
-}  # of the loss, and its factor; by default ("loss", 1)
+UNITS = {"prior": ("bits per code", 1 / numbers.NATS_PER_BIT)}  # of the loss, and its factor
 MAX_PICTURES = 64
 
 FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what makes a spreadsheet compute a cell
@@ -98,11 +96,11 @@ def draw_run(run: Run) -> list[Drawing]:
     from . import plots
 
     drawings, reasons = [], []
-    for name in FIGURES[run.stage]:
+    for draw in FIGURES[run.stage]:
         try:
-            drawings.append(DRAW[name](run, plots))
+            drawings.append(draw(run, plots))
         except MissingPartError as reason:
-            reasons.append(f"{name}: {reason}")
+            reasons.append(f"{draw.__name__.removeprefix('_')}: {reason}")
             logger.warning("figure not drawn: %s", reasons[-1])
     if not drawings:
         raise ValueError(
@@ -177,18 +175,11 @@ def _generated_images(run: Run, plots: Any) -> Drawing:
     return Drawing("generated_images", figure, ".csv", csv_bytes(columns))
 
 
-DRAW: Mapping[str, Callable[[Run, Any], Drawing]] = {
-    "batch_loss": _batch_loss,
-    "epoch_loss": _epoch_loss,
-    "codebook_usage": _codebook_usage,
-    "reconstructions": _reconstructions,
-    "generated_images": _generated_images,
-}
 FIGURES = {  # by stage
-    "vqvae": ("batch_loss", "epoch_loss", "codebook_usage", "reconstructions"),
-    "prior": ("batch_loss", "epoch_loss", "generated_images"),
-    "decoder": ("batch_loss", "epoch_loss", "reconstructions"),
-    "classifier": ("batch_loss", "epoch_loss"),
+    "vqvae": (_batch_loss, _epoch_loss, _codebook_usage, _reconstructions),
+    "prior": (_batch_loss, _epoch_loss, _generated_images),
+    "decoder": (_batch_loss, _epoch_loss, _reconstructions),
+    "classifier": (_batch_loss, _epoch_loss),
 }
 
 

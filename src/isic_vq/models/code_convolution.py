@@ -26,24 +26,19 @@ def sum_taps(tables: Tensor, codes: Tensor) -> Tensor:
     return F.embedding_bag(codes + taps * tables.shape[1], tables.flatten(0, 1), mode="sum")
 
 
-def convolve_codes(
-    codes: Tensor, embedding: Tensor, conv: nn.Conv2d, padding: tuple[int, int, int, int]
-) -> Tensor:
-    """conv(pad(embedded codes)) by look-ups, of codes `(B, h, w)` with vectors `(K, C)` and a convolution of stride 1.
-
-    Padding is left, right, top, bottom; negative crops. The result `(B, C_out, h', w')` lies channels last in memory.
-    """
-    height, width = conv.kernel_size
-    tables = code_tables(embedding, conv.weight)
-    windows = F.pad(codes, padding, value=len(embedding)).unfold(1, height, 1).unfold(2, width, 1).flatten(3)
-    sums = sum_taps(tables, windows.flatten(0, 2)) + conv.bias
-    return sums.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
-
-
 class CodeConv2d(nn.Conv2d):
-    """A convolution of embedded codes, called with the codes and all codes' vectors; see `convolve_codes`."""
+    """A convolution, of stride 1, of embedded codes."""
 
     def forward(  # type: ignore[override]
         self, codes: Tensor, embedding: Tensor, padding: tuple[int, int, int, int]
     ) -> Tensor:
-        return convolve_codes(codes, embedding, self, padding)
+        """conv(pad(embedded codes)) by look-ups, of codes `(B, h, w)` with vectors `(K, C)`.
+
+        Padding is left, right, top, bottom; negative crops. The result `(B, C_out, h', w')` lies channels last in memory.
+        """
+        height, width = self.kernel_size
+        tables = code_tables(embedding, self.weight)
+        padded = F.pad(codes, padding, value=len(embedding))
+        windows = padded.unfold(1, height, 1).unfold(2, width, 1).flatten(3)
+        sums = sum_taps(tables, windows.flatten(0, 2)) + self.bias
+        return sums.view(*windows.shape[:3], -1).permute(0, 3, 1, 2)

@@ -148,22 +148,21 @@ class VQVAEConfig(PreTrainedConfig):
         expect(self.image_size <= MAX_IMAGE_SIZE, "image_size", self.image_size, f"at most {MAX_IMAGE_SIZE}")
         blocks = self.num_residual_blocks
         expect(blocks <= MAX_LAYERS, "num_residual_blocks", blocks, f"at most {MAX_LAYERS}")
-        expect(self.num_channels >= 1, "num_channels", self.num_channels, "at least 1")
         check_parameters(self.least_parameters)
-        expect(self.refinement_size >= 0, "refinement_size", self.refinement_size, "0 (none) or more")
         expect(self.norm in ("batch", "group"), "norm", self.norm, "'batch' or 'group'")
         update = self.codebook_update
         expect(update in ("ema", "gradient"), "codebook_update", update, "'ema' or 'gradient'")
-        for name in ("num_codes", "code_dim"):
-            expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.scales is not None:
             check_scales(self.scales, self.grid_size)
             number = len(self.scales)
             expect(
                 1 <= self.num_phi <= number, "num_phi", self.num_phi, f"1 to {number}, the number of scales"
             )
-        least = {"num_residual_blocks": 0, "residual_size": 1, "ema_epsilon": 0, "dead_code_threshold": 0}
-        least |= {"beta": 0, "l1_weight": 0, "mse_weight": 0}
+        least = dict.fromkeys(("num_channels", "residual_size", "num_codes", "code_dim"), 1)
+        least |= dict.fromkeys(
+            ("num_residual_blocks", "refinement_size", "ema_epsilon", "dead_code_threshold"), 0
+        )
+        least |= dict.fromkeys(("beta", "l1_weight", "mse_weight"), 0)
         for name, low in least.items():
             expect(low <= getattr(self, name) < math.inf, name, getattr(self, name), f"at least {low}")
         if min(self.hidden_sizes) < 1:

@@ -24,8 +24,9 @@ from .clusters import ConditionEmbedding
 from .code_convolution import CodeConv2d
 from .configuration_pixelcnn import PixelCNNConfig
 from .modeling_prior import Extend, PriorModel, PriorOutput
-from .modes import exactly
-from .pixelcnn_sampler import RasterWalk, best_backend, sample_codes
+from .modes import exactly, label_unrun
+from .pixelcnn_cache import open_cache
+from .pixelcnn_sampler import RasterWalk, best_backend, open_rows
 from .sampling import Sampling
 
 
@@ -234,8 +235,16 @@ class PixelCNNModel(PriorModel):
         extend: Extend | None,
     ) -> Tensor:
         """Row by row; see `PriorModel.draw_codes`."""
-        with exactly(self):
-            return sample_codes(self, uniforms, conditions, sampling, backend, on_step)
+        label_unrun(self.device.type, backend)
+        grid, codes = self.config.grid_size, []
+        rows_first = uniforms.to(self.device).view(-1, grid, grid).transpose(0, 1).contiguous()
+        with exactly(self), open_rows(backend, open_cache(self, conditions), sampling) as rows:
+            for row in range(grid):
+                codes.append(rows.draw(row, rows_first[row]))
+                if on_step is not None:
+                    on_step()
+            rows.check()
+        return torch.stack(codes, dim=1)
 
     def walk(self, conditions: Tensor, extend: Extend | None = None) -> RasterWalk:
         """Begin images of the conditions `(B,)`; see `PriorModel.walk`."""

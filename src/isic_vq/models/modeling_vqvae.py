@@ -184,8 +184,17 @@ class VQVAEDecoder(nn.Module):
         return (logits if self.refinement is None else self.refinement(logits, codes)).sigmoid()
 
 
-class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
-    """Weight initialisation and loading rules of the tokenizer."""
+class VQVAEModel(StrictLoading, PreTrainedModel):
+    """Tokenizer between images in [0, 1] and grids of codes.
+
+    Examples:
+        >>> import torch
+        >>> from isic_vq import VQVAEConfig, VQVAEModel
+        >>> model = VQVAEModel(VQVAEConfig(image_size=32, hidden_sizes=(8, 8), num_codes=16)).eval()
+        >>> codes = model.encode(torch.rand(2, 3, 32, 32))
+        >>> codes.shape, model.decode(codes).shape
+        (torch.Size([2, 8, 8]), torch.Size([2, 3, 32, 32]))
+    """
 
     config: VQVAEConfig
     base_model_prefix = "vqvae"
@@ -201,39 +210,6 @@ class VQVAEPreTrainedModel(StrictLoading, PreTrainedModel):
         "quantizer.code_sums",
         "quantizer.phi",
     ]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Phi):
-            init.dirac_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, VQVAEZeroConv2d):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, VectorQuantizer):
-            init.normal_(module.codebook)
-            init.ones_(module.cluster_size)
-            init.copy_(module.code_sums, module.codebook)
-            init.zeros_(module.num_updates)
-        else:
-            super()._init_weights(module)  # BatchNorm and GroupNorm: ones and zeros
-
-
-class VQVAEModel(VQVAEPreTrainedModel):
-    """Tokenizer between images in [0, 1] and grids of codes.
-
-    Examples:
-        >>> import torch
-        >>> from isic_vq import VQVAEConfig, VQVAEModel
-        >>> model = VQVAEModel(VQVAEConfig(image_size=32, hidden_sizes=(8, 8), num_codes=16)).eval()
-        >>> codes = model.encode(torch.rand(2, 3, 32, 32))
-        >>> codes.shape, model.decode(codes).shape
-        (torch.Size([2, 8, 8]), torch.Size([2, 3, 32, 32]))
-    """
 
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
@@ -256,6 +232,26 @@ class VQVAEModel(VQVAEPreTrainedModel):
             kept = self._keep_in_fp32_modules_strict
             self._keep_in_fp32_modules_strict = [name for name in kept if name != "quantizer.phi"]
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Phi):
+            init.dirac_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, VQVAEZeroConv2d):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, VectorQuantizer):
+            init.normal_(module.codebook)
+            init.ones_(module.cluster_size)
+            init.copy_(module.code_sums, module.codebook)
+            init.zeros_(module.num_updates)
+        else:
+            super()._init_weights(module)  # BatchNorm and GroupNorm: ones and zeros
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Encoder output `(B, D, h, w)` for images `(B, 3, H, W)` in [0, 1].

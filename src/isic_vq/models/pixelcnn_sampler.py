@@ -5,13 +5,13 @@ replays a recorded row on a CUDA device (see `modes.RUN_ON`). All draw the same 
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .modes import label_unrun, was_run
+from .modes import was_run
 from .pixelcnn_cache import Cache, GraphedRows, Rows, open_cache
 from .sampling import Sampling
 
@@ -42,28 +42,6 @@ def best_backend(model: "PixelCNNModel", num_blocks: int) -> str:
 
         return "compiled" if lie_on_disk() else "eager"
     return "compiled" if saved > COMPILING else "eager"
-
-
-def sample_codes(
-    model: "PixelCNNModel",
-    uniforms: Tensor,
-    conditions: Tensor,
-    sampling: Sampling,
-    backend: str,
-    on_step: Callable[[], None] | None,
-) -> Tensor:
-    """Draw codes `(B, h, w)`; the arguments are those of `PriorModel.draw_codes`, the model is in eval mode."""
-    label_unrun(model.device.type, backend)
-    grid = model.config.grid_size
-    rows_first = uniforms.to(model.device).view(-1, grid, grid).transpose(0, 1).contiguous()
-    codes = []
-    with open_rows(backend, open_cache(model, conditions), sampling) as rows:
-        for row in range(grid):
-            codes.append(rows.draw(row, rows_first[row]))
-            if on_step is not None:
-                on_step()
-        rows.check()
-    return torch.stack(codes, dim=1)
 
 
 def open_rows(backend: str, cache: Cache, sampling: Sampling) -> Rows:

@@ -137,17 +137,12 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: fl
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def filtered_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Scale logits `(..., K)` by the temperature and set excluded codes to -inf.
+def exclude_unlikely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set excluded codes to -inf in logits `(..., K)` that are divided by the temperature.
 
     top-k keeps the k most likely codes (and those tied with the k-th); top-p then keeps the smallest set of
     most likely codes whose probability reaches p, never less than one code.
     """
-    return exclude_unlikely(logits / temperature, top_k, top_p)
-
-
-def exclude_unlikely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Set excluded codes to -inf, see `filtered_logits`, in logits that are scaled already."""
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
