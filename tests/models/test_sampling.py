@@ -117,7 +117,7 @@ def test_top_p_counts_probability_after_top_k():
 
 def test_top_p_counts_probability_after_the_temperature():
     logits = log(0.49, 0.05, 0.30, 0.16)
-    assert kept(logits, temperature=0.5, top_p=0.6) == [0], "0.49^2 is 0.67 of the sum of squares"
+    assert kept(logits / 0.5, top_p=0.6) == [0], "0.49^2 is 0.67 of the sum of squares"
 
 
 def test_filters_leave_kept_logits_as_they_are():
