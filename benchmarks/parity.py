@@ -109,10 +109,10 @@ class RecordedTask(VQVAETask):
         self.shares: list[tuple[int, float]] = []
         self.resets = 0
         quantizer = self.model.quantizer
-        take_noted, move = quantizer.take_noted, quantizer._move
+        take_deferred, move = quantizer.take_deferred, quantizer._move
 
         def taken() -> list[tuple[Tensor, Tensor]]:
-            noted = take_noted()
+            noted = take_deferred()
             self.codes.append([codes.clone() for _, codes in noted])
             return noted
 
@@ -120,7 +120,7 @@ class RecordedTask(VQVAETask):
             self.resets += int(dead.sum())
             move(dead, replacements)
 
-        quantizer.take_noted, quantizer._move = taken, moved
+        quantizer.take_deferred, quantizer._move = taken, moved
 
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         losses = super().losses(model, batch, step)

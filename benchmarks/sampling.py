@@ -120,7 +120,7 @@ def operations(grid: int) -> dict[str, float]:
 def weights_read(grid: int) -> float:
     """What the steps of one batch read of weights if nothing stays in a cache, in 1e9 bytes."""
     cache = open_cache(network(grid), torch.tensor([0]))
-    weights = [*cache.own, *cache.outputs, *(part for layer in cache.head for part in layer)]
+    weights = [*cache.row_kernels, *cache.outputs, *(part for layer in cache.head for part in layer)]
     return sum(weight.nbytes for weight in weights) * grid**2 / 1e9
 
 

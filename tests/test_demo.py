@@ -69,7 +69,7 @@ def square(demo, photo):
 
 
 def test_codebook_use_counts_codes_and_ranks_them():
-    use = CodebookUse.of(np.array([[3, 1, 1], [3, 0, 1]]), num_codes=5)
+    use = CodebookUse.count(np.array([[3, 1, 1], [3, 0, 1]]), num_codes=5)
     assert use.counts == (1, 3, 0, 2, 0)
     assert use.num_used == 3
     assert use.most_used() == [(1, 3), (3, 2), (0, 1)]
@@ -78,7 +78,7 @@ def test_codebook_use_counts_codes_and_ranks_them():
 
 
 def test_equally_frequent_codes_are_listed_in_their_order():
-    assert CodebookUse.of(np.array([[4, 2], [2, 4]]), num_codes=5).most_used() == [(2, 2), (4, 2)]
+    assert CodebookUse.count(np.array([[4, 2], [2, 4]]), num_codes=5).most_used() == [(2, 2), (4, 2)]
 
 
 def test_a_code_map_shows_each_code_as_a_square_of_its_colour():
@@ -135,7 +135,7 @@ def test_an_overlay_tints_the_mask_alone():
 
 def test_the_table_of_use_lists_codes_by_frequency_in_their_colours():
     codes = np.repeat(np.arange(12), np.arange(13, 1, -1))
-    table = use_table(CodebookUse.of(codes, 16), np.arange(48, dtype=np.uint8).reshape(16, 3))
+    table = use_table(CodebookUse.count(codes, 16), np.arange(48, dtype=np.uint8).reshape(16, 3))
     listed = re.findall(r"background:#(\w{6})\"></span>(\d+)</td><td>(\d+)</td>.*?width:(\d+)%", table)
     assert listed[0] == ("000102", "0", "13", "100")
     assert listed[9] == ("1b1c1d", "9", "4", "31")

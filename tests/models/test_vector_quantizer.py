@@ -401,19 +401,19 @@ def test_deferred_passes_are_noted_and_teach_nothing_yet(update):
     codes = [quantizer(as_grid(latents)).codes.flatten() for latents in passes]
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(tensor, before[name]), f"a deferred pass changed {name}"
-    noted = quantizer.take_noted()
+    noted = quantizer.take_deferred()
     for latents, ids, (noted_latents, noted_ids) in zip(passes, codes, noted, strict=True):
         assert torch.equal(noted_latents, latents)
         assert torch.equal(noted_ids, ids)
         assert not noted_latents.requires_grad
-    assert quantizer.take_noted() == [], "handed over once"
+    assert quantizer.take_deferred() == [], "handed over once"
 
 
 def test_deferred_passes_keep_no_graph_alive():
     quantizer = make_quantizer().train()
     quantizer.defer()
     quantizer(as_grid(normal(9, 5, dtype=torch.float32)).requires_grad_())
-    ((latents, _),) = quantizer.take_noted()
+    ((latents, _),) = quantizer.take_deferred()
     assert latents.grad_fn is None, "the encoder's activations would stay in memory until the update"
 
 
@@ -421,7 +421,7 @@ def test_eval_mode_notes_nothing():
     quantizer = make_quantizer()
     quantizer.defer()
     quantizer.eval()(as_grid(LATENTS))
-    assert quantizer.take_noted() == []
+    assert quantizer.take_deferred() == []
 
 
 def test_update_with_the_sums_of_a_pass_is_what_the_pass_teaches():

@@ -106,10 +106,9 @@ def prepare(
         progress=sys.stderr.isatty(),
         classes=declared_classes(classes, drop_other_classes),
     )
-    for split, about in manifest.splits.items():
-        if about["num_images"]:
-            title = f"{split}: {about['num_images']} images"
-            typer.echo("\n".join(counts_lines(title, about["diagnoses"], about["num_images"])))
+    for split, counts in manifest.splits.items():
+        if number := counts["num_images"]:
+            typer.echo("\n".join(counts_lines(f"{split}: {number} images", counts["diagnoses"], number)))
     typer.echo(
         f"unreadable: {len(manifest.unreadable)}; near-duplicates: {manifest.duplicates['num_pairs']} pairs"
     )

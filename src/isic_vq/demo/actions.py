@@ -166,7 +166,7 @@ class DemoModel:
             reconstruction=self.processor.postprocess(reconstruction)[0],
             code_map=Image.fromarray(code_map(finest, self.colors)),
             surprise=Image.fromarray(bits_map(scores.bits_map[0].numpy(), self.num_codes)),
-            use=CodebookUse.of(codes, self.num_codes),
+            use=CodebookUse.count(codes, self.num_codes),
             psnr=psnr(original, reconstruction).item(),
             bits_per_code=scores.bits_per_code.item(),
         )

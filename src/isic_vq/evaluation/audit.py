@@ -281,7 +281,7 @@ def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, lis
     tails = np.stack(
         [tail_p_values(channel.samples.distances, channel.held_out.distances) for channel in channels]
     )
-    for channel, tail, found in zip(channels, tails, found_pairs(tails), strict=True):
+    for channel, tail, copied in zip(channels, tails, found_pairs(tails), strict=True):
         nearest, others = channel.samples, channel.held_out.distances
         excess[channel.name] = excess_of_near_samples(nearest.distances, others, LEVEL / len(channels))
         p_values = empirical_p_values(nearest.distances, others)
@@ -293,7 +293,7 @@ def judge(channels: Sequence[Channel]) -> tuple[dict[str, Excess], dict[str, lis
                 distance=float(nearest.distances[index]),
                 p_value=float(p_values[index]),
                 tail_p_value=float(tail[index]),
-                found=bool(found[index]),
+                found=bool(copied[index]),
             )
             for index in nearest.distances.argsort(kind="stable")
         ]

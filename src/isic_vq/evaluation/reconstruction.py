@@ -85,7 +85,7 @@ def evaluate_reconstruction(
         if on_batch is not None:
             on_batch(images, codes, decoded)
     if not values:
-        raise ValueError("there are no images to reconstruct")
+        raise ValueError("there are no images to reconstruct: expected at least one")
     usage, perplexity = usage_and_perplexity(counts)
     return Reconstruction(
         values={name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in values.items()},

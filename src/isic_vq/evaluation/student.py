@@ -202,13 +202,13 @@ class ClassifierStudy:
 
     def report(self, metrics: list[Metric]) -> Report:
         """A report of what was measured, which names the model and how the classifiers were trained."""
-        about = {
+        description = {
             "name": Path(self.model.name_or_path).name,
             "classifier": asdict(self.student),
             "seeds": len(self.seeds),
             "limit": self.limit,
         }
-        return Report(about, metrics, environment=environment(str(self.model.device)))
+        return Report(description, metrics, environment=environment(str(self.model.device)))
 
     def read(self, records: Any, size: int | None = None) -> LabelledImages:
         """Images of records in memory, by default at the size that classifiers see."""
@@ -258,5 +258,5 @@ def study_records(
         records = records.select(sorted(seeded_subset(len(records), limit, seed=0).tolist()))
     classes = classes or known_classes(records["diagnosis"], source.classes.names)
     records = labelled(records, classes, source.name)
-    about = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}
-    return records, classes, {**about, "ids_sha256": hash_ids(records["isic_id"]), "classes": classes}
+    identity = {"name": source.name, "fingerprint": source.fingerprint(), "num_images": len(records)}
+    return records, classes, {**identity, "ids_sha256": hash_ids(records["isic_id"]), "classes": classes}

@@ -75,7 +75,7 @@ def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
     wanted, processor = set(names), IsicVQImageProcessor(size=size)
     records = source.records()
     if source.has_random_access:
-        rows = [row for row, about in enumerate(source.metadata()) if about["isic_id"] in wanted]
+        rows = [row for row, entry in enumerate(source.metadata()) if entry["isic_id"] in wanted]
         records = source.dataset().select(rows)
     images: dict[str, Tensor] = {}
     for batch in iter_batches(records, processor, BATCH_SIZE):

@@ -73,7 +73,7 @@ class CodebookUse:
             raise ValueError(f"codebook_counts must be counts with a sum above 0, got {self.counts!r:.120}")
 
     @classmethod
-    def of(cls, codes: np.ndarray, num_codes: int) -> "CodebookUse":
+    def count(cls, codes: np.ndarray, num_codes: int) -> "CodebookUse":
         """Count codes, integers of any shape in [0, num_codes)."""
         return cls(tuple(np.bincount(codes.ravel(), minlength=num_codes).tolist()))
 

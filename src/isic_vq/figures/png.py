@@ -11,20 +11,20 @@ from isic_vq import __version__
 from isic_vq.files import write_atomically
 
 
-def write_png(image: Image.Image | np.ndarray, path: Path, about: dict[str, str]) -> None:
+def write_png(image: Image.Image | np.ndarray, path: Path, texts: dict[str, str]) -> None:
     """Write a picture as `png_content` makes it, whole or not at all."""
-    write_atomically(path, png_content(image, about))
+    write_atomically(path, png_content(image, texts))
 
 
-def png_content(image: Image.Image | np.ndarray, about: dict[str, str]) -> bytes:
+def png_content(image: Image.Image | np.ndarray, texts: dict[str, str]) -> bytes:
     """A picture with text fields as PNG.
 
     Args:
         image: a picture, or pixels of shape (height, width, 3), uint8.
-        about: text fields by keyword, such as `Comment`; `Software` is "isic-vq" and its version.
+        texts: text fields by keyword, such as `Comment`; `Software` is "isic-vq" and its version.
     """
     fields = PngInfo()
-    for key, text in {"Software": f"isic-vq {__version__}", **about}.items():
+    for key, text in {"Software": f"isic-vq {__version__}", **texts}.items():
         fields.add_text(key, text)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()

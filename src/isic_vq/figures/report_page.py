@@ -56,11 +56,11 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ())
     machine = report.environment
     titles = {"isic_vq": "isic-vq", "torch": "torch", "device": "", "git_commit": "commit"}
     known = {title: machine[key] for key, title in titles.items() if machine.get(key)}
-    about = ", ".join(f"{title} {text}".strip() for title, text in known.items())
+    origin = ", ".join(f"{title} {text}".strip() for title, text in known.items())
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     title = report.model.get("name", "report")
     page = template.render(
-        title=title, about=about, tables=tables, shown=shown, number=number_text, pictures=PICTURES
+        title=title, about=origin, tables=tables, shown=shown, number=number_text, pictures=PICTURES
     )
     write_atomically(path, page.encode())
     return [path, *written]

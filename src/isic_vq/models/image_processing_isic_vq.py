@@ -266,7 +266,7 @@ def _file_of(image: Any, name: str) -> str | os.PathLike | BytesIO:
 
 @contextmanager
 def _pillow_errors_named(name: str) -> Iterator[None]:
-    """Let Pillow's errors leave as ImageError with the name of the image; their cause stays attached."""
+    """Raise Pillow's errors as ImageError with the name of the image."""
     try:
         yield
     except ImageError:

@@ -107,9 +107,9 @@ class VQVAEZeroConv2d(nn.Conv2d):
 def pixel_noise(codes: Tensor, size: int) -> Tensor:
     """White noise `(B, 1, size, size)`, mean 0 and variance 1, that is a function of code and place.
 
-    What codes do not say of texture has to come from somewhere: a decoder without noise repeats one with every code, a grid.
-    A hash rather than a generator, so that an image depends on its codes alone, on every device and in ONNX, and so that an
-    edited code changes the noise of its own pixels only.
+    Codes do not determine fine texture, and a decoder without noise repeats the same texture for every code: a grid.
+    It is a hash rather than a generator, so that an image depends on its codes alone, on every device and in ONNX, and so
+    that an edited code changes the noise of its own pixels only.
 
     Args:
         codes (`torch.LongTensor` of shape `(B, h, w)`): a square grid; h need not divide `size`, as that of a coarse scale.
@@ -126,10 +126,10 @@ def pixel_noise(codes: Tensor, size: int) -> Tensor:
 
 
 class VQVAERefinement(nn.Module):
-    """Correction of an image's logits `(B, C, H, W)` by three 3x3 convolutions at full resolution; it starts at none.
+    """Correction, initially zero, of an image's logits `(B, C, H, W)` by three 3x3 convolutions at full resolution.
 
-    A transposed convolution has other weights for each pixel of its stride, and so can draw a grid. These have the same
-    weights for all pixels, and noise to draw texture from.
+    A transposed convolution has different weights for each pixel of its stride, and so can draw a grid. These convolutions have
+    the same weights for all pixels, and make texture from noise.
     """
 
     def __init__(self, channels: int, size: int):
@@ -178,7 +178,7 @@ class VQVAEDecoder(nn.Module):
 
         Args:
             quantized: the vectors.
-            codes: the finest grid of codes `(B, h', w')` behind them, for a refinement's noise; None leaves the noise out.
+            codes: the finest grid of codes `(B, h', w')`, which determines a refinement's noise; None decodes without noise.
         """
         logits = self.to_pixels(self.up(self.blocks(self.project(quantized))))
         return (logits if self.refinement is None else self.refinement(logits, codes)).sigmoid()

@@ -49,7 +49,7 @@ class Cache(ABC):
     """
 
     # Weights of layers 1 and up: the kernel over the row itself, `(taps * size, width)`, the layer's own column last.
-    own: list[Tensor]
+    row_kernels: list[Tensor]
 
     def __init__(self, model: "PixelCNNModel", num_images: int, width: int, num_rows: int, taps: int):
         config = model.config
@@ -161,7 +161,7 @@ class GatedCache(Cache):
         halves[size:] = 0.5  # where tanh serves as sigmoid
         self._see_codes(first.vertical.weight * halves, first.horizontal.weight * halves)
         self.kernels = [columns(layer.vertical.weight * halves) for layer in later]
-        self.own = [torch.cat(columns(layer.horizontal.weight * halves)) for layer in later]
+        self.row_kernels = [torch.cat(columns(layer.horizontal.weight * halves)) for layer in later]
         self.outputs = [(layer.output.weight.flatten(1) / 2).t().contiguous() for layer in layers]
         row = halves.flatten()
         self.across = [
@@ -179,7 +179,7 @@ class GatedCache(Cache):
             bias = (layer.horizontal.bias + horizontal) * row - (vertical * row) @ self.across[index]
             bias = bias.repeat(self.grid, 1, 1)  # (column, image, width)
             if index:
-                for distance, matrix in enumerate(reversed(self.own[index - 1].split(size))):
+                for distance, matrix in enumerate(reversed(self.row_kernels[index - 1].split(size))):
                     bias[distance:] += self.offset @ matrix
             self.horizontal_biases.append(bias.flatten(0, 1))
             self.offset = self.offset + layer.output.bias
@@ -206,7 +206,9 @@ class GatedCache(Cache):
         gated = torch.empty_like(signal)
         for index, output in enumerate(self.outputs):
             if index:
-                torch.addmm(before[index], self.window_at[index - 1], self.own[index - 1], out=self.features)
+                torch.addmm(
+                    before[index], self.window_at[index - 1], self.row_kernels[index - 1], out=self.features
+                )
                 self.features.tanh_()
             else:
                 torch.tanh(before[0], out=self.features)
@@ -233,10 +235,10 @@ class PlainCache(Cache):
         super().__init__(model, len(conditions), model.config.hidden_size, num_rows=reach, taps=reach + 1)
         first_scale, *later_scales = scales = [batch_norm_scale(layer.norm) for layer in layers]
         self._see_codes(first.conv.above.weight * first_scale, first.conv.left.weight * first_scale)
-        self.kernels, self.own = [], []
+        self.kernels, self.row_kernels = [], []
         for layer, scale in zip(later, later_scales, strict=True):
             self.kernels.append(columns(layer.conv.above.weight * scale))
-            self.own.append(torch.cat(columns(layer.conv.left.weight * scale)))
+            self.row_kernels.append(torch.cat(columns(layer.conv.left.weight * scale)))
         self.biases = [
             (layer.conv.above.bias - layer.norm.running_mean) * scale.flatten()
             + layer.norm.bias
@@ -260,8 +262,8 @@ class PlainCache(Cache):
         before = self.before_at[column]
         residual = torch.relu(before[0]).add_(self.position_row[column])
         self.hidden_at[0].copy_(residual)
-        for index, own in enumerate(self.own):
-            torch.addmm(before[index + 1], self.window_at[index], own, out=self.features)
+        for index, kernel in enumerate(self.row_kernels):
+            torch.addmm(before[index + 1], self.window_at[index], kernel, out=self.features)
             residual = torch.add(residual, self.features.relu_(), out=self.hidden_at[index + 1])
         self.row[:, column] = self.windows[:-1, :, -self.size :]
         return residual.relu()

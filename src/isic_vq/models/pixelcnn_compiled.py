@@ -172,7 +172,7 @@ def gate(out, features):
 @compiled
 def gated_logits(column, images, before, net, windows, logits):
     """Compute logits `(M, K)` at a column of the images `(M,)`, and move `windows` `(layers, M, taps * C)` on to it."""
-    position, own, outputs, offset, head = net
+    position, row_kernels, outputs, offset, head = net
     num_layers, num_rows, _ = windows.shape
     size = position.shape[1]
     features = np.empty((num_rows, 2 * size), before.dtype)
@@ -184,7 +184,7 @@ def gated_logits(column, images, before, net, windows, logits):
         for m in range(num_rows):
             features[m] = before[layer, column, images[m]]
         if layer:
-            add_product(features, windows[layer - 1], own[layer - 1])
+            add_product(features, windows[layer - 1], row_kernels[layer - 1])
         gate(gated, features)
         add_product(hidden, gated, outputs[layer])
         move_on(windows[layer], hidden)
@@ -196,7 +196,7 @@ def gated_logits(column, images, before, net, windows, logits):
 @compiled
 def plain_logits(column, images, before, net, windows, logits):
     """Do as `gated_logits` for the plain network; `row` takes the inputs of layers 1 and up at the column."""
-    position, own, row, head = net
+    position, row_kernels, row, head = net
     num_layers, num_rows, _ = windows.shape
     size = position.shape[1]
     features = np.empty((num_rows, size), before.dtype)
@@ -207,7 +207,7 @@ def plain_logits(column, images, before, net, windows, logits):
         for m in range(num_rows):
             features[m] = before[layer, column, images[m]]
         if layer:
-            add_product(features, windows[layer - 1], own[layer - 1])
+            add_product(features, windows[layer - 1], row_kernels[layer - 1])
         for m in range(num_rows):
             for c in range(size):
                 hidden[m, c] += max(features[m, c], 0)
@@ -308,18 +308,20 @@ class CompiledRows(Rows):
             )
         super().__init__(cache, sampling)
         self.before, self.tables_left = cache.before.numpy(), cache.tables_left.numpy()
-        own = np.empty((len(cache.own), cache.windows.shape[2], cache.width), self.before.dtype)
-        for number, matrix in enumerate(cache.own):
-            own[number] = matrix.numpy()
+        row_kernels = np.empty(
+            (len(cache.row_kernels), cache.windows.shape[2], cache.width), self.before.dtype
+        )
+        for number, matrix in enumerate(cache.row_kernels):
+            row_kernels[number] = matrix.numpy()
         head = tuple(part.detach().numpy() for layer in cache.head for part in layer)
         self.net: tuple
         if isinstance(cache, GatedCache):
             self.row_kernel, self.logits_kernel = gated_row, gated_logits
             outputs = np.stack([matrix.numpy() for matrix in cache.outputs])
-            self.net = (cache.position_row.numpy(), own, outputs, cache.offset.numpy(), head)
+            self.net = (cache.position_row.numpy(), row_kernels, outputs, cache.offset.numpy(), head)
         else:
             self.row_kernel, self.logits_kernel = plain_row, plain_logits
-            self.net = (cache.position_row.numpy(), own, cache.row.numpy(), head)
+            self.net = (cache.position_row.numpy(), row_kernels, cache.row.numpy(), head)
         num_draws = cache.batch // 2 if sampling.guided else cache.batch
         num_shares = min(torch.get_num_threads(), -(-num_draws // TILE))
         edges = [num_draws * share // num_shares for share in range(num_shares + 1)]

@@ -50,8 +50,8 @@ class Sampling:
         expect(top_p is None or 0 < top_p <= 1, "top_p", top_p, "a probability in (0, 1], or None")
         at_least = "at least 0; 1 is off; and no more than float32 holds"
         expect(0 <= scale <= FLOAT32.max, "guidance_scale", scale, at_least)
-        own = "more than 0, or None for the prior's own"
-        expect(power is None or 0 < power <= FLOAT32.max, "guidance_power", power, own)
+        is_power = power is None or 0 < power <= FLOAT32.max
+        expect(is_power, "guidance_power", power, "more than 0, or None for the prior's default")
 
     @property
     def changes(self) -> dict[str, float]:

@@ -22,11 +22,7 @@ def share_weights(folder: Path) -> None:
 
 
 def check_index(folder: Path) -> None:
-    """Refuse an index of weights that names no files, or files outside of its folder.
-
-    Raises:
-        ValueError: it is such.
-    """
+    """Raise ValueError for an index of weights that names no files, or files outside of its folder."""
     for path in folder.glob("*.safetensors.index*.json"):
         try:
             index = json.loads(path.read_bytes())

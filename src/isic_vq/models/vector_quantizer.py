@@ -193,7 +193,9 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.ones(num_codes))  # moving counts
         self.register_buffer("code_sums", codebook.clone())  # moving sums of latents
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))  # seeds the resets
-        self.noted: list[tuple[Tensor, Tensor]] | None = None  # passes since the last update, once deferred
+        self.deferred: list[tuple[Tensor, Tensor]] | None = (
+            None  # passes since the last update, once deferred
+        )
 
     @property
     def learns_by_loss(self) -> bool:
@@ -279,20 +281,19 @@ class VectorQuantizer(nn.Module):
             )
 
     def defer(self) -> None:
-        """From now on note training passes down for `take_noted`, and leave the learning to the caller."""
-        self.noted = []
+        """From now on record training passes for `take_deferred`, and leave the learning to the caller."""
+        self.deferred = []
 
-    def take_noted(self) -> list[tuple[Tensor, Tensor]]:
+    def take_deferred(self) -> list[tuple[Tensor, Tensor]]:
         """Hand over the (latents `(N, D)`, codes `(N,)`) of the training passes since the last call."""
-        noted = self.noted or []
-        if self.noted is not None:
-            self.noted = []
-        return noted
+        passes = self.deferred or []
+        if self.deferred is not None:
+            self.deferred = []
+        return passes
 
     def _see(self, latents: Tensor, codes: Tensor) -> None:
-        """Learn from a training pass at once or, once deferred, note it down."""
-        if self.noted is not None:
-            self.noted.append((latents, codes))
+        if self.deferred is not None:
+            self.deferred.append((latents, codes))
         else:
             counts, sums = assignment_sums(latents, codes, self.num_codes)
             self.update(counts, sums, lambda rows: latents[rows])

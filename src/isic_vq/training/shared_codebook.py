@@ -49,7 +49,7 @@ class SharedCodebook:
     @torch.no_grad()
     def update(self) -> Tensor | None:
         """Update the codebook; returns the perplexity of the step's codes, None if nothing was quantized."""
-        passes = self.quantizer.take_noted()
+        passes = self.quantizer.take_deferred()
         if not passes:
             return None
         parts = [assignment_sums(latents, codes, self.quantizer.num_codes) for latents, codes in passes]
