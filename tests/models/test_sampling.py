@@ -160,7 +160,7 @@ def test_guidance_goes_from_the_unconditional_through_the_conditional(scale, exp
         ({"top_p": 0}, r"top_p is 0: expected a probability in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"guidance_scale": -1}, "guidance_scale is -1: expected at least 0; 1 is off"),
-        ({"guidance_power": 0}, "guidance_power is 0: expected more than 0, or None for the prior's own"),
+        ({"guidance_power": 0}, "guidance_power is 0: expected more than 0, or None for the prior's default"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(argument, text):
