@@ -153,14 +153,9 @@ def check_first(
     codes: Iterable[Path | None] = (),
     seed: int = 0,
 ) -> None:
-    """Refuse what a mistyped argument names before any large library is imported.
+    """Refuse mistyped models, sources, labels of the first model and code caches before any large library is imported.
 
-    Args:
-        models: folders or Hub ids; None is the shipped checkpoint.
-        sources: URIs of images, or image files; None names nothing.
-        labels: classes of the first model.
-        codes: code caches; None names nothing.
-        seed: at least 0.
+    A model of None is the shipped checkpoint; sources and caches of None are left out.
 
     Raises:
         ValueError: there is no such model, file, folder or class, or the seed is negative.

@@ -199,11 +199,7 @@ def generate_samples(
 def encode_samples(
     model: IsicVQModel, uri: str, max_corrupt_share: float = 0.01, progress: bool = False
 ) -> Samples:
-    """Encode images of any origin as samples.
-
-    Raises:
-        DataError: the source cannot be read, or too many of its images are corrupt.
-    """
+    """Encode images of any origin as samples."""
     source = find_source(uri, Classes.parse(AUTO))
     records = source.dataset() if source.has_random_access else source
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)

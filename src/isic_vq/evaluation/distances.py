@@ -60,9 +60,6 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> float:
 
     Returns:
         Its expectation is 0 for sets of one distribution, whatever their sizes; a value may be below 0.
-
-    Raises:
-        ValueError: as `frechet_distance`.
     """
     x, y = _checked(a, b, min_rows=2)
 

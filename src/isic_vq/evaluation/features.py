@@ -162,11 +162,7 @@ def feature_distance(model: FeatureModel, images: Tensor, others: Tensor) -> Ten
 
 @torch.no_grad()
 def measure_features(model: FeatureModel, pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """`feature_distance`, the mean over pairs, and `frechet_distance` of images `(B, 3, H, W)` and their reconstructions.
-
-    Raises:
-        ValueError: there are fewer than two pairs, and so no covariance.
-    """
+    """`feature_distance`, the mean over pairs, and `frechet_distance` of images `(B, 3, H, W)` and their reconstructions."""
     distances, real, reconstructed = [], [], []
     for images, reconstructions in pairs:
         distances.append(feature_distance(model, images, reconstructions))

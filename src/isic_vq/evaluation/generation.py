@@ -75,11 +75,7 @@ class Yardstick:
 
     @classmethod
     def from_pretrained(cls, model: str, classes: Collection[str] = ()) -> "Yardstick":
-        """Open a folder or Hub id; a classifier may name own `classes` beside ISIC's.
-
-        Raises:
-            OSError, ValueError: as `FeatureModel.from_pretrained`.
-        """
+        """Open a folder or Hub id; a classifier may name own `classes` beside ISIC's."""
         is_classifier = names_diagnoses(model, classes)
         classifier = DiagnosisClassifier.from_pretrained(model, classes) if is_classifier else None
         name = Path(model).resolve().name if Path(model).is_dir() else model
@@ -123,11 +119,7 @@ def set_distances(reference: NDArray[np.float32], images: NDArray[np.float32]) -
 
 
 def matched_rows(pool: Sequence[str], wanted: Sequence[str], seed: int) -> list[int]:
-    """Draw rows of a pool, in ascending order and no row twice, so that each diagnosis occurs as often as in `wanted`.
-
-    Raises:
-        ValueError: the pool has too few images of a diagnosis.
-    """
+    """Draw rows of a pool, in ascending order and no row twice, so that each diagnosis occurs as often as in `wanted`."""
     generator = np.random.default_rng(seed)
     diagnoses, rows = np.asarray(pool), []
     for diagnosis, number in sorted(Counter(wanted).items()):

@@ -103,11 +103,7 @@ def class_ids(model: IsicVQModel, diagnoses: Sequence[str]) -> Tensor:
 def sampled_images(
     source: Source, processor: IsicVQImageProcessor, limit: int, seed: int, max_corrupt_share: float
 ) -> Iterator[Tensor]:
-    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed; in the source's order if it can be.
-
-    Raises:
-        DataError: the source cannot be read, has no readable image, or too many are corrupt.
-    """
+    """Batches `(B, 3, H, W)` of at most `limit` images of a source, drawn by seed; in the source's order if it can be."""
     if source.has_random_access:
         records = source.dataset()
         chosen = records.select(sorted(seeded_subset(len(records), limit, seed).tolist()))
@@ -159,11 +155,7 @@ def group_metrics(measured: MeasuredImages, values: dict[str, Tensor], on: Measu
 
 
 def worst_reconstructions(model: IsicVQModel, measured: MeasuredImages, number: int) -> tuple[Tensor, Tensor]:
-    """At most `number` images of the lowest PSNR, the worst first, and their reconstructions: `(N, 3, H, W)` in [0, 1] each.
-
-    Raises:
-        DataError: the data set can only be streamed.
-    """
+    """The (up to) `number` images of the lowest PSNR, the worst first, and their reconstructions: `(N, 3, H, W)` in [0, 1]."""
     worst = measured.reconstruction.values["psnr"].argsort()[:number]
     records = measured.source.dataset().select([measured.indices[row] for row in worst.tolist()])
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)

@@ -62,9 +62,6 @@ def tail_p_values(distances: ArrayLike, held_out: ArrayLike) -> NDArray[np.float
 
     All p-values stay empirical where s is 0 or infinite (equal distances; a held-out image that is a training image), or k
     is below `MIN_TAIL`.
-
-    Raises:
-        ValueError: as `empirical_p_values`.
     """
     samples, ordered = _checked(distances), np.sort(_checked(held_out))
     empirical = empirical_p_values(samples, ordered)
@@ -111,9 +108,6 @@ def excess_of_near_samples(distances: ArrayLike, held_out: ArrayLike, level: flo
     Near is nearer than the r-th nearest of the n held-out images, r = max(1, floor(`NEAR_SHARE` (n + 1))). Equal
     distances make the test miss copies rather than report false ones. Where several channels are tested, `level` is a share
     of the common level; distances are as for `empirical_p_values`.
-
-    Raises:
-        ValueError: as `empirical_p_values`, or there are no samples.
     """
     samples, ordered = _checked(distances), np.sort(_checked(held_out))
     if len(samples) == 0 or len(ordered) == 0:

@@ -46,11 +46,7 @@ def gaussian_blur(pixel_values: Tensor, sigma: float) -> Tensor:
 def shuffle_patches(
     pixel_values: Tensor, generators: Sequence[torch.Generator], patches_per_side: int = PATCHES_PER_SIDE
 ) -> Tensor:
-    """Cut each image `(B, 3, H, W)` into equal squares and put them back in a random order.
-
-    Raises:
-        ValueError: the side is not a multiple of `patches_per_side`.
-    """
+    """Cut each image `(B, 3, H, W)` into equal squares and put them back in a random order."""
     batch, _, height, width = pixel_values.shape
     if height % patches_per_side or width % patches_per_side:
         raise ValueError(

@@ -20,20 +20,14 @@ from isic_vq.models.vector_quantizer import usage_and_perplexity
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Measures of every reconstructed image, whose means are properties, and of the codes.
+    """Measures of every reconstructed image, whose means are properties, and of the codes."""
 
-    Attributes:
-        values: `(N,)` float64 by name, for each image: `psnr` (dB), `ssim` (in [-1, 1]), `l1` and `mse` (of pixel
-            values in [0, 1]).
-        usage: share of the K codes used at least once.
-        perplexity: exp(entropy) of code use, in [1, K].
-        codebook_counts: uses of each code, K integers.
-    """
-
-    values: dict[str, Tensor]
-    usage: float
-    perplexity: float
-    codebook_counts: list[int]
+    values: dict[
+        str, Tensor
+    ]  # `(N,)` float64, `psnr` (dB), `ssim` (in [-1, 1]), `l1` and `mse` of each image
+    usage: float  # share of the K codes used at least once
+    perplexity: float  # exp(entropy) of code use, in [1, K]
+    codebook_counts: list[int]  # uses of each code, K integers
 
     @property
     def num_images(self) -> int:
@@ -62,15 +56,9 @@ def evaluate_reconstruction(
     batches: Iterable[Tensor],
     on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Reconstruction:
-    """Reconstruct every image through its codes and measure it.
+    """Reconstruct batches of images `(B, 3, H, W)` in [0, 1] through their codes, and measure them.
 
-    Args:
-        model: put into eval mode and left there.
-        batches: images `(B, 3, H, W)` in [0, 1].
-        on_batch: called with the images, codes and reconstructions of each batch, for further measures.
-
-    Raises:
-        ValueError: there are no images.
+    The model is put into eval mode and left there. `on_batch` is called with the images, codes and reconstructions of each batch, for further measures.
     """
     model.eval()
     counts = torch.zeros(model.config.num_codes, dtype=torch.long)
@@ -111,11 +99,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def psnr_by_batch_statistics(model: VQVAEModel, batches: Iterable[Tensor]) -> Tensor:
-    """PSNR `(N,)` in dB with BatchNorm as in training, by the statistics of each batch, and all else in eval mode.
+    """PSNR `(N,)` in dB of batches of images `(B, 3, H, W)` in [0, 1], with BatchNorm by each batch's statistics.
 
-    Args:
-        model: with BatchNorm; it is put into eval mode and left there.
-        batches: images `(B, 3, H, W)` in [0, 1]; the batch size matters.
+    All else is in eval mode, in which the model is left.
     """
     model.eval()
     values = []

@@ -53,14 +53,9 @@ class ScoredImage:
 def read_reference(
     path: Path, model: IsicVQModel, label: int | None = None, marginalize: bool = False, seed: int = 0
 ) -> Reference:
-    """Score a seeded subset of the training codes as images will be scored.
+    """Score a seeded subset of a cache of training codes as images will be scored.
 
-    Args:
-        path: code cache of the training images.
-        model: was trained on them.
-        label: class id: training images of this class alone, given the class; None means unconditional.
-        marginalize: as for `score_codes`.
-        seed: of the subset.
+    With a label, a class id, training images of this class alone, given the class; `marginalize` is as for `score_codes`.
 
     Raises:
         DataError: the file is no code cache of this tokenizer, or has no image of the class.

@@ -128,12 +128,7 @@ def two_level_interval(
     tested on the same images, so one draw of images serves all of them. Five seeds are few: where they decide more than the
     images do, the interval is somewhat too narrow.
 
-    Args:
-        statistic: of a seed's number and of rows, which may occur twice.
-        num_seeds: how many seeds there are.
-        labels: `(N,)` int64, classes of all test images.
-        rows: `(M,)` int64, the test images that the statistic is of.
-        resamples: bootstrap draws.
+    `labels` `(N,)` are the classes of all test images, `rows` `(M,)` those that the statistic is of.
 
     Returns:
         Low, high, and the mean over seeds of the statistic of `rows`.
@@ -245,11 +240,7 @@ class ClassifierStudy:
 def study_records(
     uri: str, classes: list[str] | None, limit: int | None, labels: Classes | None = None
 ) -> tuple[Any, list[str], dict[str, Any]]:
-    """Records of the classes, by default all that occur; the classes; and what identifies the records in settings.
-
-    Raises:
-        DataError: the records can only be streamed, or cannot be used.
-    """
+    """Records of the classes, by default all that occur; the classes; and what identifies the records in settings."""
     source = find_source(uri, labels)
     if not source.has_random_access:
         raise DataError(f"{source.name} can only be streamed: write it to files with isic-vq data prepare")

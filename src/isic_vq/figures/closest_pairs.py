@@ -50,9 +50,6 @@ def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> 
     """The shown pairs of a channel: decoded samples, and training images in the dihedral view that is nearest.
 
     Both are `(P, 3, H, W)` in [0, 1], on the CPU. Without a source of `train_images` their codes are decoded.
-
-    Raises:
-        DataError: the source cannot be read, or lacks an image.
     """
     pairs, model = audit.shown_pairs(channel), audit.model
     chosen = audit.samples.codes[[pair.sample for pair in pairs]]
@@ -66,11 +63,7 @@ def pair_images(audit: Audit, channel: str, train_images: str | None = None) -> 
 
 
 def named_images(uri: str, names: Sequence[str], size: int) -> Tensor:
-    """Images of a source by their ids, `(len(names), 3, size, size)` in [0, 1].
-
-    Raises:
-        DataError: the source cannot be read, or lacks an image.
-    """
+    """Images of a source by their ids, `(len(names), 3, size, size)` in [0, 1]."""
     source = find_source(uri, Classes.parse(AUTO))
     wanted, processor = set(names), IsicVQImageProcessor(size=size)
     records = source.records()

@@ -82,19 +82,12 @@ def captioned(picture: Image.Image, text: str, least_width: int = 320) -> Image.
 def paired_grid(
     above: np.ndarray, below: np.ndarray, columns: int = 8, padding: int = 2
 ) -> tuple[Image.Image, list[tuple[int, int]]]:
-    """Lay two equally many images out in pairs, one above the other; blocks of pairs are a quarter image apart.
+    """Lay two sets of RGB images (number, height, width, 3), uint8, out in pairs, one above the other.
 
-    Args:
-        above: RGB of shape (number, height, width, 3), uint8.
-        below: The same shape, uint8.
-        columns: Pairs side by side.
-        padding: White pixels around every image.
+    Blocks of pairs are a quarter image apart.
 
     Returns:
         The picture, RGB, and for each block the centres of its upper and its lower row, in pixels from the top.
-
-    Raises:
-        ValueError: No images, wrong or different shapes or dtypes.
     """
     if above.shape != below.shape:
         raise ValueError(f"both images of a pair must have one shape, got {above.shape} and {below.shape}")

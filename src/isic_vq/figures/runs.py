@@ -59,23 +59,14 @@ class Run:
         return read_metrics(self.folder / METRICS_FILE)
 
     def records(self, kind: str, key: str) -> list[dict[str, Any]]:
-        """Return the log's records of one kind, of which at least one has the key.
-
-        Raises:
-            MissingPartError: There are none.
-        """
+        """Return the log's records of one kind, of which at least one has the key."""
         records = self.metrics[kind]
         if not any(key in record for record in records):
             raise MissingPartError(f"{self.folder / METRICS_FILE} has no {kind} record with {key!r}")
         return records
 
     def table(self, name: str) -> list[Any]:
-        """Return a table of the run's report, a list.
-
-        Raises:
-            MissingPartError: The run has no report, or the report no such table.
-            ValueError: The report cannot be read, or the table is not a list.
-        """
+        """Return a table of the run's report, a list."""
         path = self.folder / "report.json"
         if not path.is_file():
             raise MissingPartError(f"{path} is missing: evaluate the run first")
@@ -89,12 +80,7 @@ class Run:
         return tables[name]
 
     def arrays(self, name: str, *keys: str) -> list[np.ndarray]:
-        """Return tensors of `arrays/<name>.safetensors`.
-
-        Raises:
-            MissingPartError: The run has no such file.
-            ValueError: The file cannot be read or lacks one of the tensors.
-        """
+        """Return tensors of `arrays/<name>.safetensors`."""
         path = self.folder / "arrays" / f"{name}.safetensors"
         if not path.is_file():
             raise MissingPartError(f"{path} is missing: evaluate the run first")

@@ -22,6 +22,7 @@ from isic_vq.evaluation.codebook import code_atlas
 from isic_vq.figures.grid import captioned, image_grid, paired_grid
 from isic_vq.figures.png import write_jpeg
 from isic_vq.files import file_name
+from isic_vq.models.checks import expect
 from isic_vq.models.editing import pixel_mask
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
@@ -44,13 +45,7 @@ class Sheet(NamedTuple):
 
 
 def model_sheets(model: IsicVQModel, seed: int = 0, particles: int = 64) -> Iterator[Sheet]:
-    """Yield all sheets of a model's outputs as each is done; images are those that `IsicVQModel.generate` gives for the seed.
-
-    Args:
-        model: a whole model; it is put into eval mode and left there.
-        seed: of everything that is drawn.
-        particles: candidates per edit, see `IsicVQModel.inpaint`.
-    """
+    """Yield all sheets of a model's outputs as each is done; images are those of `IsicVQModel.generate` for the seed."""
     model.eval()
     for label in (None, *model.config.class_names.values()):
         name, number = (label, NUM_PER_CLASS) if label else ("unconditional", NUM_UNCONDITIONAL)
@@ -88,8 +83,7 @@ def write_sheets(
         ValueError: too many particles.
         DataError: the images cannot be used.
     """
-    if particles > 4096:
-        raise ValueError(f"particles is {particles}: expected at most 4096")
+    expect(particles <= 4096, "particles", particles, "at most 4096")
     if data is None:
         sheets = model_sheets(model, seed, particles)
     else:
@@ -162,16 +156,9 @@ def atlas_sheet(model: IsicVQModel) -> Sheet:
 def real_sheets(
     model: IsicVQModel, source: Source, seed: int = 0, max_corrupt_share: float = 0.01
 ) -> Iterator[Sheet]:
-    """Yield a sheet of real images above generated ones for each diagnosis; publish it only where the real ones may be.
+    """Yield a sheet of real images above generated ones for each diagnosis that the source has images of.
 
-    Args:
-        model: a whole model with classes; it is put into eval mode and left there.
-        source: real images; a diagnosis of which it has none is left out.
-        seed: of the draw of real images and of the generated ones.
-        max_corrupt_share: share of unreadable images past which to fail.
-
-    Raises:
-        DataError: the source can only be streamed, or too many of its images are corrupt.
+    Publish it only where the real images may be.
     """
     model.eval()
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)

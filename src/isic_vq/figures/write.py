@@ -86,12 +86,7 @@ def write_figures(run_dir: Path, output_dir: Path | None = None) -> list[Path]:
 
 
 def draw_run(run: Run) -> list[Drawing]:
-    """Draw the figures that the run has data for, and log why the others are missing.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There is nothing to draw, or the data is broken.
-    """
+    """Draw the figures that the run has data for, and log why the others are missing."""
     check_matplotlib()
     from . import plots
 

@@ -25,15 +25,10 @@ def is_positive_int(value: Any) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str, way_out: str) -> Tensor:
-    """Return the tensor if all of it is finite; a compiled or exported graph does not look.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(B, ...)`): in any floating precision.
-        name: what it holds, for the message.
-        way_out: what to do about it.
+    """Return a tensor `(B, ...)` of floats if all are finite; a compiled or exported graph does not check.
 
     Raises:
-        ValueError: NaN or infinite numbers; the message names the images.
+        ValueError: NaN or infinite numbers; the message gives `name`, the images and `way_out`.
     """
     if torch.compiler.is_compiling():
         return tensor

@@ -119,11 +119,9 @@ def canonical_diagnosis(name: str) -> str:
 
 
 def find_diagnosis(name: str, synonyms_only: bool = False) -> str | None:
-    """Return the entry of `DIAGNOSES` that a spelling stands for; None if it stands for none.
+    """Return the entry of `DIAGNOSES` that a spelling stands for, or None.
 
-    Args:
-        name: case, spaces, hyphens and underscores do not matter.
-        synonyms_only: take no alias that names a part of its class, such as "solar lentigo" of benign keratosis.
+    With `synonyms_only`, aliases that name a part of their class do not count, such as "solar lentigo" of benign keratosis.
     """
     key = _key(name)
     return None if synonyms_only and key in _NARROWER_KEYS else _CANONICAL_OF.get(key)
@@ -166,14 +164,10 @@ def is_one_hot(column: str) -> bool:
 
 
 def one_hot_diagnosis(row: Mapping[str, object]) -> str | None:
-    """Return the canonical name of the column of a challenge's table that holds a 1.
+    """Return the canonical name of the column of a challenge's table that holds a 1; "unknown" if none does.
 
-    Args:
-        row: has columns such as MEL, NV, BCC (2018, 2019), in upper or in lower case, or melanoma and
-            seborrheic_keratosis (2017, where a row without a 1 is a nevus); numbers may be text.
-
-    Returns:
-        One of `DIAGNOSES`, "unknown" if no column holds a 1; None if the row has no such columns.
+    Columns are MEL, NV, BCC and so on (2018, 2019), in upper or in lower case, or melanoma and seborrheic_keratosis (2017,
+    where a row without a 1 is a nevus); numbers may be text. None if the row has no such columns.
 
     Raises:
         ValueError: several columns hold a 1, or one holds neither 0 nor 1.

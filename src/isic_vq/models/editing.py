@@ -84,11 +84,8 @@ def code_masks(
         mask (`torch.BoolTensor` of shape `(B, 1, H, W)`, `(B, H, W)` or `(H, W)`): True where to resample.
         num_images: B.
         size: H and W.
-        sides: of the code grids, coarse to fine.
+        sides: of the code grids, coarse to fine; the result has a `torch.BoolTensor` `(B, side, side)` for each.
         dilation: how many codes of the finest grid the mask grows by on all sides, diagonals included.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, side, side)` for each grid.
 
     Raises:
         ValueError: wrong shape or type, a negative dilation, or an image without a masked pixel.
@@ -205,9 +202,6 @@ def redraw_codes(
     Images are taken one by one, with the particles as the batch, so that no image depends on the others. A prior with
     clusters is given that of all the image's codes. `codes` are `(B, h, w)` or `(B, L)`, a `mask` of their shape is True
     somewhere in every image, `labels` are class ids `(B,)`; the seeds of `generators`, one per image, determine the noise.
-
-    Raises:
-        ValueError: `num_particles` below 1, or labels that are not the prior's.
     """
     expect(is_positive_int(num_particles), "num_particles", num_particles, "a whole number of at least 1")
     prior = model.prior

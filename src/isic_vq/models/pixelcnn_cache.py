@@ -322,11 +322,7 @@ class Rows(AbstractContextManager):
 
 
 class GraphedRows(Rows):
-    """Replays one recorded row as a CUDA graph, which costs one launch where a row has thousands.
-
-    Raises:
-        ValueError: a cache that is not on a CUDA device.
-    """
+    """Replays one recorded row as a CUDA graph, which costs one launch where a row has thousands."""
 
     def __init__(self, cache: Cache, sampling: Sampling):
         super().__init__(cache, sampling)

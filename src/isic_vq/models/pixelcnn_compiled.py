@@ -295,9 +295,6 @@ class CompiledRows(Rows):
     Args:
         cache: features of the rows above, float32 or float64 on a CPU.
         sampling: how codes are drawn; with top-k or top-p torch draws them, column by column.
-
-    Raises:
-        ValueError: a cache of another precision or device.
     """
 
     def __init__(self, cache: GatedCache | PlainCache, sampling: Sampling):

@@ -63,11 +63,7 @@ class ResidualQuantizer(VectorQuantizer):
         self.phi_of = [int(abs(places - index / last).argmin()) for index in range(len(self.scales))]
 
     def forward(self, latents: Tensor) -> Quantization:
-        """Quantize latents of shape `(B, D, h, w)`; losses are means over the prefixes of the scales, too.
-
-        Raises:
-            ValueError: latents of another size or channel count.
-        """
+        """Quantize latents of shape `(B, D, h, w)`; losses are means over the prefixes of the scales, too."""
         self._check(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.to(self.codebook.dtype)
@@ -102,11 +98,7 @@ class ResidualQuantizer(VectorQuantizer):
         return torch.cat([step.residual for step in steps], dim=1).flatten(0, 1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Features `(B, D, h, w)` of codes `(B, L)`, or of the first scales alone.
-
-        Raises:
-            ValueError: a code lies outside [0, K), or the codes are not those of whole scales.
-        """
+        """Features `(B, D, h, w)` of codes `(B, L)`, or of the first scales alone."""
         first, *others = (F.embedding(grid, self.codebook) for grid in self.grids(self.checked(codes)))
         features = self.add_scale(None, first, 0)
         for index, vectors in enumerate(others, 1):

@@ -292,11 +292,7 @@ def _refuse_other_model(api: HfApi, repo_id: str, revision: str) -> None:
 
 
 def full_name(repo_id: str, token: Token = None) -> str:
-    """Add the owner, who is logged in, to a repository's name that lacks one.
-
-    Raises:
-        HubError: the Hub does not say who is logged in.
-    """
+    """Add the owner, who is logged in, to a repository's name that lacks one."""
     if "/" in repo_id:
         return repo_id
     with hub_errors(repo_id):
