@@ -192,7 +192,6 @@ class IsicVQImageProcessor(PilBackend):
 
 
 def _square_size(size: int | Mapping[str, int] | SizeDict) -> SizeDict:
-    """Check `size` and bring it to transformers' form: height and width equal, at least 1 pixel."""
     edges = dict(size) if isinstance(size, (Mapping, SizeDict)) else {"height": size, "width": size}
     side = edges.get("height")
     if type(side) is not int or side < 1 or edges != {"height": side, "width": side}:
@@ -203,7 +202,6 @@ def _square_size(size: int | Mapping[str, int] | SizeDict) -> SizeDict:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """One image -> a list of one; an array or tensor with four dimensions -> its images."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     batch = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
     if not batch:
@@ -212,7 +210,6 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def _describe(image: Any) -> str:
-    """Name an image in an error text: its file where it has one, its kind and shape otherwise."""
     path = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", None)
     if path:
         return f"file '{str(path)[:300]}'"
@@ -223,7 +220,6 @@ def _describe(image: Any) -> str:
 
 
 def _centred_square(picture: Image.Image, name: str, target: int) -> Image.Image:
-    """Cut the largest centred square, of at least `MIN_SIDE` pixels or of `target` where that is smaller."""
     width, height = picture.size
     side, least = min(width, height), min(MIN_SIDE, target)
     if side < least:
@@ -300,7 +296,6 @@ def _draft_scale(width: int, height: int, target: int) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation."""
     image.load()  # first: TIFF images turn themselves while loading
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image  # exif_transpose would copy it
@@ -318,7 +313,6 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
 
 
 def _deep_grey_to_pil(image: Image.Image, name: str) -> Image.Image:
-    """Scale grey of 16-bit integers, 32-bit integers in [0, 65535] or floats in [0, 1] to 8 bits."""
     values = np.asarray(image)
     if image.mode == "I":
         low, high = int(values.min()), int(values.max())

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
 from .code_convolution import CodeConv2d
 from .configuration_pixelcnn import PixelCNNConfig
-from .modeling_prior import Extend, PriorModel, PriorOutput
+from .modeling_prior import Extend, PriorModel
 from .modes import exactly, label_unrun
 from .pixelcnn_cache import open_cache
 from .pixelcnn_sampler import RasterWalk, best_backend, open_rows
@@ -174,35 +173,7 @@ class PixelCNNModel(PriorModel):
         else:
             super()._init_weights(module)
 
-    @can_return_tuple
-    def forward(
-        self,
-        codes: Tensor,
-        class_ids: Tensor | None = None,
-        context: Tensor | None = None,
-        targets: Tensor | None = None,
-        clusters: Tensor | None = None,
-        return_loss: bool = True,
-    ) -> PriorOutput:
-        """Predict every code from the earlier ones and measure how well.
-
-        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`. Returns
-        a tuple with `return_dict=False`.
-
-        Args:
-            codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, K).
-            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
-            context: what coarser scales tell; a single grid has none, and it is not looked at.
-            targets (`torch.LongTensor` of shape `(B, h, w)`): what predictions are compared with; None means `codes`.
-            clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
-            return_loss: False leaves the loss out.
-
-        Raises:
-            ValueError: codes of another grid, or labels that are not the model's.
-        """
-        self.checked_codes(codes)
-        targets = codes if targets is None else targets
-        conditions = self.conditions_of(targets, class_ids, clusters)
+    def predict(self, codes: Tensor, conditions: Tensor, context: Tensor | None) -> Tensor:
         first, *others = self.layers
         if self.config.architecture == "gated":
             every_code = torch.arange(self.config.num_codes, device=codes.device)
@@ -215,12 +186,7 @@ class PixelCNNModel(PriorModel):
             hidden = first(embedded, conditions) + self.position_embedding
             for layer in others:
                 hidden = layer(hidden, conditions)
-        logits = self.head(hidden)
-        loss = None
-        if return_loss:
-            rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # a view where logits lie channels last
-            loss = F.cross_entropy(rows.float(), targets.flatten())
-        return PriorOutput(loss=loss, logits=logits)
+        return self.head(hidden)
 
     def best_backend(self, num_blocks: int) -> str:
         return best_backend(self, num_blocks)

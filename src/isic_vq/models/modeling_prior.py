@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .clusters import code_frequencies
 from .configuration_prior import PriorConfig
@@ -165,6 +166,45 @@ class PriorModel(StrictLoading, PreTrainedModel):
     def draw_clusters(self, labels: Tensor | None, uniforms: Tensor) -> Tensor:
         """Draw clusters `(B,)` by their frequencies given the class, from uniforms `(B,)` in [0, 1), float64."""
         return draw(self.cluster_log_probabilities(labels, len(uniforms)), uniforms)
+
+    @can_return_tuple
+    def forward(
+        self,
+        codes: Tensor,
+        class_ids: Tensor | None = None,
+        context: Tensor | None = None,
+        targets: Tensor | None = None,
+        clusters: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> PriorOutput:
+        """Predict every code from earlier ones and measure how well; returns a tuple with `return_dict=False`.
+
+        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(B, *code shape)`): in [0, K).
+            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
+            context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): features of coarser scales,
+                `VQVAEModel.context(codes)`; a prior over a single grid ignores it.
+            targets (`torch.LongTensor` of the shape of `codes`): what predictions are compared with; None means `codes`.
+            clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
+            return_loss: False leaves the loss out.
+
+        Raises:
+            ValueError: codes or context of another shape, or labels that are not the model's.
+        """
+        self.checked_codes(codes)
+        targets = codes if targets is None else targets
+        logits = self.predict(codes, self.conditions_of(targets, class_ids, clusters), context)
+        loss = None
+        if return_loss:
+            rows = logits.flatten(2).transpose(1, 2).flatten(0, 1)  # a view where logits lie channels last
+            loss = F.cross_entropy(rows.float(), targets.flatten())
+        return PriorOutput(loss=loss, logits=logits)
+
+    def predict(self, codes: Tensor, conditions: Tensor, context: Tensor | None) -> Tensor:
+        """Logits `(B, K, *code shape)` of every code from earlier ones, for conditions `(B,)`; see `forward`."""
+        raise NotImplementedError
 
     def best_backend(self, num_blocks: int) -> str:
         """Name the backend that samples so many batches of 16 images in the least time; see `sample`."""

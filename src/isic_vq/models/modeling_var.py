@@ -20,11 +20,10 @@ from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
 
 from .clusters import ConditionEmbedding
 from .configuration_var import VARConfig
-from .modeling_prior import Extend, PriorModel, PriorOutput
+from .modeling_prior import Extend, PriorModel
 from .modes import evaluating
 from .sampling import Sampling
 
@@ -165,34 +164,8 @@ class VARModel(PriorModel):
         else:
             super()._init_weights(module)
 
-    @can_return_tuple
-    def forward(
-        self,
-        codes: Tensor,
-        class_ids: Tensor | None = None,
-        context: Tensor | None = None,
-        targets: Tensor | None = None,
-        clusters: Tensor | None = None,
-        return_loss: bool = True,
-    ) -> PriorOutput:
-        """Predict every code from those of coarser scales and measure how well.
-
-        In train mode labels are dropped (replaced by the unconditional id) with probability `class_dropout`. Returns
-        a tuple with `return_dict=False`.
-
-        Args:
-            codes (`torch.LongTensor` of shape `(B, L)`): in [0, K), coarse to fine; they are only compared with.
-            class_ids (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
-            context (`torch.Tensor` of shape `(B, L - first scale's codes, D)`): what the tokenizer tells of coarser
-                scales, `VQVAEModel.context(codes)`.
-            targets (`torch.LongTensor` of shape `(B, L)`): what predictions are compared with; None means `codes`.
-            clusters (`torch.LongTensor` of shape `(B,)`): of a prior with clusters; None means those of the targets.
-            return_loss: False leaves the loss out.
-
-        Raises:
-            ValueError: codes or context of another shape, or labels that are not the model's.
-        """
-        self.checked_codes(codes)
+    def predict(self, codes: Tensor, conditions: Tensor, context: Tensor | None) -> Tensor:
+        """See `PriorModel.predict`; codes are seen through their `context` alone."""
         first, size = self.config.sizes[0], self.config.num_positions
         expected = (codes.shape[0], size - first, self.config.code_dim)
         if context is None or context.shape != expected:
@@ -200,13 +173,11 @@ class VARModel(PriorModel):
             raise ValueError(
                 f"context has shape {shape}: expected {expected}, what the tokenizer's context(codes) returns"
             )
-        targets = codes if targets is None else targets
-        classes = self.class_embedding(self.conditions_of(targets, class_ids, clusters))
+        classes = self.class_embedding(conditions)
         start = classes[:, None].expand(-1, first, -1)  # the first scale is given its class alone
         given = torch.cat([start, self.features(context.to(self.dtype))], dim=1)
         logits = self.layers_and_head(given + self.position_embedding, classes, self.mask()[None, None])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) if return_loss else None
-        return PriorOutput(loss=loss, logits=logits.transpose(1, 2))
+        return logits.transpose(1, 2)
 
     def layers_and_head(
         self, hidden: Tensor, classes: Tensor, mask: Tensor | None, cache: DynamicCache | None = None
