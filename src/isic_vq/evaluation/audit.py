@@ -332,10 +332,10 @@ def channel_metrics(audit: Audit, channel: Channel, held_out: CodeCache, seed: i
 def membership_metrics(
     model: IsicVQModel, train: CodeCache, held_out: CodeCache, limit: int, seed: int
 ) -> list[Metric]:
-    """The report's lines for what the prior's likelihood reveals, of seeded subsets of both caches.
+    """The report's lines for how likelihood tells training from held-out images, of seeded subsets of both caches.
 
     `membership_auc` is the probability that a training image costs fewer bits than a held-out one, each given its own
-    diagnosis: 0.5 reveals nothing. `likelihood_gap` is by how many bits per code.
+    diagnosis: 0.5 is chance. `likelihood_gap` is the mean difference in bits per code.
     """
     bits = []
     for cache in (train, held_out):

@@ -52,10 +52,9 @@ def counts_by_diagnosis(measured: MeasuredImages, counts: Tensor) -> dict[str, l
 
 @torch.inference_mode()
 def code_atlas(tokenizer: VQVAEModel) -> Tensor:
-    """The middle of the image that a grid of one code alone decodes to, for each code.
+    """The middle of the image that a grid of one code alone decodes to: two by two codes, for each code.
 
-    Returns:
-        `(K, 3, 2 f, 2 f)` float32 in [0, 1], f the downsampling: the area of two by two codes.
+    It is `(K, 3, 2 f, 2 f)` float32 in [0, 1], f the downsampling.
     """
     tokenizer.eval()
     border = ATLAS_CONTEXT * tokenizer.config.downsampling

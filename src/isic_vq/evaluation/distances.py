@@ -54,12 +54,8 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
 def kernel_distance(a: ArrayLike, b: ArrayLike) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, over all pairs of different rows.
 
-    Args:
-        a: features `(N, D)`, a tensor on the CPU or an array.
-        b: features `(M, D)`.
-
-    Returns:
-        Its expectation is 0 for sets of one distribution, whatever their sizes; a value may be below 0.
+    Arguments are those of `frechet_distance`. The expectation is 0 for sets of one distribution, whatever their sizes; a
+    value may be below 0.
     """
     x, y = _checked(a, b, min_rows=2)
 

@@ -34,13 +34,7 @@ TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float]:
-    """Student's interval of a mean.
-
-    Args:
-        values: one number per image, `(N,)`, a tensor on the CPU or an array.
-
-    Returns:
-        Low and high, in the unit of `values`.
+    """Student's interval of the mean of values `(N,)`, one per image: low and high, in their unit.
 
     Raises:
         ValueError: there are fewer than two numbers, or more than one axis.

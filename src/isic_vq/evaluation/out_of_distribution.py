@@ -97,10 +97,7 @@ NUM_BINS = 30
 
 
 def photograph_tiles() -> list[np.ndarray]:
-    """Cut scikit-learn's two sample photographs, a temple and a flower, into tiles that do not overlap.
-
-    Returns:
-        30 RGB images, uint8 of shape (128, 128, 3).
+    """Cut scikit-learn's two sample photographs, a temple and a flower, into 30 RGB tiles (128, 128, 3), uint8.
 
     Raises:
         ImportError: scikit-learn is not installed.

@@ -22,9 +22,7 @@ from isic_vq.models.vector_quantizer import usage_and_perplexity
 class Reconstruction:
     """Measures of every reconstructed image, whose means are properties, and of the codes."""
 
-    values: dict[
-        str, Tensor
-    ]  # `(N,)` float64, `psnr` (dB), `ssim` (in [-1, 1]), `l1` and `mse` of each image
+    values: dict[str, Tensor]  # `(N,)` float64 of each image: `psnr` (dB), `ssim`, `l1`, `mse`
     usage: float  # share of the K codes used at least once
     perplexity: float  # exp(entropy) of code use, in [1, K]
     codebook_counts: list[int]  # uses of each code, K integers

@@ -106,9 +106,8 @@ class Report:
 
     model: dict[str, Any]  # name, configuration, hash of the weights
     metrics: list[Metric]
-    tables: dict[str, Any] = field(
-        default_factory=dict
-    )  # longer than one number, by name: "codebook_counts", K integers
+    # Longer than one number, by name: "codebook_counts", K integers.
+    tables: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
     def find(self, name: str, split: str | None = None, dataset: str | None = None, **labels: str) -> Metric:

@@ -47,9 +47,8 @@ class Table:
 
     title: str
     columns: list[str] = field(default_factory=list)  # what numbers were measured on
-    rows: dict[tuple[str, str], dict[str, Metric]] = field(
-        default_factory=dict
-    )  # name and unit -> column -> metric
+    # By name and unit, then by column.
+    rows: dict[tuple[str, str], dict[str, Metric]] = field(default_factory=dict)
 
 
 def topic_of(metric: Metric) -> str:
@@ -67,10 +66,7 @@ def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str
 
     `measured_on` is the head of a metric's column. Kinds of images that one yardstick compares, such as floor and samples,
     are columns of one row: `frechet_distance` with the labels images=samples and yardstick=NAME is in the row
-    `frechet_distance, NAME`.
-
-    Returns:
-        Tables in the order of `TOPICS`, without empty ones.
+    `frechet_distance, NAME`. Tables are in the order of `TOPICS`, without empty ones.
 
     Raises:
         ValueError: one cell has two values.

@@ -19,9 +19,8 @@ class _Part(PreTrainedModel):
         folder = Path(path)
         repository, options = str(folder.parent), {k: v for k, v in kwargs.items() if v is not None}
         options.pop("low_cpu_mem_usage", None)
-        cache = (
-            folder.parent.parent.parent
-        )  # .../models--user--name/snapshots/COMMIT, if diffusers downloaded it
+        # .../models--user--name/snapshots/COMMIT, if diffusers downloaded it.
+        cache = folder.parent.parent.parent
         if folder.parent.parent.name == "snapshots" and cache.name.startswith("models--"):
             repository = cache.name.removeprefix("models--").replace("--", "/")
             options |= {"revision": folder.parent.name, "cache_dir": str(cache.parent)}

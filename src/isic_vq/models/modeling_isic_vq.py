@@ -197,9 +197,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             return None
         clusters = torch.as_tensor(cluster)
         clusters = clusters.expand(num_images) if clusters.ndim == 0 else clusters
-        self.prior.conditions(
-            torch.zeros(num_images, dtype=torch.long), clusters
-        )  # refuses what does not fit
+        self.prior.conditions(torch.zeros(num_images, dtype=torch.long), clusters)  # or it raises
         return clusters
 
     def generate(

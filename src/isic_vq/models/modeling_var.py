@@ -77,9 +77,8 @@ class VARLayer(GradientCheckpointingLayer):
         self.feed_forward = nn.Sequential(
             nn.Linear(size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, size)
         )
-        self.modulation = nn.Parameter(
-            torch.empty(6, size)
-        )  # scale, shift, gate; of attention, then feed-forward
+        # Scale, shift, gate; of attention, then feed-forward.
+        self.modulation = nn.Parameter(torch.empty(6, size))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

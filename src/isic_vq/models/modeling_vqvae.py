@@ -269,10 +269,9 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Codes of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode.
+        """Codes, int64 in [0, K), of images `(B, 3, H, W)` in [0, 1]; never learns, in either mode.
 
-        Returns:
-            `torch.LongTensor` in [0, K): `(B, h, w)` or, of several scales, `(B, L)`; see `code_grids`.
+        They are `(B, h, w)` or, of several scales, `(B, L)`; see `code_grids`.
 
         Raises:
             ValueError: images of another shape, or pixels or latents that are not finite.
@@ -330,11 +329,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
     def context(self, codes: Tensor) -> Tensor:
         """What a prior may know of later scales: features of all coarser ones, brought to each scale's side.
 
-        Args:
-            codes (`torch.LongTensor` of shape `(B, h, w)` or `(B, L)`): in [0, K).
-
-        Returns:
-            `(B, L - first side squared, D)`, one row for each code after the first scale; none without scales.
+        It is `(B, L - first side squared, D)` of codes `(B, L)`: a row for each code after the first scale.
         """
         with weights_at_hand(self.quantizer):
             return self.quantizer.context(codes)

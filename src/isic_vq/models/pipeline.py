@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 
 try:
     from diffusers import DiffusionPipeline, ImagePipelineOutput
-except (
-    ImportError
-) as error:  # in `try`, so that transformers does not ask for diffusers when it opens the repository
+except ImportError as error:  # in `try`: else transformers asks for diffusers when it opens the repository
     raise ImportError('IsicVQPipeline needs diffusers: pip install "isic-vq[diffusers]"') from error
 
 

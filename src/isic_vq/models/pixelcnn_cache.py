@@ -284,9 +284,8 @@ class Rows(AbstractContextManager):
 
     def __init__(self, cache: Cache, sampling: Sampling):
         self.cache, self.sampling = cache, sampling
-        self.total = torch.zeros(
-            (), dtype=torch.float64, device=cache.before.device
-        )  # of all logits drawn from
+        # Of all logits drawn from.
+        self.total = torch.zeros((), dtype=torch.float64, device=cache.before.device)
         self.guidance_share: float | Tensor = 1.0  # of the present row
 
     def __exit__(self, *exception: object) -> None:
@@ -337,9 +336,7 @@ class GraphedRows(Rows):
             return super().draw(row, uniforms)
         self.cache.position_row.copy_(self.cache.position[row])
         if self.graph is None:
-            if (
-                self.sampling.guidance_power is not None
-            ):  # differs from row to row: a graph reads it from memory
+            if self.sampling.guidance_power is not None:  # differs by row: a graph reads it from memory
                 self.guidance_share = torch.zeros((), dtype=torch.float64, device=uniforms.device)
                 self.guidance_share.fill_(self.share_of(row))
             self.uniforms = uniforms.clone()

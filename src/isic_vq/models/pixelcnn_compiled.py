@@ -283,9 +283,8 @@ class Share:
     """A thread's part of a batch."""
 
     images: np.ndarray  # `(M,)`, which images; when guided the labelled ones, then the same without a label
-    windows: (
-        np.ndarray
-    )  # `(layers, M, taps * C)`, the inputs of layers 1 and up that their kernels see of the row
+    # `(layers, M, taps * C)`, the inputs of layers 1 and up that their kernels see of the row.
+    windows: np.ndarray
     logits: np.ndarray  # `(M, K)`, of the present column
 
 

@@ -90,9 +90,7 @@ class ResidualQuantizer(VectorQuantizer):
     def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
         """What the codebook must represent of latents `(B, D, h, w)`: the residuals of all scales, `(B * L, D)`.
 
-        Args:
-            latents: in any precision.
-            quantized: False takes what each scale would be given if those before it had lost nothing but detail.
+        `quantized=False` takes the residuals that each scale would have if those before it had lost nothing but detail.
         """
         steps = self._refine(latents.to(self.codebook.dtype), quantized)
         return torch.cat([step.residual for step in steps], dim=1).flatten(0, 1)
@@ -132,15 +130,10 @@ class ResidualQuantizer(VectorQuantizer):
         return torch.cat(inputs, dim=1)
 
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """Add a scale, and show the next one what there is.
-
-        Args:
-            features (`torch.Tensor` of shape `(B, D, h, w)`): of the scales before; None before the first.
-            codes (`torch.LongTensor` of shape `(B, side * side)`): of scale number `index`.
-            index: of the scale, 0 the coarsest.
+        """Add codes `(B, side * side)` of scale number `index` to features `(B, D, h, w)`, which are None before the first.
 
         Returns:
-            The features with it, and what the next scale is given: `(B, next side squared, D)`; None after the last.
+            The new features, and the context of the next scale, `(B, next side squared, D)`, or None after the last.
         """
         side = self.scales[index]
         vectors = F.embedding(self.checked(codes), self.codebook).unflatten(1, (side, side))

@@ -23,16 +23,10 @@ GROUP = 32  # scores of which only the least is compared with those of other gro
 
 
 def row_argmin(scores: Tensor) -> Tensor:
-    """Column of the least element of each row, the lowest column on ties: `scores.argmin(1)`, sooner.
+    """Column of the least element of each row of `(N, K)`, the lowest on ties: `scores.argmin(1)`, but faster.
 
-    On a CPU torch takes an argmin element by element but a minimum by vectors, at twenty times the speed. So each
-    row's groups of columns send their minima, and only the group of the least one is searched.
-
-    Args:
-        scores (`torch.Tensor` of shape `(N, K)`): contiguous.
-
-    Returns:
-        `torch.LongTensor` of shape `(N,)`, in [0, K).
+    On a CPU torch takes an argmin element by element but a minimum by vectors, at twenty times the speed. So the minima of
+    groups of columns are compared first, and only the group of the least one is searched.
     """
     if torch.compiler.is_compiling():
         return scores.argmin(1)
@@ -63,16 +57,7 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def assignment_sums(latents: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Count the latents of each code and add them up: what processes sum before a codebook update.
-
-    Args:
-        latents (`torch.Tensor` of shape `(N, D)`): encoder outputs.
-        codes (`torch.LongTensor` of shape `(N,)`): their codes.
-        num_codes: K.
-
-    Returns:
-        Counts of shape `(K,)` and sums of shape `(K, D)`, in the dtype of `latents`.
-    """
+    """Counts `(K,)` and sums `(K, D)` of the latents `(N, D)` of each code, in their dtype: what processes add up."""
     counts = torch.bincount(codes, minlength=num_codes).to(latents.dtype)
     sums = latents.new_zeros(num_codes, latents.shape[1]).index_add_(0, codes, latents)
     return counts, sums
@@ -233,9 +218,7 @@ class VectorQuantizer(nn.Module):
     def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
         """What the codebook must represent of latents `(B, D, h, w)`: rows `(N, D)`, here the latents themselves.
 
-        Args:
-            latents: in any precision.
-            quantized: whether the codebook has begun; it makes a difference over several scales only.
+        Whether they are `quantized` makes a difference over several scales only.
         """
         return rows(latents.to(self.codebook.dtype)).reshape(-1, self.code_dim)
 
