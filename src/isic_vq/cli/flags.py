@@ -98,7 +98,7 @@ def options_of(
 
     Args:
         target: what they set, such as "models/sampling.py:Sampling".
-        names: which of its settings, with blanks between them; by default all.
+        names: which of its settings, separated by blanks; by default all.
         panel: heading of these options in the help.
         renamed: options of another name than the setting's, such as `num_views="views"`.
     """

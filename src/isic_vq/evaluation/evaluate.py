@@ -59,18 +59,12 @@ class Evaluation:
 
 
 class Steps:
-    """Tells what an evaluation is doing, and by a bar how long each step still takes; without bars it is logged.
-
-    Args:
-        number: of steps.
-        progress: show bars.
-    """
+    """Shows the steps of an evaluation as bars, or without `progress` logs them."""
 
     def __init__(self, number: int, progress: bool):
         self.number, self.progress, self.done = number, progress, 0
 
     def begin(self, what: str, total: int | None = None, unit: str = "image") -> tqdm:
-        """Begin the next step; its bar counts to `total`."""
         self.done += 1
         name = f"{self.done}/{self.number} {what}"
         if not self.progress:

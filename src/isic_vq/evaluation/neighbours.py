@@ -30,12 +30,7 @@ class Nearest:
 
 
 class CodeIndex:
-    """An inverted index of code grids, for exact nearest neighbours in Hamming distance.
-
-    Args:
-        codes: integers in [0, num_codes), `(N, views, h, w)`.
-        num_codes: K.
-    """
+    """An inverted index of codes `(N, views, h, w)` in [0, num_codes), for exact nearest neighbours in Hamming distance."""
 
     def __init__(self, codes: NDArray[np.uint16], num_codes: int):
         num_images, self.num_views, *self.shape = codes.shape
@@ -72,12 +67,7 @@ class CodeIndex:
 
 
 def nearest_by_features(features: Tensor, others: Tensor) -> Nearest:
-    """The training image nearest to any view of each image.
-
-    Args:
-        features (`torch.Tensor` of shape `(S, views, D)`): of each image in its first dihedral views.
-        others (`torch.Tensor` of shape `(N, D)`): of the training images in their first view.
-    """
+    """The training image, of features `others` `(N, D)`, nearest to any view of each image, of features `(S, views, D)`."""
     directions = F.normalize(others.double(), dim=1)
     distances, rows, views = [], [], []
     for image in F.normalize(features.double(), dim=2):

@@ -17,11 +17,9 @@ def write_png(image: Image.Image | np.ndarray, path: Path, texts: dict[str, str]
 
 
 def png_content(image: Image.Image | np.ndarray, texts: dict[str, str]) -> bytes:
-    """A picture with text fields as PNG.
+    """A picture, or pixels (height, width, 3), uint8, as PNG with texts by keyword, such as `Comment`.
 
-    Args:
-        image: a picture, or pixels of shape (height, width, 3), uint8.
-        texts: text fields by keyword, such as `Comment`; `Software` is "isic-vq" and its version.
+    `Software` is "isic-vq" and its version.
     """
     fields = PngInfo()
     for key, text in {"Software": f"isic-vq {__version__}", **texts}.items():

@@ -31,12 +31,7 @@ class HeatMap:
 
 
 class Gallery:
-    """Collects images one by one, and keeps those that will be shown.
-
-    Args:
-        num_codes: K.
-        limit: number of heat maps, of the first images; 0 writes no picture at all.
-    """
+    """Collects images one by one, and keeps those to show: heat maps of the first `limit`; 0 writes no picture at all."""
 
     def __init__(self, num_codes: int, limit: int):
         self.most, self.limit, self.num_images = 1.5 * math.log2(num_codes), limit, 0
@@ -45,7 +40,6 @@ class Gallery:
         self.unlikely: list[HeatMap] = []
 
     def add(self, name: str, image: np.ndarray, bits: np.ndarray, bits_per_code: float) -> None:
-        """Add an image; see `HeatMap`."""
         shown = HeatMap(name, image, bits, bits_per_code)
         self.num_images += 1
         if self.num_images <= self.limit:

@@ -93,7 +93,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether transformers' `GenerationMixin` applies: no, what `generate` makes are images."""
+        """Whether transformers' `GenerationMixin` applies: no, `generate` makes images."""
         return False
 
     @classmethod

@@ -36,13 +36,9 @@ def gate(features: Tensor) -> Tensor:
 
 
 class PixelCNNCausalConv2d(nn.Module):
-    """A masked convolution without its masked taps: rows above, plus codes to the left.
+    """A masked convolution, of odd `kernel_size`, without its masked taps: rows above, plus codes to the left.
 
-    Args:
-        size_in: input channels.
-        size_out: output channels.
-        kernel_size: side of the kernel it stands for; odd.
-        sees_itself: False is mask A (strictly earlier positions), True is mask B.
+    With mask A it sees strictly earlier positions, with mask B (`sees_itself`) its own, too.
     """
 
     def __init__(self, size_in: int, size_out: int, kernel_size: int, sees_itself: bool):

@@ -1,7 +1,7 @@
-"""What all priors over codes have in common, and what the rest of the package asks of them.
+"""The interface of all priors over codes.
 
-A prior is handed codes and, as tensors, what the tokenizer tells of coarser scales (its `context`); it never holds a
-tokenizer. `forward` gives the logits of all codes at once, `walk` those of one group of codes after the other.
+A prior takes codes and, as a tensor, the tokenizer's features of coarser scales (its `context`); it holds no tokenizer.
+`forward` gives the logits of all codes at once, `walk` those of one group of codes after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class PriorOutput(ModelOutput):
 
 
 class Walk(Protocol):
-    """The order in which a prior meets the codes of some images, and what it makes of those so far.
+    """Evaluates a prior step by step on the codes of some images, in the prior's order.
 
     Attributes:
         steps: for each step (a row, a scale) the groups of it, in order. A group is a slice of the flattened codes that
@@ -52,14 +52,14 @@ class Walk(Protocol):
         """Compute logits `(B, n, K)` of the next group's codes."""
 
     def put(self, group: slice, codes: Tensor) -> None:
-        """Take in the codes `(B, n)` of that group."""
+        """Feed the codes `(B, n)` of that group."""
 
     def reorder(self, ancestors: Tensor) -> None:
         """Between steps, continue image i from what image `ancestors[i]` was; `ancestors` is `(B,)`."""
 
 
 class PriorModel(StrictLoading, PreTrainedModel):
-    """What is the same in every prior: how it is loaded, and what it is conditioned on.
+    """Base class of priors: loading, conditions, loss and sampling.
 
     Attributes:
         cluster_scores: `(K, C)`, see `clusters.cluster_scores`; only a prior with clusters has it.

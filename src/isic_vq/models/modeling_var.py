@@ -234,13 +234,7 @@ class VARModel(PriorModel):
 
 
 class VARScaleWalk:
-    """The scales one after the other, each a group of its own; a `Walk`.
-
-    Args:
-        model: in eval mode.
-        conditions: `(B,)`, see `PriorModel.conditions`.
-        extend: the tokenizer's.
-    """
+    """A `Walk` over the scales, each a group of its own, with a model in eval mode."""
 
     def __init__(self, model: VARModel, conditions: Tensor, extend: Extend):
         self.model, self.extend = model, extend

@@ -315,7 +315,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def decode_alone(self, codes: Tensor, side: int = 1) -> Tensor:
-        """What single codes draw: `(N, 3, side * f, side * f)` of codes `(N,)`, the vector of each filling a grid."""
+        """Images `(N, 3, side * f, side * f)` of single codes `(N,)`: the vector of each fills a grid."""
         with weights_at_hand(self.quantizer), evaluating(self):
             vectors = self.quantizer.codebook[codes][:, :, None, None].expand(-1, -1, side, side)
             pixels = self.decoder(vectors.to(self.dtype), codes[:, None, None].expand(-1, side, side))
@@ -327,7 +327,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def context(self, codes: Tensor) -> Tensor:
-        """What a prior may know of later scales: features of all coarser ones, brought to each scale's side.
+        """A prior's input for later scales: features of all coarser ones, resized to each scale.
 
         It is `(B, L - first side squared, D)` of codes `(B, L)`: a row for each code after the first scale.
         """

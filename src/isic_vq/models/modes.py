@@ -61,11 +61,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """Bring weights that were offloaded to where they are computed with, for a block that reads them outside of `forward`.
+    """Load offloaded weights onto their execution device, for a block that reads them outside of `forward`.
 
-    accelerate's and diffusers' hooks do that before a module's `forward` and undo it after it; here they do so for the
-    block, but for modules whose weights are there. A module that is called within it may send its weights away again, and then
-    brings them itself.
+    accelerate's and diffusers' hooks do that before a module's `forward` and undo it after it; here they are called around
+    the block, for modules whose weights are elsewhere. A module called within the block may offload its weights again.
     """
     hooks: list[tuple[nn.Module, Any]] = []
     for part in module.modules():

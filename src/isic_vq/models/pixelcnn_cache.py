@@ -77,7 +77,7 @@ class Cache(ABC):
         self.head = [(conv.bias, conv.weight.flatten(1).t().contiguous()) for conv in (first, second)]
 
     def start_row(self, row: int) -> None:
-        """Compute what the rows above mean to a row; rows are started in order."""
+        """Compute the features that a row gets from the rows above; rows are started in order."""
         self.position_row.copy_(self.position[row])
         self.see_rows_above()
 
@@ -96,7 +96,7 @@ class Cache(ABC):
         return torch.addmm(second_bias, hidden, second)
 
     def put(self, column: int, codes: Tensor) -> None:
-        """Take in the codes `(B,)` drawn at a column of the present row."""
+        """Feed the codes `(B,)` drawn at a column of the current row."""
         self.codes[:, column] = codes
         last = min(column + self.first_reach, self.grid - 1)
         if last > column:

@@ -289,11 +289,9 @@ class Share:
 
 
 class CompiledRows(Rows):
-    """Draws rows of codes with compiled kernels, on as many threads as torch uses.
+    """Draws rows of codes with compiled kernels, on as many threads as torch uses; needs float32 or float64 on a CPU.
 
-    Args:
-        cache: features of the rows above, float32 or float64 on a CPU.
-        sampling: how codes are drawn; with top-k or top-p torch draws them, column by column.
+    With top-k or top-p torch draws the codes, column by column.
     """
 
     def __init__(self, cache: GatedCache | PlainCache, sampling: Sampling):

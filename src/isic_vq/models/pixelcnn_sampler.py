@@ -63,12 +63,7 @@ def open_rows(backend: str, cache: Cache, sampling: Sampling) -> Rows:
 
 
 class RasterWalk:
-    """A `Walk` over rows from above, and in each over the codes from the left, every one a group of its own.
-
-    Args:
-        model: in eval mode.
-        conditions: `(B,)`, see `PriorModel.conditions`.
-    """
+    """A `Walk` over the codes in raster order, each a group of its own, with a model in eval mode."""
 
     def __init__(self, model: "PixelCNNModel", conditions: Tensor):
         self.cache, self.grid = open_cache(model, conditions), model.config.grid_size

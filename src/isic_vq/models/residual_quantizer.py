@@ -88,7 +88,7 @@ class ResidualQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
-        """What the codebook must represent of latents `(B, D, h, w)`: the residuals of all scales, `(B * L, D)`.
+        """The vectors of latents `(B, D, h, w)` that the codebook represents: the residuals of all scales, `(B * L, D)`.
 
         `quantized=False` takes the residuals that each scale would have if those before it had lost nothing but detail.
         """
@@ -120,7 +120,7 @@ class ResidualQuantizer(VectorQuantizer):
         return [part.unflatten(1, (side, side)) for part, side in zip(parts, self.scales, strict=False)]
 
     def context(self, codes: Tensor) -> Tensor:
-        """What coarser scales tell of each later one: inputs `(B, L - first side squared, D)` of a prior."""
+        """A prior's input `(B, L - first side squared, D)` for later scales: features of all coarser ones."""
         features: Tensor | None = None
         inputs = [self.codebook.new_zeros(codes.shape[0], 0, self.code_dim)]
         for index, grid in enumerate(self.grids(codes)):

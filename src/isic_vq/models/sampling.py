@@ -94,8 +94,8 @@ class Sampling:
             logits: raw, in any precision.
             uniforms: in [0, 1), float64.
             guidance_share: of what guidance adds to 1, only this share is taken.
-            total: float64 scalar to which the logits are added after guidance and temperature, in place. It stays
-                finite as long as they are, and nobody has to wait for a device to know; see `check`.
+            total: float64 scalar to which the logits are added after guidance and temperature, in place. It stays finite
+                as long as they do, without waiting for the device at each draw; see `check`.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.guided:
@@ -156,14 +156,9 @@ def exclude_unlikely(logits: Tensor, top_k: int | None, top_p: float | None) -> 
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sample: the first code whose cumulative probability exceeds the uniform.
+    """Inverse-CDF sample from logits `(..., K)`: the first code whose cumulative probability exceeds the uniform.
 
-    Args:
-        logits (`torch.Tensor` of shape `(..., K)`): -inf excludes a code.
-        uniforms (`torch.Tensor` of shape `(...)`): in [0, 1), float64.
-
-    Returns:
-        `torch.LongTensor` of the shape of `uniforms`, in [0, K).
+    Uniforms `(...)` are in [0, 1), float64; a logit of -inf excludes a code. The codes have the uniforms' shape.
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     # Rounding can leave the total a little off 1, so the uniform is scaled to it.

@@ -216,7 +216,7 @@ class VectorQuantizer(nn.Module):
             return nearest_codes(z.reshape(-1, self.code_dim), self.codebook).view(z.shape[:3])
 
     def rows_to_learn(self, latents: Tensor, quantized: bool = True) -> Tensor:
-        """What the codebook must represent of latents `(B, D, h, w)`: rows `(N, D)`, here the latents themselves.
+        """The vectors `(N, D)` of latents `(B, D, h, w)` that the codebook represents: here the latents themselves.
 
         Whether they are `quantized` makes a difference over several scales only.
         """
@@ -250,7 +250,7 @@ class VectorQuantizer(nn.Module):
         return [codes]
 
     def context(self, codes: Tensor) -> Tensor:
-        """What coarser scales tell a prior of later ones: of a single grid nothing, `(B, 0, D)`."""
+        """A prior's input for later scales: of a single grid none, `(B, 0, D)`."""
         return self.codebook.new_zeros(codes.shape[0], 0, self.code_dim)
 
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
