@@ -1,5 +1,6 @@
 """What the demonstration page computes, and the command that serves it; test_demo_browser.py opens the page."""
 
+import asyncio
 import colorsys
 import copy
 import json
@@ -27,6 +28,7 @@ from isic_vq.demo.code_maps import (
     overlay,
     use_table,
 )
+from isic_vq.demo.front import LOADING, LoadingNotice, card_text
 from isic_vq.demo.training_index import TrainingIndex, grid_distances
 from isic_vq.figures.numbers import CodebookUse
 from isic_vq.hub.pretrained import load_model
@@ -250,6 +252,61 @@ def test_settings_that_are_off_are_not_passed_on(demo):
 def test_the_shipped_checkpoint_needs_no_name():
     command = DemoModel(load_model(IsicVQModel)).generate(ANY, 1, 0).command
     assert command == "isic-vq generate -n 1 --seed 0"
+
+
+def test_the_page_opens_on_an_image_of_each_class(demo, model):
+    made = demo.generate_each_class()
+    names = list(model.config.class_names.values())
+    assert len(names) == 8
+    assert (made.codes == model.generate(8, names, seed=0).codes).all()
+    assert made.captions[:2] == ["melanoma, seed 0, image 0", "nevus, seed 0, image 1"]
+    labels = " ".join(f"--label {name}" for name in names)
+    assert made.command.endswith(f" -n 8 {labels} --seed 0")
+
+
+def test_a_card_holds_its_own_pictures_and_links_no_file(tmp_path):
+    (tmp_path / "outside.png").write_bytes(b"secret")
+    folder = tmp_path / "model"
+    (folder / "previews").mkdir(parents=True)
+    (folder / "previews" / "a.png").write_bytes(b"pixels")
+    (folder / "previews" / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "README.md").write_text(
+        "---\nlicense: x\n---\n# name\n![a](previews/a.png) ![b](../outside.png) ![c](previews/link.png) "
+        "![d](/etc/passwd) ![e](config.json) [reports](reports/) [paper](https://arxiv.org/abs/1) ![f]("
+        + "x" * 5000
+        + ")"
+    )
+    assert card_text(folder) == (
+        "# name\n![a](data:image/png;base64,cGl4ZWxz) b c d e reports [paper](https://arxiv.org/abs/1) f"
+    )
+
+
+def test_the_loading_notice_is_added_to_the_page_alone():
+    async def answer(scope, receive, send):
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-length", b"20"), (b"a", b"b")],
+            }
+        )
+        await send({"type": "http.response.body", "body": b"<head></head></head>"})
+
+    def sent(path):
+        messages = []
+
+        async def send(message):
+            messages.append(message)
+
+        asyncio.run(LoadingNotice(answer)({"type": "http", "path": path, "method": "GET"}, None, send))
+        return messages
+
+    start, body = sent("/")
+    assert start["headers"] == [(b"a", b"b")]
+    assert body["body"] == b"<head>" + LOADING + b"</head>"
+    start, body = sent("/other")
+    assert dict(start["headers"])[b"content-length"] == b"20"
+    assert body["body"] == b"<head></head></head>"
 
 
 def test_an_explained_image_is_its_reconstruction_and_the_priors_bits(demo, model, square):

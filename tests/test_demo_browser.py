@@ -175,6 +175,29 @@ def upload(page, path):
     raise AssertionError(f"the page never showed {path.name}")
 
 
+def test_the_page_opens_on_an_image_of_each_class(open_page, demo):
+    page = open_page()
+    shown = pictures(page, 8)
+    made = demo.generate_each_class()
+    assert all((a == np.asarray(b)).all() for a, b in zip(shown, made.images, strict=True))
+    assert panel(page).locator(".thumbnail-lg img").first.bounding_box()["width"] >= 190
+    assert "8 diagnoses, 16 x 16 pixels" in page.locator("body").inner_text()
+
+
+def test_a_page_whose_scripts_have_not_come_says_that_it_is_loading(browser, servers):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(servers[0].url)
+    content = "getComputedStyle(document.querySelector('gradio-app'), '::before').content"
+    assert "the page is loading" in page.evaluate(content)
+    context.close()
+    page = browser.new_page()
+    page.goto(servers[0].url)
+    page.get_by_role("button", name="Generate", exact=True).wait_for(timeout=1000 * PATIENCE)
+    assert page.evaluate(content) == "none"
+    page.close()
+
+
 def test_generated_images_are_the_models_own(open_page, demo):
     page = open_page()
     assert "not a diagnostic device" in page.locator("#notice").inner_text()
@@ -228,7 +251,7 @@ def test_a_generated_image_is_edited_in_a_box_and_under_a_brush(open_page, demo)
     page.get_by_role("button", name="Generate", exact=True).click()
     square = Image.fromarray(pictures(page, 4)[0])
     page.get_by_role("tab", name="Edit").click()
-    page.get_by_role("button", name="Take the generated image").click()
+    panel(page).get_by_role("button", name="Take the image clicked in Generate").click()
     panel(page).locator(".image-frame img").wait_for()
     panel(page).get_by_role("spinbutton", name="Top edge").fill("12")
     panel(page).get_by_role("spinbutton", name="Bottom edge").fill("16")
@@ -241,9 +264,13 @@ def test_a_generated_image_is_edited_in_a_box_and_under_a_brush(open_page, demo)
     page.get_by_label("a brush").check()
     canvas = panel(page).locator("canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(1000)  # the canvas takes the image a moment after it appears
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    clip = {"x": x - 40, "y": y - 40, "width": 80, "height": 80}
+    deadline = time.monotonic() + PATIENCE
+    while np.ptp(np.asarray(Image.open(BytesIO(page.screenshot(clip=clip))).convert("L"))) < 8:
+        assert time.monotonic() < deadline, "the canvas never shows the image"
+        page.wait_for_timeout(250)
     page.mouse.move(x - 20, y)
     page.mouse.down()
     page.mouse.move(x + 20, y, steps=5)
@@ -310,6 +337,12 @@ def test_the_space_serves_the_same_page(browser, servers):
     page.goto(servers[1].url)
     page.get_by_role("button", name="Generate", exact=True).wait_for(timeout=1000 * PATIENCE)
     tabs = page.get_by_role("tab").all_inner_texts()
-    assert tabs == ["Generate", "Reconstruct", "Edit"], "no index, no tab for it"
+    assert tabs == ["Generate", "Reconstruct", "Edit", "Card"], "no index, no tab for it"
     assert page.title() == "isic-vq"
+    pictures(page, 7)
+    page.get_by_role("tab", name="Card").click()
+    panel(page).get_by_role("heading", name="isic-vq-128").wait_for()
+    drawn = panel(page).locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert len(drawn) > 8
+    assert min(drawn) > 100
     page.close()

@@ -28,6 +28,7 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.sampling import Sampling
 
 ANY = "any"  # the value of the diagnosis field for unconditional images
+MAX_IMAGES = 16  # of one seed; computed as one block
 Pictures = list[tuple[Image.Image, str]]
 
 
@@ -127,7 +128,7 @@ class DemoModel:
 
     def generate(
         self,
-        diagnosis: str,
+        diagnosis: str | Sequence[str],
         num_images: int,
         seed: int | None,
         sampling: Sampling | None = None,
@@ -135,25 +136,32 @@ class DemoModel:
     ) -> Generated:
         """Generate the same images as `IsicVQModel.generate` and `isic-vq generate` with this seed.
 
-        `diagnosis` is a class of the model or `ANY`; other arguments and errors are as in `IsicVQModel.generate`.
+        `diagnosis` is a class of the model, one per image, or `ANY`; other arguments and errors are as in
+        `IsicVQModel.generate`.
         """
         seed, sampling = checked_seed(seed), sampling or Sampling()
-        label = None if diagnosis == ANY else diagnosis
+        labels = [] if diagnosis == ANY else [diagnosis] if isinstance(diagnosis, str) else [*diagnosis]
+        label = labels if len(labels) > 1 else next(iter(labels), None)
         output: Any = self.model.generate(
             int(num_images), label, seed=seed, sampling=sampling, on_step=on_step
         )
         source = self.model.config.name_or_path
-        options = {} if not source or is_default(source) else {"--model": source}
-        options |= {"-n": num_images} | ({"--label": label} if label else {}) | {"--seed": seed}
-        options |= {f"--{name.replace('_', '-')}": value for name, value in sampling.changes.items()}
-        words = ["isic-vq", "generate", *(str(word) for option in options.items() for word in option)]
-        name = readable(label or "any diagnosis")
+        options = [] if not source or is_default(source) else [("--model", source)]
+        options += [("-n", num_images), *(("--label", name) for name in labels), ("--seed", seed)]
+        options += [(f"--{name.replace('_', '-')}", value) for name, value in sampling.changes.items()]
+        words = ["isic-vq", "generate", *(str(word) for option in options for word in option)]
+        names = (labels or ["any diagnosis"]) * int(num_images)
         return Generated(
             images=self.processor.postprocess(output.pixel_values),
-            captions=[f"{name}, seed {seed}, image {index}" for index in range(int(num_images))],
+            captions=[f"{readable(names[i])}, seed {seed}, image {i}" for i in range(int(num_images))],
             codes=output.codes.cpu(),
             command=shlex.join(words),
         )
+
+    def generate_each_class(self) -> Generated:
+        """Generate an image of each class (at most `MAX_IMAGES`), or four of a model without classes, with seed 0."""
+        shown = self.diagnoses[:MAX_IMAGES]
+        return self.generate(shown or ANY, len(shown) or 4, 0)
 
     def explain(self, square: Image.Image | None) -> Explained:
         """Reconstruct an image, and measure the reconstruction and its codes; ValueError without an image."""

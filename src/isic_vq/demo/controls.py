@@ -17,6 +17,7 @@ try:
 except ImportError:
     spaces = None
 
+LENDS_GPU = spaces is not None
 MAX_SEED = 2**53 - 1  # the largest integer that a browser holds exactly
 
 # Events are private to the page unless `public` names them. Those that compute run one at a time; the others do not wait.
@@ -28,7 +29,7 @@ READING: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": 
 
 def on_gpu(callback: Callable[..., Any]) -> Callable[..., Any]:
     """Run a callback on a lent GPU, in a Space that has them; elsewhere leave it as it is."""
-    return callback if spaces is None else spaces.GPU(callback)
+    return spaces.GPU(callback) if LENDS_GPU else callback
 
 
 def public(name: str) -> dict[str, Any]:
@@ -59,18 +60,29 @@ def step_counter(progress: gr.Progress, total: int) -> Callable[[], None]:
 
 def upload_field() -> gr.File:
     """Make a field for an image file, which the image processor checks."""
-    return gr.File(label="Image file", file_types=["image"], height=120)
+    return gr.File(label="Image file (its centred square)", file_types=["image"], height=150)
+
+
+def take_button() -> gr.Button:
+    """Make a button that takes the image clicked last in the tab Generate, the first if none was clicked."""
+    return gr.Button("Take the image clicked in Generate", size="md")
 
 
 def diagnosis_field(demo: DemoModel) -> gr.Dropdown:
     """Make a choice of the model's diagnoses, or none."""
     names = [(readable(name), name) for name in demo.diagnoses]
-    return gr.Dropdown([("any (unconditional)", ANY), *names], value=ANY, label="Diagnosis")
+    return gr.Dropdown(
+        [("any (unconditional)", ANY), *names],
+        value=ANY,
+        label="Diagnosis",
+        info="What the images are to show.",
+    )
 
 
 def seed_field() -> gr.Number:
     """Make a field for the seed."""
-    return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+    info = "Any whole number; the same seed draws the same images."
+    return gr.Number(0, label="Seed", info=info, precision=0, minimum=0, maximum=MAX_SEED)
 
 
 def slider(

@@ -1,16 +1,19 @@
 """The page's four tabs: their fields, and callbacks that call `DemoModel`."""
 
+import functools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from isic_vq.demo.actions import DemoModel, Generated, Pictures, chosen, made_before
+from isic_vq.demo.actions import MAX_IMAGES, DemoModel, Generated, Pictures, chosen, made_before
 from isic_vq.demo.code_maps import MOST_BITS, use_table
 from isic_vq.demo.controls import (
     COMPUTING,
+    LENDS_GPU,
     PRIVATE,
     READING,
     diagnosis_field,
@@ -21,13 +24,13 @@ from isic_vq.demo.controls import (
     seed_field,
     slider,
     step_counter,
+    take_button,
     upload_field,
     with_messages,
 )
 from isic_vq.demo.training_index import TrainingIndex
 from isic_vq.models.sampling import Sampling
 
-MAX_IMAGES = 16  # of one seed; computed as one block
 MAX_VARIANTS = 8
 MAX_NEIGHBOURS = 24
 STATE_SECONDS = 3600
@@ -36,26 +39,41 @@ BRUSH = gr.Brush(default_size=20, colors=[("#1a66ff", 0.6)], color_mode="fixed")
 
 
 def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
-    """Lay out the tab Generate; returns the states of the images and of the number that was clicked last."""
+    """Lay out the tab Generate, which opens on an image of each class.
+
+    Returns:
+        The states of the images and of the number that was clicked last.
+    """
     generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
+        with gr.Column(scale=1, min_width=320):
             fields = [
                 diagnosis_field(demo),
-                slider(1, MAX_IMAGES, 4, "Number of images"),
+                slider(1, MAX_IMAGES, 4, "Number of images", "More take longer."),
                 seed_field(),
-                slider(0.1, 2, 1, "Temperature", "Below 1 safer, above 1 wilder.", 0.05),
+                slider(0.1, 2, 1, "Temperature", "Below 1 more typical, above 1 more varied.", 0.05),
             ]
             with gr.Accordion("Advanced", open=False):
                 fields += [
                     slider(0, 5, 1, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1),
-                    slider(0, demo.num_codes, 0, "Top-k", "Most likely codes to keep; 0 is off."),
-                    slider(0.05, 1, 1, "Top-p", "Probability to keep; 1 is off.", 0.05),
+                    slider(0, demo.num_codes, 0, "Top-k", "Draw from so many likeliest codes; 0 is off."),
+                    slider(0.05, 1, 1, "Top-p", "Draw from codes of so much probability; 1 is off.", 0.05),
                 ]
             button = gr.Button("Generate", variant="primary")
-        with gr.Column(scale=2, min_width=280):
-            images = gallery("Generated images")
+        with gr.Column(scale=3, min_width=320):
+            images = gallery("Generated images: click one to enlarge it, and to use it in the other tabs")
             command = gr.Textbox(label="The same images from the command line", interactive=False)
+
+    def show(made: Generated) -> tuple[Pictures, str, Generated, int]:
+        return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
+
+    generate_each_class = functools.cache(on_gpu(demo.generate_each_class))
+    if not LENDS_GPU:
+        generate_each_class()  # before anybody opens the page; a lent GPU is there only for a visitor
+
+    @with_messages
+    def open_page() -> tuple[Pictures, str, Generated, int]:
+        return show(generate_each_class())
 
     @with_messages
     @on_gpu
@@ -75,7 +93,7 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
             diagnosis: a diagnosis of the model, such as "melanoma", or "any".
             num_images: how many, from 1 to 16.
             seed: image i depends on (seed, i) alone.
-            temperature: below 1 safer, above 1 wilder.
+            temperature: below 1 more typical, above 1 more varied.
             guidance_scale: 1 is off; more follows the diagnosis.
             top_k: most likely codes to keep; 0 keeps all.
             top_p: probability to keep; 1 keeps all.
@@ -86,31 +104,29 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
         """
         on_step = step_counter(progress, demo.num_steps)
         sampling = Sampling(temperature, int(top_k) or None, None if top_p == 1 else top_p, guidance_scale)
-        made = demo.generate(diagnosis, num_images, seed, sampling, on_step)
-        return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
+        return show(demo.generate(diagnosis, num_images, seed, sampling, on_step))
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
     outputs = [images, command, generated, selected]
+    gr.on(None, open_page, None, outputs, show_progress_on=images, **COMPUTING)  # when a page is loaded
     button.click(generate, fields, outputs, show_progress_on=images, **public("generate"))
     images.select(select, None, selected, **PRIVATE)
     return generated, selected
 
 
-def reconstruct_tab(demo: DemoModel) -> None:
-    """Lay out the tab Reconstruct, for an uploaded image."""
+def reconstruct_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
+    """Lay out the tab Reconstruct, for an uploaded or a generated image."""
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            file = upload_field()
+        with gr.Column(scale=1, min_width=320):
+            file, take = upload_field(), take_button()
             numbers = gr.HTML(padding=False)
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=320):
             with gr.Row():
-                seen = picture("Centred square")
-                reconstruction = picture("Reconstruction")
+                seen, reconstruction = picture("Centred square"), picture("Reconstruction")
             with gr.Row():
-                codes = picture("Codes")
-                surprise = picture("Surprise")
+                codes, surprise = picture("Codes"), picture("Surprise")
             gr.Markdown(
                 "Codes: a colour each, alike for alike codes. Surprise: bits of each code under the prior, from pale "
                 f"(0) to dark ({MOST_BITS * math.log2(demo.num_codes):.1f} or more)."
@@ -118,6 +134,11 @@ def reconstruct_tab(demo: DemoModel) -> None:
             table = gr.HTML(padding=False)
 
     outputs = [seen, reconstruction, codes, surprise, numbers, table]
+
+    def explain(square: Image.Image) -> tuple[Any, ...]:
+        explained = demo.explain(square)
+        pictures = [square, explained.reconstruction, explained.code_map, explained.surprise]
+        return (*pictures, explained.table(), use_table(explained.use, demo.colors))
 
     @with_messages
     @on_gpu
@@ -130,15 +151,18 @@ def reconstruct_tab(demo: DemoModel) -> None:
         Returns:
             The centred square, its reconstruction, its codes as colours, how many bits each costs, and two tables in HTML.
         """
-        if path is None:
-            return [None] * len(outputs)
-        square = demo.read_square(path)
-        explained = demo.explain(square)
-        pictures = [square, explained.reconstruction, explained.code_map, explained.surprise]
-        return (*pictures, explained.table(), use_table(explained.use, demo.colors))
+        return [None] * len(outputs) if path is None else explain(demo.read_square(path))
+
+    @with_messages
+    @on_gpu
+    def reconstruct_generated(made: Generated | None, number: int) -> tuple[Any, ...]:
+        return explain(made_before(made).images[number])
 
     file.change(lambda: [None] * len(outputs), None, outputs, **PRIVATE).then(
         reconstruct, file, outputs, show_progress_on=reconstruction, **public("reconstruct")
+    )
+    take.click(
+        reconstruct_generated, [generated, selected], outputs, show_progress_on=reconstruction, **COMPUTING
     )
 
 
@@ -146,11 +170,13 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
     """Lay out the fields and pictures of the tab Edit."""
     size, field = demo.size, SimpleNamespace()
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            field.file = upload_field()
-            field.take = gr.Button("Take the generated image", size="md")
-            methods = [("a box", "box"), ("a brush", "brush")]
-            field.method = gr.Radio(methods, value="box", label="Mark the region with")
+        with gr.Column(scale=1, min_width=320):
+            field.file, field.take = upload_field(), take_button()
+            methods, info = (
+                [("a box", "box"), ("a brush", "brush")],
+                "What is marked is drawn anew, the rest stays.",
+            )
+            field.method = gr.Radio(methods, value="box", label="Mark the region with", info=info)
             with gr.Group() as field.box:
                 quarter = size // 4
                 values = {"Left": quarter, "Top": quarter, "Right": size - quarter, "Bottom": size - quarter}
@@ -158,13 +184,14 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
                     slider(0, size, value, f"{name} edge, in pixels") for name, value in values.items()
                 ]
             field.diagnosis, field.seed = diagnosis_field(demo), seed_field()
-            field.variants = slider(1, MAX_VARIANTS, 3, "Variants")
+            field.variants = slider(1, MAX_VARIANTS, 3, "Variants", "How many answers to show.")
             with gr.Accordion("Advanced", open=False):
-                info = "Candidates per variant; more fit better."
+                info = "Candidates per variant; more fit the rest better."
                 field.particles = slider(1, 256, 64, "Particles", info)
-                field.blend = gr.Checkbox(True, label="Blend the region's edges into the image")
+                info = "Off: the decoded patches are pasted as they are."
+                field.blend = gr.Checkbox(True, label="Blend the region's edges into the image", info=info)
             field.button = gr.Button("Inpaint", variant="primary")
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=320):
             with gr.Row():
                 field.region = picture("Region to inpaint")
                 field.editor = gr.ImageEditor(
@@ -181,6 +208,47 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
                 )
             field.results = gallery("Original, region, variants")
     return field
+
+
+def inpaint_endpoint(demo: DemoModel) -> Callable[..., Pictures]:
+    """Make the function that programs call to inpaint a box; the page's own takes a painted region, too."""
+
+    @with_messages
+    @on_gpu
+    def inpaint(
+        path: str | None,
+        diagnosis: str,
+        num_variants: int,
+        seed: int | None,
+        num_particles: int,
+        blend: bool,
+        left: int,
+        top: int,
+        right: int,
+        bottom: int,
+    ) -> Pictures:
+        """Inpaint a box of an image's centred square, at the model's size, given a diagnosis and the rest of the image.
+
+        Args:
+            path: an image file.
+            diagnosis: a diagnosis of the model, such as "melanoma", or "any".
+            num_variants: how many, from 1 to 8.
+            seed: variant i depends on (seed, i) and the image.
+            num_particles: candidates per variant; more fit better.
+            blend: blend the region's edges into the image.
+            left: edge of the box, in pixels.
+            top: edge of the box, in pixels.
+            right: edge of the box, in pixels.
+            bottom: edge of the box, in pixels.
+
+        Returns:
+            The original, the marked region and the variants, with captions.
+        """
+        image = None if path is None else demo.read_square(path)
+        mask = demo.box_mask(left, top, right, bottom)
+        return demo.edit(image, mask, diagnosis, num_variants, seed, num_particles, blend)
+
+    return inpaint
 
 
 def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
@@ -227,41 +295,6 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         on_step = step_counter(progress, count * demo.num_steps)
         return demo.edit(image, mask, name, count, number, candidates, blend, on_step)
 
-    @with_messages
-    @on_gpu
-    def inpaint(
-        path: str | None,
-        diagnosis: str,
-        num_variants: int,
-        seed: int | None,
-        num_particles: int,
-        blend: bool,
-        left: int,
-        top: int,
-        right: int,
-        bottom: int,
-    ) -> Pictures:
-        """Inpaint a box of an image's centred square, at the model's size, given a diagnosis and the rest of the image.
-
-        Args:
-            path: an image file.
-            diagnosis: a diagnosis of the model, such as "melanoma", or "any".
-            num_variants: how many, from 1 to 8.
-            seed: variant i depends on (seed, i) and the image.
-            num_particles: candidates per variant; more fit better.
-            blend: blend the region's edges into the image.
-            left: edge of the box, in pixels.
-            top: edge of the box, in pixels.
-            right: edge of the box, in pixels.
-            bottom: edge of the box, in pixels.
-
-        Returns:
-            The original, the marked region and the variants, with captions.
-        """
-        image = None if path is None else demo.read_square(path)
-        mask = demo.box_mask(left, top, right, bottom)
-        return demo.edit(image, mask, diagnosis, num_variants, seed, num_particles, blend)
-
     def show_method(how: str) -> Any:
         by_box = how == "box"
         return gr.Group(visible=by_box), gr.Image(visible=by_box), gr.ImageEditor(visible=not by_box)
@@ -275,22 +308,26 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
     )
     changes = [edge.change for edge in field.edges]
     gr.on(changes, show_region, inputs, region, trigger_mode="always_last", **PRIVATE)
-    field.method.change(show_method, field.method, [field.box, region, field.editor], **PRIVATE)
+    field.method.change(show_method, field.method, [field.box, region, field.editor], **PRIVATE).then(
+        to_editor, square, field.editor, **PRIVATE
+    )  # a canvas that was not visible shows no image
     settings = [field.diagnosis, field.variants, field.seed, field.particles, field.blend, *field.edges]
     field.button.click(edit, [square, field.method, field.editor, *settings], field.results, **COMPUTING)
-    gr.on([], inpaint, [field.file, *settings], field.results, **public("inpaint"))  # for programs alone
+    gr.on(
+        [], inpaint_endpoint(demo), [field.file, *settings], field.results, **public("inpaint")
+    )  # for programs alone
 
 
 def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, selected: gr.State) -> None:
     """Lay out the tab Nearest, which searches the training images."""
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
+        with gr.Column(scale=1, min_width=320):
             file = upload_field()
             search = gr.Button("Search for the uploaded image", variant="primary")
-            take = gr.Button("Search for the generated image")
-            count = slider(1, MAX_NEIGHBOURS, 7, "Training images to show")
+            take = gr.Button("Search for the image clicked in Generate")
+            count = slider(1, MAX_NEIGHBOURS, 7, "Training images to show", "The nearest first.")
             gr.Markdown(index.attribution())
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=320):
             results = gallery("Nearest training images, decoded from their codes")
             gr.Markdown(
                 "Distance: root mean squared distance of the quantized latents; 0 means equal codes. Training images "
