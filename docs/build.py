@@ -22,19 +22,20 @@ from front_page import (
     unusual_images_table,
 )
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table
+from isic_vq.evaluation.report_tables import markdown_table, report_tables
 from isic_vq.figures.png import png_content
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
 from isic_vq.hub.card import (
     COMPARISON,
+    as_text,
     audit_verdict,
+    column_title,
     history,
     measured_on,
     metric_cell,
     read_provenance,
     read_reports,
-    topic_tables,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,12 +266,18 @@ def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
         f"Measured with: {measured_on(reports.values())}. In brackets: 95 % intervals, which treat images as independent.",
     ]
     metrics = [metric for report in reports.values() for metric in report.metrics]
-    for topic, table in topic_tables(metrics).items():
-        parts.append(f"## {topic}")
-        if topic == "Memorisation":
+    for table in report_tables(metrics, column_title):
+        parts.append(f"## {table.title}")
+        if table.title == "Memorisation":
             parts.append(str(audit_verdict(reports)))
-        parts.append(table)
-        parts += [f"![{plot.caption}](figures/{plot.name}.png)" for plot in plots if plot.topic == topic]
+        rows = []
+        for (name, unit), row in table.rows.items():
+            cells = (metric_cell(row[column]) if column in row else "" for column in table.columns)
+            rows.append([as_text(name), unit, *cells])
+        parts.append(markdown_table(["metric", "unit", *table.columns], rows, texts=2))
+        parts += [
+            f"![{plot.caption}](figures/{plot.name}.png)" for plot in plots if plot.topic == table.title
+        ]
     return "\n\n".join(parts) + "\n"
 
 

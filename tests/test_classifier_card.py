@@ -74,7 +74,7 @@ def test_another_report_makes_another_card(exported, tmp_path):
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="has no report.json: expected a finished run"):
+    with pytest.raises(ValueError, match="has no report.json: expected the finished run"):
         export_classifier(tmp_path / "run", tmp_path / "out")
 
 

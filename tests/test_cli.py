@@ -219,7 +219,8 @@ def test_a_device_that_is_not_there_is_named(fails, tiny_run, tmp_path):
     model = tiny_run.prior / "model"
     for device in ("warp", "meta"):
         line = fails("generate", "-m", model, "-o", tmp_path / "out", "--device", device)
-        assert f"device {device!r} cannot be used: expected cpu, cuda, cuda:1 or mps" in line
+        assert f"device {device!r} cannot be used" in line
+        assert "expected cpu, cuda or mps" in line
     assert not (tmp_path / "out").exists()
 
 

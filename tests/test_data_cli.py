@@ -80,4 +80,4 @@ def test_prepare_verify_and_train_sources(run, tmp_path):
     assert "things are wrong; prepare the folder again" in error
     code, _, error = run("data", "prepare", str(out), "--data", "synthetic:41:0", "--size", "32")
     assert code == 1
-    assert "choose another folder, or add to it with --extend" in error
+    assert "choose another, or --extend it" in error

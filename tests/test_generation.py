@@ -391,7 +391,7 @@ def test_shard_of_another_set_under_the_same_name_is_refused(model, tmp_path, sh
 def test_shards_that_are_not_of_the_set_are_not_mixed_in(model, tmp_path):
     stranger = tmp_path / "images-00000-of-00009.parquet"
     stranger.write_bytes(b"")
-    refusal = f"holds {stranger.name}, which is not of this set of images"
+    refusal = f"holds {stranger.name}, not of this set: choose another folder"
     with pytest.raises(DataError, match=refusal):
         make(model, tmp_path)
     assert set(contents(tmp_path)) == {stranger.name}
@@ -488,8 +488,8 @@ def test_processes_take_their_shards_from_what_launchers_set(run_generate, monke
 @pytest.mark.parametrize(
     ("environment", "error"),
     [
-        ({"RANK": "1"}, "one of RANK and WORLD_SIZE is set"),
-        ({"WORLD_SIZE": "2"}, "one of RANK and WORLD_SIZE is set"),
+        ({"RANK": "1"}, "RANK or WORLD_SIZE is set"),
+        ({"WORLD_SIZE": "2"}, "RANK or WORLD_SIZE is set"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2: expected a number from 0 to 1"),
     ],
     ids=str,

@@ -135,9 +135,7 @@ def test_info_and_export(run, folder, var_run, tmp_path):
 
 
 def test_the_codec_says_that_it_takes_one_grid(model):
-    with pytest.raises(
-        CodecError, match="the model's prior is an isic_var: .* name a model whose prior is a PixelCNN"
-    ):
+    with pytest.raises(CodecError, match="the model's prior is isic_var: name one whose prior is a PixelCNN"):
         compress(model, torch.zeros(1, 21, dtype=torch.long), ["a.png"])
 
 

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process instead of giving it back to the system, which clears every page before it lends it again."""
+"""Keep freed memory in the process: the system would clear every page before it lends it again."""
 
 import ctypes
 import os
@@ -7,18 +7,15 @@ import sys
 SWITCH = "ISIC_VQ_KEEP_MEMORY"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TRIM_THRESHOLD = 2**31 - 1  # bytes free at the end of the heap, past which glibc shrinks it
-MMAP_THRESHOLDS = (
-    2**30,
-    2**25,
-)  # bytes from which a block is the system's; glibc before 2.35 refuses more than 32 MiB
+# Bytes from which a block is the system's; glibc before 2.35 refuses more than 32 MiB.
+MMAP_THRESHOLDS = (2**30, 2**25)
 
 
 def keep_freed_memory() -> bool:
     """Let glibc's malloc keep what is freed, for the rest of the process; returns whether it does.
 
     By default large tensors return to the system when they are freed: a model on a CPU spends a third of its time on pages
-    that are cleared again and again. Call it once, at the start of a program. Without glibc nothing happens, nor with
-    `ISIC_VQ_KEEP_MEMORY=0` in the environment, whose other values but 1 are a ValueError.
+    that are cleared again and again. `ISIC_VQ_KEEP_MEMORY=0` in the environment leaves malloc as it is.
     """
     wanted = os.environ.get(SWITCH, "1")
     if wanted not in ("0", "1"):

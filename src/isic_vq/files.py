@@ -52,11 +52,7 @@ def tidy_once(folder: Path) -> None:
         remove_leftovers(place)
 
 
-PREVIEWS = (
-    "unconditional",
-    "scales",
-    "reconstructions",
-)  # pictures of a repository folder beside those of classes
+PREVIEWS = ("unconditional", "scales", "reconstructions")  # pictures of a repository beside those of classes
 MAX_PREVIEWS = 24  # classes that have one
 
 

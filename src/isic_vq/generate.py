@@ -8,7 +8,6 @@ import fnmatch
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +32,7 @@ from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.pixelcnn_sampler import BACKENDS
 from isic_vq.models.sampling import Sampling
-from isic_vq.work import Work, check_process, settings_bytes
+from isic_vq.work import Work, check_process, settings_bytes, torch_threads
 
 MANIFEST = "generation.json"
 MAX_SHARDS = 10**5 - 1  # what their names number
@@ -42,8 +41,6 @@ MAX_SHARD_SIZE = 2**14  # images, which a process holds in memory
 
 @dataclass(frozen=True)
 class _Generation:
-    """A set of images that is being generated."""
-
     model: IsicVQModel
     work: Work  # its pieces are the shards
     settings: dict[str, Any]  # all that decides a byte of them, as `generation.json` has it
@@ -51,11 +48,9 @@ class _Generation:
 
     @property
     def run(self) -> str:
-        """The settings as 16 hexadecimal digits."""
         return hashlib.sha256(settings_bytes(self.settings)).hexdigest()[:16]
 
     def indices(self, shard: int) -> range:
-        """Return the numbers of a shard's images."""
         size = self.settings["images_per_shard"]
         return range(shard * size, min((shard + 1) * size, self.settings["num_images"]))
 
@@ -134,7 +129,7 @@ def generate_shards(
     names = [shard_name(shard, num_shards, format) for shard in range(num_shards)]
     work = Work(output, names, "shards", rank, world)
     generation = _Generation(model, work, {**asked, **_origin(model, str(asked["backend"]))}, ids)
-    with hold(output, rank, world), _one_thread():
+    with hold(output, rank, world), torch_threads(1):
         return _make_shards(generation, progress)
 
 
@@ -178,17 +173,6 @@ def _origin(model: IsicVQModel, backend: str) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: with another number, sums may be rounded differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _make_shards(generation: _Generation, progress: bool) -> tuple[int, int]:
     """Make the missing ones of a process's shards; returns how many, and how many were there."""
     work, class_names = generation.work, list(generation.model.config.class_names.values())
@@ -221,10 +205,7 @@ def _open_folder(generation: _Generation) -> None:
     if MANIFEST in present or not others:
         work.begin(generation.settings, MANIFEST)
     if others:
-        raise DataError(
-            f"{work.folder} holds {min(others)}, which is not of this set of images: choose another folder, or "
-            "move the file away"
-        )
+        raise DataError(f"{work.folder} holds {min(others)}, not of this set: choose another folder")
 
 
 def _check_shard(generation: _Generation, shard: int) -> None:
@@ -241,7 +222,6 @@ def _check_shard(generation: _Generation, shard: int) -> None:
 
 
 def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
-    """Generate the images of a shard in order."""
     model, settings, indices = generation.model, generation.settings, generation.indices(shard)
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     labels = generation.labels[torch.tensor(indices) % len(generation.labels)]

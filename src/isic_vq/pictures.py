@@ -21,6 +21,7 @@ from isic_vq.figures.png import write_png
 from isic_vq.figures.score_plots import Gallery
 from isic_vq.figures.write import check_matplotlib, csv_bytes
 from isic_vq.files import write_atomically
+from isic_vq.models.checks import expect
 from isic_vq.models.editing import EditOutput, pixel_mask
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
@@ -92,11 +93,8 @@ def write_generated(
     Raises:
         ValueError: an argument outside its range, or an unknown label.
     """
-    if num_images > MAX_PNGS:
-        raise ValueError(
-            f"num_images is {num_images}: expected at most {MAX_PNGS} PNGs; write shards for a larger set "
-            "(--shards parquet, generate_shards)"
-        )
+    allowed = f"at most {MAX_PNGS} PNGs; write shards (--shards parquet)"
+    expect(num_images <= MAX_PNGS, "num_images", num_images, allowed)
     sampling = sampling or Sampling()
     result = UnconditionalImageGenerationPipeline(model)(
         labels[0] if len(labels) == 1 else list(labels) or None,
@@ -138,8 +136,7 @@ def write_reconstructions(
     """
     from isic_vq.evaluation.reconstruction import evaluate_reconstruction
 
-    if limit < 1:
-        raise ValueError(f"limit is {limit}: expected at least 1")
+    expect(limit >= 1, "limit", limit, "at least 1")
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     batches, _ = read_images(data, processor, max_corrupt_share, stream=True)
     numbers = itertools.count()
@@ -208,10 +205,8 @@ def write_edits(
     Raises:
         ValueError: not one of mask, box and lower_half is given, or it marks nothing; an argument outside its range.
     """
-    if not 1 <= num_images <= 256:
-        raise ValueError(f"num_images is {num_images}: expected 1 to 256 variants")
-    if particles > 4096:
-        raise ValueError(f"particles is {particles}: expected at most 4096")
+    expect(1 <= num_images <= 256, "num_images", num_images, "1 to 256 variants")
+    expect(particles <= 4096, "particles", particles, "at most 4096")
     processor = IsicVQImageProcessor(size=model.config.vqvae_config.image_size)
     marked = marked_pixels(processor, image, mask, box, lower_half)
     original = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
@@ -243,10 +238,7 @@ def marked_pixels(
     box: Sequence[int] | None = None,
     lower_half: bool = False,
 ) -> Tensor:
-    """The pixels `(H, W)` bool of the model's square that a mask, a box or the lower half marks; see `write_edits`.
-
-    ValueError unless one of them is given, fits the image, and marks something that the model sees.
-    """
+    """The pixels `(H, W)` bool of the model's square that a mask, a box or the lower half marks; see `write_edits`."""
     if (mask is not None) + (box is not None) + lower_half != 1:
         raise ValueError("what to redraw: expected one of --mask, --box and --lower-half")
     if lower_half:
@@ -257,8 +249,7 @@ def marked_pixels(
         picture = processor.load_image(mask)
         if picture.size != (width, height):
             raise ValueError(
-                f"--mask {mask} has {picture.size[0]} x {picture.size[1]} pixels: expected {width} x {height}, the "
-                "size of the image"
+                f"--mask {mask} is {picture.size[0]} x {picture.size[1]} pixels: expected the image's {width} x {height}"
             )
         marked = processor.to_mask(mask)
     else:
@@ -337,16 +328,9 @@ def write_scores(
 
 
 def write_sample(source: "Source", num_images: int, path: Path, seed: int = 0) -> int:
-    """Write a grid of some images of a source: its own pixels, not generated ones; returns how many it shows.
+    """Write a grid of some images of a source, of a stream the first ones; returns how many it shows.
 
-    Args:
-        source: of a stream the first images are shown, for the others are far away.
-        num_images: how many it has.
-        path: of the PNG.
-        seed: of the draw.
-
-    Raises:
-        ValueError: none of them can be read.
+    They are the source's own pixels, not generated ones. ValueError if none can be read.
     """
     from isic_vq.data.loading import iter_batches
 
@@ -371,10 +355,7 @@ def write_sample(source: "Source", num_images: int, path: Path, seed: int = 0) -
 def read_images(
     data: str, processor: IsicVQImageProcessor, max_corrupt_share: float, stream: bool = False
 ) -> tuple[Iterator[tuple[list[str], Tensor]], int | None]:
-    """Names and pixel values `(B, 3, H, W)` of a source or of one image file, in batches, and how many images there are.
-
-    Their number is None if they are streamed: if the source can only be, or because only the first ones are wanted.
-    """
+    """Names and pixel values `(B, 3, H, W)` of a source or image file, in batches, and their number; None if streamed."""
     if Path(data).is_file() and not data.endswith(".parquet"):
         return iter([([Path(data).name], processor(data, return_tensors="pt")["pixel_values"])]), 1
     from isic_vq.data.loading import iter_batches

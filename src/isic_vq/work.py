@@ -22,7 +22,7 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Work:
-    """Pieces of work in a folder that its processes hold."""
+    """Files to be made in a folder by one process or several, which can be interrupted at any time."""
 
     folder: Path  # where the pieces go
     names: Sequence[str]  # files of all pieces, in order
@@ -32,12 +32,10 @@ class Work:
 
     @property
     def numbers(self) -> range:
-        """Numbers of this process's pieces."""
         return range(self.rank, len(self.names), self.world)
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of its pieces that are not there."""
         return [number for number in self.numbers if not self.path(number).exists()]
 
     def path(self, number: int) -> Path:
@@ -80,10 +78,7 @@ def settings_bytes(settings: Mapping[str, Any]) -> bytes:
 
 
 def begin(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS) -> None:
-    """Write the settings that decide what comes out of work in a folder, or check that it was begun with the same.
-
-    DataError if they differ, or the JSON file `name` does not hold settings.
-    """
+    """Write the settings of work in a folder, or check that it was begun with the same; DataError if they differ."""
     path = folder / name
     if not path.is_file():
         write_atomically(path, settings_bytes(settings))
@@ -127,14 +122,11 @@ def differences_text(changed: Mapping[str, tuple[Any, Any]]) -> str:
 def launched_process() -> tuple[int, int]:
     """Return rank and number of processes, from what torchrun and accelerate launch set; (0, 1) alone.
 
-    On a machine with several GPUs, the one of its local rank becomes the one it uses. ValueError if only one of RANK and
-    WORLD_SIZE is set, or they contradict each other.
+    On a machine with several GPUs, the one of its local rank becomes the one it uses.
     """
     values = [os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(values) == 1:
-        raise ValueError(
-            "one of RANK and WORLD_SIZE is set in the environment: set both, as torchrun does, or neither"
-        )
+        raise ValueError("RANK or WORLD_SIZE is set in the environment: set both, as torchrun does")
     rank, world = map(int, values) if values else (0, 1)
     check_process(rank, world)
     import torch
@@ -148,3 +140,16 @@ def check_process(rank: int, world: int) -> None:
     """Raise ValueError unless 0 <= rank < world."""
     if not 0 <= rank < world:
         raise ValueError(f"this is process {rank} of {world}: expected a number from 0 to {world - 1}")
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Compute on a number of threads within the block: with another one, sums may be rounded differently."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -238,7 +238,7 @@ def test_it_can_only_be_streamed(plain):
         ("licence=CC-0", "no filter 'licence'. Expected license, image_type, diagnosis"),
         ("license=MIT", "license=MIT: the archive's licences are CC-0, CC-BY, CC-BY-NC"),
         ("diagnosis=wart", "diagnosis: 'wart' is not a known diagnosis"),
-        ("collection=HAM", "collection=HAM: expected numbers of collections, such as 212"),
+        ("collection=HAM", "collection=HAM: expected numbers, such as 212"),
         ("images=large", "images=large: expected thumbnail or full"),
         ("limit=0", "limit=0: expected a positive number"),
         ("limit=many", "limit=many: expected a positive number"),

@@ -111,7 +111,7 @@ def test_impossible_number_of_views_is_refused(model, image_folder, num_views):
 
 
 def test_codebook_beyond_uint16_is_refused_rather_than_wrapped_around(image_folder):
-    with pytest.raises(ValueError, match="num_codes is 65537: a code cache holds at most 65536"):
+    with pytest.raises(ValueError, match="num_codes is 65537: expected at most 65536"):
         encode(make_model(num_codes=2**16 + 1, code_dim=1), image_folder)
 
 

@@ -68,7 +68,7 @@ def test_what_is_not_there_is_an_error_at_once(server, fetcher):
 def test_a_failure_that_stays_is_an_error_that_names_it(kind, reason, server, fetcher):
     server.fail("/file", kind, times=100)
     with pytest.raises(
-        RemoteError, match=rf"/file could not be read: .*{reason}.*, with 3 retries. Try again later"
+        RemoteError, match=rf"/file could not be read: .*{reason}.*, with 3 retries. Try again"
     ) as caught:
         fetcher.get(Request(f"{server.url}/file?token=secret", (0, 2)))
     assert len(server.log) == 4
@@ -147,7 +147,7 @@ def test_retry_after_is_obeyed(server, fetcher):
 
 
 def test_a_range_beyond_the_end_is_an_error(server, fetcher):
-    with pytest.raises(RemoteError, match="ends before byte 2000: expected a longer file"):
+    with pytest.raises(RemoteError, match="ends before byte 2000. It may have been replaced"):
         fetcher.get(Request(f"{server.url}/3", byte_range=(500, 2000)))
     with pytest.raises(RemoteError, match="the server answered 416"):
         fetcher.get(Request(f"{server.url}/3", byte_range=(1500, 2000)))
@@ -392,7 +392,7 @@ def test_the_cache_keeps_to_its_size_and_drops_what_was_not_used(server, tmp_pat
 
 def test_a_cache_that_cannot_be_used_is_an_error(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="the cache 'file' cannot be used .* unset it to do without"):
+    with pytest.raises(DataError, match="the cache 'file' cannot be used .* set ISIC_VQ_CACHE to another"):
         HttpClient(settings(cache=tmp_path / "file")).get(Request(f"{server.url}/1"))
     fetcher = HttpClient(settings(cache=tmp_path / "cache"))
     (tmp_path / "cache").mkdir()

@@ -123,5 +123,5 @@ def test_opening_gives_the_data_set_or_else_the_stream():
 
 
 def test_an_impossible_part_is_refused():
-    with pytest.raises(ValueError, match="part is 'test', expected 'all', 'train' or 'validation'"):
+    with pytest.raises(ValueError, match="part is 'test': expected all, train or validation"):
         open_part("synthetic:30:0", "test")

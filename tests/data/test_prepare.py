@@ -180,9 +180,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(prepared, sou
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert not (out / MANIFEST).exists()
-        with pytest.raises(
-            DataError, match="has no manifest.json: expected a folder that isic-vq data prepare has"
-        ):
+        with pytest.raises(DataError, match="has no manifest.json: isic-vq data prepare writes it last"):
             Manifest.read(out)
     done = {path.name: path.stat().st_mtime_ns for path in (out / ".work").glob("*.parquet")}
     made = []
@@ -218,19 +216,19 @@ def test_the_same_command_on_a_finished_folder_changes_nothing(prepared, sources
 def test_other_settings_are_refused(prepared, sources, tmp_path):
     with pytest.raises(
         DataError,
-        match=r"out is finished and was prepared with other settings or sources \(size = 32, and this is 48\)",
+        match=r"out was prepared with other settings \(size = 32, and this is 48\)",
     ):
         prepare(prepared, sources, Preparation(size=48, rows_per_shard=10))
     with pytest.raises(
         DataError,
-        match=r"other settings or sources \(sources.1.split = .*\): choose another folder, or add to it",
+        match=r"other settings \(sources.1.split = .*\): choose another, or --extend it",
     ):
         prepare(prepared, sources[:1], SMALL)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(
         DataError,
-        match="full holds mine.txt, which does not belong to this preparation: choose an empty folder",
+        match="full holds mine.txt: choose an empty folder",
     ):
         prepare(tmp_path / "full", sources, SMALL)
 
@@ -321,7 +319,7 @@ def test_extending_moves_nothing_and_excludes_what_disagrees(prepared, tmp_path)
         (None, write_folder(tmp_path / "extra", extra)),
         ("validation", write_folder(tmp_path / "stolen", stolen)),
     ]
-    with pytest.raises(DataError, match="choose another folder, or add to it with --extend"):
+    with pytest.raises(DataError, match="choose another, or --extend it"):
         prepare(prepared, uris, SMALL)
     prepare(prepared, uris, SMALL, extend=True)
     rows = read_images(prepared)
@@ -354,7 +352,7 @@ def test_new_lesions_join_the_splits(prepared, tmp_path):
 
 
 def test_an_unfinished_or_other_folder_cannot_be_extended(prepared, sources, tmp_path):
-    with pytest.raises(DataError, match="none is not finished, so it cannot be extended"):
+    with pytest.raises(DataError, match="none is not finished: prepare it without --extend"):
         prepare(tmp_path / "none", sources, SMALL, extend=True)
     with pytest.raises(
         DataError, match="was prepared with size = 32, and this is 48: extend it with the same"
@@ -399,14 +397,14 @@ def test_what_cannot_be_read_back(prepared):
         find_source(f"prepared:{prepared.parent}/none")
     shard = next(prepared.glob("train-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"{shard.name} is missing or truncated: isic-vq data verify lists"):
+    with pytest.raises(DataError, match=f"{shard.name} is missing or truncated: isic-vq data prepare"):
         find_source(f"prepared:{prepared}:train")
     assert verify(prepared) == [
         f"{shard.name} has changed since it was written",
         *verify(prepared)[1:],
     ]
     (prepared / MANIFEST).write_text("{}")
-    with pytest.raises(DataError, match=r"manifest.json is damaged .*: prepare the folder again"):
+    with pytest.raises(DataError, match=r"manifest.json is damaged .*: prepare it again"):
         Manifest.read(prepared)
 
 

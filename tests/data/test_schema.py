@@ -132,7 +132,7 @@ def test_unknown_diagnosis_names_row_and_image():
 
 @pytest.mark.parametrize("age", ["old", -1, 200, "1e999", "84+"])
 def test_impossible_age_is_refused(age):
-    with pytest.raises(DataError, match=r"row 3: age .* is not a number of years"):
+    with pytest.raises(DataError, match=r"row 3: age .* is neither empty nor 0 to 130 years"):
         normalise({"age": age}, "row 3")
 
 

@@ -63,7 +63,7 @@ def test_split_is_a_partition_disjoint_by_group_and_free_of_order(lesions, seed,
     shuffled = random.sample(lesions, len(lesions))
     expected = {name: in_validation(name, 0.5, seed) for name in lesions}
     if len(set(expected.values())) < 2:
-        with pytest.raises(DataError, match="Use more images, another share or another seed"):
+        with pytest.raises(DataError, match="Use more images, or another share or seed"):
             split_rows([row(name) for name in lesions], 0.5, seed)
         return
     for order in (lesions, shuffled):

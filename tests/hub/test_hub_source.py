@@ -348,7 +348,7 @@ def test_other_formats_are_read_from_the_copy_that_the_hub_keeps(online, caplog)
     [
         (
             "fed-isic2019",
-            r"is not hub:OWNER/NAME\[@REVISION\]\[\?KEY=VALUE&...\], such as hub:flwrlabs/fed-isic2019",
+            r"is not hub:OWNER/NAME\[@REVISION\]\[\?KEY=VALUE&...\]",
         ),
         ("a/b/c", "is not hub:OWNER/NAME"),
         (

@@ -300,7 +300,7 @@ def test_a_report_that_somebody_added_to_a_pull_is_not_removed(pushed, output):
     pull(REPO, output)
     (output / "reports").mkdir(exist_ok=True)
     (output / "reports" / "mine.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds files that would be removed, such as reports/mine.json"):
+    with pytest.raises(ModelError, match="would lose files such as reports/mine.json"):
         pull(REPO, output)
     assert (output / "reports" / "mine.json").is_file()
 

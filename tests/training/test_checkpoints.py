@@ -105,9 +105,7 @@ def test_checkpoint_of_another_number_of_processes_is_refused(trainer):
     before = fingerprint(trainer)
     with pytest.raises(CheckpointError) as error:
         trainer.resume()
-    assert "step-00000006 was written by 4 processes, this run has 1: an exact resume needs as many" in str(
-        error.value
-    )
+    assert "step-00000006 was written by 4 processes: resume with as many, not 1" in str(error.value)
     for name, value in fingerprint(trainer).items():
         assert torch.equal(before[name], value), f"{name} was restored all the same"
 
@@ -154,9 +152,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(trainer, make_tr
 def test_run_without_a_readable_checkpoint_says_how_to_go_on(trainer):
     for path in trainer.checkpoints.list():
         (path / "progress.json").write_text("{")
-    with pytest.raises(
-        CheckpointError, match="run has no readable checkpoint: delete that folder, or choose"
-    ):
+    with pytest.raises(CheckpointError, match="run has no readable checkpoint: choose another output_dir"):
         trainer.checkpoints.load_newest()
 
 

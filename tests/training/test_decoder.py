@@ -144,7 +144,7 @@ def test_a_refinement_is_added_and_starts_as_identity(make_recipe, parts, tmp_pa
     train_decoder(make_recipe(*again))
     learned = load_model(VQVAEModel, str(tmp_path / "again" / "model")).decoder.refinement
     assert learned.last.weight.abs().max() > 0
-    with pytest.raises(ModelError, match="has a refinement of 4 channels: leave out refinement_size=8"):
+    with pytest.raises(ModelError, match="refinement_size is 8: the model's is 4"):
         train_decoder(make_recipe(*again, f"output_dir={tmp_path / 'other'}", "refinement_size=8"))
 
 
@@ -274,7 +274,10 @@ def test_folder_that_is_no_feature_model_is_refused(make_recipe, tmp_path):
         (["lecam_weight=-1"], "lecam_weight is -1: expected at least 0"),
         (["discriminator_layers=4"], "discriminator_layers is 4: expected 1, 2 or 3"),
         (["discriminator_warmup=200"], "discriminator_warmup is 200: expected at most adversarial_start"),
-        (["discriminator_warmup=5", "adversarial_weight=0"], "there is no discriminator"),
+        (
+            ["discriminator_warmup=5", "adversarial_weight=0"],
+            "discriminator_warmup is 5: expected 0 without adversarial_weight",
+        ),
         (["code_noise.image_share=1.5"], "image_share is 1.5: expected a value in"),
         (["code_noise.num_nearest=0"], "num_nearest is 0: expected at least 1"),
     ],

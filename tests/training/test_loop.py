@@ -370,9 +370,7 @@ def test_compiled_stage_takes_the_same_steps_and_saves_the_same_model(tiny_run, 
 
 def test_folder_of_a_run_is_not_overwritten_without_resume(tiny_run):
     before = digests(tiny_run.vqvae)
-    with pytest.raises(
-        TrainingError, match="vqvae already holds a run: continue it with --resume, or choose"
-    ):
+    with pytest.raises(TrainingError, match="vqvae already holds a run: --resume it, or choose"):
         vqvae_stage.train_vqvae(load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], []))
     assert digests(tiny_run.vqvae) == before
 

@@ -370,7 +370,7 @@ def test_a_run_goes_on_from_a_trained_prior_and_may_add_clusters(make_recipe, ti
     [
         ("model.hidden_size=4", r"start has hidden_size \d+, and this run 4: expected the same"),
         ("select_by=fid", "select_by is 'fid': expected 'bits_per_code', 'frechet_distance' or 'recall'"),
-        ("select_by=recall", "select_by is 'recall' and feature_model is not set"),
+        ("select_by=recall", "select_by is 'recall': expected a feature_model"),
         ("select_samples=3", "select_samples is 3: expected at least 12"),
     ],
 )

@@ -39,7 +39,7 @@ def test_another_run_is_refused_by_key_before_anything_is_written(tiny_run, vqva
         (["model.num_codes=16"], "model.num_codes = 8, and this is 16"),
         (["model.beta=1.0"], "model.beta = None, and this is 1.0"),
         (["loop.seed=7", "augment=false"], "loop.seed = 0, and this is 7; augment = True, and this is False"),
-        ([f"data.train={validation}"], "the train data differ from those the run began with"),
+        ([f"data.train={validation}"], "the train data differ from those of before"),
         (["data.stream=true", "loop.max_steps=9"], "data.stream = False, and this is True: resume"),
     ):
         with pytest.raises(TrainingError, match="choose another output_dir") as error:
@@ -90,7 +90,7 @@ def test_codes_of_another_tokenizer_are_other_data(tiny_run, tmp_path, monkeypat
     recorded["data"]["tokenizer"]["sha256"] = "0" * 64
     (folder / "run.json").write_text(json.dumps(recorded))
     recipe = load_recipe(PriorRecipe, tiny_run.configs["prior"], [f"output_dir={folder}"])
-    with pytest.raises(TrainingError, match="the tokenizer data differ from those the run began with"):
+    with pytest.raises(TrainingError, match="the tokenizer data differ from those of before"):
         train_prior(recipe, resume=True)
 
 
@@ -112,7 +112,7 @@ def test_a_run_without_a_checkpoint_starts_again(tiny_run, vqvae_run, resume, ca
 def test_a_finished_run_without_checkpoints_is_not_overwritten(tiny_run, vqvae_run, resume):
     shutil.rmtree(vqvae_run / "checkpoints")
     before = digests(vqvae_run)
-    with pytest.raises(TrainingError, match="holds a finished run and no checkpoint to resume"):
+    with pytest.raises(TrainingError, match="holds a finished run: choose another"):
         train_vqvae(recipe_of(tiny_run, vqvae_run), resume=resume)
     assert digests(vqvae_run) == before
 
@@ -172,9 +172,7 @@ def test_resume_runs_no_pickle_in_any_file_of_the_run(tiny_run, vqvae_run, tmp_p
 
 def test_a_checkpoint_of_pickles_is_refused_and_said_so(tiny_run, vqvae_run, tmp_path):
     plant(vqvae_run / "checkpoints" / "step-00000006" / "optimizer.bin", tmp_path / "ran")
-    with pytest.raises(
-        CheckpointError, match="step-00000006 holds pickles, which may run code and are not read"
-    ):
+    with pytest.raises(CheckpointError, match="step-00000006 holds pickles, which may run code"):
         train_vqvae(recipe_of(tiny_run, vqvae_run), resume=True)
     assert not (tmp_path / "ran").exists()
 

@@ -25,6 +25,7 @@ from isic_vq.codec.names import check_names
 from isic_vq.codec.prior_coder import PriorCoder, coder_of
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
 from isic_vq.data.code_cache import tokenizer_hash
+from isic_vq.models.checks import expect
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 
@@ -92,8 +93,7 @@ def compress(
             f"codes have shape {tuple(codes.shape)} and lie in [{codes.min()}, {codes.max()}]: expected "
             f"({len(names)}, {grid}, {grid}) in [0, {num_codes})"
         )
-    if not 1 <= lanes <= MAX_IMAGES:
-        raise ValueError(f"lanes is {lanes}: expected 1 to {MAX_IMAGES}")
+    expect(1 <= lanes <= MAX_IMAGES, "lanes", lanes, f"1 to {MAX_IMAGES}")
     check_names(names)
     lanes = min(lanes, len(names))
     label = model.prior.config.unconditional_id if label is None else label
@@ -165,8 +165,7 @@ def _table(code_counts: Sequence[int] | None, num_codes: int) -> Weights:
 def _check_raster(model: IsicVQModel) -> None:
     if not isinstance(model.prior, PixelCNNModel):
         raise CodecError(
-            f"the model's prior is an {model.config.prior_config.model_type}: files hold the codes of one grid in raster "
-            "order, so name a model whose prior is a PixelCNN"
+            f"the model's prior is {model.config.prior_config.model_type}: name one whose prior is a PixelCNN"
         )
 
 
@@ -182,8 +181,7 @@ def _check_settings(settings: Settings, model: IsicVQModel, table: Weights) -> N
         raise CodecError("the file was made by another tokenizer: name the model that it was compressed with")
     if settings.table != table_hash(table):
         raise CodecError(
-            "the file was coded with another static table: it comes from training_code_counts in the checkpoint's "
-            "provenance.json, so name the checkpoint that it was compressed with"
+            "the file was coded with another static table: name the checkpoint that it was compressed with"
         )
     if not 0 <= settings.label <= model.prior.config.unconditional_id:
         raise CodecError(f"the file's label {settings.label} is no class of the prior")

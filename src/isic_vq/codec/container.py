@@ -101,7 +101,9 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
     Raises:
         CodecError: the content is no .ivq file, or several, or both copies of its header are damaged.
     """
-    first, last = _first_header(content), _last_header(content)
+    place = len(content) - len(END) - _FRAME.size
+    first = _header(content, len(MAGIC), False) if content.startswith(MAGIC) else None
+    last = _header(content, place, True) if content.endswith(END) else None
     joined = content.find(MAGIC, 1)
     if joined > 0 or (first and last and first != last):
         raise CodecError(
@@ -112,9 +114,7 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
     if header is None:
         known = content.startswith(MAGIC) or content.endswith(END)
         raise CodecError(
-            "the header and its copy at the end of the file are both damaged: no block can be read"
-            if known
-            else "this is not an .ivq file: expected one that isic-vq compress wrote"
+            "the header and its copy at the end are both damaged" if known else "this is not an .ivq file"
         )
     settings, entries = _parse(header)
     start = len(MAGIC) + _FRAME.size + len(header)
@@ -151,21 +151,13 @@ def _inflated(content: bytes, most: int) -> Any:
     return json.loads(text)
 
 
-def _first_header(content: bytes) -> bytes | None:
-    start = len(MAGIC) + _FRAME.size
-    if not content.startswith(MAGIC) or len(content) < start:
+def _header(content: bytes, frame: int, is_copy: bool) -> bytes | None:
+    """The header after its frame, or the copy before it; None if it is damaged."""
+    if not 0 <= frame <= len(content) - _FRAME.size:
         return None
-    length, crc = _FRAME.unpack_from(content, len(MAGIC))
-    header = content[start : start + length]
-    return header if len(header) == length and zlib.crc32(header) == crc else None
-
-
-def _last_header(content: bytes) -> bytes | None:
-    stop = len(content) - len(END) - _FRAME.size
-    if not content.endswith(END) or stop < 0:
-        return None
-    length, crc = _FRAME.unpack_from(content, stop)
-    header = content[max(0, stop - length) : stop]
+    length, crc = _FRAME.unpack_from(content, frame)
+    start = frame - length if is_copy else frame + _FRAME.size
+    header = content[max(0, start) : start + length]
     return header if len(header) == length and zlib.crc32(header) == crc else None
 
 

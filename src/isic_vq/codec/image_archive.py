@@ -33,7 +33,6 @@ class Restored(NamedTuple):
     damage: list[str]
 
     def check(self, file: Path) -> None:
-        """Raise CodecError if a block is damaged."""
         if self.damage:
             listed = "; ".join(self.damage[:NUM_LISTED]) + and_more(len(self.damage))
             raise CodecError(f"{file.name} is damaged, and the images of these blocks are lost: {listed}")

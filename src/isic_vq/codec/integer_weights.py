@@ -51,10 +51,7 @@ def table_hash(weights: Weights) -> str:
 
 
 def training_code_counts(model: str | None = None) -> list[int] | None:
-    """The counts of the K codes in the training images, from the provenance.json of a checkpoint; None if not recorded.
-
-    ModelError without such a checkpoint (a folder, a Hub id, or None for the shipped one), ValueError for a damaged file.
-    """
+    """Read the counts of the K codes in the training images from a checkpoint's provenance.json; None if not recorded."""
     name = resolve(model)
     path = Path(name) / PROVENANCE
     if not Path(name).is_dir():

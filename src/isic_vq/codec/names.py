@@ -17,16 +17,12 @@ def check_names(names: Sequence[str]) -> None:
         is_wrong_part = any(part in ("", ".", "..") for part in name.split("/"))
         if is_wrong_part or any(character in "\\:" or ord(character) < 32 for character in name):
             raise CodecError(
-                f"an image is called {name!r}: expected a relative path with forward slashes, without '..', ':', "
-                "backslashes or control characters"
+                f"an image is called {name!r}: expected a relative path without '..', ':' and backslashes"
             )
 
 
 def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
-    """Paths of PNGs: "a/b.jpg" becomes "a/b.png", or all keep their suffixes if two would become the same.
-
-    CodecError as `check_names`, or if a path would leave the folder.
-    """
+    """Turn "a/b.jpg" into "a/b.png", or keep all suffixes if two would become the same; no path may leave the folder."""
     check_names(names)
     suffixes = [PurePosixPath(name).suffix for name in names]
     stems = [
@@ -37,7 +33,5 @@ def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
     root = folder.resolve()
     for name, path in zip(names, paths, strict=True):
         if not path.resolve().is_relative_to(root):  # through a link in the folder
-            raise CodecError(
-                f"the image {name!r} would be written outside of {folder.name}: nothing is written"
-            )
+            raise CodecError(f"the image {name!r} would be written outside of {folder.name}")
     return paths

@@ -7,8 +7,7 @@ block in raster order with the sampler's cached features; encoder and decoder di
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from isic_vq.models.modes import exactly
 from isic_vq.models.pixelcnn_cache import open_cache
 from isic_vq.models.pixelcnn_sampler import open_rows
 from isic_vq.models.sampling import Sampling
+from isic_vq.work import torch_threads
 
 BACKEND = "eager"
 
@@ -32,16 +32,11 @@ NextCodes = Callable[[int, Weights], NDArray[np.int64]]
 
 
 class PriorCoder:
-    """Codes blocks of up to `lanes` images under the prior, which is on the CPU, given a class or the unconditional id.
-
-    All lanes are computed, even for a smaller block. ValueError for a prior elsewhere, or a number out of range.
-    """
+    """Codes blocks of up to `lanes` images under a prior on the CPU, given a class id or the unconditional one."""
 
     def __init__(self, prior: PixelCNNModel, label: int, lanes: int, threads: int):
         if prior.device.type != "cpu":
-            raise ValueError(
-                f"the prior is on {prior.device}: expected it on the CPU, move it with prior.cpu()"
-            )
+            raise ValueError(f"the prior is on {prior.device}: move it with prior.cpu()")
         if lanes < 1 or threads < 1:
             raise ValueError(f"lanes is {lanes} and threads is {threads}: expected at least 1")
         self.prior, self.lanes, self.threads = prior, lanes, threads
@@ -128,8 +123,7 @@ def coder_of(layout: Layout, prior: PixelCNNModel, label: int) -> PriorCoder:
         raise CodecError("the file was coded with another prior: name the model that it was compressed with")
     if layout.threads > (cores := os.cpu_count() or 1):
         raise CodecError(
-            f"the file was coded with {layout.threads} threads, and this machine has {cores} cores: decompress it on one "
-            "with more"
+            f"the file was coded with {layout.threads} threads: decompress it on a machine with as many cores, not {cores}"
         )
     coder = PriorCoder(prior, label, layout.lanes, layout.threads)
     if coder.canary() != layout.canary:
@@ -148,14 +142,3 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Set the number of torch's threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

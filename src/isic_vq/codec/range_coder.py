@@ -36,7 +36,6 @@ class CodeEncoder:
             self._coder.encode(symbols, _BY_ROW, weights)
 
     def payload(self) -> bytes:
-        """Return the bytes of all codes so far."""
         return self._coder.get_compressed().astype(_WORD).tobytes()
 
 

@@ -16,15 +16,14 @@ NUM_VIEWS = 8
 
 
 def dihedral(pixel_values: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-    """Apply to each image of a batch `(B, ..., side, side)` its own symmetry `(B,)`, int64 in 0 to 7; returns a new tensor."""
+    """Apply to each image of a batch `(B, ..., side, side)` its symmetry `(B,)`, int64 in 0 to 7; returns a new tensor."""
     if pixel_values.ndim < 3 or pixel_values.shape[-1] != pixel_values.shape[-2]:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, ..., side, side)."
         )
     if views.dtype != torch.int64 or views.shape != pixel_values.shape[:1]:
         raise ValueError(
-            f"views has shape {tuple(views.shape)} and type {views.dtype}, "
-            f"expected ({pixel_values.shape[0]},) and int64."
+            f"views has shape {tuple(views.shape)} and type {views.dtype}, expected ({len(pixel_values)},) and int64."
         )
     present = views.unique().tolist()
     if any(view not in range(NUM_VIEWS) for view in present):
@@ -43,10 +42,7 @@ def view(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
 
 
 def random_views(num_images: int, seed: int, epoch: int) -> torch.Tensor:
-    """Draw a view for each image of an epoch: int64 of shape (num_images,), uniform in 0 to 7.
-
-    A function of the arguments alone: the same after any resume, for any batch size and number of processes.
-    """
+    """Draw a view, int64 in 0 to 7, for each image of an epoch; the same after any resume, and in any process."""
     state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     return torch.randint(NUM_VIEWS, (num_images,), generator=generator)

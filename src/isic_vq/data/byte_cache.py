@@ -14,10 +14,7 @@ from isic_vq.files import beside, tidy_once
 
 
 class ByteCache:
-    """Contents by key in a folder, which is made if needed; methods raise OSError if it cannot be read or written.
-
-    `limit` is in bytes; each process may exceed it by a twentieth until it looks at the folder again.
-    """
+    """Contents by key; each process may exceed the limit, in bytes, by a twentieth until it looks at the folder again."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit

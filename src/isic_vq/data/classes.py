@@ -53,15 +53,12 @@ class Classes:
         if names in ([AUTO], [NONE]):
             return cls(ISIC, "take") if names == [AUTO] else cls((), "ignore")
         if declared is not None and not names:
-            raise ValueError(
-                f"classes is empty: expected names, {AUTO} for the labels as they are, or {NONE} for no labels"
-            )
+            raise ValueError(f"classes is empty: expected names, {AUTO} or {NONE}")
         unique: dict[str, None] = {}
         for name in names:
             if isinstance(name, bool) or not isinstance(name, (str, int)):
                 raise ValueError(
-                    f"classes holds {name!r}, which is not text: write it in quotes (YAML reads yes, no, on, off and dates "
-                    "as something else)"
+                    f"classes holds {name!r}, which is not text: write it in quotes, as YAML reads no, on and dates otherwise"
                 )
             text = _clean(str(name))
             diagnosis = find_diagnosis(text, synonyms_only=True)
@@ -123,17 +120,12 @@ def ordered_classes(present: Iterable[str], declared: Sequence[str] | None = Non
 
 
 class Reading:
-    """One pass over a source's records: names their classes, and counts what is left out and why.
-
-    If strict it stops at the first label that is neither declared nor known; else `check` refuses all together.
-    """
+    """One pass over a source: names classes, and counts what is left out; if not strict, `check` refuses unknown labels."""
 
     def __init__(self, classes: Classes | None = None, is_strict: bool = True):
         self.classes, self.is_strict = classes or Classes(), is_strict
         self.labels: Counter[str] = Counter()  # images by class
-        self.read_as: Counter[tuple[str, str]] = (
-            Counter()
-        )  # by (label as it is written, class) where these differ
+        self.read_as: Counter[tuple[str, str]] = Counter()  # by (label as written, class) where these differ
         self.others: Counter[str] = Counter()  # by label that is neither declared nor known
         self.first_other = ""  # where the first of these is
         self.left_out: dict[str, list[str]] = {}  # names of files and images by the reason
@@ -159,11 +151,9 @@ class Reading:
         return name
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Count a file or image that is left out."""
         self.left_out.setdefault(reason, []).append(name)
 
     def note(self, remark: str, name: str) -> None:
-        """Count an image that is kept with a remark."""
         self.notes.setdefault(remark, []).append(name)
 
     def check(self, source: str) -> None:
@@ -256,12 +246,10 @@ def _folded(text: str) -> str:
 
 
 def _refuse_cases(names: Iterable[str]) -> None:
-    """Refuse names that differ only in case or blanks."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         other = seen.setdefault(_folded(name), name)
         if other != name:
             raise ValueError(
-                f"the classes {other!r} and {name!r} differ in case alone, and are one folder on some machines: rename one "
-                "of them, or declare one, which then takes both"
+                f"the classes {other!r} and {name!r} differ in case alone: rename one, or declare one"
             )

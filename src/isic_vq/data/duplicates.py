@@ -74,10 +74,9 @@ class DuplicatePair:
 
 
 def signature(image: Image.Image | bytes) -> bytes:
-    """Describe an image, or its encoded bytes, in `SIGNATURE_BYTES` bytes for `find_duplicates`.
+    """Describe an image of at least 16 pixels, or its encoded bytes, in `SIGNATURE_BYTES` bytes for `find_duplicates`.
 
     Encoded large JPEGs are decoded at a fraction of their size, which changes the signature as little as recompression.
-    ImageError for an image that is damaged or smaller than 16 pixels.
     """
     square = IsicVQImageProcessor(size=SIDE).to_square(image)
     detail = np.rint(_DETAIL_SCALE * _detail(Image.fromarray(square).convert("L"))).clip(-127, 127)
@@ -87,16 +86,15 @@ def signature(image: Image.Image | bytes) -> bytes:
 
 
 def find_duplicates(signatures: Sequence[bytes]) -> list[DuplicatePair]:
-    """Find the pairs of images that show the same photograph, sorted by `first` and `second`.
+    """Find the pairs of images that show the same photograph, sorted by `first` and `second`, from a `signature` per row.
 
-    Of one `signature` per row. A pair is in the view that matches best; every two of several copies are a pair. Images
-    without detail (of one colour, or a smooth gradient) are never in a pair. ValueError for a signature of another length.
+    A pair is in the view that matches best; every two of several copies are a pair. Images without detail (of one colour, or
+    a smooth gradient) are never in a pair.
     """
     for row, content in enumerate(signatures):
         if len(content) != SIGNATURE_BYTES:
             raise ValueError(
-                f"The signature of row {row} has {len(content)} bytes, expected {SIGNATURE_BYTES}: "
-                "make it again with isic_vq.data.duplicates.signature."
+                f"signature {row} has {len(content)} bytes, expected {SIGNATURE_BYTES}: compute it again"
             )
     table = np.frombuffer(b"".join(signatures), dtype=_SIGNATURE)
     rows = np.flatnonzero([_strength(entry) >= MIN_DETAIL for entry in table["detail"]])
@@ -115,10 +113,10 @@ def find_duplicates(signatures: Sequence[bytes]) -> list[DuplicatePair]:
 
 
 def near_hashes(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Find all pairs of rows whose hashes differ in at most `MAX_DISTANCE` bits in some view.
+    """Find all pairs of rows whose hashes, `(rows, 8)` uint64, differ in at most `MAX_DISTANCE` bits in some view.
 
-    Of hashes `(rows, 8)` uint64 in all views. Returns first row, second row and view of every match, int64, sorted: the hash
-    of the first in that view is near the hash of the second in view 0, and first < second.
+    Returns first row, second row and view of every match, int64, sorted: the hash of the first in that view is near the hash
+    of the second in view 0, and first < second.
     """
     queries = np.ascontiguousarray(hashes).ravel()
     in_bands = [np.empty(0, np.int64)]
@@ -134,11 +132,10 @@ def near_hashes(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[
 def drop_from_train(
     pairs: Sequence[DuplicatePair], splits: Sequence[str], names: Sequence[str], num_fixed: int = 0
 ) -> dict[int, str]:
-    """Choose the rows to exclude so that no photograph of training is in validation or test, with a reason for each.
+    """Choose rows to exclude, each with a reason, so that no photograph of training is in validation or test.
 
-    The training row of a pair is excluded, or the other one if the training row is among the first `num_fixed`, which stay.
-    Duplicates within a split, between validation and test, and other photographs of the lesion stay. `splits` and `names`
-    are of every row.
+    That is the training row of a pair, or the other one if the training row is among the first `num_fixed`. Duplicates
+    within a split, between validation and test, and other photographs of the lesion stay.
     """
     reasons: dict[int, str] = {}
     for pair in sorted(pairs, key=lambda pair: -pair.similarity):
@@ -211,7 +208,6 @@ def _frame_level(luminance: Image.Image) -> Image.Image:
 
 
 def _blur(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Average over Gaussian neighbourhoods within the picture."""
     return _NEIGHBOURS @ values @ _NEIGHBOURS.T
 
 

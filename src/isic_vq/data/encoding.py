@@ -24,6 +24,7 @@ from isic_vq.data.sources import Source, SourceInfo
 from isic_vq.data.sources.base import ranges, stream_parts
 from isic_vq.files import write_atomically
 from isic_vq.locks import hold
+from isic_vq.models.checks import expect
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.work import Work
@@ -60,14 +61,10 @@ class Encoding:
     max_corrupt_share: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_views <= NUM_VIEWS:
-            raise ValueError(f"num_views is {self.num_views}: expected 1 to {NUM_VIEWS}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: expected at least 1")
-        if self.model.config.num_codes > 2**16:
-            raise ValueError(
-                f"num_codes is {self.model.config.num_codes}: a code cache holds at most {2**16}"
-            )
+        expect(1 <= self.num_views <= NUM_VIEWS, "num_views", self.num_views, f"1 to {NUM_VIEWS}")
+        expect(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        num_codes = self.model.config.num_codes
+        expect(num_codes <= 2**16, "num_codes", num_codes, f"at most {2**16} in a code cache")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,24 +84,18 @@ class Encoding:
         return self.num_views, *self.model.config.code_shape
 
     def chunks(self) -> list[Any]:
-        """Ranges of rows, or parts of the source."""
         if not isinstance(self.records, Dataset):
             return self.records.parts()
         return ranges(len(self.records), CHUNK_SIZE)
 
     def open(self, chunk: Any) -> Dataset | IterableDataset:
-        """The records of a chunk."""
         if isinstance(self.records, Dataset):
             return self.records.select(chunk)
         return stream_parts(self.records, [chunk])
 
 
 def encode_source(*arguments: Any, progress: bool = False, **options: Any) -> CodeCache:
-    """Encode all images in this process, in memory; arguments and ValueError are those of `Encoding`.
-
-    Raises:
-        DataError: too many images are corrupt, or none is left.
-    """
+    """Encode all images in this process, in memory; arguments are those of `Encoding`. DataError if none can be read."""
     encoding = Encoding(*arguments, **options)
     counter = SkipCounter(encoding.max_corrupt_share, encoding.source.num_images)
     tables = []
@@ -120,17 +111,8 @@ def encode_to_file(
 ) -> int | None:
     """Encode this process's missing chunks, and join all chunks once they are finished.
 
-    An output that already holds these codes stays as it is.
-
-    Args:
-        encoding: the same in all processes.
-        output: the cache; chunks are kept in a folder beside it until it is written.
-        rank: number of this process.
-        world: number of processes.
-        progress: show a progress bar of this process's images.
-
-    Returns:
-        The number of images in the cache, or None if another process is to finish it.
+    Returns the number of images in the cache, or None if another process is to finish it. Chunks lie in a folder beside the
+    output until it is written; an output that already holds these codes stays as it is.
 
     Raises:
         DataError: too many images are corrupt, or none is left; or the folder was begun with other settings.

@@ -111,11 +111,10 @@ class HttpClient:
         self.cache = ByteCache(settings.cache, int(settings.cache_gib * 2**30)) if settings.cache else None
 
     def get(self, request: Request) -> bytes:
-        """Fetch an address, or a range of its bytes.
+        """Fetch an address, or a range of its bytes; RemoteError if that fails, DataError if the cache cannot be used.
 
         Cached content is returned without asking the server whether it changed (images of the archive never do); give the
-        `version` of a file that may change. RemoteError if it is missing, shorter than the range, of another version, or
-        unreadable after all retries; DataError if the cache cannot be used.
+        `version` of a file that may change.
         """
         if self.cache is None:
             return self._get(request)
@@ -127,8 +126,7 @@ class HttpClient:
                 self.cache.put(key, content)
         except OSError as error:
             raise DataError(
-                f"the cache {self.cache.folder.name!r} cannot be used ({error.strerror}): point ISIC_VQ_CACHE to another "
-                "folder, or unset it to do without"
+                f"the cache {self.cache.folder.name!r} cannot be used ({error.strerror}): set ISIC_VQ_CACHE to another"
             ) from error
         return content
 
@@ -149,9 +147,7 @@ class HttpClient:
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise RemoteError(f"{public_path(url)}: the server answered with the wrong range.")
         if end is not None and len(content) < end - first:
-            raise RemoteError(
-                f"{public_path(url)} ends before byte {end}: expected a longer file. It may have been replaced."
-            )
+            raise RemoteError(f"{public_path(url)} ends before byte {end}. It may have been replaced.")
         return content
 
     def get_json(self, url: str, params: dict[str, str] | None = None) -> Any:
@@ -160,9 +156,7 @@ class HttpClient:
         try:
             return response.json()
         except ValueError as error:
-            raise RemoteError(
-                f"{public_path(url)} did not answer with JSON: {error}. Check the address."
-            ) from error
+            raise RemoteError(f"{public_path(url)} did not answer with JSON: {error}") from error
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[bytes | RemoteError]:
         """Yield the result of `get`, or its RemoteError, for each request in order, several at once.
@@ -200,30 +194,24 @@ class HttpClient:
         except HTTPError as error:
             reason = error.reason if isinstance(error, MaxRetryError) else error
             raise RemoteError(
-                f"{name} could not be read: {reason}, with {self.settings.retries} retries. Try again later; what is "
-                "finished stays."
+                f"{name} could not be read: {reason}, with {self.settings.retries} retries. Try again; what is finished stays."
             ) from None
         if answer.status not in (200, 206, 412):
             detail = answer.data[:200].decode("utf-8", "replace").strip() if answer.status == 400 else ""
             raise RemoteError(
-                f"{name}: the server answered {answer.status}{f' ({detail})' if detail else ''}. Check the address, "
-                "and whether it is still there."
+                f"{name}: the server answered {answer.status}{f' ({detail})' if detail else ''}. Check the address."
             )
         return answer
 
 
 class RangeFile(AbstractBufferedFile):
-    """A seekable remote file for zipfile, tarfile and pyarrow, read in ranges with some read-ahead.
-
-    RemoteError if it is missing, its server supports no ranges, or its ETag changes while it is read.
-    """
+    """A seekable remote file for zipfile, tarfile and pyarrow, read in ranges; an error if its ETag changes."""
 
     def __init__(self, url: str):
         headers = client().request("HEAD", url).headers
         if headers.get("Accept-Ranges") != "bytes" or "Content-Length" not in headers:
             raise RemoteError(
-                f"{public_path(url)}: the server supports no ranges, or does not state the file's size. Download it, and "
-                "name it by its path."
+                f"{public_path(url)}: the server supports no ranges, or tells no size. Download it, and name it by its path."
             )
         self.etag = headers.get("ETag")
         super().__init__(None, url, block_size=READ_AHEAD, size=int(headers["Content-Length"]))

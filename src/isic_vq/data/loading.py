@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from isic_vq.data.augmentation import random_views, view
 from isic_vq.data.order import seeded_subset
 from isic_vq.data.schema import DataError
+from isic_vq.models.checks import expect
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,7 @@ NUM_NAMED_SKIPS = 5
 class Batch(TypedDict):
     """A collated batch."""
 
-    pixel_values: (
-        torch.Tensor
-    )  # float32 (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) if all are corrupt
+    pixel_values: torch.Tensor  # float32 (batch, 3, height, width), RGB in [0, 1]; (0, 3, 0, 0) without any
     labels: torch.Tensor  # int64 (batch,); the unconditional id for a diagnosis that the model does not have
     indices: torch.Tensor  # int64 (batch,), rows of the data set
     skipped: list[str]  # "name: reason" of each corrupt image, which the tensors leave out
@@ -76,11 +75,9 @@ class DecodedImages(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def num_images(self) -> int:
-        """The number of images, corrupt ones included."""
         return len(self.records)
 
     def views(self, seed: int, epoch: int) -> list[int]:
-        """The view of each image in an epoch."""
         return random_views(len(self), seed, epoch).tolist()
 
     def sample(self, size: int, seed: int) -> torch.utils.data.Subset[dict[str, Any]]:
@@ -109,12 +106,11 @@ class SkipCounter:
     """Counts corrupt images over a run, logs each once by name, and raises when their share is above `max_share`.
 
     Until `finish`, the share is of at least `min_images`, so that one corrupt image among the first few does not stop the
-    run: the size of the data set where it is known.
+    run.
     """
 
     def __init__(self, max_share: float = 0.01, min_images: int = 1000):
-        if not 0 <= max_share <= 1:
-            raise ValueError(f"max_share is {max_share}, expected a share from 0 to 1 such as 0.01.")
+        expect(0 <= max_share <= 1, "max_share", max_share, "a share from 0 to 1 such as 0.01")
         self.max_share = max_share
         self.min_images = min_images
         self.num_images = 0  # of every epoch, corrupt ones included
@@ -181,8 +177,7 @@ def iter_batches(
 ) -> Iterator[Batch]:
     """Yield the images of a data set or stream once, in order, in batches with `isic_ids` and `diagnoses`.
 
-    Corrupt images make a batch smaller; a batch without any sound image is left out. A larger share of corrupt images than
-    `max_corrupt_share` is a DataError. `label2id` is as for `DecodedImages`.
+    Corrupt images make a batch smaller; more of them than `max_corrupt_share` are a DataError.
     """
     counter = SkipCounter(max_corrupt_share, len(dataset) if isinstance(dataset, Dataset) else 1000)
     for batch in decoded_batches(dataset, image_processor, batch_size, label2id):

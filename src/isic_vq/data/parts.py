@@ -13,6 +13,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.base import describe_rows
 from isic_vq.data.splits import GROUP_COLUMNS, split_rows
+from isic_vq.models.checks import expect
 
 _KEY_COLUMNS = (*GROUP_COLUMNS, "license")  # rows that are alike in these are in the same part
 
@@ -67,8 +68,7 @@ def split_source(
 ) -> tuple[SelectedSource, SelectedSource]:
     """Split a source into training and validation by `split_rows` with seed 0; rows are read once.
 
-    `share` is the expected share of the groups in validation. Licences are selected after splitting, so that they do not move
-    an image to the other part. ValueError as `split_rows` and `licensed`; DataError also if a part has no such image.
+    Licences are selected after splitting, so that they do not move an image to the other part.
     """
     rows, fingerprint = list(source.metadata()), source.fingerprint()
     train, validation = (
@@ -85,10 +85,7 @@ def split_source(
 
 
 def licensed(source: Source, licenses: Collection[str]) -> Source:
-    """Select the images under one of these licences, in any spelling; without licences, all.
-
-    ValueError for an unknown licence; DataError if no image has such a licence.
-    """
+    """Select the images, at least one, under one of these licences, in any spelling; without licences, all."""
     return _selected(source, source.metadata(), source.name, licenses) if licenses else source
 
 
@@ -133,8 +130,7 @@ def open_part(
     Raises:
         ValueError, DataError: as `find_source`, `split_source` and `licensed`.
     """
-    if part not in ("all", "train", "validation"):
-        raise ValueError(f"part is {part!r}, expected 'all', 'train' or 'validation'.")
+    expect(part in ("all", "train", "validation"), "part", part, "all, train or validation")
     source = find_source(uri, classes)
     if part == "all":
         source = licensed(source, licenses)

@@ -55,6 +55,7 @@ from isic_vq.data.sources.manifest import (
 from isic_vq.data.splits import SPLITS, Assignment, assign_splits, few_images, stratified_report
 from isic_vq.files import write_atomically
 from isic_vq.locks import HOST, hold, is_running
+from isic_vq.models.checks import expect
 from isic_vq.models.image_processing_isic_vq import ImageError, IsicVQImageProcessor
 from isic_vq.work import SETTINGS, Work, differences, differences_text
 
@@ -95,21 +96,15 @@ class Preparation:
     max_corrupt_share: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.size < 16:
-            raise ValueError(f"size is {self.size}: expected at least 16 pixels")
-        if self.encoding not in ("jpeg", "png"):
-            raise ValueError(f"encoding is {self.encoding!r}: expected jpeg or png")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}: expected 1 to 100")
-        if self.format not in SUFFIXES:
-            raise ValueError(f"format is {self.format!r}: expected {' or '.join(SUFFIXES)}")
-        if self.rows_per_shard < 1:
-            raise ValueError(f"rows_per_shard is {self.rows_per_shard}: expected at least 1")
+        expect(self.size >= 16, "size", self.size, "at least 16 pixels")
+        expect(self.encoding in ("jpeg", "png"), "encoding", self.encoding, "jpeg or png")
+        expect(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
+        expect(self.format in SUFFIXES, "format", self.format, " or ".join(SUFFIXES))
+        expect(self.rows_per_shard >= 1, "rows_per_shard", self.rows_per_shard, "at least 1")
         for name in self.licenses:
             license_id(name)
 
     def encode(self, square: Any) -> bytes:
-        """Encode pixels (height, width, 3) as PNG or JPEG."""
         buffer = io.BytesIO()
         options = {"quality": self.quality, "subsampling": 0} if self.encoding == "jpeg" else {}
         Image.fromarray(square).save(buffer, format=self.encoding, **options)
@@ -239,7 +234,6 @@ def _settings(
     sources: Sequence[tuple[str | None, Source]],
     infos: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """All that decides the bytes of the folder."""
     named: list[dict[str, Any]] = []
     for (split, source), info in zip(sources, infos, strict=True):
         named.append({"split": split, **{key: info[key] for key in ("name", "fingerprint", "snapshot")}})
@@ -260,20 +254,15 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
     old = Manifest.read(output) if (output / MANIFEST).is_file() else None
     if old is None:
         if extend:
-            raise DataError(
-                f"{output.name} is not finished, so it cannot be extended: prepare it without --extend first"
-            )
+            raise DataError(f"{output.name} is not finished: prepare it without --extend first")
         others = {path.name for path in output.glob("*") if path.name != WORK and path.suffix != ".lock"}
         if others and not (output / WORK / SETTINGS).is_file():
-            raise DataError(
-                f"{output.name} holds {min(others)}, which does not belong to this preparation: choose an empty folder"
-            )
+            raise DataError(f"{output.name} holds {min(others)}: choose an empty folder")
         return None
     different = differences(old.settings, settings)
     if different and not extend:
         raise DataError(
-            f"{output.name} is finished and was prepared with other settings or sources ({differences_text(different)}): choose "
-            "another folder, or add to it with --extend"
+            f"{output.name} was prepared with other settings ({differences_text(different)}): choose another, or --extend it"
         )
     fixed = {key: values for key, values in different.items() if key in FIXED}
     if fixed:
@@ -284,7 +273,6 @@ def _open_folder(output: Path, settings: Mapping[str, Any], extend: bool) -> Man
 def _make_units(
     work: Work, calls: Sequence[tuple[Any, ...]], workers: int, num_images: int, progress: bool
 ) -> None:
-    """Make the missing units; `calls` are the arguments of `_make_unit` for all units."""
     missing = work.missing
     finished = (work.path(number) for number in work.numbers if number not in missing)
     initial = sum(pyarrow.parquet.read_metadata(path).num_rows for path in finished)

@@ -39,9 +39,7 @@ def read_training_data(folder: Path) -> dict[str, SourceInfo | None]:
         content = content.get(BY_STAGE, {}) if path.name == PROVENANCE else content
         return {stage: None if info is None else SourceInfo(**info) for stage, info in content.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder.name}/{path.name} is damaged ({error}): remove it, or train again"
-        ) from error
+        raise DataError(f"{folder.name}/{path.name} is damaged ({error}): train again") from error
 
 
 def licenses_of(data: Mapping[str, Mapping[str, Any] | None]) -> set[str]:

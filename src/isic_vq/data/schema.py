@@ -66,7 +66,7 @@ def normalise(
     reading: Reading | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Convert a record of any source to the columns of `FEATURES`.
+    """Convert a record of any source to the columns of `FEATURES`; a diagnosis of None says that it is left out.
 
     Args:
         record: a row with names of `COLUMN_ALIASES` and an undecoded image or none; other columns are dropped.
@@ -74,10 +74,6 @@ def normalise(
         class_names: names behind the ids in columns of class ids (`datasets.ClassLabel`).
         reading: the pass over the source, which names the class; by default one with ISIC's classes.
         label: of a record without a diagnosis, such as the name of its folder.
-
-    Returns:
-        The values by columns of `FEATURES`, with `image` only if the record has it. A diagnosis of None says that the
-        image is left out.
 
     Raises:
         DataError: the diagnosis or the age cannot be read; the message names the row.
@@ -146,7 +142,6 @@ def _levels(record: Mapping[str, Any], columns: tuple[str, ...]) -> list[str | N
 
 
 def _file_stem(record: Mapping[str, Any]) -> str | None:
-    """The stem of the image's file; None if the record names no file."""
     image = record.get("image")
     name = record.get("file_name") or (image.get("path") if isinstance(image, Mapping) else None)
     return None if name is None else PurePosixPath(str(name).replace("\\", "/")).stem
@@ -174,7 +169,5 @@ def _age(value: object, where: str) -> float | None:
     except ValueError:
         age = math.nan
     if not 0 <= age <= 130:
-        raise DataError(
-            f"{where}: age {value!r} is not a number of years from 0 to 130; leave it empty if unknown."
-        )
+        raise DataError(f"{where}: age {value!r} is neither empty nor 0 to 130 years")
     return age

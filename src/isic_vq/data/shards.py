@@ -44,7 +44,6 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """The name of its files, without suffix."""
         return f"{self.index:08d}"
 
 

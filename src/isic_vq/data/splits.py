@@ -18,6 +18,7 @@ from typing import Any
 
 from isic_vq.data.classes import UNKNOWN, counted
 from isic_vq.data.schema import DataError
+from isic_vq.models.checks import expect
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +52,12 @@ def assign_splits(
     new records are excluded, because any split would leave a lesion or patient in two.
 
     Args:
-        rows: have the columns `GROUP_COLUMNS`.
+        rows: have the columns `GROUP_COLUMNS`; of those with the same `isic_id`, all but the first are excluded.
         shares: expected share of the groups in "validation" and "test"; the rest is for training.
         seed: another seed gives another split.
         wanted: the split that comes with each record's source, or None.
         frozen_rows: the records that were assigned before.
         frozen: their assignments, which stay; excluded ones bind no group.
-
-    Returns:
-        One assignment per row. Of rows with the same `isic_id`, all but the first are excluded.
-
-    Raises:
-        ValueError: an unknown split, or shares that leave nothing for training.
-        DataError: a record has no id.
     """
     _check_shares(shares)
     unknown = sorted({name for name in wanted or () if name is not None} - set(SPLITS[:3]))
@@ -88,10 +82,7 @@ def assign_splits(
         new.append((row_keys, group, split, again))
     drawn = {group: _split_of(group[1], shares, seed) for _, group, _, again in new if again is None}
     drawn |= {group: next(iter(sides)) for group, sides in bound.of_group.items()}
-    every = [
-        *zip(frozen_rows, groups[:num_frozen], strict=True),
-        *zip(rows, groups[num_frozen:], strict=True),
-    ]
+    every = list(zip((*frozen_rows, *rows), groups, strict=True))
     drawn |= dict.fromkeys(_keep_in_training(every, drawn, set(bound.of_group)), "train")
     assignments = []
     for row_keys, group, split, again in new:
@@ -112,13 +103,11 @@ class _Sides:
     """The splits that groups are bound to, and the lesions and patients that bind them."""
 
     def __init__(self) -> None:
-        self.of_group: dict[
-            Key, dict[str, Key]
-        ] = {}  # group -> split -> the smallest key that binds it there
+        # By group and split, the smallest key that binds it there.
+        self.of_group: dict[Key, dict[str, Key]] = {}
         self.pairs: set[tuple[Key, str]] = set()  # every key and split that were added
 
     def add(self, group: Key, keys: Sequence[Key], split: str) -> None:
-        """Bind a group by a record with these keys."""
         sides = self.of_group.setdefault(group, {})
         sides[split] = min(sides.get(split, keys[0]), keys[0])
         self.pairs.update((key, split) for key in keys)
@@ -173,13 +162,11 @@ def few_images(report: Sequence[Stratum]) -> list[str]:
 
 
 def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split records, which have the columns `GROUP_COLUMNS`, into training and validation, disjoint by group.
+    """Split records, which have the columns `GROUP_COLUMNS`, into training and validation rows, disjoint by group.
 
-    Returns the numbers of the training rows and of the validation rows, in order. `share` is the expected share of the groups
-    in validation; ValueError unless it is between 0 and 1, DataError if one of the two would be empty.
+    `share` is the expected share of the groups in validation; DataError if one of the two would be empty.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share is {share}, expected a number between 0 and 1 such as 0.1.")
+    expect(0 < share < 1, "share", share, "a number between 0 and 1 such as 0.1")
     sides: tuple[list[int], list[int]] = ([], [])
     groups = _groups([_keys(row) for row in rows])
     drawn = {group: _split_of(group[1], {"validation": share}, seed) for group in groups}
@@ -188,8 +175,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], share: float, seed: int) -> tu
         sides[drawn[group] == "validation" and group not in kept].append(index)
     if not all(sides):
         raise DataError(
-            f"A share of {share} splits {len(rows)} images into {len(sides[0])} for training and "
-            f"{len(sides[1])} for validation. Use more images, another share or another seed."
+            f"A share of {share} of {len(rows)} images leaves one part empty. Use more images, or another share or seed."
         )
     return sides
 
@@ -221,9 +207,7 @@ def _keys(row: Mapping[str, Any]) -> list[Key]:
     if not keys and row["isic_id"]:
         keys = [("isic_id", str(row["isic_id"]))]
     if not keys:
-        raise DataError(
-            f"A record has none of {', '.join(GROUP_COLUMNS)}, so it cannot be split; fill in one of them."
-        )
+        raise DataError(f"A record has none of {', '.join(GROUP_COLUMNS)}; fill in one of them.")
     return keys
 
 

@@ -41,8 +41,7 @@ class Position:
 class StreamedImages:
     """Decoded images of a source, which may lack random access, in a new random order every epoch.
 
-    Items are those of `DecodedImages` with `isic_id`; their `index` is a checksum of the pixels instead of a row. `window`
-    images are shuffled together.
+    Items are those of `DecodedImages` with `isic_id`; their `index` is a checksum of the pixels instead of a row.
     """
 
     def __init__(
@@ -54,10 +53,7 @@ class StreamedImages:
     def lane(
         self, seed: int, epoch: int, lane: int = 0, num_lanes: int = 1, position: Position | None = None
     ) -> Iterator[tuple[dict[str, Any], Position]]:
-        """Yield the items of a lane, each with the position after it; all lanes together yield every image once.
-
-        A `position` resumes there; None starts the epoch.
-        """
+        """Yield the items of a lane from a position on, each with the position after it; all lanes yield every image once."""
         position = position or Position()
         parts = [self.parts[index] for index in _permutation(len(self.parts), seed, epoch)[lane::num_lanes]]
         reader = _Reader(self, parts, position.part, position.row)
@@ -105,11 +101,12 @@ class _Reader:
             row = 0
 
 
+@dataclass(frozen=True)
 class StreamViews:
     """A dihedral view, 0 to 7, for every index of a streamed item, from seed, epoch and index alone."""
 
-    def __init__(self, seed: int, epoch: int):
-        self.seed, self.epoch = seed, epoch
+    seed: int
+    epoch: int
 
     def __getitem__(self, index: int) -> int:
         state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, index)).generate_state(1)
@@ -123,9 +120,7 @@ def read_into_memory(source: Source, max_bytes: int = MAX_BYTES_IN_MEMORY) -> Da
         size += len((record["image"] or {}).get("bytes") or b"")
         if size > max_bytes:
             raise DataError(
-                f"{source.name} can only be read as a stream, and its images take more than the "
-                f"{max_bytes / 2**30:g} GiB that are kept in memory: write them to files first, with isic-vq data "
-                "prepare"
+                f"{source.name} streams over {max_bytes / 2**30:g} GiB: write it to files with isic-vq data prepare"
             )
         records.append(record)
     return Dataset.from_list(records, features=FEATURES)
@@ -136,5 +131,4 @@ def _stored(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permutation(size: int, seed: int, *key: int) -> list[int]:
-    """A random order of `size` things that depends only on the numbers."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key)).permutation(size).tolist()

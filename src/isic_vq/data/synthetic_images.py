@@ -38,8 +38,6 @@ _SKIN_TONES = (
 
 @dataclass(frozen=True)
 class _Look:
-    """The look of a diagnosis."""
-
     rim: tuple[int, int, int]  # colour at the border, RGB
     core: tuple[int, int, int]  # colour at the centre, RGB
     patch: tuple[int, int, int]  # colour of the irregular patches inside, RGB
@@ -146,7 +144,6 @@ def _clouds(size: int, cells: int, rng: np.random.Generator) -> Array:
 
 
 def _paint_skin(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Skin, (3, size, size) in [0, 255]."""
     size = x.shape[1]
     first, second = rng.choice(len(_SKIN_TONES), 2, replace=False)
     mix = rng.random()
@@ -158,7 +155,6 @@ def _paint_skin(x: Array, y: Array, rng: np.random.Generator) -> Array:
 
 
 def _paint_lesion(pixels: Array, x: Array, y: Array, look: _Look, rng: np.random.Generator) -> None:
-    """Blend one lesion into the picture, in place."""
     size = x.shape[1]
     centre_x, centre_y = rng.uniform(-0.18, 0.18, 2).tolist()
     turn, stretch = rng.uniform(0, math.pi), rng.uniform(1, 1.15 + look.asymmetry)
@@ -205,7 +201,6 @@ def _draw_dots(
 
 
 def _paint_hairs(pixels: Array, rng: np.random.Generator) -> None:
-    """Draw dark curved hairs over the picture, in place."""
     size = pixels.shape[1]
     canvas = Image.new("L", (2 * size, 2 * size))
     draw = ImageDraw.Draw(canvas)

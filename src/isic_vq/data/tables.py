@@ -31,13 +31,8 @@ def is_table(name: str) -> bool:
 def read_table(content: bytes, name: str, header: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Read the rows of a table, with column names in lower case; values of a CSV are text.
 
-    Args:
-        content: UTF-8 with or without a byte-order mark, or UTF-16 with one.
-        name: of the file, for errors; the suffix tells JSON lines from CSV.
-        header: column names of a CSV without a header row.
-
-    Raises:
-        DataError: another encoding, no rows, a duplicate column, an unclosed quote, or a row that is not as the header.
+    UTF-8 or, with its mark, UTF-16; the suffix of the name tells JSON lines from CSV, whose header may be given. DataError
+    for a duplicate column, an unclosed quote, or a row that is not as the header.
     """
     text = _decoded(content, name)
     if PurePosixPath(name).suffix.lower() == ".jsonl":
@@ -64,9 +59,7 @@ def _decoded(content: bytes, name: str) -> str:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{name} is not UTF-8 text (line {line}): save it as UTF-8, in a spreadsheet as 'CSV UTF-8'"
-        ) from error
+        raise DataError(f"{name} is not UTF-8 text (line {line}): save it as CSV UTF-8") from error
     if "\0" in text:
         raise DataError(f"{name} holds the character NUL: expected text, in UTF-8 or in UTF-16 with its mark")
     return text

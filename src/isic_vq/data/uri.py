@@ -26,10 +26,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 def parse_uri(uri: str, schemes: Collection[str]) -> tuple[str, str]:
-    """Split a URI into scheme and target; the scheme of a path is that of its content.
-
-    DataError for an unknown scheme, or a URI that names nothing.
-    """
+    """Split a URI into scheme, which must be known, and target; the scheme of a path is that of its content."""
     match = re.match(
         r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", "isic-archive:" if uri == "isic-archive" else uri, re.DOTALL
     )
@@ -58,18 +55,14 @@ def check_uri(uri: str) -> None:
     elif scheme == "prepared":
         folder = Path(_SPLIT.sub("", expand_path(target)))
         if not (folder / MANIFEST).is_file():
-            raise DataError(
-                f"{folder.name} has no {MANIFEST}: expected a folder that isic-vq data prepare has finished"
-            )
+            raise DataError(f"{folder.name} has no {MANIFEST}: isic-vq data prepare writes it last")
 
 
 def find_folder(target: str) -> list[str]:
     """The directory of folder:TARGET; DataError if there is none."""
     folder = expand_path(target)
     if not os.path.isdir(folder):
-        raise DataError(
-            f"folder:{public_path(target)} is not a directory. Expected folder:DIR with images in DIR or below."
-        )
+        raise DataError(f"folder:{public_path(target)} is not a directory.")
     return [folder]
 
 
@@ -78,8 +71,7 @@ def find_parquet(target: str) -> list[str]:
     files = _files(expand_path(target), ".parquet")
     if not files:
         raise DataError(
-            f"Nothing matches parquet:{public_path(target)}. Expected a parquet file, a pattern or a directory of *.parquet "
-            "files."
+            f"Nothing matches parquet:{public_path(target)}: expected a file, directory or pattern."
         )
     return files
 
@@ -122,9 +114,7 @@ def expand_path(path: str) -> str:
     def value(match: re.Match[str]) -> str:
         variable = match[1] or match[2]
         if not os.environ.get(variable):
-            raise DataError(
-                f"{path!r} needs the environment variable {variable}, which is not set. Set it to a folder."
-            )
+            raise DataError(f"{path!r} needs the environment variable {variable}: set it to a folder")
         return os.environ[variable]
 
     return os.path.expanduser(_VARIABLE.sub(value, path))
@@ -156,9 +146,7 @@ def expand_braces(pattern: str) -> list[str]:
     if match[1] is not None:
         first, last = int(match[1]), int(match[2])
         if not 0 <= last - first < MAX_NAMES:
-            raise DataError(
-                f"{match[0]} stands for no range of up to {MAX_NAMES} names, such as {{000..009}}."
-            )
+            raise DataError(f"{match[0]} stands for no range of up to {MAX_NAMES} names.")
         choices = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
     rests = expand_braces(pattern[match.end() :])
     return [f"{pattern[: match.start()]}{choice}{rest}" for choice in choices for rest in rests]

@@ -16,7 +16,7 @@ def verify(folder: Path) -> list[str]:
     """Check a prepared folder against its manifest, and return a sentence for each fault.
 
     Checked are the hash of every shard, every image, the place of every row, duplicate ids, lesions and patients in two
-    splits, the manifest's counts, and the attribution that a licence demands. DataError without a manifest or rows.
+    splits, the manifest's counts, and the attribution that a licence demands.
     """
     manifest, rows = Manifest.read(folder), read_images(folder)
     faults = list(_shard_faults(folder, manifest, rows))

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table, number_text, report_tables, topic_of
+from isic_vq.evaluation.report_tables import markdown_table, number_text, topic_of
 from isic_vq.files import MAX_PREVIEWS, preview_name, write_atomically
 from isic_vq.hub.pretrained import read_object
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
@@ -31,9 +31,8 @@ AUDIT_REPORT = "memorization.json"
 COMPARISON = "comparison.md"
 NOT_RECORDED = "not recorded"
 DATASET_TITLES = {"ham10000": "HAM10000", "uda1": "UDA-1"}
-KNOWN: tuple[
-    tuple[str, dict[str, str], str], ...
-] = (  # name and labels of a metric, and its title on the Hub
+# Name and labels of a metric, and its title on the Hub.
+KNOWN: tuple[tuple[str, dict[str, str], str], ...] = (
     ("psnr", {}, "PSNR of reconstructions (dB)"),
     ("ssim", {}, "SSIM of reconstructions"),
     ("bits_per_code", {}, "Bits per code"),
@@ -85,10 +84,7 @@ def write_card(folder: Path) -> None:
 
 
 def render_card(folder: Path, name: str) -> str:
-    """Render the card of a repository folder, which calls the model `name`: metadata and text.
-
-    ValueError without a report or provenance, or if the reports contradict each other.
-    """
+    """Render the card of a repository folder under a model's name; ValueError without report or provenance."""
     reports = read_reports(folder)
     origin = read_provenance(folder)
     config = IsicVQConfig.from_pretrained(folder)
@@ -216,33 +212,11 @@ def known_table(metrics: Iterable[Metric]) -> str:
     for metric in metrics:
         row, column = rows.setdefault(known_title(metric), {}), column_title(metric)
         if column in row:
-            raise ValueError(
-                f"there are two values of {metric.text} of {column}: keep one of the two reports"
-            )
+            raise ValueError(f"two values of {metric.text} of {column}: keep one of the two reports")
         row[column] = metric_cell(metric)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     cells = [[as_text(title), *(row.get(column, "") for column in columns)] for title, row in rows.items()]
     return markdown_table(["metric", *columns], cells)
-
-
-def topic_tables(metrics: Iterable[Metric]) -> dict[str, str]:
-    """Metrics as Markdown tables by topic; see `report_tables`.
-
-    Raises:
-        ValueError: one thing was measured twice.
-    """
-    tables = {}
-    for table in report_tables(metrics, column_title):
-        rows = [
-            [
-                as_text(name),
-                unit,
-                *(metric_cell(row[column]) if column in row else "" for column in table.columns),
-            ]
-            for (name, unit), row in table.rows.items()
-        ]
-        tables[table.title] = markdown_table(["metric", "unit", *table.columns], rows, texts=2)
-    return tables
 
 
 def metric_cell(metric: Metric) -> str:

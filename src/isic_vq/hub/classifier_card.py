@@ -35,9 +35,7 @@ def export_classifier(run: Path, folder: Path) -> None:
     """Write a classifier's finished run as a Hub repository's folder, which is replaced; ValueError for any other run."""
     for name in ("report.json", "recipe.yaml", f"model/{TRAINING_DATA}"):
         if not (run / name).is_file():
-            raise ValueError(
-                f"{run.name} has no {name}: expected a finished run of isic-vq train with a classifier's recipe"
-            )
+            raise ValueError(f"{run.name} has no {name}: expected the finished run of a classifier")
     with replaced_directory(folder) as temporary:
         shutil.copytree(run / "model", temporary, dirs_exist_ok=True)
         shutil.copy(run / "recipe.yaml", temporary)
@@ -49,10 +47,7 @@ def export_classifier(run: Path, folder: Path) -> None:
 
 
 def render_classifier_card(folder: Path, name: str) -> str:
-    """Render the card of a classifier's repository folder.
-
-    ValueError for another kind of model, or a damaged report or record of training data.
-    """
+    """Render the card of a classifier's repository folder; ValueError for another kind of model."""
     report, config = Report.load(folder / REPORT), read_object(folder / "config.json")
     info = read_training_data(folder).get("classifier")
     if info is None or config["model_type"] != "resnet":

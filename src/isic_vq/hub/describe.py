@@ -18,10 +18,7 @@ HARDLY_TRAINED = 0.95  # of the bits that code frequencies alone ask for
 
 
 def describe_model(model: str | None = None) -> list[str]:
-    """Eight lines on a whole model; what no report of its repository says is left out of the last.
-
-    `model` is a folder or Hub id, None the shipped checkpoint; ModelError if it cannot be read.
-    """
+    """Describe a whole model (folder, Hub id, None: the shipped one) in eight lines, the last by the reports it has."""
     # `training_warning`, which every generation asks for, does without the extra `data`.
     from isic_vq.data.provenance import read_training_data
 
@@ -82,10 +79,7 @@ def headline(reports: list[Report]) -> str:
 
 
 def training_warning(model: str | None = None) -> str | None:
-    """A sentence if the reports of a model say that its prior was hardly trained: nothing that it draws has a structure.
-
-    Reports of a Hub id are not read.
-    """
+    """Warn of a model whose reports say that its prior was hardly trained; the reports of a Hub id are not read."""
     reports = read_reports(model)
     bits, unigram = (_metric(reports, f"bits_per_code{end}", {}) for end in ("", "_unigram"))
     if bits is None or unigram is None or bits.value < HARDLY_TRAINED * unigram.value:

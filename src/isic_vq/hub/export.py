@@ -62,14 +62,12 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
         model: folder of a whole model.
         output: repository folder; replaced whole, if it is one of ours that nobody has added files to.
         train_codes: code cache of the images the model was trained on: their provenance.
-        bf16: round the prior's and the decoder's parameters to bfloat16 and store them so; they are still computed with in
-            float32.
+        bf16: round the prior's and the decoder's parameters to bfloat16 and store them so; they are computed with in float32.
         onnx: add the tokenizer as ONNX files, as `export_onnx` writes them.
 
     Raises:
         ModelError, DataError: as their docstrings say.
-        ImportError: the model's runs are there to be drawn, and matplotlib is not installed; or ONNX files are
-            asked for, and a package of the extra `onnx` is missing.
+        ImportError: matplotlib is not installed, to draw runs, or a package of the extra `onnx`.
     """
     check_replaceable(output)
     loaded = load_model(IsicVQModel, model).cpu()
@@ -107,8 +105,7 @@ def store_as_bf16(folder: Path, model: IsicVQModel) -> None:
 def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, Any]) -> dict[str, Any]:
     """Collect what each part of a model was trained on, as dictionaries; None for a tokenizer without a record.
 
-    `runs` are as `find_training_runs` has them; older ones describe their data in `run.json` alone. `prior` describes the
-    codes that its prior was trained on: DataError if it was trained on others.
+    Older runs describe their data in `run.json` alone. DataError if the prior was trained on other codes than `prior` says.
     """
     found: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
@@ -169,18 +166,11 @@ def write_previews(model: IsicVQModel, folder: Path) -> None:
 
 
 def record_training(folder: Path, model: str) -> list[str]:
-    """Add how a repository folder's model was trained: sizes, recipes and environments, and plots of its runs.
+    """Add how a repository folder's model was trained, and plots of its runs; returns the stages of which there is a record.
 
     The run of a model is the folder around it, as training leaves it (`RUN/model`); the run of its tokenizer is found by the
     recipe. A run that began with a repository folder takes over what that one has recorded. What is not found is not recorded,
     and named in a warning of this module's logger.
-
-    Args:
-        folder: repository folder with a `provenance.json`, whose other entries stay; `figures/` is filled.
-        model: folder of the trained whole model, whose weights the repository folder holds.
-
-    Returns:
-        The stages of which there is a record.
 
     Raises:
         ValueError: the folder holds other weights, or a run is broken or names an absolute path.
@@ -191,7 +181,6 @@ def record_training(folder: Path, model: str) -> list[str]:
 
 
 def _record(folder: Path, model: str, origins: Origins) -> list[str]:
-    """Do what `record_training` does, with the origins that it finds."""
     trained, shipped = load_model(IsicVQModel, model).cpu(), load_model(IsicVQModel, str(folder)).cpu()
     check_same_weights(trained, shipped, folder)
     content = read_object(folder / PROVENANCE_FILE)
@@ -209,7 +198,7 @@ def _record(folder: Path, model: str, origins: Origins) -> list[str]:
 
 
 def take_over(repository: Path, folder: Path) -> dict[str, Any]:
-    """Return the training records of another repository folder, and copy its plots of runs to this one."""
+    """Copy the plots of runs from another repository folder, and return its training records."""
     for path in sorted((repository / "figures").glob("*.png")):
         write_atomically(folder / "figures" / path.name, path.read_bytes())
     return dict(read_object(repository / PROVENANCE_FILE).get("training", {}))
@@ -229,9 +218,7 @@ def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path)
     for name, parameter in trained.named_parameters():
         found = shipped.get_parameter(name)
         if not (torch.equal(found, parameter) or torch.equal(found, parameter.bfloat16().float())):
-            raise ValueError(
-                f"{folder.name} holds other weights than the model ({name}): name the model it was exported from"
-            )
+            raise ValueError(f"{folder.name} holds other weights than the model ({name})")
 
 
 def find_training_runs(model: Path, expected_hash: str) -> Origins:

@@ -47,8 +47,7 @@ HUB_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 def sort_files(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Paths of a folder that belong to the layout, and the paths and sizes in bytes of the others.
 
-    Hidden files never belong, nor do symbolic links, which may lead anywhere; only code may be linked, as in a clone,
-    where `model_cards/` leads to the package's own.
+    Hidden files never belong, nor symbolic links, which may lead anywhere, but for code, which `model_cards/` links.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: expected one that isic-vq export has written")
@@ -75,10 +74,7 @@ def in_layout(path: str) -> bool:
 
 
 def check_folder(folder: Path, files: list[str]) -> None:
-    """Refuse a folder, some of whose files belong to the layout, that is not complete or holds what must not be published.
-
-    The ModelError names the first problem and the way out.
-    """
+    """Refuse a repository folder that is not complete or holds what must not be published, by the first problem."""
     for name in REQUIRED:
         if name not in files:
             linked = " that is no symbolic link (cp -rL copies the files themselves)"
@@ -89,15 +85,11 @@ def check_folder(folder: Path, files: list[str]) -> None:
             )
     found = read_object(folder / "config.json").get("model_type")
     if found != MODEL_TYPE:
-        raise ModelError(
-            f"{folder} is a {found!r} model: expected {MODEL_TYPE!r}, as isic-vq export writes it"
-        )
+        raise ModelError(f"{folder} is a {found!r} model: expected {MODEL_TYPE!r}")
     _check_code(folder, files)
     _check_weights(folder, files)
     if not read_card(folder / "README.md").data.to_dict():  # no filter of the Hub would find it
-        raise ModelError(
-            f"{folder / 'README.md'} has no metadata between --- lines at its start: run isic-vq card"
-        )
+        raise ModelError(f"{folder / 'README.md'} has no metadata at its start: run isic-vq card")
     for path in files:
         if path.endswith(".png"):
             check_picture(folder / path)
@@ -147,8 +139,7 @@ def _check_weights(folder: Path, files: list[str]) -> None:
         odd = found ^ {name for name, file in weight_map.items() if file == path}
         if odd:
             raise ModelError(
-                f"{folder / path} and the index disagree about {len(odd)} tensors, such as {min(odd)}: "
-                "run isic-vq export again"
+                f"{folder / path} and the index disagree about {len(odd)} tensors, such as {min(odd)}: export again"
             )
 
 
@@ -174,20 +165,16 @@ def check_picture(path: Path) -> None:
         raise ModelError(f"{path} is not a readable PNG: remove it, or run isic-vq export") from error
     if not str(about.get("Software")).startswith(f"{WRITER} "):
         raise ModelError(
-            f"{path} does not say that isic-vq made it (PNG field Software) and may be a data image, which is never "
-            "pushed: remove it, or write it anew with isic-vq export"
+            f"{path} may be a data image, as its PNG field Software does not begin with {WRITER}: remove it"
         )
     if not str(about.get("Comment")).startswith(COMMENTS):
-        raise ModelError(
-            f"{path} does not say that it shows no data image (PNG field Comment: {', '.join(COMMENTS)}): remove it"
-        )
+        raise ModelError(f"{path} may show a data image (PNG field Comment is none of {COMMENTS}): remove it")
 
 
 def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
     """Refuse to replace a folder that is not a repository of ours, or to which somebody has added files.
 
-    A folder that is missing or empty may be replaced. `expected` are the paths that will be in it again; none if it is to be
-    written anew.
+    `expected` are the paths that will be in it again; none if it is to be written anew.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -199,9 +186,7 @@ def check_replaceable(target: Path, expected: Container[str] = ()) -> None:
     if expected:  # what somebody measured or drew for a pulled model is theirs
         foreign += [path for path in ours if path.startswith(MADE_LATER) and path not in expected]
     if foreign:
-        raise ModelError(
-            f"{target} holds files that would be removed, such as {foreign[0]}: move them, or choose another folder"
-        )
+        raise ModelError(f"{target} would lose files such as {foreign[0]}: choose another folder")
 
 
 def is_safe(path: str) -> bool:

@@ -50,10 +50,7 @@ def is_default(model: str) -> bool:
 
 
 def resolve(model: str | None) -> str:
-    """Turn what a user calls a model into what `from_pretrained` takes.
-
-    That is a folder, a Hub id "user/name", or None or "isic-vq-128" for the shipped checkpoint; ModelError for all else.
-    """
+    """Return the folder or Hub id of a model as a user calls it; None and "isic-vq-128" are the shipped checkpoint."""
     path = Path(model or DEFAULT_CHECKPOINT)
     if model is None or (model == DEFAULT_CHECKPOINT and not path.exists()):
         return str(default_checkpoint())
@@ -122,9 +119,7 @@ def find_device(device: str | None = None) -> "torch.device":
         torch.ones(1, device=device).item()  # which a meta device refuses
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise ModelError(
-            f"device {device!r} cannot be used: expected cpu, cuda, cuda:1 or mps ({reason})"
-        ) from error
+        raise ModelError(f"device {device!r} cannot be used ({reason}): expected cpu, cuda or mps") from error
     return torch.device(device)
 
 

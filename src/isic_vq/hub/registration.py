@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 
@@ -81,29 +82,8 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class _HookLoader(importlib.abc.Loader):
-    """Runs a module through its own loader, then registers."""
-
-    def __init__(self, loader: importlib.abc.Loader, hook: Callable[[ModuleType], None]):
-        self.loader, self.hook = loader, hook
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        module.__loader__ = self.loader  # leave no trace of this wrapper
-        LOADING.add(module.__name__)
-        try:
-            self.loader.exec_module(module)
-        finally:
-            LOADING.discard(module.__name__)
-        self.hook(module)
-
-
 class _HookFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `HOOKS` as the other finders do, with the loader wrapped."""
+    """Finds the modules of `HOOKS` as the other finders do, and lets their loaders register after the import."""
 
     def __init__(self) -> None:
         self.busy: set[str] = set()
@@ -119,8 +99,18 @@ class _HookFinder(importlib.abc.MetaPathFinder):
         finally:
             self.busy.discard(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _HookLoader(spec.loader, HOOKS[name])
+            spec.loader.exec_module = partial(_load_and_register, spec.loader)  # type: ignore[method-assign]
         return spec
+
+
+def _load_and_register(loader: importlib.abc.Loader, module: ModuleType) -> None:
+    del loader.exec_module  # its own method again
+    LOADING.add(module.__name__)
+    try:
+        loader.exec_module(module)
+    finally:
+        LOADING.discard(module.__name__)
+    HOOKS[module.__name__](module)
 
 
 def install() -> None:

@@ -96,16 +96,13 @@ def _check_claims(folder: Path, files: list[str]) -> None:
         problems = check_card(folder)
         if problems:
             raise ModelError(
-                f"{card} does not say what the folder's files say: {problems[0]} (problem 1 of {len(problems)}); see "
-                f"isic-vq card {folder} --check"
+                f"{card} does not say what the reports say: {problems[0]} (1 of {len(problems)}; see isic-vq card --check)"
             )
         return
     loaded = ModelCard.load(card)
     prose = NAME.sub("", CODE_BLOCK.sub("", loaded.text))
     if "model-index" in loaded.data.to_dict() or any(number_problems(prose, "")):
-        raise ModelError(
-            f"{card} publishes numbers but the folder has no reports/: run isic-vq evaluate and isic-vq card"
-        )
+        raise ModelError(f"{card} has numbers, and the folder no reports/: run isic-vq evaluate")
 
 
 def _compare(
@@ -151,17 +148,13 @@ def pull(repo_id: str, output: Path, *, revision: str | None = None, token: Toke
         listing = upload.remote_files(api, repo_id, commit)
     listing.pop(upload.HUBS_OWN, None)
     if unsafe := [path for path in listing if not is_safe(path)]:
-        raise HubError(
-            f"{repo_id} lists the unsafe path {unsafe[0]!r}: nothing was downloaded; tell its owner"
-        )
+        raise HubError(f"{repo_id} lists the unsafe path {unsafe[0]!r}: nothing was downloaded")
     if "config.json" not in listing:
         raise HubError(f"{repo_id} holds no config.json: expected the repository of a model")
     check_replaceable(target, listing)
     with hub_errors(repo_id, revision), name_full_disk(cache):
         if upload.model_type(repo_id, commit, token) != MODEL_TYPE:
-            raise HubError(
-                f"{repo_id} is no model of {WRITER}: expected model_type {MODEL_TYPE} in its config.json"
-            )
+            raise HubError(f"{repo_id} is no model of {WRITER}: its model_type is not {MODEL_TYPE}")
         names = [glob.escape(path) for path in listing]
         snapshot = Path(snapshot_download(repo_id, revision=commit, token=token, allow_patterns=names))
         damaged = [m["path"] for m in api.verify_repo_checksums(repo_id, revision=commit).mismatches]

@@ -16,10 +16,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedParameters:
-    """Shadow copy of the trainable parameters, by name.
+    """Shadow copy of the trainable parameters, by name; `decay` in [0, 1) is the limit of the decay per step.
 
-    `decay` in [0, 1) is the limit of the decay per step. With `warms_up` the first parameters are forgotten soon, as the noise
-    of a new model should be; those of a trained one count from the first step.
+    With `warms_up` the first parameters are forgotten soon, as the noise of a new model should be.
     """
 
     def __init__(self, model: nn.Module, decay: float, warms_up: bool = True):
@@ -46,7 +45,6 @@ class AveragedParameters:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's trainable parameters with the averaged ones."""
         for name, parameter in model.named_parameters():
             if name in self.shadow:
                 parameter.copy_(self.shadow[name])
@@ -60,7 +58,6 @@ class AveragedParameters:
                 self.shadow[name].copy_(raw)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The shadow parameters, and the number of updates as `num_updates`."""
         shadow = {name: tensor.contiguous() for name, tensor in self.shadow.items()}  # safetensors' demand
         return {**shadow, "num_updates": torch.tensor(self.num_updates)}
 

@@ -49,7 +49,7 @@ class Checkpoints:
     """The checkpoint folders of one run, `step-00000500` and so on, of which the last `keep` are kept.
 
     Every process takes part in saving (each has random states of its own) and in loading; the folder is on a disk that all of
-    them see. The main process makes and renames. `feed` is what `save` was given in the checkpoint loaded last, if anything.
+    them see. The main process makes and renames.
     """
 
     def __init__(self, folder: Path, keep: int, processes: Processes, state: "TrainingState"):
@@ -61,15 +61,13 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def newest_name(self) -> str:
-        """Name of the newest complete checkpoint, for messages."""
         saved = self.list()
         return saved[-1].name if saved else "none"
 
     def save(self, progress: Progress, feed: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint and drop the oldest ones past `keep`.
+        """Write a checkpoint and drop the oldest ones past `keep`; CheckpointError if some process cannot write its part.
 
-        `feed` is what this process has to know, in JSON, to be fed the rest of an epoch. CheckpointError if some process cannot
-        write its part; the earlier checkpoints are untouched.
+        `feed` is what this process has to know, in JSON, to be fed the rest of an epoch.
         """
         target = self.folder / f"step-{progress.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
@@ -105,7 +103,6 @@ class Checkpoints:
         temporary.mkdir()
 
     def _fill(self, temporary: Path, progress: Progress, feed: dict[str, Any] | None) -> None:
-        """Write this process's part."""
         write_atomically(self._path(temporary, "random"), json.dumps(random_state()).encode())
         if feed is not None:
             write_atomically(self._path(temporary, "feed"), json.dumps(feed).encode())
@@ -130,10 +127,7 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def load_newest(self) -> Progress:
-        """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning.
-
-        CheckpointError if there is none, another number of processes wrote it, or it is a pickle.
-        """
+        """Restore the newest checkpoint that every process can read; a damaged one is passed over with a warning."""
         for path in reversed(self.list()):
             progress, error = None, None
             try:
@@ -148,8 +142,7 @@ class Checkpoints:
             reason = error or "by another process"
             logger.warning("checkpoint %s cannot be read (%s); trying the one before it", path.name, reason)
         raise CheckpointError(
-            f"{self.folder.parent.name} has no readable checkpoint: delete that folder, or choose another "
-            "output_dir, and start without --resume"
+            f"{self.folder.parent.name} has no readable checkpoint: choose another output_dir, and start without --resume"
         )
 
     def _read(self, path: Path) -> Progress:
@@ -157,13 +150,11 @@ class Checkpoints:
         num_processes = fields.pop("num_processes")
         if num_processes != self.processes.world:
             raise CheckpointError(
-                f"{path.name} was written by {num_processes} processes, this run has {self.processes.world}: an exact "
-                "resume needs as many, each with its own random state"
+                f"{path.name} was written by {num_processes} processes: resume with as many, not {self.processes.world}"
             )
         if (path / "optimizer.bin").exists():
             raise CheckpointError(
-                f"{path.name} holds pickles, which may run code and are not read: an older version wrote it; start again in "
-                "another output_dir"
+                f"{path.name} holds pickles, which may run code: start again in another output_dir"
             )
         random_before = json.loads(self._path(path, "random").read_text(encoding="utf-8"))
         feed = self._path(path, "feed")
@@ -173,20 +164,16 @@ class Checkpoints:
         return Progress(**fields)
 
 
+@dataclass
 class TrainingState:
     """Model (not wrapped for several processes), its optimizer, the schedule of the learning rate, and averaged parameters."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        averaged: AveragedParameters | None = None,
-    ):
-        self.model, self.optimizer, self.scheduler, self.averaged = model, optimizer, scheduler, averaged
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    averaged: AveragedParameters | None = None
 
     def save(self, folder: Path) -> None:
-        """Write a file for each."""
         optimizer = self.optimizer.state_dict()
         moments = {
             f"{index}.{name}": tensor.contiguous()

@@ -47,10 +47,7 @@ REFIT_BATCHES = 64  # batches that re-estimate BatchNorm's statistics under aver
 
 
 def build_classifier(fields: dict[str, Any], classes: Sequence[str]) -> ResNetForImageClassification:
-    """A ResNet with new weights, of fields of `ResNetConfig` such as `hidden_sizes`, `depths` and `layer_type`.
-
-    RecipeError for a field that the config does not have, or a value that does not fit.
-    """
+    """Make a ResNet with new weights; RecipeError for a field that `ResNetConfig` does not have, or a wrong value."""
     config = build_config(ResNetConfig, fields)
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
@@ -70,7 +67,7 @@ def class_log_shares(labels: Tensor, num_classes: int) -> Tensor:
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, log_shares: Tensor) -> Tensor:
     """Logit-adjusted cross-entropy in nats per image: -log softmax(logits + log_shares)[label], mean over the batch.
 
-    Of logits `(B, C)`, labels `(B,)` int64, and `(C,)` logarithms of `class_log_shares`.
+    Logits are `(B, C)`, labels `(B,)` int64, the logarithms of `class_log_shares` `(C,)`.
     """
     return F.cross_entropy(logits.float() + log_shares, labels)
 
@@ -155,7 +152,7 @@ class ClassifierTask(ImageTask):
             classes=classes,
             confusion=pairs.view(
                 len(classes), -1
-            ).tolist(),  # images by class, and by the class they were given
+            ).tolist(),  # images by class, and by the one they were given
             left_out=self.left_out,
         )
 
@@ -170,9 +167,9 @@ def predict(model: ResNetForImageClassification, batches: Iterable[Tensor]) -> T
 def classifier_metrics(
     logits: Tensor, labels: Tensor, classes: Sequence[str], log_shares: Tensor, on: MeasuredOn
 ) -> list[Metric]:
-    """The report's lines: `classifier_measures`, the cross-entropy, and recall and AUC of classes of `MIN_GROUP` images.
+    """Compute the report's lines: `classifier_measures`, cross-entropy, and recall and AUC of classes of `MIN_GROUP` images.
 
-    Of logits `(N, C)` and labels `(N,)` int64, with the logarithms `(C,)` of `class_log_shares`.
+    Logits are `(N, C)`, labels `(N,)` int64, the logarithms of `class_log_shares` `(C,)`.
     """
     right = logits.argmax(1) == labels
     can_be_resampled = bool((labels.bincount() > 1).any())  # else every draw would be the images themselves
@@ -233,10 +230,7 @@ def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
     """Open the images of a recipe, without those of no class, and create a classifier."""
     source, train, validation, sources = open_data(recipe.data)
     if train is None:
-        raise DataError(
-            f"data.train={source.name} is streamed, and a classifier counts its classes first: write the images to "
-            "files with isic-vq data prepare"
-        )
+        raise DataError(f"data.train={source.name} is streamed: write it to files with isic-vq data prepare")
     classes = known_classes(train["diagnosis"], sources["train"].classes)
     parts = {"train": train, "validation": validation}
     kept = {name: labelled(records, classes, sources[name].name) for name, records in parts.items()}
@@ -254,5 +248,5 @@ def open_task(recipe: ClassifierRecipe) -> ClassifierTask:
 
 
 def train_classifier(recipe: ClassifierRecipe, resume: bool = False) -> Report | None:
-    """Train a classifier: writes `model/` and `report.json`, which the main process returns; errors as of `train_vqvae`."""
+    """Train a classifier: writes `model/` and `report.json`, which the main process returns; see `train_vqvae`."""
     return run_stage(open_task, recipe, resume)

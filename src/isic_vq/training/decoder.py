@@ -33,15 +33,13 @@ from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import DecoderRecipe, RecipeError
 from isic_vq.training.run import save_model
+from isic_vq.training.task import open_features
 
 UNITS = {"psnr": "dB", "ssim": "1", "feature_distance": "1", "frechet_distance": "1"}
 
 
 class DecoderWithCritics(nn.Module):
-    """A trained decoder and the discriminator that judges it, as one module with the loss that the recipe weighs.
-
-    Features are frozen, and so is the classifier, whose logits are matched if it is given.
-    """
+    """A decoder and the discriminator that judges it, as one module with one loss; features and classifier are frozen."""
 
     def __init__(
         self,
@@ -109,10 +107,7 @@ class DecoderWithCritics(nn.Module):
 
 
 class DecoderTask(ImageTask):
-    """The fine-tuning stage: `model` is a `DecoderWithCritics`.
-
-    The decoder of `tokenizer`, a part of `whole` or the same, is trained in place.
-    """
+    """The fine-tuning stage: `model` is a `DecoderWithCritics`; the tokenizer's decoder is trained in place."""
 
     averages_directly = True
 
@@ -171,15 +166,13 @@ class DecoderTask(ImageTask):
         feature_loss = distances["feature_distance"]
         loss = recipe.l1_weight * result.l1 + recipe.mse_weight * result.mse
         loss += recipe.ssim_weight * (1 - result.ssim)
-        return {
-            "loss": loss + recipe.feature_weight * feature_loss,
-            "l1_loss": result.l1,
-            "mse_loss": result.mse,
-            "feature_loss": feature_loss,
+        losses = {"l1_loss": result.l1, "mse_loss": result.mse, "feature_loss": feature_loss}
+        measures = {
             "psnr": result.psnr,
             "ssim": result.ssim,
             "frechet_distance": distances["frechet_distance"],
         }
+        return {"loss": loss + recipe.feature_weight * feature_loss, **losses, **measures}
 
     def pictures(self) -> dict[str, Image.Image]:
         pairs, _ = paired_grid(*self.shown_pairs(self.tokenizer).values())
@@ -223,13 +216,8 @@ def open_task(recipe: DecoderRecipe) -> DecoderTask:
         if not getattr(recipe, name):
             raise DataError(f"{name} is not set: name it in the recipe or as {name}=PATH")
     whole, tokenizer = open_model(recipe.model)
-    try:
-        features = FeatureModel.from_pretrained(recipe.feature_model)
-        classifier = (
-            DiagnosisClassifier.from_pretrained(recipe.feature_model) if recipe.logit_weight else None
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"feature_model cannot be read: {error}") from error
+    features = open_features(FeatureModel, recipe.feature_model)
+    classifier = open_features(DiagnosisClassifier, recipe.feature_model) if recipe.logit_weight else None
     processor = IsicVQImageProcessor(size=tokenizer.config.image_size)
     *sets, sources = open_images(recipe.data, processor)
     noise, num_codes = recipe.code_noise, tokenizer.config.num_codes
@@ -247,10 +235,7 @@ def open_task(recipe: DecoderRecipe) -> DecoderTask:
 
 
 def train_decoder(recipe: DecoderRecipe, resume: bool = False) -> Report | None:
-    """Fine-tune a decoder: writes `model/`, a whole model if it started from one, and `report.json`.
-
-    The main process returns the report, before and after; errors as of `train_vqvae`, and ModelError.
-    """
+    """Fine-tune a decoder: writes `model/`, a whole model if it started from one, and `report.json`; see `train_vqvae`."""
     return run_stage(open_task, recipe, resume)
 
 
@@ -260,9 +245,7 @@ def add_refinement(tokenizer: VQVAEModel, size: int) -> None:
     if config.refinement_size == size:
         return
     if config.refinement_size:
-        raise ModelError(
-            f"the model has a refinement of {config.refinement_size} channels: leave out refinement_size={size}"
-        )
+        raise ModelError(f"refinement_size is {size}: the model's is {config.refinement_size}")
     config.refinement_size = size
     refinement = VQVAERefinement(config.num_channels, size).apply(tokenizer._init_weights)
     decoder.refinement = refinement.to(tokenizer.device, tokenizer.dtype)

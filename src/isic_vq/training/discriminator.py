@@ -14,8 +14,7 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Sequential):
     """Images `(B, 3, H, W)` in [0, 1] to one score per patch `(B, 1, h, w)`: high where they look real.
 
-    The channels double with each layer after the first. With one to three layers of stride 2, a score sees 16, 34 or 70
-    pixels in height and width.
+    With one to three layers of stride 2, a score sees 16, 34 or 70 pixels in height and width.
     """
 
     def __init__(self, channels: int = 32, num_layers: int = 3):

@@ -38,10 +38,7 @@ class Feed(Protocol):
         """What a checkpoint keeps beside (epoch, batch), before batch `batch` of the present epoch; JSON."""
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue, at the next call of `epoch`, as a feed whose state this was.
-
-        TrainingError if that was another kind of feed, or one with other settings.
-        """
+        """Continue, at the next call of `epoch`, as a feed of the same kind and settings whose state this was."""
 
 
 def check_batch_size(num_items: int, batch_size: int, micro_batches: int, world: int) -> None:
@@ -60,9 +57,8 @@ def check_batch_size(num_items: int, batch_size: int, micro_batches: int, world:
 class EpochBatches(Sampler[list[int]]):
     """Rows of this process's micro-batches; the last incomplete batch of an epoch is dropped.
 
-    `epoch` and `start` (a batch) are set by the feed before each pass: the position in the data is two integers. `batch_size`
-    counts items per optimizer step, over all micro-batches and processes. `order` gives an epoch's rows `(num_items,)` int64;
-    by default each is a random permutation, of `seed`. TrainingError as `check_batch_size`.
+    `epoch` and `start` (a batch) are set by the feed before each pass: the position in the data is two integers. `order` gives
+    an epoch's rows `(num_items,)` int64; by default each is a random permutation.
     """
 
     def __init__(
@@ -101,10 +97,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class RowFeed:
-    """The rows of a data set with random access, each epoch in a new order: its place is (epoch, batch).
-
-    `order` is as for `EpochBatches`, and so is the TrainingError.
-    """
+    """The rows of a data set with random access, each epoch in a new order: its place is (epoch, batch)."""
 
     def __init__(
         self,

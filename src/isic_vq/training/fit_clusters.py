@@ -16,10 +16,9 @@ PSEUDO_IMAGES = 8  # of all classes' frequencies, so that a class of few images 
 
 @torch.no_grad()
 def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Tensor, seed: int) -> None:
-    """Fit a prior's cluster scores, and the clusters' frequencies given each class and without one.
+    """Fit a prior's cluster scores, and the clusters' frequencies given each class and without one, if it has clusters.
 
-    Of a codebook `(K, D)`, and codes `(N, views, ...)` and labels `(N,)`, int64, of at least as many training images as
-    clusters. Without clusters nothing happens.
+    The codebook is `(K, D)`, the training images' codes `(N, views, ...)` and labels `(N,)` are int64, N is at least C.
     """
     config = prior.config
     if not config.num_clusters:

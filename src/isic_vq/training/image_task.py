@@ -73,15 +73,12 @@ class ImageTask(Task):
         """Count corrupt images; DataError if too many are, or all of this batch."""
         self.skipped.count(cast(Batch, batch))
         if not batch["size"]:
-            raise DataError(
-                f"every image of a batch is corrupt ({batch['skipped'][0]}): replace these, or raise loop.batch_size"
-            )
+            raise DataError(f"every image of a batch is corrupt ({batch['skipped'][0]}): replace them")
 
     def before_epoch(self, epoch: int) -> None:
         self.views = self.train_set.views(self.loop.seed, epoch)
 
     def pixel_values(self, batch: dict[str, Any]) -> Tensor:
-        """A batch's images on the device."""
         return batch["pixel_values"].to(self.processes.device, non_blocking=True)
 
     def batches(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Batch]:
@@ -96,7 +93,6 @@ class ImageTask(Task):
                 yield batch
 
     def images(self, dataset: torch.utils.data.Dataset, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Pixel values of `batches`."""
         return (batch["pixel_values"] for batch in self.batches(dataset, batch_size))
 
     def pairs(self, tokenizer: VQVAEModel, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,7 +112,6 @@ class ImageTask(Task):
         save_model(folder, self.model, self.processor, training_data=training_data)
 
     def write_shown_pairs(self, tokenizer: VQVAEModel, folder: Path) -> None:
-        """Write `shown_pairs` for the figures of a run."""
         arrays = {name: torch.from_numpy(pixels) for name, pixels in self.shown_pairs(tokenizer).items()}
         write_tensors(folder / "arrays" / "reconstructions.safetensors", arrays)
 
@@ -160,10 +155,7 @@ def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dic
 
 
 def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:
-    """The validation images that a recipe names, and their public description.
-
-    DataError if the recipe declares classes, and an image is of one that no training image has.
-    """
+    """Open the validation images that a recipe names; DataError for a declared class without a training image."""
     classes, declared = recipe.declared_classes, recipe.classes is not None
     if declared and recipe.drop_other_classes:
         classes = Classes(tuple(train.classes or ()), "drop")

@@ -42,10 +42,10 @@ RecipeClass = TypeVar("RecipeClass")
 def load_recipe(
     recipe_class: type[RecipeClass], config: Path | None, overrides: list[str], resume: bool = False
 ) -> RecipeClass:
-    """Read a YAML file, apply `key=value` overrides (dots reach inside) and check the result.
+    """Read a YAML file, apply `key=value` overrides (dots reach inside) and name all that is wrong in one RecipeError.
 
     An override of `loop.max_steps` by fewer steps shortens the file's warm-ups in proportion, and says so; a resumed run
-    keeps those it was begun with. One RecipeError names all unknown keys and wrong values.
+    keeps those it was begun with.
     """
     fields = _read_fields(config)
     stage = recipe_class.stage  # type: ignore[attr-defined]  # every recipe has one
@@ -87,10 +87,7 @@ def _read_fields(config: Path | None) -> dict[str, Any]:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuse images, codes and models that a recipe names and that do not exist, before torch is imported.
-
-    What is not named at all is left to the stage, which says what it needs.
-    """
+    """Refuse images, codes and models that a recipe names and that do not exist, before torch is imported."""
     data = getattr(recipe, "data", None)
     for uri in (data.train, data.validation) if data is not None else ():
         if uri:
@@ -115,7 +112,6 @@ def _recorded_recipe(recipe_class: type, fields: dict[str, Any]) -> dict[str, An
 
 
 def _apply_override(fields: dict[str, Any], override: str) -> str | None:
-    """Apply an override; returns what is wrong with it."""
     key, separator, text = override.partition("=")
     if not separator:
         return f"{override!r} is not an override: expected key=value, such as loop.max_steps=200"
@@ -152,10 +148,7 @@ def _shorten_warm_ups(
     overridden: Collection[str],
     recorded: dict[str, Any],
 ) -> None:
-    """Shorten what `fields` count in steps from a run's beginning or end where an override shortens the run.
-
-    `before` holds the fields without overrides, `recorded` those of the run that is resumed, which are kept.
-    """
+    """Shorten warm-ups, counted in steps, where an override shortens the run; `recorded` ones of a resumed run stay."""
     for key in overridden:
         section = key.removesuffix("loop.max_steps")  # a study's recipe has two, vqvae. and prior.
         if section == key:
@@ -180,10 +173,7 @@ def _shorten_warm_ups(
 def build_recipe(
     cls: type[RecipeClass], fields: dict[str, Any], problems: Sequence[str] = (), prefix: str = ""
 ) -> RecipeClass:
-    """Construct a recipe from nested dictionaries; one RecipeError names all unknown keys and wrong values.
-
-    Its message begins with the given `problems`; `prefix` comes before the names of fields.
-    """
+    """Construct a recipe from nested dictionaries; one RecipeError names the given problems, unknown keys and wrong values."""
     problems = [*problems]
     keys = [f"{prefix}{key}" for key in known_keys(cls, fields)]
     recipe = _build(cls, fields, prefix, keys, problems)

@@ -83,8 +83,7 @@ def memory_gib(device: torch.device) -> float:
 def run_stage(open_task: Callable[[AnyRecipe], Task], recipe: AnyRecipe, resume: bool) -> Any:
     """Train what a recipe asks for; the main process returns what `Task.conclude` does, the others None.
 
-    The main process locks the run's folder for all, as two runs never write to one: InUseError. Other errors are those of
-    `open_run` and `Trainer`.
+    The main process locks the run's folder for all, as two runs never write to one.
     """
     folder = Path(recipe.output_dir)
     with hold(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():
@@ -101,10 +100,7 @@ def run_stage(open_task: Callable[[AnyRecipe], Task], recipe: AnyRecipe, resume:
 
 
 class Trainer:
-    """One run of a task in one folder, which gets `metrics.jsonl`, `checkpoints/` and `best/`.
-
-    TrainingError if a tracker, which shows the flat settings, is not installed, or the data do not make one batch.
-    """
+    """One run of a task in one folder, which gets `metrics.jsonl`, `checkpoints/` and `best/`."""
 
     def __init__(
         self, task: Task, recipe: LoopRecipe, run: Run, processes: Processes, settings: dict[str, Any]
@@ -140,7 +136,6 @@ class Trainer:
         task.begin(processes)
 
     def resume(self) -> None:
-        """Restore the newest checkpoint of the run folder."""
         self.progress = self.checkpoints.load_newest()
         self.feed.restore(self.checkpoints.feed)
         logger.info("resumed at step %d", self.progress.step)
@@ -151,7 +146,6 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, the data or the memory ran out, another process is gone.
             InterruptedTraining: a signal asked to stop; a checkpoint was saved.
-            CheckpointError: a checkpoint could not be written.
         """
         total, done, hidden = self.recipe.max_steps, self.progress.step, not self.processes.is_main
         with (

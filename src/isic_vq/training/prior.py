@@ -36,7 +36,7 @@ from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 from isic_vq.training.run import build_config, known_fields, save_model
 from isic_vq.training.sample_quality import SampleQuality
-from isic_vq.training.task import Task
+from isic_vq.training.task import Task, open_features
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,7 @@ class CodeGrids(torch.utils.data.TensorDataset):
 
 
 class PriorTask(Task):
-    """The prior stage.
-
-    The tokenizer gives the context of coarser scales, and decodes samples, which are measured in the feature space at each
-    validation if there is one. Of validation codes the first view is measured.
-    """
+    """Trains a prior; validates on view 0 of the validation codes and, with a feature model, on samples."""
 
     averages_directly = True
 
@@ -186,7 +182,8 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
     if trained is None or not trained.config.num_clusters:
         codebook = tokenizer.quantizer.codebook.cpu()
         fit_clusters(prior, codebook, train_set.codes, train_set.labels, recipe.loop.seed)
-    task = PriorTask(prior, tokenizer, train_set, validation_set, recipe, open_features(recipe.feature_model))
+    features = open_features(FeatureModel, recipe.feature_model) if recipe.feature_model else None
+    task = PriorTask(prior, tokenizer, train_set, validation_set, recipe, features)
     task.sources = {
         "train": train.source,
         "validation": validation.source,
@@ -196,19 +193,8 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
     return task
 
 
-def open_features(folder: str) -> FeatureModel | None:
-    """The feature model of a folder or Hub id, if one is named; ModelError if it cannot be read."""
-    try:
-        return FeatureModel.from_pretrained(folder) if folder else None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"feature_model cannot be read: {error}") from error
-
-
 def trained_prior(folder: str, config: PriorConfig) -> PriorModel:
-    """The prior of a folder, alone or in a whole model, on the CPU.
-
-    RecipeError unless its config is this one; dropouts may differ, and clusters may be added.
-    """
+    """Open the prior of a folder, alone or in a whole model; its config is this one, but for dropouts and added clusters."""
     try:
         prior = load_model(IsicVQModel, folder).prior
     except ModelError:
@@ -232,15 +218,12 @@ def take_over(prior: PriorModel, trained: PriorModel) -> None:
 
 
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
-    """Train a prior on cached codes: writes `model/` (tokenizer and prior), `report.json` and samples.
-
-    The main process returns the report; errors as of `train_vqvae`, and ModelError.
-    """
+    """Train a prior on cached codes: writes `model/` (tokenizer and prior), `report.json` and samples; see `train_vqvae`."""
     return run_stage(open_task, recipe, resume)
 
 
 def known_to_training(cache: CodeCache, class_names: list[str], drop_others: bool) -> CodeCache:
-    """Codes of the validation images whose class is one of `class_names` or missing.
+    """Select the codes of validation images whose class is one of `class_names` or missing.
 
     DataError if others are of declared classes and not to be dropped, or nothing else is left.
     """

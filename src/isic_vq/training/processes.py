@@ -51,17 +51,11 @@ def check_trackers(names: list[str]) -> None:
     """Raise TrainingError for a tracker that cannot be imported."""
     missing = set(names) - {tracker.value for tracker in get_available_trackers()}
     if missing:
-        raise TrainingError(
-            f"loop.trackers has {sorted(missing)}, not installed here: pip install 'isic-vq[trackers]'"
-        )
+        raise TrainingError(f"loop.trackers has {sorted(missing)}: pip install 'isic-vq[trackers]'")
 
 
 class Processes:
-    """This process among those of the run; a run in one process is a group of one.
-
-    With `idle_parameters` some parameters get no gradient in some steps, which DDP has to know. TrainingError if they were
-    started for something other than data parallelism, or a tracker is not installed.
-    """
+    """This process among those of the run, which must be launched for data parallelism; one alone is a group of one."""
 
     def __init__(self, recipe: LoopRecipe, run_dir: Path, idle_parameters: bool = False):
         keep_freed_memory()
@@ -86,6 +80,8 @@ class Processes:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.process_timeout)),
             ],
         )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         kind = self.accelerator.distributed_type
         if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             raise TrainingError(
@@ -99,22 +95,6 @@ class Processes:
                 f"{launched} processes were launched, but this one is in a group of {self.world}: each would be a run "
                 "of its own in the same folder. Launch one, or use a device that accelerate can group"
             )
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all processes; each gets the total, bit for bit the same."""

@@ -130,7 +130,7 @@ class DataRecipe(CheckedFields):
 
     @property
     def declared_classes(self) -> Classes | None:
-        """The classes as `find_source` takes them; None leaves them to the source."""
+        """Classes that the recipe declares, for `find_source`; None: those of the source."""
         if self.classes is None and not self.drop_other_classes:
             return None
         return Classes.parse(self.classes, self.drop_other_classes)
@@ -208,9 +208,7 @@ class PriorRecipe(CheckedFields):
 
     def validate_selection(self) -> None:
         if self.select_by != "bits_per_code" and not self.feature_model:
-            raise ValueError(
-                f"select_by is {self.select_by!r} and feature_model is not set: expected the feature space of samples"
-            )
+            raise ValueError(f"select_by is {self.select_by!r}: expected a feature_model beside it")
 
 
 @strict
@@ -262,8 +260,7 @@ class DecoderRecipe(CheckedFields):
     def validate_weights(self) -> None:
         if self.discriminator_warmup and not self.adversarial_weight:
             raise ValueError(
-                f"discriminator_warmup is {self.discriminator_warmup} and adversarial_weight is 0: there is no "
-                "discriminator; set both or neither"
+                f"discriminator_warmup is {self.discriminator_warmup}: expected 0 without adversarial_weight"
             )
         if self.discriminator_warmup > self.adversarial_start:
             raise ValueError(

@@ -36,10 +36,7 @@ def known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
 
 
 def build_config(config_class: type[Config], fields: dict[str, Any]) -> Config:
-    """Construct a model config from a recipe's `model` section.
-
-    RecipeError for an unknown key (transformers would store it silently) or a value that does not fit.
-    """
+    """Construct a model config; RecipeError for an unknown key (transformers would store it silently) or a wrong value."""
     fields = dict(fields)
     preset = fields.pop("preset", None)
     if preset is not None:
@@ -88,8 +85,7 @@ class Run:
 def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes: Processes) -> Run:
     """Begin a run's folder, or with `resume` continue from its newest checkpoint if nothing has changed that decides the result.
 
-    `sources` are by name, descriptions of images, or the sha256 of what else it is trained on. Without a checkpoint the run
-    starts again. TrainingError if the folder holds a run and `resume` is off, or recipe or data are not those it began with.
+    `sources` holds, by name, descriptions of images, or the sha256 of what else it is trained on.
     """
     folder = Path(recipe.output_dir)
     data = {
@@ -100,13 +96,9 @@ def open_run(recipe: Recipe, sources: Mapping[str, Any], resume: bool, processes
     began: dict[str, Any] = {"identifier": secrets.token_hex(4)}
     resumes = any((folder / "checkpoints").glob("step-*"))
     if resumes and not resume:
-        raise TrainingError(
-            f"{folder.name} already holds a run: continue it with --resume, or choose another output_dir"
-        )
+        raise TrainingError(f"{folder.name} already holds a run: --resume it, or choose another output_dir")
     if not resumes and (folder / "report.json").exists():
-        raise TrainingError(
-            f"{folder.name} holds a finished run and no checkpoint to resume: choose another output_dir"
-        )
+        raise TrainingError(f"{folder.name} holds a finished run: choose another output_dir")
     if resumes:
         began = _same_run(folder, recipe, settings, data)
     elif resume:
@@ -144,9 +136,7 @@ def _same_run(folder: Path, recipe: Recipe, settings: dict[str, Any], data: dict
         if any(
             before.get(key) not in (None, info.get(key)) for key in ("fingerprint", "ids_sha256", "sha256")
         ):
-            raise TrainingError(
-                f"the {name} data differ from those the run began with: choose another output_dir"
-            )
+            raise TrainingError(f"the {name} data differ from those of before: choose another output_dir")
     newest = max(path.name for path in (folder / "checkpoints").glob("step-*"))
     for key, (old, new) in different.items():
         if key != "output_dir":

@@ -10,10 +10,9 @@ from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 
 
 class SampleQuality:
-    """Compares samples with decoded validation codes `(N, *code shape)`, which no prior can surpass.
+    """Compares samples with decoded validation codes `(N, *code shape)` of the same labels, which no prior can surpass.
 
-    Sample i is of class `labels[i]`; samples are the same at each validation. The feature space is never the one that the
-    finished prior will be judged in.
+    The feature space is never the one that the finished prior will be judged in.
     """
 
     def __init__(self, features: FeatureModel, codes: Tensor, labels: Tensor, seed: int):

@@ -13,7 +13,7 @@ from isic_vq.training.processes import Processes
 
 
 class SharedRows:
-    """The `total` rows of tensors `(N_i, D)` that are spread over processes, one per micro-batch, numbered in sample order."""
+    """Numbers the rows of tensors `(N_i, D)`, one per micro-batch and spread over processes, in sample order."""
 
     def __init__(self, parts: list[Tensor], processes: Processes):
         self.parts, self.processes = parts, processes
@@ -26,9 +26,7 @@ class SharedRows:
 
     def at(self, rows: Tensor) -> Tensor:
         """The rows `(R, D)` at numbers `(R,)`, int64 in [0, total); the same in every process."""
-        values = self.parts[0].new_zeros(
-            len(rows), self.parts[0].shape[1]
-        )  # zero where another process has the row
+        values = self.parts[0].new_zeros(len(rows), self.parts[0].shape[1])  # 0 where another process has it
         for start, part in zip(self.starts, self.parts, strict=True):
             local = rows.to(part.device) - start
             here = (local >= 0) & (local < len(part))

@@ -3,20 +3,24 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from isic_vq.data.provenance import TrainingData
+from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric, Report, environment
+from isic_vq.hub.pretrained import ModelError
 from isic_vq.training.feed import Feed
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe
 
 logger = logging.getLogger(__name__)
+
+AnyFeatures = TypeVar("AnyFeatures", bound=FeatureModel)
 
 
 class Task:
@@ -86,22 +90,19 @@ class Task:
 
     @property
     def validation(self) -> MeasuredOn:
-        """Split and data set of the report's lines."""
         return MeasuredOn("validation", self.sources["validation"].name)
 
     def write_report(
         self, folder: Path, model: dict[str, Any], metrics: list[Metric], **tables: Any
     ) -> Report:
-        """Write a run's `report.json`."""
         report = Report(model, metrics, tables, environment())
         report.save(folder / "report.json")
         return report
 
     def choose_best(self, trainer: Any, by: str, part: str) -> str:
-        """Save the better of best raw and averaged parameters as `model/`; returns "raw" or "averaged".
+        """Save the better, by a metric of `validate`, of best raw and averaged parameters as `model/`; returns which it is.
 
-        Better is a smaller metric `by` of `validate`; afterwards `model` and `validated` are of the one chosen. `part` is what
-        `training_data.json` calls what was trained.
+        Afterwards `model` and `validated` are of the one chosen. `part` is what `training_data.json` calls what was trained.
         """
         model_class, config, trained = type(self.model), self.model.config, self.model.state_dict()
         # A new model: the trained one may hold SyncBatchNorm, which waits for processes that are not here.
@@ -124,3 +125,11 @@ class Task:
         self.validated = measured[chosen][1]
         self.save(trainer.run.folder / "model", {part: self.sources["train"]})
         return chosen
+
+
+def open_features(kind: type[AnyFeatures], folder: str) -> AnyFeatures:
+    """Open the `feature_model` that a recipe names, a folder or Hub id; ModelError if it cannot be read."""
+    try:
+        return kind.from_pretrained(folder)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"feature_model cannot be read: {error}") from error

@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 class MetricLog:
     """metrics.jsonl and the trackers: one record per optimizer step, one per epoch, pictures per validation.
 
-    Only the main process writes. The id names the run to the trackers, so that a resumed run continues the same one; they
-    show the flat settings.
+    Only the main process writes. The id names the run to the trackers, so that a resumed run continues the same one.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class MetricLog:
         """Begin the trackers' run, or continue it after `step` in `epoch`; returns the records written before.
 
         Drops records past the step, those of epochs that have not ended (a checkpoint of an epoch's last step comes before its
-        validation), and a last line that a killed run left half-written. TrainingError for a record that cannot be read.
+        validation), and a last line that a killed run left half-written.
         """
         if self.recipe.trackers:
             run_dir, name = self.path.parent, f"{self.path.parent.name}-{self.run_id}"
@@ -70,7 +69,6 @@ class MetricLog:
         return [record for _, record in kept]
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Append a record and hand it to the trackers."""
         if not self.processes.is_main:
             return
         with self.path.open("a", encoding="utf-8") as file:

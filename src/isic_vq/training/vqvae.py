@@ -52,12 +52,7 @@ class VQVAETask(ImageTask):
     def losses(self, model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         pixel_values = self.pixel_values(batch)
         output = model(pixel_values, quantize=step >= self.recipe.codebook_warmup_steps)
-        losses = {
-            "loss": output.loss,
-            "l1_loss": output.l1_loss,
-            "mse_loss": output.mse_loss,
-            "commitment_loss": output.commitment_loss,
-        }
+        losses = {name: output[name] for name in ("loss", "l1_loss", "mse_loss", "commitment_loss")}
         if self.model.quantizer.learns_by_loss:  # else it is the commitment loss's twin
             losses["codebook_loss"] = output.codebook_loss
         if self.recipe.ssim_weight:
@@ -73,15 +68,9 @@ class VQVAETask(ImageTask):
     def validate(self) -> dict[str, float]:
         result = self.validated = evaluate_reconstruction(self.model, self.images(self.validation_set))
         config = self.model.config
-        return {
-            "loss": config.l1_weight * result.l1 + config.mse_weight * result.mse,
-            "l1_loss": result.l1,
-            "mse_loss": result.mse,
-            "psnr": result.psnr,
-            "ssim": result.ssim,
-            "usage": result.usage,
-            "perplexity": result.perplexity,
-        }
+        loss = config.l1_weight * result.l1 + config.mse_weight * result.mse
+        measures = {name: getattr(result, name) for name in ("psnr", "ssim", "usage", "perplexity")}
+        return {"loss": loss, "l1_loss": result.l1, "mse_loss": result.mse, **measures}
 
     def pictures(self) -> dict[str, Image.Image]:
         from isic_vq.figures.numbers import CodebookUse
@@ -208,12 +197,9 @@ def open_task(recipe: VQVAERecipe) -> VQVAETask:
 
 
 def train_vqvae(recipe: VQVAERecipe, resume: bool = False) -> Reconstruction | None:
-    """Train a tokenizer: writes `model/`, `report.json` and the arrays of the figures.
-
-    Returns:
-        The reconstruction measures, in the main process; None in the others.
+    """Train a tokenizer: writes `model/`, `report.json` and the arrays of the figures; the main process returns its measures.
 
     Raises:
-        DataError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
+        DataError, ModelError, RecipeError, TrainingError, CheckpointError, InterruptedTraining: as their docstrings say.
     """
     return run_stage(open_task, recipe, resume)

@@ -76,39 +76,30 @@ class ArchiveFilters:
             pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
         except ValueError as error:
             raise DataError(f"'isic-archive:{text}' is not KEY=VALUE&KEY=VALUE: {error}") from error
-        lists: dict[str, list[str]] = {"license": [], "image_type": [], "diagnosis": [], "collection": []}
-        values = {"query": "", "images": "thumbnail", "limit": ""}
+        values: dict[str, Any] = {}
         for key, value in pairs:
-            if key in lists:
-                lists[key] += [item.strip() for item in value.split(",")]
-            elif key in values:
+            if key in ("license", "image_type", "diagnosis", "collection"):
+                values[key] = *values.get(key, ()), *(item.strip() for item in value.split(","))
+            elif key in ("query", "images", "limit"):
                 values[key] = value
             else:
                 expected = ", ".join(field.name for field in fields(cls))
                 raise DataError(f"isic-archive has no filter {key!r}. Expected {expected}.")
         try:
-            diagnoses = tuple(map(canonical_diagnosis, lists["diagnosis"]))
+            values["diagnosis"] = tuple(map(canonical_diagnosis, values.get("diagnosis", ())))
         except ValueError as error:
             raise DataError(f"diagnosis: {error}") from None
-        for number in lists["collection"]:
+        values["license"] = tuple(map(_license, values.get("license", ())))
+        for number in values.get("collection", ()):
             if not number.isdecimal():
-                raise DataError(
-                    f"collection={number}: expected numbers of collections, such as 212 for HAM10000."
-                )
-        if values["images"] not in IMAGE_PATHS:
-            raise DataError(f"images={values['images']}: expected {' or '.join(IMAGE_PATHS)}.")
-        limit = values["limit"]
-        if "limit" in dict(pairs) and (not limit.isdecimal() or int(limit) == 0):
-            raise DataError(f"limit={limit}: expected a positive number.")
-        return cls(
-            license=tuple(map(_license, lists["license"])),
-            image_type=tuple(lists["image_type"]),
-            diagnosis=diagnoses,
-            collection=tuple(lists["collection"]),
-            query=values["query"],
-            images=values["images"],
-            limit=int(limit) if limit else None,
-        )
+                raise DataError(f"collection={number}: expected numbers, such as 212 for HAM10000.")
+        if (images := values.get("images", cls.images)) not in IMAGE_PATHS:
+            raise DataError(f"images={images}: expected {' or '.join(IMAGE_PATHS)}.")
+        if (limit := values.get("limit")) is not None:
+            if not limit.isdecimal() or int(limit) == 0:
+                raise DataError(f"limit={limit}: expected a positive number.")
+            values["limit"] = int(limit)
+        return cls(**values)
 
     def __str__(self) -> str:
         changed = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
@@ -144,7 +135,6 @@ class ArchiveSource(Source):
 
     @classmethod
     def from_target(cls, target: str) -> "ArchiveSource":
-        """Parse the filters."""
         return cls(ArchiveFilters.parse(target.strip()))
 
     @property
@@ -198,9 +188,7 @@ def _list_images(filters: ArchiveFilters, settings: RemoteSettings) -> tuple[pya
         for row in batch.to_pylist():
             name = row["isic_id"]
             if not isinstance(name, str) or not _ISIC_ID.fullmatch(name):
-                raise DataError(
-                    f"the archive's metadata name an image {name!r}: expected ISIC_ and seven digits"
-                )
+                raise DataError(f"the archive names an image {name!r}: expected ISIC_ and seven digits")
             is_synthetic = row["image_manipulation"] == "synthetic"
             passes.append(name not in ids and not is_synthetic and filters.match(row))
             counts["twice"] += name in ids  # images may move to the next page between two requests

@@ -110,7 +110,6 @@ class Source(ABC):
         return type(self).dataset is not Source.dataset
 
     def dataset(self) -> Dataset:
-        """Open all records with random access."""
         raise DataError(
             f"{self.name} can only be read as a stream: write its images to files first, with isic-vq data prepare"
         )
@@ -126,7 +125,6 @@ class Source(ABC):
         return info
 
     def tell(self) -> None:
-        """Log `findings`."""
         for line in self.findings.lines():
             logger.info("%s: %s", self.name, line)
 
@@ -154,9 +152,7 @@ def cached_dataset(source: Source) -> Dataset:
         return Dataset.from_generator(read_parts, gen_kwargs=arguments, features=FEATURES, fingerprint=key)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
-            collections.deque(
-                source.metadata(), maxlen=0
-            )  # if labels are the cause, refuses all of them together
+            collections.deque(source.metadata(), maxlen=0)  # refuses all unknown labels together
             raise error.__cause__ from None
         raise
 

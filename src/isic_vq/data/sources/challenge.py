@@ -110,7 +110,6 @@ class ChallengeSource(Source):
 
     @classmethod
     def from_target(cls, target: str) -> "ChallengeSource":
-        """Parse YEAR[:PART]."""
         year, _, part = target.strip().partition(":")
         if (year, part or "train") not in RELEASES:
             known = ", ".join(_FILES)
@@ -123,7 +122,6 @@ class ChallengeSource(Source):
 
     @property
     def release(self) -> Release:
-        """Its files."""
         return RELEASES[self.year, self.part]
 
     def parts(self) -> list[tuple[int, int]]:
@@ -175,8 +173,6 @@ class ChallengeSource(Source):
 
 
 class _Contents(NamedTuple):
-    """The files of a release."""
-
     archive: RangeZip
     images: tuple[ZipInfo, ...]  # its members that are photographs, in the order of their bytes
     ids: Mapping[str, str]  # ids of the images by their names in the archive
@@ -191,14 +187,10 @@ def _open(name: str, release: Release, settings: RemoteSettings) -> _Contents:
     named = {m.filename: isic_id for m in archive.members if (isic_id := _image_id(m.filename))}
     images, ids = tuple(m for m in archive.members if m.filename in named), set(named.values())
     if not ids:
-        raise DataError(
-            f"{name}: no file in {public_path(archive.location)} is named like ISIC_0000000.jpg. Expected the "
-            "challenge's images."
-        )
+        raise DataError(f"{name}: no file in {public_path(archive.location)} is named like ISIC_0000000.jpg.")
     if len(ids) != len(images):
         raise DataError(
-            f"{name}: {len(images) - len(ids)} images of {public_path(archive.location)} have the id of another one. "
-            "Keep one of each."
+            f"{name}: {len(images) - len(ids)} images have the id of another one. Keep one of each."
         )
     if release.tables:
         logger.info(
@@ -251,9 +243,7 @@ def _read_csv(location: str) -> list[dict[str, str]]:
         try:
             content = Path(location).read_bytes()
         except FileNotFoundError as error:
-            raise DataError(
-                f"{public_path(location)} is not there: it belongs to the challenge's images"
-            ) from error
+            raise DataError(f"{public_path(location)} is missing: put it beside the images") from error
     if location.endswith(".zip"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             (name,) = [n for n in archive.namelist() if n.lower().endswith(".csv") and "__MACOSX" not in n]
@@ -261,7 +251,5 @@ def _read_csv(location: str) -> list[dict[str, str]]:
     header = None if not re.match(rb"ISIC_\d+,", content) else ("image", "benign_malignant")
     rows = read_table(content, public_path(location).removesuffix(".zip"), header)
     if not set(NAME_COLUMNS) & set(rows[0]):
-        raise DataError(
-            f"{public_path(location)} has no column image, image_id or image_name: expected a challenge's CSV"
-        )
+        raise DataError(f"{public_path(location)} has none of the columns {', '.join(NAME_COLUMNS)}")
     return rows

@@ -37,7 +37,6 @@ class FolderSource(Source):
 
     @classmethod
     def from_target(cls, target: str) -> "FolderSource":
-        """Find a directory."""
         (folder,) = find_folder(target)
         return cls(f"folder:{public_path(target)}", Path(folder))
 
@@ -126,8 +125,7 @@ def _find_table(folder: Path, others: Sequence[str]) -> str | None:
         raise DataError(f"The folder {folder.name!r} has {' and '.join(named)}; keep one of them.")
     if not named and len(tables) > 1:
         raise DataError(
-            f"The folder {folder.name!r} has several tables ({', '.join(tables)}). Join them in one metadata.csv, or "
-            "leave one."
+            f"The folder {folder.name!r} has several tables ({', '.join(tables)}). Join them in one, metadata.csv."
         )
     return next(iter(named or tables), None)
 

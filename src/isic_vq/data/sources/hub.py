@@ -66,10 +66,7 @@ class Connection:
         return next(self.resumed(lambda: iter([question()])))
 
     def resumed(self, rows: Callable[[], Iterator[Answer]]) -> Iterator[Answer]:
-        """Yield the rows of `rows()`; after a lost connection, call it again and skip the rows already yielded.
-
-        DataError after more than `RETRIES` failures at one row, or for one that does not pass.
-        """
+        """Yield the rows of `rows()`; after a lost connection, at most `RETRIES` times, call it again and skip those yielded."""
         done, failures = 0, 0
         while True:
             try:
@@ -119,10 +116,7 @@ class HubSource(Source):
         name = f"hub:{target}"
         match = _TARGET.fullmatch(target)
         if match is None:
-            raise DataError(
-                f"{name!r} is not hub:OWNER/NAME[@REVISION][?KEY=VALUE&...], such as "
-                "hub:flwrlabs/fed-isic2019?split=test."
-            )
+            raise DataError(f"{name!r} is not hub:OWNER/NAME[@REVISION][?KEY=VALUE&...].")
         repo, revision = match[1], match[2]
         settings, columns = parse_query(name, match[3] or "")
         config, split = settings.get("config"), settings.get("split", "train")
@@ -136,9 +130,7 @@ class HubSource(Source):
         find = _converted_files if revision == CONVERTED else _declared_files
         files = find(hub, config, commit)
         if split not in files:
-            raise DataError(
-                f"{name} has no split {split!r}, only {', '.join(files)}. Name one by split=NAME."
-            )
+            raise DataError(f"{name} has no split {split!r}, only {', '.join(files)}: name one by split=NAME")
         schema = hub.ask(lambda: _footer(files[split][0]).schema.to_arrow_schema())
         features = Features.from_arrow_schema(schema)
         columns = check_columns(name, columns, features)
@@ -183,7 +175,6 @@ class HubSource(Source):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def dataset(self) -> Dataset:
-        """Open all records, downloaded once into the cache of `datasets`."""
         return cached_dataset(self)
 
     @property

@@ -110,9 +110,7 @@ def check_columns(name: str, columns: Columns, features: Features) -> Columns:
     columns = Columns({"image": "image", **columns.names}, columns.constants, columns.classes)
     missing = sorted(columns.used() - set(features))
     if missing:
-        raise DataError(
-            f"{name} has no column {', '.join(missing)}, only {listed}. Name it by image=COLUMN and so on."
-        )
+        raise DataError(f"{name} has no column {', '.join(missing)}, only {listed}. Name it by image=COLUMN.")
     feature = features[columns.names["image"]]
     is_image = isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
     is_image = is_image or (isinstance(feature, Mapping) and "bytes" in feature)

@@ -98,10 +98,7 @@ def read_sidecar(content: bytes, where: str) -> dict[str, Any]:
     """Read the JSON object about an image, flattened to names that `normalise` reads; errors call it `where`."""
     try:
         values = json.loads(content)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: not UTF-8, too; recursion: thousands of brackets
+    except (ValueError, RecursionError) as error:  # not UTF-8, too; thousands of brackets
         raise DataError(f"{where} is not JSON: {error}. Expected one object about the image.") from error
     if not isinstance(values, dict):
         raise DataError(f"{where} is a {type(values).__name__}; expected one JSON object about the image.")

@@ -67,23 +67,18 @@ class Manifest:
         """Read a folder's manifest; DataError if it is missing or damaged."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise DataError(
-                f"{folder.name} has no {MANIFEST}: expected a folder that isic-vq data prepare has finished"
-            )
+            raise DataError(f"{folder.name} has no {MANIFEST}: isic-vq data prepare writes it last")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{**content, "shards": [Shard(**shard) for shard in content["shards"]]})
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{folder.name}/{MANIFEST} is damaged ({error}): prepare the folder again"
-            ) from error
+            raise DataError(f"{folder.name}/{MANIFEST} is damaged ({error}): prepare it again") from error
 
     def write(self, folder: Path) -> None:
         """Write the manifest, which marks the folder as finished."""
         write_atomically(folder / MANIFEST, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     def of_split(self, split: str) -> list[Shard]:
-        """The shards of a split."""
         return [shard for shard in self.shards if shard.split == split]
 
 
@@ -92,9 +87,7 @@ def read_images(folder: Path, columns: Sequence[str] | None = None) -> list[dict
     try:
         return pyarrow.parquet.read_table(folder / IMAGES, columns=columns).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{folder.name}/{IMAGES} cannot be read ({error}): prepare the folder again"
-        ) from error
+        raise DataError(f"{folder.name}/{IMAGES} is damaged ({error}): prepare it again") from error
 
 
 def write_images(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -104,10 +97,7 @@ def write_images(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_shard(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records with encoded images as parquet, or as WebDataset if `path` ends in .tar, atomically.
-
-    The same records give the same bytes. OSError, for example of a full disk, names the file.
-    """
+    """Write records with encoded images as parquet, or as WebDataset if `path` ends in .tar; the same records, the same bytes."""
     if path.suffix == ".tar":
         write_atomically(path, tar_bytes(_members(records)))
         return

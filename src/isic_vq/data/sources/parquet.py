@@ -23,13 +23,8 @@ from isic_vq.data.uri import expand_path, find_parquet, public_path
 Part = tuple[Any, int, int]  # file, number of a row group, and of its first row
 
 _SPLIT_PREFIX = re.compile(r"(train|val|test|dev)", re.IGNORECASE)
-_FILE_TYPES = (
-    "binary",
-    "large_binary",
-    "string",
-    "large_string",
-    "null",
-)  # of an image column that is no struct
+# Of an image column that is no struct.
+_FILE_TYPES = ("binary", "large_binary", "string", "large_string", "null")
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,7 @@ class ParquetSource(Source):
             columns.setdefault(", ".join(sorted(_column_names(file))), file)
         if len(columns) > 1:
             listed = "; ".join(f"{file.name}: {names}" for names, file in columns.items())
-            raise DataError(
-                f"The files of {name} have different columns ({listed}). Open them as separate sources."
-            )
+            raise DataError(f"The files of {name} have different columns ({listed}): open them separately")
         files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows > 0]
         if not files:
             raise DataError(f"{name} has no rows. Expected one row per image.")
@@ -160,9 +153,7 @@ def _column_names(file: Path) -> list[str]:
         raise DataError(f"{file.name} is not a readable parquet file: {error}") from error
     columns = schema.names
     if "image" not in columns:
-        raise DataError(
-            f"{file.name} has no column image, only {', '.join(columns)}. Rename the column of the images."
-        )
+        raise DataError(f"{file.name} has no column image, only {', '.join(columns)}.")
     kind = schema.field("image").type
     if not {"bytes", "path"}.intersection(_struct_fields(kind)) and str(kind) not in _FILE_TYPES:
         raise DataError(f"{file.name}: the column image holds {kind}, expected images or their bytes.")
@@ -170,11 +161,8 @@ def _column_names(file: Path) -> list[str]:
 
 
 def _check_inside(image: str, file: Path, where: str) -> None:
-    """Refuse an image's path that leaves the folder of the parquet file."""
     if not Path(image).resolve().is_relative_to(file.resolve().parent):
-        raise DataError(
-            f"{where}: the image {image!r} is outside of the parquet file's folder: store its bytes"
-        )
+        raise DataError(f"{where}: the image {image!r} is outside of the file's folder: store its bytes")
 
 
 def _stored_image(image: dict[str, Any] | str | bytes | None) -> dict[str, Any] | bytes | None:

@@ -47,15 +47,13 @@ class PreparedSource(Source):
             file = folder / shard.file
             if not file.is_file() or file.stat().st_size != shard.bytes:
                 raise DataError(
-                    f"{folder.name}/{shard.file} is missing or truncated: isic-vq data verify lists all damage, and isic-vq "
-                    "data prepare makes the folder again"
+                    f"{folder.name}/{shard.file} is missing or truncated: isic-vq data prepare makes the folder again"
                 )
         source = cls(f"prepared:{public_path(path)}:{split}", folder, split)
         return source if manifest.classes is None else source.with_classes(Classes(tuple(manifest.classes)))
 
     @property
     def snapshot(self) -> str | None:  # type: ignore[override]
-        """The snapshots of its sources."""
         times = dict.fromkeys(s["snapshot"] for s in self._manifest.sources if s["snapshot"])
         return ", ".join(times) or None
 
@@ -65,7 +63,6 @@ class PreparedSource(Source):
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Rows of each shard, in order."""
         return [shard.rows for shard in self._manifest.of_split(self.split)]
 
     def parts(self) -> list[Any]:

@@ -24,12 +24,10 @@ class SyntheticSource(Source):
 
     @classmethod
     def from_target(cls, target: str) -> "SyntheticSource":
-        """Parse NUM[:SEED]."""
         match = re.fullmatch(r"(\d{1,7})(?::(\d{1,18}))?", target)  # records of more do not fit into memory
         if match is None or int(match[1]) == 0:
             raise DataError(
-                f"'synthetic:{target}' is not synthetic:NUM or synthetic:NUM:SEED with a positive NUM, such as "
-                "synthetic:64:0, of at most 7 digits"
+                f"'synthetic:{target}' is not synthetic:NUM or synthetic:NUM:SEED, with NUM from 1 to 9999999"
             )
         return cls(int(match[1]), int(match[2] or 0))
 

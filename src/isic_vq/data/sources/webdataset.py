@@ -161,8 +161,7 @@ def _samples(
             if name != key:
                 if name in seen:
                     raise DataError(
-                        f"{file_name}: the sample {name} comes twice; write the files of a sample next to each other, "
-                        "and give each sample a name of its own."
+                        f"{file_name}: the sample {name} comes twice; write its files next to each other."
                     )
                 yield from [(key, sample)] if sample else []
                 seen.add(name)
