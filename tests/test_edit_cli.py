@@ -142,7 +142,7 @@ def test_the_same_seed_draws_the_same_variants(edit, tmp_path):
         (["--box", "9,0,9,8"], "--box is 9,0,9,8: expected 0 <= left < right <= 48 and 0 <= top < bottom <= 32"),
         (["--box", "0,0,50,8"], "--box is 0,0,50,8: expected"),
         (["--box", "0,0,8,32"], "nothing is marked in the centred square of the image"),
-        (["--mask", "{small}"], "small.png has 16 x 16 pixels: expected 48 x 32, the size of the image"),
+        (["--mask", "{small}"], "small.png is 16 x 16 pixels: expected the image's 48 x 32"),
         (["--mask", "{black}"], "nothing is marked in the centred square"),
         (["--mask", "missing.png"], "missing.png': expected an existing file"),
         (["--lower-half", "-l", "mellanoma"], "label 'mellanoma' is not a class of this model"),

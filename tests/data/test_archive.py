@@ -264,7 +264,7 @@ def test_a_bad_query_gives_the_archive_s_answer(plain):
 
 def test_ids_that_are_no_ids_never_reach_an_address(plain):
     plain.rows[5]["isic_id"] = "../../etc/passwd"
-    with pytest.raises(DataError, match="name an image '../../etc/passwd': expected ISIC_ and seven digits"):
+    with pytest.raises(DataError, match="names an image '../../etc/passwd': expected ISIC_ and seven digits"):
         find_source("isic-archive:collection=78").parts()
     assert not plain.requests("/bucket")
 

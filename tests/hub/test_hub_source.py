@@ -359,7 +359,7 @@ def test_other_formats_are_read_from_the_copy_that_the_hub_keeps(online, caplog)
         ("user/gated", "datasets/user/gated is gated: ask for access|gated dataset"),
         ("user/empty", "holds no|No .supported. data files found|no data|doesn't contain any data"),
         (f"{FED}@v9", f"datasets/{FED} has no revision v9: expected a branch, tag or commit"),
-        (f"{FED}?split=dev", "has no split 'dev', only train, test. Name one by split=NAME"),
+        (f"{FED}?split=dev", "has no split 'dev', only train, test: name one by split=NAME"),
         (
             f"{FED}?config=b",
             r"BuilderConfig 'b' not found. Available: \['default'\] Name a configuration by config=",

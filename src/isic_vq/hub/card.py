@@ -253,18 +253,20 @@ def training_table(origin: dict[str, Any]) -> str:
     """Format how each part was trained, from the provenance, as a Markdown table; missing entries are "not recorded"."""
     training = origin.get("training", {})
     stages = ["vqvae", "prior", *(["decoder"] if "decoder" in training else [])]
-    columns = [training_column(training.get(stage, {})) for stage in stages]
-    sizes = [origin.get("num_parameters", {}).get(stage) for stage in stages]
-    rows = {"parameters": [f"{size:,}" if size else NOT_RECORDED for size in sizes]}
-    rows |= {label: [column[label] for column in columns] for label in columns[0]}
-    return stages_table("", stages, rows)
+    columns = {}
+    for stage in stages:
+        size = origin.get("num_parameters", {}).get(stage)
+        parameters = {"parameters": f"{size:,}" if size else NOT_RECORDED}
+        columns[stage] = parameters | training_column(training.get(stage, {}))
+    return stages_table("", columns)
 
 
-def stages_table(corner: str, stages: Iterable[str], rows: dict[str, list[str]]) -> str:
-    """A column per stage, rows by label; those that no stage says anything in are left out."""
-    head = [corner, *(STAGE_TITLES[stage] for stage in stages)]
-    shown = [[label, *cells] for label, cells in rows.items() if any(cells)]
-    return markdown_table(head, shown, texts=len(head))
+def stages_table(corner: str, columns: dict[str, dict[str, str]]) -> str:
+    """Columns of cells by label, a stage each; rows that no stage says anything in are left out."""
+    head = [corner, *(STAGE_TITLES[stage] for stage in columns)]
+    labels = next(iter(columns.values()))
+    rows = [[label, *(column[label] for column in columns.values())] for label in labels]
+    return markdown_table(head, [row for row in rows if any(row[1:])], texts=len(head))
 
 
 def attributions_of(origin: dict[str, Any]) -> list[str]:
@@ -276,23 +278,16 @@ def attributions_of(origin: dict[str, Any]) -> list[str]:
 def training_data_table(origin: dict[str, Any]) -> str:
     """Format what each part was trained on, from the provenance, as a Markdown table; missing entries are "not recorded"."""
     stages: dict[str, Any] = {"vqvae": None, **origin.get(BY_STAGE, {"prior": origin["training_data"]})}
-    columns = []
-    for info in stages.values():
+    columns = {}
+    for stage, info in stages.items():
         about = info or {}
-        licenses = "; ".join(
-            f"{as_text(name)}: {count:,}" for name, count in about.get("licenses", {}).items()
-        )
-        columns.append(
-            {
-                "images": say("{num_images:,}", about),
-                "by licence": licenses or NOT_RECORDED,
-                "sha256 of the manifest": say("`{manifest_sha256:.16}`", about, missing=""),
-            }
-        )
-    # Data that were not prepared have no manifest.
-    return stages_table(
-        "trained on", stages, {label: [column[label] for column in columns] for label in columns[0]}
-    )
+        counts = about.get("licenses", {}).items()
+        columns[stage] = {
+            "images": say("{num_images:,}", about),
+            "by licence": "; ".join(f"{as_text(name)}: {n:,}" for name, n in counts) or NOT_RECORDED,
+            "sha256 of the manifest": say("`{manifest_sha256:.16}`", about, missing=""),  # of prepared data
+        }
+    return stages_table("trained on", columns)
 
 
 def history(record: dict[str, Any]) -> list[dict[str, Any]]:
