@@ -28,6 +28,9 @@ MAX_SAMPLE = 4096  # decoded images that `sample` keeps in memory; 192 MiB at 12
 MAX_BYTES_IN_MEMORY = 2**31
 
 
+Place = tuple[int, int]  # a part of a lane, and a row in it
+
+
 @dataclass(frozen=True)
 class Position:
     """The position in a lane of an epoch."""
@@ -56,17 +59,28 @@ class StreamedImages:
         """Yield the items of a lane from a position on, each with the position after it; all lanes yield every image once."""
         position = position or Position()
         parts = [self.parts[index] for index in _permutation(len(self.parts), seed, epoch)[lane::num_lanes]]
-        reader = _Reader(self, parts, position.part, position.row)
-        start, window = reader.place, list(itertools.islice(reader, self.window))
+        start = position.part, position.row
+        items = self._items(parts, *start)
+        window = list(itertools.islice(items, self.window))
         number, taken = position.window, position.taken
         while window:
-            following_start = reader.place
-            following: list[dict[str, Any]] = []
+            following: list[Any] = []
             for count, index in enumerate(_permutation(len(window), seed, epoch, lane, number), 1):
-                following.extend(itertools.islice(reader, 1))
+                following.extend(itertools.islice(items, 1))
                 if count > taken:
-                    yield window[index], Position(number, *start, count)
-            start, window, number, taken = following_start, following, number + 1, 0
+                    yield window[index][0], Position(number, *start, count)
+            start, window, number, taken = window[-1][1], following, number + 1, 0
+
+    def _items(self, parts: list[Any], part: int, row: int) -> Iterator[tuple[dict[str, Any], Place]]:
+        """Decode parts in order from a row of a part on; yield each item, and the part and row of the next one."""
+        for number in range(part, len(parts)):
+            for record in itertools.islice(self.source.read(parts[number]), row, None):
+                row += 1
+                item = decoded_item(_stored(record), self.image_processor)
+                if "pixels" in item:
+                    item["index"] = zlib.crc32(item["pixels"])
+                yield {**item, "isic_id": record["isic_id"]}, (number, row)
+            row = 0
 
     def views(self, seed: int, epoch: int) -> "StreamViews":
         """The view of each image in an epoch, by its item's index."""
@@ -75,30 +89,6 @@ class StreamedImages:
     def sample(self, size: int, seed: int) -> list[dict[str, Any]]:
         """The first items of a random order, at most `size` and `MAX_SAMPLE`, the same in every process."""
         return [item for item, _ in itertools.islice(self.lane(seed, 0), min(size, MAX_SAMPLE))]
-
-
-class _Reader:
-    """Decodes parts in order from a row of a part on; `place` is the part and row of the next item."""
-
-    def __init__(self, images: StreamedImages, parts: list[Any], part: int, row: int):
-        self.images, self.parts, self.place = images, parts, (part, row)
-        self.items = self._items()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.items
-
-    def _items(self) -> Iterator[dict[str, Any]]:
-        first, row = self.place
-        for part in range(first, len(self.parts)):
-            records = self.images.source.read(self.parts[part])
-            for record in itertools.islice(records, row, None):
-                row += 1
-                self.place = (part, row)
-                item = decoded_item(_stored(record), self.images.image_processor)
-                if "pixels" in item:
-                    item["index"] = zlib.crc32(item["pixels"])
-                yield {**item, "isic_id": record["isic_id"]}
-            row = 0
 
 
 @dataclass(frozen=True)
