@@ -675,16 +675,59 @@ def test_other_sizes_are_refused(size):
 
 
 def test_settings_without_effect_are_refused(processor):
-    with pytest.raises(ValueError, match="no setting .'do_normalize'., only `size`"):
+    with pytest.raises(ValueError, match="no setting .'do_normalize'., only `size` and"):
         IsicVQImageProcessor(do_normalize=True)
-    with pytest.raises(TypeError, match="do_resize"):
+    with pytest.raises(ValueError, match="no setting .'do_resize'., only `size` and"):
         processor(random_pixels(), do_resize=False)
 
 
-def test_saved_file_holds_size_and_type_only(tmp_path):
+def test_without_conversion_other_modes_are_refused_and_rgb_stays_as_it_is(processor, tmp_path):
+    strict = IsicVQImageProcessor(size=processor.size["height"], do_convert_rgb=False)
+    image = smooth_image(60, 40)
+    assert np.array_equal(strict.to_square(image), processor.to_square(image))
+    transparent = image.copy()
+    transparent.info["transparency"] = (0, 0, 0)
+    others = [image.convert(mode) for mode in ("L", "1", "P", "LA", "RGBA", "CMYK", "I", "YCbCr")]
+    for other in (*others, transparent, np.zeros((40, 40), dtype=np.uint16)):
+        with pytest.raises(
+            ImageError, match=r"expected mode RGB without transparency, got .*; set do_convert_rgb=True"
+        ):
+            strict(other)
+        assert strict(other, do_convert_rgb=True)["pixel_values"].shape[1] == 3, (
+            "the call's own setting holds"
+        )
+    assert strict.do_convert_rgb is False
+    assert strict.to_mask(image.convert("L")).dtype == bool, "masks are grey"
+    image.convert("L").save(tmp_path / "grey.png")
+    with pytest.raises(ImageError, match=r"grey.png.*got L"):
+        strict.load_image(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match="do_convert_rgb: expected True or False, got 'no'"):
+        IsicVQImageProcessor(do_convert_rgb="no")
+
+
+def test_a_call_may_have_a_size_of_its_own(processor):
+    image = smooth_image(200, 150)
+    expected = IsicVQImageProcessor(size=24)(image)["pixel_values"]
+    assert np.array_equal(processor(image, size=24)["pixel_values"], expected)
+    assert processor.size != {"height": 24, "width": 24}
+
+
+def test_files_that_an_earlier_commit_saved_load_and_convert(tmp_path):
+    content = {"image_processor_type": "IsicVQImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    loaded = IsicVQImageProcessor.from_pretrained(tmp_path)
+    assert loaded.do_convert_rgb is True
+    assert loaded.to_dict() == IsicVQImageProcessor(size=32).to_dict()
+
+
+def test_saved_file_holds_settings_and_type_only(tmp_path):
     IsicVQImageProcessor(size=96).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert saved == {"image_processor_type": "IsicVQImageProcessor", "size": {"height": 96, "width": 96}}
+    assert saved == {
+        "image_processor_type": "IsicVQImageProcessor",
+        "size": {"height": 96, "width": 96},
+        "do_convert_rgb": True,
+    }
 
 
 def test_save_and_load_give_the_same_processor_and_pixels(tmp_path):

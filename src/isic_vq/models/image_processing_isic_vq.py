@@ -6,7 +6,7 @@ The only owner of image size and pixel range. One path: `load_image` (RGB, uprig
 Source: the image processor protocol of transformers 5.23 (`PilBackend`). Centred square, averaging, BICUBIC in the
 manner of `center_crop_arr` in openai/guided-diffusion, guided_diffusion/image_datasets.py (which crops last).
 Differs: `PilBackend` clips 16-bit grey, leaves out EXIF rotation, resizes without a crop, lets Pillow's errors
-through without a name and has about twenty settings. Here there is one setting, `size`.
+through without a name and has about twenty settings (`ImagesKwargs`), eighteen of which the models leave no choice in.
 Does not: fetch URLs, apply ICC colour profiles, look beyond the first frame, normalise by mean and deviation.
 """
 
@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -46,9 +46,10 @@ class ImageError(ValueError):
 
 
 class IsicVQImageProcessorKwargs(TypedDict, total=False):
-    """What `preprocessor_config.json` may set."""
+    """The settings of transformers' `ImagesKwargs` that have an effect here, for `preprocessor_config.json` and for calls."""
 
-    size: int | dict[str, int]
+    size: int | Mapping[str, int]
+    do_convert_rgb: bool
 
 
 class IsicVQImageProcessor(PilBackend):
@@ -60,6 +61,7 @@ class IsicVQImageProcessor(PilBackend):
 
     Args:
         size: Side of the square output in pixels, as an int or as `{"height": n, "width": n}`.
+        do_convert_rgb: Convert images of other modes (grey, palette, CMYK, transparency, 16 bits); False refuses them.
 
     Examples:
         >>> processor = IsicVQImageProcessor(size=32)
@@ -74,15 +76,27 @@ class IsicVQImageProcessor(PilBackend):
     valid_kwargs = IsicVQImageProcessorKwargs  # type: ignore[assignment]
     model_input_names = ["pixel_values"]
     size = SizeDict(height=128, width=128)
+    do_convert_rgb = True
 
-    def __init__(self, size: int | Mapping[str, int] | None = None, **kwargs: Any):
+    def __init__(
+        self, size: int | Mapping[str, int] | None = None, do_convert_rgb: bool = True, **kwargs: Any
+    ):
         unknown = sorted(kwargs.keys() - SERVICE_KEYS)
         if unknown:
-            raise ValueError(f"IsicVQImageProcessor has no setting {unknown}, only `size`; remove the others")
-        super().__init__(size=dict(_square_size(type(self).size if size is None else size)), **kwargs)
+            settings = "`size` and `do_convert_rgb`"
+            raise ValueError(
+                f"IsicVQImageProcessor has no setting {unknown}, only {settings}; remove the others"
+            )
+        if not isinstance(do_convert_rgb, bool):
+            raise ValueError(f"do_convert_rgb: expected True or False, got {do_convert_rgb!r}")
+        size = dict(_square_size(type(self).size if size is None else size))
+        super().__init__(size=size, do_convert_rgb=do_convert_rgb, **kwargs)
 
     def preprocess(
-        self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        return_tensors: str | None = None,
+        **kwargs: Unpack[IsicVQImageProcessorKwargs],
     ) -> BatchFeature:
         """Turn one image or several into a batch; `processor(images, return_tensors="pt")` calls this.
 
@@ -90,15 +104,19 @@ class IsicVQImageProcessor(PilBackend):
             images: One image or a list of them, each of a kind `load_image` takes; an array or tensor with
                 four dimensions is a list of images.
             return_tensors: `"pt"` for a torch tensor; `"np"` or nothing for a numpy array.
+            kwargs: `size` and `do_convert_rgb` of this call, instead of the processor's own.
 
         Returns:
             BatchFeature with `pixel_values` (float32 of shape (batch, 3, height, width)): RGB in [0, 1].
 
         Raises:
             ImageError: If the list is empty or an image in it cannot be used; the text starts with its index.
+            ValueError: If a setting is unknown or outside of its range.
         """
+        own: Any = {"size": dict(self.size), "do_convert_rgb": self.do_convert_rgb}
+        processor = type(self)(**{**own, **kwargs}) if kwargs else self
         squares = [
-            self.to_square(image, name=f"image {index} ({_describe(image)})")
+            processor.to_square(image, name=f"image {index} ({_describe(image)})")
             for index, image in enumerate(_as_list(images))
         ]
         pixel_values = np.stack(squares).transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
@@ -124,7 +142,8 @@ class IsicVQImageProcessor(PilBackend):
         """
         name = name or _describe(image)
         target: int = self.size["height"]
-        square = _centred_square(_load(image, name, target), name, target)
+        picture = _load(image, name, target, convert=self.do_convert_rgb)
+        square = _centred_square(picture, name, target)
         return np.array(square.resize((target, target), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP))
 
     def to_mask(self, mask: ImageLike, name: str | None = None) -> np.ndarray:
@@ -164,7 +183,7 @@ class IsicVQImageProcessor(PilBackend):
         Raises:
             ImageError: If the image is missing, damaged, of more than `MAX_PIXELS` or of another kind.
         """
-        return _load(image, name or _describe(image))
+        return _load(image, name or _describe(image), convert=self.do_convert_rgb)
 
     def postprocess(self, pixel_values: torch.Tensor | np.ndarray, output_type: str = "pil") -> Any:
         """Turn `pixel_values` back into images: clamp to [0, 1], round to 256 levels, restore the layout.
@@ -231,19 +250,21 @@ def _centred_square(picture: Image.Image, name: str, target: int) -> Image.Image
     return picture.crop((left, top, left + side, top + side))
 
 
-def _load(image: ImageLike, name: str, target: int | None = None, background: str = "white") -> Image.Image:
+def _load(
+    image: ImageLike, name: str, target: int | None = None, background: str = "white", convert: bool = True
+) -> Image.Image:
     """Load an image upright and in RGB; a `target` in pixels lets a JPEG file come smaller than it is."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         image = _array_to_pil(image, name)
     with _pillow_errors_named(name):
         if isinstance(image, Image.Image):
-            return _to_rgb(_upright(_of_bearable_size(image, name)), name, background)
+            return _to_rgb(_upright(_of_bearable_size(image, name)), name, background, convert)
         with Image.open(_file_of(image, name)) as opened:
             _of_bearable_size(opened, name)
             if target is not None:
                 scale = _draft_scale(*opened.size, target)
                 opened.draft(None, (opened.width // scale, opened.height // scale))  # only JPEG knows how
-            return _to_rgb(_upright(opened), name, background)
+            return _to_rgb(_upright(opened), name, background, convert)
 
 
 def _file_of(image: Any, name: str) -> str | os.PathLike | BytesIO:
@@ -302,8 +323,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, background: str, convert: bool) -> Image.Image:
     """Convert any mode to RGB: transparency on the background, more than 8 bits scaled and not clipped."""
+    if not convert and (image.mode != "RGB" or image.has_transparency_data):
+        raise ImageError(
+            f"{name}: expected mode RGB without transparency, got {image.mode}; set do_convert_rgb=True"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _deep_grey_to_pil(image, name)
     elif image.has_transparency_data:
