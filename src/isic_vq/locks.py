@@ -1,7 +1,8 @@
 """Folders and files that one launch at a time may write to.
 
-A lock is a file `.NAME.lock` (of several processes `.NAME.lock.RANK`) beside what it protects (in it, if nobody may write beside it), held by `flock`, which the kernel drops when its process dies, however
-it dies. Its text names the process for people, and for file systems that have no such locks.
+A lock is a file `.NAME.lock` (of several processes `.NAME.lock.RANK`) beside what it protects, or in it if nobody may write
+beside it. It is held by `flock`, which the kernel drops when its process dies, however it dies. Its text names the process
+for people, and for file systems that have no such locks.
 """
 
 import errno

@@ -1,8 +1,8 @@
 """Render the model card of a repository folder from its files alone.
 
 Numbers come from `reports/*.json`, `provenance.json` and the configs: what none of them holds cannot reach the card.
-The text is `card_template.md`, the metadata that of the Hub. Both have the metrics that people know (`KNOWN`), the model-index those
-of the data set that has most of them; all others stay in `reports/`.
+Text (`card_template.md`) and metadata have the metrics that people know (`KNOWN`), the model-index those of the data set
+that has most of them; all others stay in `reports/`.
 
 A report named `memorization.json` is the audit for memorised training images: its table `verdict` is the sentence
 that the card shows. A file `comparison.md` is linked.

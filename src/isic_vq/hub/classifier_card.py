@@ -1,7 +1,7 @@
 """Write a trained classifier as a Hub repository's folder: weights, configs, report, recipe, and a card of their numbers.
 
-The card's text is `classifier_card_template.md`; its numbers are those of `reports/validation.json`, `training_data.json` and the weights; none is written by
-hand. Any Hub tool opens the folder, without this package.
+The card's text is `classifier_card_template.md`; its numbers are those of `reports/validation.json`, `training_data.json`
+and the weights. Any Hub tool opens the folder, without this package.
 """
 
 import shutil
