@@ -22,7 +22,8 @@ from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.diagnosis import DIAGNOSES
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import IsicVQModel
-from isic_vq.models.modeling_pixelcnn import PixelCNNModel, PriorOutput
+from isic_vq.models.modeling_pixelcnn import PixelCNNModel
+from isic_vq.models.modeling_prior import PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
 from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.load import load_recipe
