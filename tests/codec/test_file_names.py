@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isic_vq.codec.container import CodecError
-from isic_vq.codec.names import check_names, png_paths
+from isic_vq.codec.container import CodecError, check_names, png_paths
 
 ESCAPES = [
     "../evil",

@@ -17,11 +17,11 @@ from isic_vq.codec.container import (
     CodecError,
     Settings,
     block_name,
+    check_names,
     read_container,
     write_container,
 )
 from isic_vq.codec.integer_weights import Weights, static_weights, table_hash
-from isic_vq.codec.names import check_names
 from isic_vq.codec.prior_coder import PriorCoder, coder_of
 from isic_vq.codec.range_coder import CodeDecoder, CodeEncoder
 from isic_vq.data.code_cache import tokenizer_hash

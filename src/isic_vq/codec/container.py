@@ -7,17 +7,21 @@ copy at the end is used if the first one is damaged. A block is the length of it
 the coded codes. Numbers are little-endian. A block that bytes inserted or missing before it have moved is found by its
 distance from the end.
 
-Checksums detect accidents, not attacks. So names are checked separately, and the numbers in a header are bounded by its
+Checksums detect accidents, not attacks. So `check_names` looks at names, and the numbers in a header are bounded by its
 size: entries by the bytes of their checksums, images by the bytes of their block.
 """
 
 import json
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from isic_vq.data.uri import IMAGE_SUFFIXES
 
 MAGIC, END = b"\x89IVQ\r\n\x1a\n", b"\n\x1a\r\nQVI\x89"
 FORMAT = 1
@@ -227,3 +231,32 @@ def _parse_block(body: bytes, entry: Entry) -> Block | str:
     except (zlib.error, struct.error, ValueError, RecursionError) as error:
         return f"it is not one that isic-vq writes: {error}"
     return Block(names, entry.coder, body[_LENGTH.size + length :], entry.codes_crc)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise CodecError if two images have the same name, or a name is no relative path with forward slashes."""
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise CodecError(f"two images are called {twice[0]!r}: expected unique names, so rename one of them")
+    for name in names:
+        is_wrong_part = any(part in ("", ".", "..") for part in name.split("/"))
+        if is_wrong_part or any(character in "\\:" or ord(character) < 32 for character in name):
+            raise CodecError(
+                f"an image is called {name!r}: expected a relative path without '..', ':' and backslashes"
+            )
+
+
+def png_paths(names: Sequence[str], folder: Path) -> list[Path]:
+    """Turn "a/b.jpg" into "a/b.png", or keep all suffixes if two would become the same; no path may leave the folder."""
+    check_names(names)
+    suffixes = [PurePosixPath(name).suffix for name in names]
+    stems = [
+        name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
+        for name, suffix in zip(names, suffixes, strict=True)
+    ]
+    paths = [folder / f"{name}.png" for name in (stems if len(set(stems)) == len(names) else names)]
+    root = folder.resolve()
+    for name, path in zip(names, paths, strict=True):
+        if not path.resolve().is_relative_to(root):  # through a link in the folder
+            raise CodecError(f"the image {name!r} would be written outside of {folder.name}")
+    return paths

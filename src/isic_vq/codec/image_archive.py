@@ -8,9 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from isic_vq.codec.codec import Compressed, compress, decompress
-from isic_vq.codec.container import CodecError
+from isic_vq.codec.container import CodecError, png_paths
 from isic_vq.codec.integer_weights import training_code_counts
-from isic_vq.codec.names import png_paths
 from isic_vq.data.classes import AUTO, NUM_LISTED, Classes, and_more
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.sources import find_source
