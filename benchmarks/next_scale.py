@@ -24,7 +24,7 @@ from isic_vq.hub.card import history, read_provenance
 from isic_vq.hub.pretrained import load_model, resolve
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_var import VARHead, VARLayer, VARModel
-from isic_vq.models.sampling import draw
+from isic_vq.models.sampling import Sampling, draw
 from measure import (
     Contestant,
     compare,
@@ -122,11 +122,13 @@ def contestants(
     )
     labels = torch.zeros(batch, dtype=torch.long)
     of_var, clusters = (one_cluster(model.prior, batch) for model in (var, pixelcnn))
-    sample = partial(pixelcnn.prior.sample, noise, labels, clusters=clusters)
+    sample = partial(pixelcnn.prior.sample, noise, labels, Sampling(), clusters=clusters)
     steps = {
         VAR: (
             var.prior,
-            partial(var.prior.sample, var_noise, labels, extend=var.vqvae.extend, clusters=of_var),
+            partial(
+                var.prior.sample, var_noise, labels, Sampling(), extend=var.vqvae.extend, clusters=of_var
+            ),
         ),
         RASTER: (raster, partial(raster.sample, noise, labels)),
         EAGER: (pixelcnn.prior, partial(sample, backend="eager")),

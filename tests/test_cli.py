@@ -1,6 +1,7 @@
 """The command line: every command on a tiny run, and every mistake answered by one line that says what to do."""
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -13,16 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import typer
 import yaml
 from PIL import Image
+from transformers import pipeline
 
-from isic_vq import __version__, cli
+from isic_vq import IsicVQModel, IsicVQPipeline, __version__, cli
 from isic_vq.data.code_cache import read_code_cache
 from isic_vq.evaluation.report import Report
 from isic_vq.hub.pretrained import ModelError
+from isic_vq.models.sampling import Sampling
 from isic_vq.training.checkpoints import TrainingState
 from isic_vq.training.vqvae import VQVAETask
 
@@ -360,6 +364,38 @@ def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
     private = str(tiny_run.prior.parent).encode()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert [path.name for path in files if private in path.read_bytes()] == []
+
+
+def test_every_way_draws_as_the_export_was_told(run, tiny_run, tmp_path):
+    folder, labels = tmp_path / "hot", ["--label", "nevus"]
+    options = ["--temperature", 3, "--guidance-scale", 2]
+    codes = ["--train-codes", tiny_run.codes["train"]]
+    assert run("export", tiny_run.prior / "model", folder, *codes, *options)[0] == 0
+    model = IsicVQModel.from_pretrained(folder)
+    assert model.default_sampling == Sampling(temperature=3, guidance_scale=2)
+
+    def pixels(where, *more):
+        assert run("generate", "-m", where, "-n", 4, *labels, *more, "-o", tmp_path / "out")[0] == 0
+        return [path.read_bytes() for path in sorted((tmp_path / "out").glob("image*.png"))]
+
+    plain, hot = tiny_run.prior / "model", pixels(folder)
+    assert len(hot) == 4
+    assert [Image.open(io.BytesIO(image)).tobytes() for image in hot] == [
+        Image.open(io.BytesIO(image)).tobytes() for image in pixels(plain, *options)
+    ]
+    assert hot != pixels(folder, "--temperature", 1), "what is given replaces the checkpoint's"
+    drawn = model.generate(4, "nevus", seed=0).codes
+    pipe = IsicVQPipeline.from_pretrained(folder)
+    assert torch.equal(drawn, pipe("nevus", num_images=4, seed=0, output_type="latent").images)
+    task = pipeline("unconditional-image-generation", model=model)
+    assert task("nevus", num_images=4, seed=0, return_codes=True)["codes"].tolist() == drawn.tolist()
+    assert not torch.equal(drawn, model.generate(4, "nevus", seed=0, sampling=Sampling()).codes)
+    assert (
+        run("generate", "-m", folder, "-n", 4, *labels, "--shards", "parquet", "-o", tmp_path / "set")[0] == 0
+    )
+    (shard,) = (tmp_path / "set").glob("*.parquet")
+    assert parquet.read_table(shard)["codes"].to_pylist() == drawn.flatten(1).tolist()
+    assert "temperature 3" in Image.open(folder / "previews" / "nevus.png").text["Comment"]
 
 
 # Errors

@@ -245,6 +245,14 @@ def test_the_command_that_the_page_names_writes_the_same_images(demo, run, tiny_
     assert made.captions[0] == "any diagnosis, seed 5, image 0"
 
 
+def test_the_command_names_what_differs_from_the_checkpoints_own_settings(model):
+    hot = copy.deepcopy(model)
+    hot.prior.config.sampling = {"temperature": 3.0}
+    demo = DemoModel(hot)
+    assert "--temperature" not in demo.generate("nevus", 1, 0).command
+    assert "--temperature 1.0" in demo.generate("nevus", 1, 0, Sampling()).command
+
+
 def test_settings_that_are_off_are_not_passed_on(demo):
     assert demo.generate(ANY, 1, 0).command.endswith(" -n 1 --seed 0")
 

@@ -24,7 +24,6 @@ def options(command):
 @pytest.mark.parametrize(
     ("command", "target", "names"),
     [
-        ("generate", Sampling, "temperature top_k top_p guidance_scale guidance_power"),
         ("generate", write_generated, "num_images seed backend cluster"),
         ("edit", write_edits, "mask lower_half label num_images particles seed dilation"),
         ("audit", audit_checkpoint, "num_samples samples_from seed limit max_corrupt_share"),
@@ -39,6 +38,14 @@ def test_defaults_are_those_of_what_is_set(command, target, names):
     found = options(command)
     for name in names.split():
         assert found[name].default == inspect.signature(target).parameters[name].default, name
+        assert found[name].help, name
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_sampling_has_no_defaults_of_the_command_but_the_checkpoints(command):
+    found = options(command)
+    for name in vars(Sampling()):
+        assert found[name].default is None, name
         assert found[name].help, name
 
 

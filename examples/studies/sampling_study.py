@@ -55,7 +55,7 @@ def combinations(
 
 def setting_name(sampling: Sampling) -> str:
     """What a report calls a setting: "plain" or what differs from that, as in "temperature=0.9 guidance_scale=2"."""
-    return " ".join(f"{name}={value:g}" for name, value in sampling.changes.items()) or "plain"
+    return " ".join(f"{name}={value:g}" for name, value in sampling.changes().items()) or "plain"
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def generate_shards(
         num_images: of the whole set, at least 1.
         labels: a diagnosis (name, alias or id) for all images, several that take turns (image i gets
             `labels[i % len(labels)]`), or None for unconditional.
-        sampling: how codes are drawn; by default from the prior's own distribution.
+        sampling: how codes are drawn; by default as the prior's `config.sampling` says.
         seed: image i depends on (seed, i) alone; 0 to 2**63 - 1.
         format: "parquet" or "webdataset", see `write_shard`.
         images_per_shard: a multiple of `block_size`. A shard is held in memory until it is written.
@@ -107,7 +107,7 @@ def generate_shards(
         OSError: a file cannot be written; it is named.
     """
     check_process(rank, world)
-    sampling = replace(sampling or Sampling(), **settings)
+    sampling = replace(sampling or model.default_sampling, **settings)
     several = isinstance(labels, Sequence) and not isinstance(labels, str)
     ids = model.label_ids(labels, len(labels) if several else 1)  # type: ignore[arg-type]
     asked = {
@@ -230,7 +230,9 @@ def _samples(generation: _Generation, shard: int) -> Iterator[Sample]:
     passed["batch_size"] = settings["block_size"]
     same = {"seed": settings["seed"], "model": settings["model"], "isic_vq": settings["isic_vq"]}
     output: Any
-    for output in model.generate_blocks(len(indices), labels, first_index=indices[0], **passed):
+    for output in model.generate_blocks(
+        len(indices), labels, first_index=indices[0], sampling=Sampling(), **passed
+    ):
         images = processor.postprocess(output.pixel_values, output_type="np")
         codes = output.codes.flatten(1).tolist()
         for pixels, grid, label in zip(images, codes, output.labels.tolist(), strict=True):

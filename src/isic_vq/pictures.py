@@ -80,7 +80,7 @@ def write_generated(
         output: folder.
         num_images: how many, as PNGs at most 4096; see `generate_shards`.
         labels: diagnosis (name, alias or id); several are one per image; without any, images have no class.
-        sampling: how codes are drawn; by default from the prior's own distribution.
+        sampling: how codes are drawn; by default as the prior's `config.sampling` says.
         seed: image i depends on (seed, i) alone.
         batch_size: images computed at once, 16 by default; another number may round an image differently.
         backend: one of eager, compiled (needs numba), cuda_graph, or auto: the fastest of those tested on such a device.
@@ -95,7 +95,7 @@ def write_generated(
     """
     allowed = f"at most {MAX_PNGS} PNGs; write shards (--shards parquet)"
     expect(num_images <= MAX_PNGS, "num_images", num_images, allowed)
-    sampling = sampling or Sampling()
+    sampling = sampling or model.default_sampling
     result = UnconditionalImageGenerationPipeline(model)(
         labels[0] if len(labels) == 1 else list(labels) or None,
         num_images=num_images, seed=seed, batch_size=batch_size, sampling=sampling, backend=backend, cluster=cluster,
@@ -107,7 +107,7 @@ def write_generated(
         about = {"Title": title, "Source": _name(model)}
         comment = f"synthetic image, seed {seed}, index {index}"
         write_png(result["images"][index], path, {**about, "Comment": comment})
-    changes = [f"{name.replace('_', ' ')} {value}" for name, value in sampling.changes.items()]
+    changes = [f"{name.replace('_', ' ')} {value}" for name, value in sampling.changes().items()]
     comment = ", ".join([f"synthetic images, seed {seed}", *changes])
     grid = image_grid(result["images"], labels=titles if labels else None)
     picture = captioned(grid, f"{_name(model)}: {num_images} {comment}")

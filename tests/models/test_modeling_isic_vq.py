@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import PreTrainedModel
 
-from isic_vq import IsicVQConfig, IsicVQModel, PixelCNNModel, VQVAEModel
+from isic_vq import IsicVQConfig, IsicVQModel, PixelCNNConfig, PixelCNNModel, VQVAEModel
 from isic_vq.hub.pretrained import default_checkpoint
+from isic_vq.models.sampling import Sampling
 
 PART_CLASSES = {"vqvae": VQVAEModel, "prior": PixelCNNModel}
 
@@ -158,6 +160,32 @@ def test_generated_codes_are_the_priors_samples(composite):
     uniforms = position_uniforms(image_generators(5, 2), 16)
     expected = composite.prior.sample(uniforms, torch.tensor([1, 1]), temperature=0.8, top_p=0.9)
     assert torch.equal(codes_of(composite, 2, "nevus", seed=5, temperature=0.8, top_p=0.9), expected)
+
+
+def test_images_are_drawn_as_the_config_says_unless_the_caller_does(make_composite, tmp_path):
+    model = make_composite().eval()
+    plain = codes_of(model, 8, "nevus", seed=5)
+    model.prior.config.sampling = {"temperature": 3.0, "guidance_scale": 2.0}
+    model.save_pretrained(tmp_path)
+    loaded = IsicVQModel.from_pretrained(tmp_path)
+    assert loaded.default_sampling == Sampling(temperature=3.0, guidance_scale=2.0)
+    drawn = codes_of(loaded, 8, "nevus", seed=5)
+    assert not torch.equal(drawn, plain)
+    assert torch.equal(drawn, codes_of(loaded, 8, "nevus", seed=5, sampling=loaded.default_sampling))
+    assert torch.equal(plain, codes_of(loaded, 8, "nevus", seed=5, sampling=Sampling()))
+    assert torch.equal(plain, codes_of(loaded, 8, "nevus", seed=5, temperature=1, guidance_scale=1)), (
+        "a setting that is given replaces the config's"
+    )
+    other = codes_of(loaded, 8, "nevus", seed=5, guidance_scale=1)
+    assert torch.equal(other, codes_of(loaded, 8, "nevus", seed=5, sampling=Sampling(temperature=3.0)))
+
+
+@pytest.mark.parametrize("sampling", [{"temprature": 2}, {"temperature": -1}, {"top_k": 0}])
+def test_a_config_with_sampling_without_a_meaning_is_refused(sampling):
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="sampling is .*(temprature|temperature|top_k)"
+    ):
+        PixelCNNConfig(sampling=sampling)
 
 
 def test_same_seed_gives_the_same_bytes(composite):

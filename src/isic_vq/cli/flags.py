@@ -92,7 +92,7 @@ def _parameter(setting: Setting, option: str, panel: str | None) -> inspect.Para
 
 
 def options_of(
-    target: str, names: str = "", panel: str | None = None, **renamed: str
+    target: str, names: str = "", panel: str | None = None, defaults: bool = True, **renamed: str
 ) -> Callable[[Callable], Callable]:
     """Add options to a command, which gets those that were given, or have a default, as `**settings`.
 
@@ -100,12 +100,17 @@ def options_of(
         target: what they set, such as "models/sampling.py:Sampling".
         names: which of its settings, separated by blanks; by default all.
         panel: heading of these options in the help.
+        defaults: whether they have the target's defaults; without, only options that were given are passed on.
         renamed: options of another name than the setting's, such as `num_views="views"`.
     """
     settings = settings_of(target)
     chosen = [settings[name] for name in names.split()] if names else list(settings.values())
     added = [
-        _parameter(setting, renamed.get(setting.name, setting.name.replace("_", "-")), panel)
+        _parameter(
+            setting if defaults else setting._replace(default=None),
+            renamed.get(setting.name, setting.name.replace("_", "-")),
+            panel,
+        )
         for setting in chosen
     ]
 

@@ -17,6 +17,7 @@ RepositoryArgument = Annotated[str, typer.Argument(metavar="USER/NAME", help="Re
     epilog="Examples:\n\n  isic-vq export runs/prior/model model_cards/my-model --train-codes runs/codes/train.parquet\n\n"
     "  isic-vq export isic-vq-128 deployment --onnx\n\n  isic-vq export runs/derm-features model_cards/my-features"
 )
+@options_of("models/sampling.py:Sampling", panel="How the repository draws images by default", defaults=False)
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a whole model, or of a classifier's finished run.")],
     output: Annotated[
@@ -39,24 +40,25 @@ def export(
             "Needs the extra onnx.",
         ),
     ] = False,
+    **sampling: Any,
 ) -> None:
     """Write a Hub repository folder: weights, processor, previews and provenance; or ONNX files alone."""
     from isic_vq.hub.classifier_card import export_classifier, is_classifier_run
 
     if is_classifier_run(Path(model)):
-        if train_codes is not None or bf16 or onnx:
-            raise ValueError("a classifier is exported as it is: leave out --train-codes, --bf16 and --onnx")
+        if train_codes is not None or bf16 or onnx or sampling:
+            raise ValueError("a classifier is exported as it is: leave out all options")
         export_classifier(Path(model), output)
         typer.echo(f"wrote {output}")
     elif train_codes is not None:
         from isic_vq.hub.export import export_repository
 
         quiet_transformers()
-        export_repository(model, output, train_codes, bf16, onnx)
+        export_repository(model, output, train_codes, bf16, onnx, **sampling)
         typer.echo(
             f"wrote {output}; next: isic-vq evaluate {output} --data ... -o {output}/reports/..., isic-vq card {output}"
         )
-    elif onnx and not bf16:
+    elif onnx and not bf16 and not sampling:
         check_first(model)
         from isic_vq.hub.onnx_export import export_onnx, known_license
 

@@ -1,6 +1,7 @@
 """Commands that use a model: generate, reconstruct, edit, score, compress, decompress, demo, info."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from isic_vq.cli.flags import options_of
     epilog="Examples:\n\n  isic-vq generate -n 16\n\n  isic-vq generate -n 8 --label melanoma --seed 1 --guidance-scale 2\n\n"
     "  isic-vq generate -n 100000 --label melanoma --label nevus --shards parquet -o generated"
 )
-@options_of("models/sampling.py:Sampling")
+@options_of("models/sampling.py:Sampling", defaults=False)
 @options_of(
     "pictures.py:write_generated", "num_images labels seed batch_size backend cluster", labels="label"
 )
@@ -57,8 +58,10 @@ def generate(
     from isic_vq.models.sampling import Sampling
     from isic_vq.pictures import other_images, write_generated
 
-    sampling = Sampling(**{key: settings.pop(key) for key in Sampling().__dict__ if key in settings})
+    chosen = {key: settings.pop(key) for key in vars(Sampling()) if key in settings}
+    Sampling(**chosen)  # refuses what has no meaning before weights are read
     loaded = open_model(model, device)
+    sampling = replace(loaded.default_sampling, **chosen)
     if warning := training_warning(model):
         typer.echo(f"warning: {warning}", err=True)
     if shards is not None:

@@ -139,7 +139,7 @@ class DemoModel:
         `diagnosis` is a class of the model, one per image, or `ANY`; other arguments and errors are as in
         `IsicVQModel.generate`.
         """
-        seed, sampling = checked_seed(seed), sampling or Sampling()
+        seed, sampling = checked_seed(seed), sampling or self.model.default_sampling
         labels = [] if diagnosis == ANY else [diagnosis] if isinstance(diagnosis, str) else [*diagnosis]
         label = labels if len(labels) > 1 else next(iter(labels), None)
         output: Any = self.model.generate(
@@ -148,7 +148,10 @@ class DemoModel:
         source = self.model.config.name_or_path
         options = [] if not source or is_default(source) else [("--model", source)]
         options += [("-n", num_images), *(("--label", name) for name in labels), ("--seed", seed)]
-        options += [(f"--{name.replace('_', '-')}", value) for name, value in sampling.changes.items()]
+        options += [
+            (f"--{name.replace('_', '-')}", value)
+            for name, value in sampling.changes(self.model.default_sampling).items()
+        ]
         words = ["isic-vq", "generate", *(str(word) for option in options for word in option)]
         names = (labels or ["any diagnosis"]) * int(num_images)
         return Generated(

@@ -45,19 +45,47 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
         The states of the images and of the number that was clicked last.
     """
     generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
+    usual = demo.model.default_sampling
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             fields = [
                 diagnosis_field(demo),
                 slider(1, MAX_IMAGES, 4, "Number of images", "More take longer."),
                 seed_field(),
-                slider(0.1, 2, 1, "Temperature", "Below 1 more typical, above 1 more varied.", 0.05),
+                slider(
+                    0.1,
+                    2,
+                    usual.temperature,
+                    "Temperature",
+                    "Below 1 more typical, above 1 more varied.",
+                    0.05,
+                ),
             ]
             with gr.Accordion("Advanced", open=False):
                 fields += [
-                    slider(0, 5, 1, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1),
-                    slider(0, demo.num_codes, 0, "Top-k", "Draw from so many likeliest codes; 0 is off."),
-                    slider(0.05, 1, 1, "Top-p", "Draw from codes of so much probability; 1 is off.", 0.05),
+                    slider(
+                        0,
+                        5,
+                        usual.guidance_scale,
+                        "Guidance scale",
+                        "1 is off; more follows the diagnosis.",
+                        0.1,
+                    ),
+                    slider(
+                        0,
+                        demo.num_codes,
+                        usual.top_k or 0,
+                        "Top-k",
+                        "Draw from so many likeliest codes; 0 is off.",
+                    ),
+                    slider(
+                        0.05,
+                        1,
+                        usual.top_p or 1,
+                        "Top-p",
+                        "Draw from codes of so much probability; 1 is off.",
+                        0.05,
+                    ),
                 ]
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3, min_width=320):

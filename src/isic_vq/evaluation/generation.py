@@ -167,7 +167,7 @@ def evaluate_generation(
             half of the data where there are none from the same source.
         split: what the report calls the reference.
         seed: of the samples, of the draw of others and of the intervals' halves.
-        sampling: how codes are drawn; None is from the model's own distribution.
+        sampling: how codes are drawn; by default as the prior's `config.sampling` says.
         max_corrupt_share: share of unreadable images past which to fail. An unreadable one makes its set smaller.
         progress: show a bar.
 
@@ -186,7 +186,7 @@ def evaluate_generation(
         raise ValueError(f"the yardsticks are called {names}: expected at least one, and each name once")
     model.eval()
     yardsticks = [yardstick.to(model.device) for yardstick in yardsticks]
-    sampling = sampling or Sampling()
+    sampling = sampling or model.default_sampling
     noise = CODE_NOISE | {
         "num_nearest": min(CODE_NOISE["num_nearest"], model.config.vqvae_config.num_codes - 1)
     }

@@ -55,7 +55,9 @@ class Origins:
     repository: Path | None = None
 
 
-def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, onnx: bool = False) -> None:
+def export_repository(
+    model: str, output: Path, train_codes: Path, bf16: bool, onnx: bool = False, **sampling: Any
+) -> None:
     """Write weights, configs, processor, previews, figures and provenance of a trained model.
 
     Args:
@@ -64,6 +66,7 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
         train_codes: code cache of the images the model was trained on: their provenance.
         bf16: round the prior's and the decoder's parameters to bfloat16 and store them so; they are computed with in float32.
         onnx: add the tokenizer as ONNX files, as `export_onnx` writes them.
+        sampling: fields of `Sampling` that the repository draws images with by default; without any, those of `model` stay.
 
     Raises:
         ModelError, DataError: as their docstrings say.
@@ -76,6 +79,8 @@ def export_repository(model: str, output: Path, train_codes: Path, bf16: bool, o
     origins = find_training_runs(Path(model), cache.tokenizer_hash)
     stages = training_data_by_stage(Path(model), origins.runs, dataclasses.asdict(cache.source))
     loaded.config.license = weights_license(licenses_of(stages))
+    loaded.prior.config.sampling = sampling or loaded.prior.config.sampling
+    loaded.prior.config.validate()
     with replaced_directory(output) as folder:
         loaded.save_pretrained(folder)
         if bf16:
@@ -156,7 +161,12 @@ def write_previews(model: IsicVQModel, folder: Path) -> None:
     for label, name in ((unconditional, "unconditional"), *shown):
         labels = torch.full((PREVIEWS_PER_CLASS,), label)
         output: Any = model.generate(PREVIEWS_PER_CLASS, labels, seed=PREVIEW_SEED)
-        comment = f"synthetic images, seed {PREVIEW_SEED}, temperature 1, no guidance, not selected"
+        settings = ", ".join(
+            f"{k.replace('_', ' ')} {v}" for k, v in model.default_sampling.changes().items()
+        )
+        comment = (
+            f"synthetic images, seed {PREVIEW_SEED}, {settings or 'temperature 1, no guidance'}, not selected"
+        )
         file = name if label == unconditional else preview_name(name)
         write_png(preview([output.pixel_values]), folder / f"{file}.png", {"Title": name, "Comment": comment})
         stages = model.vqvae.decode_progressively(output.codes)

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import expect
+from .sampling import Sampling
 
 
 @strict
@@ -23,6 +24,9 @@ class PriorConfig(PreTrainedConfig):
             what guidance and unconditional sampling need.
         num_clusters: clusters of whole images that it is conditioned on beside the class, see `clusters`; 0 for none.
 
+        sampling: fields of `Sampling` that codes are drawn with where the caller names none; without any, codes are drawn from
+            the prior's own distribution.
+
     Attributes:
         of_tokenizer: fields that are the tokenizer's.
     """
@@ -34,6 +38,7 @@ class PriorConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     class_dropout: float | int = 0.1
     num_clusters: int = 0
+    sampling: dict | None = None
 
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]  # signature set by transformers
         # Without this transformers fills in two placeholder classes, LABEL_0 and LABEL_1.
@@ -48,6 +53,22 @@ class PriorConfig(PreTrainedConfig):
         self.id2label = dict(sorted(names.items()))
         self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+
+    def validate_sampling(self) -> None:
+        """Check the settings of sampling; called by `strict` at construction."""
+        _ = self.default_sampling
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """How codes are drawn where the caller does not say.
+
+        Raises:
+            ValueError: `sampling` holds another field, or one out of its range.
+        """
+        try:
+            return Sampling(**(self.sampling or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sampling is {self.sampling!r}: {error}") from None
 
     @property
     def unconditional_id(self) -> int:

@@ -135,6 +135,11 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         """Return codes of images `(B, 3, H, W)` in [0, 1]; see `VQVAEModel.encode`."""
         return self.vqvae.encode(pixel_values)
 
+    @property
+    def default_sampling(self) -> Sampling:
+        """How images are drawn where the caller does not say."""
+        return self.prior.config.default_sampling
+
     def decode(self, codes: Tensor) -> Tensor:
         """Return images `(B, 3, H, W)` in [0, 1] of codes; see `VQVAEModel.decode`."""
         return self.vqvae.decode(codes)
@@ -249,7 +254,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             seed: likewise.
             first_index: index of the first image, for generating one seeded set in several calls.
             generator: one for all images, or one per image, instead of a seed.
-            sampling: how codes are drawn; by default from the prior's own distribution.
+            sampling: how codes are drawn; by default as the prior's `config.sampling` says.
             cluster: of a prior with clusters, one for all images or one per image; by default each is drawn by its
                 frequency given the class, from the image's noise.
             batch_size: images computed at once.
@@ -267,7 +272,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         expect(1 <= batch_size <= MAX_BATCH, "batch_size", batch_size, f"1 to {MAX_BATCH}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
-        sampling = replace(sampling or Sampling(), **settings)
+        sampling = replace(sampling or self.default_sampling, **settings)
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
             batch_size = min(batch_size, num_images)  # nobody can ask for these images again

@@ -227,7 +227,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
         Args:
             uniforms (`torch.Tensor` of shape `(B, L)`): noise of each image and position, in [0, 1).
             labels (`torch.LongTensor` of shape `(B,)`): class ids; None means unconditional.
-            sampling: how codes are drawn from logits; by default from the prior's own distribution.
+            sampling: how codes are drawn from logits; by default as `config.sampling` says.
             backend: "eager" or, of a PixelCNN, "compiled" (CPU, needs numba) or "cuda_graph"; `modes.RUN_ON` tells where each
                 was run.
             on_step: called after each finished row or scale, for progress bars.
@@ -249,7 +249,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
         warn_if_slow(self.device.type, self.dtype)
-        sampling = replace(sampling or Sampling(), **settings)
+        sampling = replace(sampling or self.config.default_sampling, **settings)
         with weights_at_hand(self), torch.inference_mode():
             conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
             if sampling.guided:

@@ -53,11 +53,10 @@ class Sampling:
         is_power = power is None or 0 < power <= FLOAT32.max
         expect(is_power, "guidance_power", power, "more than 0, or None for the prior's default")
 
-    @property
-    def changes(self) -> dict[str, float]:
-        """The fields that differ from a draw from the prior's own distribution."""
-        usual = Sampling()
-        return {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+    def changes(self, usual: "Sampling | None" = None) -> dict[str, float]:
+        """The fields that differ from another's, by default from those of a draw from the prior's own distribution."""
+        before = vars(usual or Sampling())
+        return {name: value for name, value in vars(self).items() if value != before[name]}
 
     @property
     def guided(self) -> bool:
