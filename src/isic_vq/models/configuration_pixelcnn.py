@@ -43,19 +43,6 @@ class PixelCNNConfig(PriorConfig):
     head_size: int = 256
 
     @property
-    def description(self) -> str:
-        kind = "gated " if self.architecture == "gated" else ""
-        return f"{kind}PixelCNN prior that generates such grids in raster order"
-
-    @property
-    def reference(self) -> tuple[str, str]:
-        if self.architecture == "gated":
-            title = "Conditional Image Generation with PixelCNN Decoders"
-            return f"A. van den Oord et al.: {title}", "1606.05328"
-        authors = "A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu"
-        return f"{authors}: Pixel Recurrent Neural Networks", "1601.06759"
-
-    @property
     def code_shape(self) -> tuple[int, ...]:
         return self.grid_size, self.grid_size
 

@@ -76,16 +76,6 @@ class PriorConfig(PreTrainedConfig):
         return len(self.id2label)
 
     @property
-    def description(self) -> str:
-        """What it is and in which order it makes codes, as cards say it after "a"."""
-        raise NotImplementedError
-
-    @property
-    def reference(self) -> tuple[str, str]:
-        """Authors and title of the paper that it is built after, and its arXiv number."""
-        raise NotImplementedError
-
-    @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of an image's codes, as the tokenizer's config has it."""
         raise NotImplementedError

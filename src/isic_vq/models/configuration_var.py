@@ -44,15 +44,6 @@ class VARConfig(PriorConfig):
     initializer_range: float | int = 0.5
 
     @property
-    def description(self) -> str:
-        return "VAR prior that generates such grids coarse to fine, all codes of a grid at once"
-
-    @property
-    def reference(self) -> tuple[str, str]:
-        title = "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"
-        return f"K. Tian, Y. Jiang, Z. Yuan, B. Peng, L. Wang: {title}", "2404.02905"
-
-    @property
     def sizes(self) -> list[int]:
         return [side * side for side in self.scales]
 

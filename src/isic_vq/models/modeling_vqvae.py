@@ -65,15 +65,19 @@ def conv_norm_relu(conv: nn.Module, norm: str) -> nn.Sequential:
 class VQVAEResidualBlock(nn.Module):
     """relu(x + norm(conv1x1(relu(norm(conv3x3(x)))))): shape-preserving, `(B, C, h, w)`."""
 
-    def __init__(self, channels: int, residual_size: int, norm: str):
+    def __init__(self, channels: int, config: VQVAEConfig):
         super().__init__()
-        self.inner = conv_norm_relu(nn.Conv2d(channels, residual_size, 3, padding=1, bias=False), norm)
-        self.outer = nn.Sequential(
-            nn.Conv2d(residual_size, channels, 1, bias=False), norm_layer(norm, channels)
-        )
+        inner, outer = config.residual_size, norm_layer(config.norm, channels)
+        self.inner = conv_norm_relu(nn.Conv2d(channels, inner, 3, padding=1, bias=False), config.norm)
+        self.outer = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), outer)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.relu(hidden + self.outer(self.inner(hidden)))
+
+
+def residual_blocks(channels: int, config: VQVAEConfig) -> nn.Sequential:
+    """As many blocks as the config asks for, in encoder and decoder each."""
+    return nn.Sequential(*(VQVAEResidualBlock(channels, config) for _ in range(config.num_residual_blocks)))
 
 
 class VQVAEEncoder(nn.Module):
@@ -88,12 +92,7 @@ class VQVAEEncoder(nn.Module):
                 for size_in, size_out in zip(sizes, sizes[1:], strict=False)
             )
         )
-        self.blocks = nn.Sequential(
-            *(
-                VQVAEResidualBlock(sizes[-1], config.residual_size, config.norm)
-                for _ in range(config.num_residual_blocks)
-            )
-        )
+        self.blocks = residual_blocks(sizes[-1], config)
         self.project = nn.Conv2d(sizes[-1], config.code_dim, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -154,12 +153,7 @@ class VQVAEDecoder(nn.Module):
         super().__init__()
         sizes = list(reversed(config.hidden_sizes))
         self.project = conv_norm_relu(nn.Conv2d(config.code_dim, sizes[0], 1, bias=False), config.norm)
-        self.blocks = nn.Sequential(
-            *(
-                VQVAEResidualBlock(sizes[0], config.residual_size, config.norm)
-                for _ in range(config.num_residual_blocks)
-            )
-        )
+        self.blocks = residual_blocks(sizes[0], config)
         self.up = nn.Sequential(
             *(
                 conv_norm_relu(
