@@ -70,14 +70,14 @@ def test_prepare_verify_and_train_sources(run, tmp_path):
     assert code == 0
     assert f"train with data.train=prepared:{out}:train" in printed
     code, printed, _ = run("data", "verify", str(out))
-    assert (code, printed.strip()) == (0, "prepared is sound: 3 shards, 46 images, splits disjoint")
+    assert (code, printed.strip()) == (0, "prepared is complete and consistent: 3 shards, 46 images, splits disjoint")
     shard = next(out.glob("test-*.parquet"))
     shard.unlink()
     code, printed, error = run("data", "verify", str(out))
     assert code == 1
     assert f"{shard.name} is missing" in printed
     assert "prepared: " in error
-    assert "things are wrong; prepare the folder again" in error
+    assert "problems: prepare the folder again" in error
     code, _, error = run("data", "prepare", str(out), "--data", "synthetic:41:0", "--size", "32")
     assert code == 1
     assert "choose another, or --extend it" in error

@@ -463,11 +463,11 @@ COMMAND = ("--shards", "parquet", "--shard-size", 16, "-l", "mel", "-l", "nv", "
 
 def test_command_writes_what_the_function_does_and_shows_progress(run_generate, model, tmp_path):
     code, stdout, stderr = run_generate("-n", 40, *COMMAND)
-    assert (code, stdout) == (0, f"process 0 of 1: wrote 3 shards to {tmp_path}, 0 were there\n")
+    assert (code, stdout) == (0, f"process 0 of 1: wrote 3 shards to {tmp_path}, 0 were complete\n")
     assert "40/40" in stderr
     assert "image" in stderr
     assert (
-        run_generate("-n", 40, *COMMAND)[1] == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were there\n"
+        run_generate("-n", 40, *COMMAND)[1] == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were complete\n"
     )
     written = contents(tmp_path)
     for path in tmp_path.iterdir():
@@ -480,7 +480,7 @@ def test_processes_take_their_shards_from_what_launchers_set(run_generate, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     code, stdout, stderr = run_generate("-n", 40, *COMMAND)
-    assert (code, stdout) == (0, f"process 1 of 2: wrote 1 shards to {tmp_path}, 0 were there\n")
+    assert (code, stdout) == (0, f"process 1 of 2: wrote 1 shards to {tmp_path}, 0 were complete\n")
     assert "image" not in stderr, "process 0 shows progress"
     assert set(contents(tmp_path)) == {"generation.json", names(3)[1]}
 

@@ -132,8 +132,8 @@ def verify(
     manifest = Manifest.read(folder)
     images = sum(shard.rows for shard in manifest.shards)
     if wrong:
-        raise ValueError(f"{folder.name}: {len(wrong)} things are wrong; prepare the folder again")
-    typer.echo(f"{folder.name} is sound: {len(manifest.shards)} shards, {images} images, splits disjoint")
+        raise ValueError(f"{folder.name} has {len(wrong)} problems: prepare the folder again")
+    typer.echo(f"{folder.name} is complete and consistent: {len(manifest.shards)} shards, {images} images, splits disjoint")
 
 
 def _with_split(text: str) -> tuple[str | None, str]:

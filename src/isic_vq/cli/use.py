@@ -93,7 +93,7 @@ def _generate_shards(
         model, output, labels=labels or None, sampling=sampling, format=form, images_per_shard=size or 1024,
         rank=rank, world=world, progress=True, **settings,
     )  # fmt: skip
-    typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were there")
+    typer.echo(f"process {rank} of {world}: wrote {made} shards to {output}, {kept} were complete")
 
 
 @app.command(

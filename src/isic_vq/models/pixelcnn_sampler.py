@@ -1,4 +1,4 @@
-"""Exact incremental sampling from a PixelCNN, row by row, on one of three backends.
+"""Backends of exact incremental sampling from a PixelCNN, row by row; the loop is `PixelCNNModel.draw_codes`.
 
 "eager" runs torch's own operations and works everywhere; "compiled" runs numba's kernels on a CPU; "cuda_graph"
 replays a recorded row on a CUDA device (see `modes.RUN_ON`). All draw the same codes, up to rounding.
