@@ -467,7 +467,8 @@ def test_command_writes_what_the_function_does_and_shows_progress(run_generate, 
     assert "40/40" in stderr
     assert "image" in stderr
     assert (
-        run_generate("-n", 40, *COMMAND)[1] == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were complete\n"
+        run_generate("-n", 40, *COMMAND)[1]
+        == f"process 0 of 1: wrote 0 shards to {tmp_path}, 3 were complete\n"
     )
     written = contents(tmp_path)
     for path in tmp_path.iterdir():

@@ -133,7 +133,7 @@ def verify(
     images = sum(shard.rows for shard in manifest.shards)
     if wrong:
         raise ValueError(f"{folder.name} has {len(wrong)} problems: prepare the folder again")
-    typer.echo(f"{folder.name} is complete and consistent: {len(manifest.shards)} shards, {images} images, splits disjoint")
+    typer.echo(f"{folder.name} is complete: {len(manifest.shards)} shards, {images} images, splits disjoint")
 
 
 def _with_split(text: str) -> tuple[str | None, str]:
