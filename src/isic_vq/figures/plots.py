@@ -55,7 +55,7 @@ class Curve:
 
 def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
     """Draw the loss of every optimizer step and, unless the window is 1, the smoothed one over it."""
-    figure, (axes,) = new_figure(8, 4.5, panels=1)
+    figure, [[axes]] = new_figure(8, 4.5)
     alpha = 0.35 if window > 1 else 1.0
     (raw,) = axes.plot(
         columns["step"], columns["loss"], color=BLUE, alpha=alpha, linewidth=0.8, label="each batch"
@@ -73,7 +73,7 @@ def epoch_loss(columns: Columns, title: str, unit: str) -> Figure:
     """Draw the loss of each split per epoch and, where the loss has components, a second panel with those."""
     totals = [key for key in columns if key.endswith("/loss")]
     parts = [key for key in columns if key.endswith("_loss")]
-    figure, (axes, *others) = new_figure(11 if parts else 8, 4.5, panels=2 if parts else 1)
+    figure, [[axes, *others]] = new_figure(11 if parts else 8, 4.5, columns=2 if parts else 1)
     for key in totals:
         split = key.partition("/")[0]
         _line(axes, columns, key, SPLIT_COLORS.get(split, INK), "-", SPLIT_LABELS.get(split, split))
@@ -89,7 +89,7 @@ def codebook_usage(use: CodebookUse) -> Figure:
     counts = np.array(use.counts)
     ranked = np.sort(counts)[::-1]
     even = counts.sum() / len(counts)
-    figure, (by_code, by_rank) = new_figure(11, 4.5, panels=2)
+    figure, [[by_code, by_rank]] = new_figure(11, 4.5, columns=2)
     by_code.stairs(counts, np.arange(len(counts) + 1) - 0.5, fill=True, color=BLUE, linewidth=0)
     used = ranked[: use.num_used]
     (line,) = by_rank.plot(
@@ -116,7 +116,7 @@ def codebook_usage(use: CodebookUse) -> Figure:
 
 def heat_map(image: np.ndarray, bits: np.ndarray, title: str, most: float) -> Figure:
     """Draw an image (height, width, 3), uint8, beside the bits (h, w) of its codes; the colour scale ends at `most`."""
-    figure, (left, right) = new_figure(6.4, 3.2, panels=2)
+    figure, [[left, right]] = new_figure(6.4, 3.2, columns=2)
     _bare(left).imshow(image)
     colors = _map_bits(right, bits, most)
     figure.colorbar(colors, ax=[left, right], label="bits per code", extend="max", shrink=0.9)
@@ -129,9 +129,7 @@ def likelihood_extremes(
 ) -> Figure:
     """Draw rows of images, each above the bits of its codes."""
     number = max(len(cells) for _, cells in rows)
-    size = (1.35 * number + 1.6, 3.2 * len(rows))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(2 * len(rows), number, squeeze=False)
+    figure, panels = new_figure(1.35 * number + 1.6, 3.2 * len(rows), number, 2 * len(rows))
     for axes in panels.flat:
         _bare(axes)
     for (name, cells), above, below in zip(rows, panels[::2], panels[1::2], strict=True):
@@ -148,9 +146,8 @@ def likelihood_extremes(
 def score_histograms(histograms: dict[str, Any], areas: dict[tuple[str, str], float], usual: str) -> Figure:
     """Draw the histogram (`edges` and `counts` by kind) of every score and kind of unusual images over the usual ones'."""
     kinds = list(dict.fromkeys(kind for _, kind in areas))
-    size = (3.1 * len(histograms) + 0.6, 1.6 * len(kinds) + 0.8)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(kinds), len(histograms), squeeze=False, sharex="col")
+    columns, rows = len(histograms), len(kinds)
+    figure, panels = new_figure(3.1 * columns + 0.6, 1.6 * rows + 0.8, columns, rows, sharex="col")
     for column, (score, histogram) in zip(panels.T, histograms.items(), strict=True):
         for axes, kind in zip(column, kinds, strict=True):
             for shown, color in ((usual, GRID), (kind, BLUE)):
@@ -187,8 +184,7 @@ def picture(image: Image.Image, title: str, rows: Sequence[tuple[int, str]] = ()
 def dots(groups: Mapping[str, Sequence[Point]], title: str, unit: str, line: float | None = None) -> Figure:
     """Draw values as dots with whiskers, one below the other, group by group, and a vertical line such as their mean."""
     number = sum(len(points) + 1 for points in groups.values())
-    figure = Figure(figsize=(8, 1.2 + 0.27 * number), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = new_figure(8, 1.2 + 0.27 * number)
     ticks, labels, row = [], [], 0
     for group, points in groups.items():
         axes.text(
@@ -222,8 +218,8 @@ def curves(
     """Draw panels (title, unit, curves) over one setting on a logarithmic axis; their curves share one legend."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, grid = new_figure(4.4 * columns, 3.6 * rows, columns, rows)
+    all_axes = grid.ravel()
     for axes in all_axes[len(panels) :]:
         axes.remove()
     for axes, (title, unit, drawn) in zip(all_axes, panels, strict=False):
@@ -253,7 +249,7 @@ def code_use_by_group(counts: Mapping[str, Sequence[int]], title: str) -> Figure
     shares = table / table.sum(axis=1, keepdims=True)
     mean = shares.mean(axis=0)
     order = np.argsort(-mean, kind="stable")
-    figure, (axes,) = new_figure(10, 1.6 + 0.3 * len(table), panels=1)
+    figure, [[axes]] = new_figure(10, 1.6 + 0.3 * len(table))
     ratios = np.log2(shares / mean)[:, order]
     shown = axes.imshow(ratios, "RdBu_r", aspect="auto", vmin=-3, vmax=3, interpolation="nearest")
     finish(axes, title, "codes, the most used first", "", legend=False)
@@ -280,10 +276,12 @@ def use_log_scale(values: np.ndarray) -> bool:
     return bool(len(positive) and (values >= 0).all() and positive.max() > 30 * positive.min())
 
 
-def new_figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure of that size in inches and its panels, side by side."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure of that size in inches and its panels, an array (rows, columns) of axes."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _bare(axes: Axes) -> Axes:
