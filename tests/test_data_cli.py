@@ -77,7 +77,7 @@ def test_prepare_verify_and_train_sources(run, tmp_path):
     assert code == 1
     assert f"{shard.name} is missing" in printed
     assert "prepared: " in error
-    assert "problems: prepare the folder again" in error
+    assert "problems found: " in error
     code, _, error = run("data", "prepare", str(out), "--data", "synthetic:41:0", "--size", "32")
     assert code == 1
     assert "choose another, or --extend it" in error

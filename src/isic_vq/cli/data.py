@@ -132,7 +132,7 @@ def verify(
     manifest = Manifest.read(folder)
     images = sum(shard.rows for shard in manifest.shards)
     if wrong:
-        raise ValueError(f"{folder.name} has {len(wrong)} problems: prepare the folder again")
+        raise ValueError(f"{folder.name}: problems found: {len(wrong)}; prepare the folder again")
     typer.echo(f"{folder.name} is complete: {len(manifest.shards)} shards, {images} images, splits disjoint")
 
 
