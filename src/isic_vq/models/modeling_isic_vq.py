@@ -218,8 +218,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         Args:
             num_images: how many, at least 1.
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
-            seed: makes image i a function of (seed, first_index + i); without seed and generator the
-                draw is random.
+            seed: makes image i a function of (seed, first_index + i); random without seed and generator.
             settings: all others of `generate_blocks`, and the fields of `Sampling`.
 
         Raises:
@@ -317,10 +316,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         first_index: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> Tensor:
-        """Uniforms `(num_images, L)` of the images from `first_index` on, from a seed or else from generators.
-
-        One more, the last, where the prior has clusters to draw from.
-        """
+        """Uniforms `(num_images, L)` from a seed or generators; with clusters `L + 1`, the last for the cluster."""
         config = self.config.prior_config
         num_positions = config.num_positions + (config.num_clusters > 0)
         if generator is None:
@@ -400,8 +396,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
     ) -> EditOutput:
         """Inpaint a region of an image as another diagnosis would have it, and keep the rest.
 
-        It is `inpaint` with a diagnosis that must be given. If all codes were resampled the result would be a new image, not
-        this one under another diagnosis, so by default the region is a part of it.
+        By default the region is a part of the image: if all codes were resampled the result would be a new image.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): RGB in [0, 1], of the model's size.
