@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.modeling_pixelcnn import PixelCNNGatedLayer, PixelCNNModel, gate
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.models.vector_quantizer import VectorQuantizer
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer
 
 PYTHAE_HOW = (
     "Install the peer and what it imports: pip install --no-deps pythae==0.1.2, "
@@ -57,7 +57,7 @@ class MinimalQuantizer(nn.Module):
 class PackageQuantizer(nn.Module):
     """The package's quantizer, returning what the others return."""
 
-    def __init__(self, quantizer: VectorQuantizer):
+    def __init__(self, quantizer: VQVAEVectorQuantizer):
         super().__init__()
         self.quantizer = quantizer
 

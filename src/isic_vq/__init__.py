@@ -12,8 +12,8 @@ from isic_vq.hub.registration import install
 __version__ = "0.1.0"
 
 _MODULES = {
-    "EditOutput": "isic_vq.models.editing",
-    "GenerationOutput": "isic_vq.models.modeling_isic_vq",
+    "IsicVQEditOutput": "isic_vq.models.editing",
+    "IsicVQGenerationOutput": "isic_vq.models.modeling_isic_vq",
     "ImageError": "isic_vq.models.image_processing_isic_vq",
     "IsicVQConfig": "isic_vq.models.configuration_isic_vq",
     "IsicVQImageProcessor": "isic_vq.models.image_processing_isic_vq",
@@ -21,7 +21,7 @@ _MODULES = {
     "IsicVQPipeline": "isic_vq.models.pipeline",
     "PixelCNNConfig": "isic_vq.models.configuration_pixelcnn",
     "PixelCNNModel": "isic_vq.models.modeling_pixelcnn",
-    "ScoreOutput": "isic_vq.models.likelihood",
+    "IsicVQScoreOutput": "isic_vq.models.likelihood",
     "UnconditionalImageGenerationPipeline": "isic_vq.models.pipeline_isic_vq",
     "VARConfig": "isic_vq.models.configuration_var",
     "VARModel": "isic_vq.models.modeling_var",

@@ -22,7 +22,7 @@ from isic_vq.figures.score_plots import Gallery
 from isic_vq.figures.write import check_matplotlib, csv_bytes
 from isic_vq.files import write_atomically
 from isic_vq.models.checks import expect
-from isic_vq.models.editing import EditOutput, pixel_mask
+from isic_vq.models.editing import IsicVQEditOutput, pixel_mask
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
@@ -184,7 +184,7 @@ def write_edits(
     dilation: int = 0,
     blend: str = "poisson",
     on_step: Callable[[], object] | None = None,
-) -> EditOutput:
+) -> IsicVQEditOutput:
     """Redraw a part of an image so that it fits the rest, in several variants; write each, and a grid, as PNGs.
 
     Args:

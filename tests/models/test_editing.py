@@ -6,7 +6,7 @@ import torch
 from tiny_models import joined
 
 from isic_vq.models.editing import (
-    EditOutput,
+    IsicVQEditOutput,
     blended,
     central_region,
     code_masks,
@@ -331,7 +331,7 @@ def images():
 
 def test_kept_codes_stay_as_encoded_and_masked_ones_change(composite, images):
     output = composite.inpaint(images, CENTRE, "nevus", seed=0, dilation=1)
-    assert isinstance(output, EditOutput)
+    assert isinstance(output, IsicVQEditOutput)
     encoded = composite.encode(images)
     assert where(output.mask[0]) == [
         (row, column) for row in range(4) for column in range(4) if abs(row - column) < 3

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from tiny_models import stirred
 
 from isic_vq import VQVAEConfig, VQVAEModel
-from isic_vq.models.residual_quantizer import PHI_SHARE, ResidualQuantizer
-from isic_vq.models.vector_quantizer import VectorQuantizer, nearest_codes
+from isic_vq.models.residual_quantizer import PHI_SHARE, VQVAEResidualQuantizer
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer, nearest_codes
 
 CODEBOOK = torch.tensor([[0.0], [1.0], [-1.0], [0.25]])
 
 
 def toy(scales=(1, 2), num_phi=1, codebook=CODEBOOK, update="ema", threshold=0.0):
     """A quantizer whose convolutions are the identity until a test changes them."""
-    quantizer = ResidualQuantizer(
+    quantizer = VQVAEResidualQuantizer(
         scales,
         num_phi,
         len(codebook),
@@ -179,7 +179,7 @@ def test_gradients_reach_the_encoder_through_and_phi_by_the_codebook_loss(update
 def test_the_codebook_learns_from_the_residuals_of_all_scales_as_a_single_grid_learns_from_latents(latents):
     codebook = torch.randn(9, 4, generator=torch.Generator().manual_seed(2))
     quantizer = toy((1, 3, 6), 2, codebook, threshold=0.5).train()
-    plain = VectorQuantizer(9, 4, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0.5)
+    plain = VQVAEVectorQuantizer(9, 4, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0.5)
     plain.start_from(codebook, torch.ones(9))
     plain.num_updates.zero_()
     seen = quantizer.rows_to_learn(latents)
@@ -273,7 +273,7 @@ def test_a_quantizer_built_alone_has_a_random_codebook_and_draws_nothing_from_th
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(64, 8, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0)
+    quantizer = VQVAEVectorQuantizer(64, 8, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0)
     assert torch.equal(torch.rand(3), expected)
     assert quantizer.codebook.std().item() == pytest.approx(1, abs=0.15)
     assert torch.equal(quantizer.code_sums, quantizer.codebook * quantizer.cluster_size[:, None])

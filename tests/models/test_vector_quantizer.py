@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from isic_vq.models.vector_quantizer import (
     CHUNK,
     GROUP,
-    VectorQuantizer,
+    VQVAEVectorQuantizer,
     assignment_sums,
     kmeans,
     nearest_codes,
@@ -49,7 +49,7 @@ def brute_force(latents, codebook):
 
 
 def make_quantizer(num_codes=4, code_dim=5, update="ema", decay=0.9, epsilon=1e-5, dead_code_threshold=0.0):
-    quantizer = VectorQuantizer(
+    quantizer = VQVAEVectorQuantizer(
         num_codes,
         code_dim,
         update=update,

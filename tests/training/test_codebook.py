@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from isic_vq.models.vector_quantizer import VectorQuantizer
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe
 from isic_vq.training.shared_codebook import SharedCodebook, SharedRows
@@ -92,7 +92,9 @@ def test_rows_of_one_process_are_its_parts_joined(alone):
 def make_quantizer(update="ema"):
     """Codes 3 to 5 lie where no latent comes: their count falls below the threshold at once."""
     quantizer = (
-        VectorQuantizer(NUM_CODES, CODE_DIM, update=update, decay=0.5, epsilon=1e-5, dead_code_threshold=0.9)
+        VQVAEVectorQuantizer(
+            NUM_CODES, CODE_DIM, update=update, decay=0.5, epsilon=1e-5, dead_code_threshold=0.9
+        )
         .double()
         .train()
     )

@@ -46,7 +46,7 @@ class ScoredImage:
 
     name: str
     pixel_values: Tensor  # `(3, H, W)`, RGB in [0, 1]
-    bits_map: Tensor  # `(h, w)` float64, bits by place; see `ScoreOutput`
+    bits_map: Tensor  # `(h, w)` float64, bits by place; see `IsicVQScoreOutput`
     scores: dict[str, float]  # in bits per code, by name; see `image_scores`
 
 

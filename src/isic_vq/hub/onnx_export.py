@@ -25,7 +25,7 @@ from isic_vq.data.code_cache import tokenizer_hash
 from isic_vq.files import write_atomically
 from isic_vq.hub.pretrained import resolve
 from isic_vq.models.modeling_vqvae import VQVAEDecoder, VQVAEEncoder, VQVAEModel
-from isic_vq.models.vector_quantizer import VectorQuantizer
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -44,7 +44,7 @@ class EncoderGraph(nn.Module):
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
         self.encoder: VQVAEEncoder = tokenizer.encoder
-        self.quantizer: VectorQuantizer = tokenizer.quantizer
+        self.quantizer: VQVAEVectorQuantizer = tokenizer.quantizer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.quantizer.encode(self.encoder(pixel_values))
@@ -56,7 +56,7 @@ class DecoderGraph(nn.Module):
     def __init__(self, tokenizer: VQVAEModel):
         super().__init__()
         self.decoder: VQVAEDecoder = tokenizer.decoder
-        self.quantizer: VectorQuantizer = tokenizer.quantizer
+        self.quantizer: VQVAEVectorQuantizer = tokenizer.quantizer
 
     def forward(self, codes: Tensor) -> Tensor:
         # ONNX would count a negative index from the end.

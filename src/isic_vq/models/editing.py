@@ -39,7 +39,7 @@ BLENDS = ("poisson", "paste", "decode")
 
 
 @dataclass
-class EditOutput(ModelOutput):
+class IsicVQEditOutput(ModelOutput):
     """Output of `IsicVQModel.inpaint` and `IsicVQModel.counterfactual`.
 
     Args:
@@ -185,7 +185,7 @@ class Particles(NamedTuple):
     codes: Tensor  # `(N, L)` int64, the candidates, flat
     log_weights: Tensor  # `(N,)` float64, up to a constant
     ess: list[float]  # effective sample size after each step, before resampling
-    log_evidence: float  # as in `EditOutput`
+    log_evidence: float  # as in `IsicVQEditOutput`
 
 
 def redraw_codes(
@@ -196,7 +196,7 @@ def redraw_codes(
     num_particles: int,
     generators: Sequence[torch.Generator],
     on_step: Callable[[], Any] | None = None,
-) -> EditOutput:
+) -> IsicVQEditOutput:
     """Draw the masked codes from p(masked codes | kept codes, label); `pixel_values` is left to the caller.
 
     Images are taken one by one, with the particles as the batch, so that no image depends on the others. A prior with
@@ -220,7 +220,7 @@ def redraw_codes(
             particles = filter_particles(walk, image, masked, torch.stack(noise), comb, on_step)
             chosen.append(particles.codes[draw(particles.log_weights[None], comb[-1:])])
             sets.append(particles)
-    return EditOutput(
+    return IsicVQEditOutput(
         codes=torch.cat(chosen).view_as(codes),  # a normal tensor: autograd refuses those of inference mode
         mask=mask,
         labels=labels,

@@ -30,7 +30,7 @@ BATCH_SIZE = 32
 
 
 @dataclass
-class ScoreOutput(ModelOutput):
+class IsicVQScoreOutput(ModelOutput):
     """Output of `IsicVQModel.score`.
 
     Args:

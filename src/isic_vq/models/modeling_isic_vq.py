@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .checks import expect, is_positive_int
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
-from .editing import BLENDS, EditOutput, blended, central_region, code_masks, pixel_mask, redraw_codes
-from .likelihood import BATCH_SIZE, ScoreOutput, score_codes, spread_over_grid
+from .editing import BLENDS, IsicVQEditOutput, blended, central_region, code_masks, pixel_mask, redraw_codes
+from .likelihood import BATCH_SIZE, IsicVQScoreOutput, score_codes, spread_over_grid
 from .modeling_pixelcnn import PixelCNNModel
 from .modeling_prior import PriorModel
 from .modeling_var import VARModel
@@ -50,7 +50,7 @@ class IsicVQOutput(VQVAEOutput):
 
 
 @dataclass
-class GenerationOutput(ModelOutput):
+class IsicVQGenerationOutput(ModelOutput):
     """Output of `IsicVQModel.generate`.
 
     Args:
@@ -207,7 +207,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
     def generate(
         self, num_images: int = 1, labels: Labels = None, *, seed: int | None = None, **settings: Any
-    ) -> GenerationOutput:
+    ) -> IsicVQGenerationOutput:
         """Sample code grids from the prior and decode them.
 
         Images are computed in blocks of a fixed size, image i as number i % batch_size of its block, the last block
@@ -227,7 +227,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         """
         blocks = list(self.generate_blocks(num_images, labels, seed=seed, **settings))
         parts = {name: [block[name] for block in blocks] for name in blocks[0]}
-        return GenerationOutput(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+        return IsicVQGenerationOutput(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
     @torch.no_grad()
     def generate_blocks(
@@ -244,7 +244,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         backend: str = "auto",
         on_step: Callable[[], None] | None = None,
         **settings: Any,
-    ) -> Iterator[GenerationOutput]:
+    ) -> Iterator[IsicVQGenerationOutput]:
         """Yield what `generate` returns block by block, so that only one of many is in memory.
 
         Args:
@@ -298,7 +298,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
                 clusters=None if clusters is None else F.pad(clusters[kept], places),
             )
             images = slice(places[0], batch_size - places[1])
-            yield GenerationOutput(
+            yield IsicVQGenerationOutput(
                 pixel_values=self.decode(codes)[images],
                 codes=codes[images],
                 labels=ids[kept],
@@ -343,7 +343,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         dilation: int = 0,
         blend: str = "poisson",
         on_step: Callable[[], Any] | None = None,
-    ) -> EditOutput:
+    ) -> IsicVQEditOutput:
         """Resample the codes under a mask, given all the others: a draw from p(masked codes | kept codes, label).
 
         A particle filter in the prior's own order, at temperature 1; see `editing`. Where no kept code follows
@@ -393,7 +393,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
 
     def counterfactual(
         self, pixel_values: Tensor, labels: Labels, region: Tensor | None = None, **settings: Any
-    ) -> EditOutput:
+    ) -> IsicVQEditOutput:
         """Inpaint a region of an image as another diagnosis would have it, and keep the rest.
 
         By default the region is a part of the image: if all codes were resampled the result would be a new image.
@@ -421,7 +421,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         labels: Labels = None,
         marginalize: bool = False,
         class_weights: Tensor | None = None,
-    ) -> ScoreOutput:
+    ) -> IsicVQScoreOutput:
         """Measure how many bits the prior needs for the codes of images, and where; fewer bits are likelier codes.
 
         It measures codes, not pixels: what the tokenizer leaves out costs nothing, and smooth images cost little. Under a
@@ -440,7 +440,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         codes = torch.cat([self.encode(part.to(self.device)) for part in pixel_values.split(BATCH_SIZE)])
         ids = None if labels is None else self.label_ids(labels, len(codes))
         bits = score_codes(self, codes, ids, marginalize, class_weights)
-        return ScoreOutput(
+        return IsicVQScoreOutput(
             bits_per_code=bits.flatten(1).mean(1),
             bits=bits,
             bits_map=spread_over_grid(bits, self.config.vqvae_config.sides),

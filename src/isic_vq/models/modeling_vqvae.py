@@ -21,9 +21,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .checks import check_finite, damaged_or_overflow
 from .configuration_vqvae import VQVAEConfig
 from .modes import evaluating, warn_if_slow, weights_at_hand
-from .residual_quantizer import Phi, ResidualQuantizer
+from .residual_quantizer import VQVAEPhi, VQVAEResidualQuantizer
 from .strict_loading import StrictLoading
-from .vector_quantizer import VectorQuantizer
+from .vector_quantizer import VQVAEVectorQuantizer
 
 
 @dataclass
@@ -217,9 +217,9 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
             "dead_code_threshold": config.dead_code_threshold,
         }
         self.quantizer = (
-            ResidualQuantizer(config.scales, config.num_phi, **codebook)
+            VQVAEResidualQuantizer(config.scales, config.num_phi, **codebook)
             if config.scales
-            else VectorQuantizer(**codebook)
+            else VQVAEVectorQuantizer(**codebook)
         )
         self.decoder = VQVAEDecoder(config)
         if not config.scales:
@@ -229,7 +229,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Phi):
+        if isinstance(module, VQVAEPhi):
             init.dirac_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, VQVAEZeroConv2d):
@@ -239,7 +239,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, VectorQuantizer):
+        elif isinstance(module, VQVAEVectorQuantizer):
             init.normal_(module.codebook)
             init.ones_(module.cluster_size)
             init.copy_(module.code_sums, module.codebook)
@@ -330,7 +330,7 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
 
     @torch.no_grad()
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """`context`, scale by scale; see `ResidualQuantizer.extend`."""
+        """`context`, scale by scale; see `VQVAEResidualQuantizer.extend`."""
         with weights_at_hand(self.quantizer):
             return self.quantizer.extend(features, codes, index)
 

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vector_quantizer import Quantization, VectorQuantizer, nearest_codes, rows, straight_through
+from .vector_quantizer import Quantization, VQVAEVectorQuantizer, nearest_codes, rows, straight_through
 
 PHI_SHARE = 0.5  # of the convolution in what phi returns
 
 
-class Phi(nn.Conv2d):
+class VQVAEPhi(nn.Conv2d):
     """Half the features themselves, half their 3x3 convolution; `(B, D, h, w)` to the same shape."""
 
     def __init__(self, code_dim: int):
@@ -42,13 +42,13 @@ class Step(NamedTuple):
     features: Tensor  # `(B, D, h, w)`, the sum of this scale and those before
 
 
-class ResidualQuantizer(VectorQuantizer):
-    """A `VectorQuantizer` whose codes are `(B, L)`: all grids flattened, coarse to fine, L the sum of squared sides.
+class VQVAEResidualQuantizer(VQVAEVectorQuantizer):
+    """A `VQVAEVectorQuantizer` whose codes are `(B, L)`: all grids flattened, coarse to fine, L the sum of squared sides.
 
     Args:
         scales: sides of the grids, coarse to fine; the last is the latents'.
         num_phi: convolutions that the scales share, each among neighbouring ones.
-        num_codes, code_dim, settings: those of `VectorQuantizer`.
+        num_codes, code_dim, settings: those of `VQVAEVectorQuantizer`.
     """
 
     learns_by_loss = True  # phi does, however the codebook learns
@@ -56,7 +56,7 @@ class ResidualQuantizer(VectorQuantizer):
     def __init__(self, scales: Sequence[int], num_phi: int, num_codes: int, code_dim: int, **settings: Any):
         super().__init__(num_codes, code_dim, **settings)
         self.scales = tuple(scales)
-        self.phi = nn.ModuleList(Phi(self.code_dim) for _ in range(num_phi))
+        self.phi = nn.ModuleList(VQVAEPhi(self.code_dim) for _ in range(num_phi))
         # Which phi each scale takes: the one whose place is nearest to the scale's, as the authors have them.
         edge = 1 / (3 if num_phi == 4 else 2) / num_phi
         places, last = np.linspace(edge, 1 - edge, num_phi), max(len(self.scales) - 1, 1)
@@ -80,7 +80,7 @@ class ResidualQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
-        """Codes `(B, L)` of latents `(B, D, h, w)`; see `VectorQuantizer.encode`."""
+        """Codes `(B, L)` of latents `(B, D, h, w)`; see `VQVAEVectorQuantizer.encode`."""
         self._check(latents)
         with torch.autocast(latents.device.type, enabled=False):
             steps = self._refine(latents.to(self.codebook.dtype))

@@ -126,7 +126,7 @@ def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
 
 @dataclass
 class Quantization:
-    """What `VectorQuantizer` returns."""
+    """What `VQVAEVectorQuantizer` returns."""
 
     quantized: Tensor  # `(B, D, h, w)`, codebook vectors; the gradient goes straight through to the latents
     codes: Tensor  # int64 in [0, K); `(B, h, w)`, or `(B, L)` over several scales
@@ -134,7 +134,7 @@ class Quantization:
     codebook_loss: Tensor  # scalar, mean of (sg(z) - e)^2; without gradient where nothing in e learns by it
 
 
-class VectorQuantizer(nn.Module):
+class VQVAEVectorQuantizer(nn.Module):
     """Codebook of K vectors, learned by moving averages ("ema") or by gradient ("gradient").
 
     In training mode each forward pass updates the moving statistics once, in eval mode never. A training loop
@@ -254,7 +254,7 @@ class VectorQuantizer(nn.Module):
         return self.codebook.new_zeros(codes.shape[0], 0, self.code_dim)
 
     def extend(self, features: Tensor | None, codes: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """As of several scales, see `ResidualQuantizer`; codes `(B, h, w)` are the only one."""
+        """As of several scales, see `VQVAEResidualQuantizer`; codes `(B, h, w)` are the only one."""
         return self.lookup(codes), None
 
     def _check(self, latents: Tensor) -> None:

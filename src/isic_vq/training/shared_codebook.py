@@ -8,7 +8,7 @@ run in one draws.
 import torch
 from torch import Tensor
 
-from isic_vq.models.vector_quantizer import VectorQuantizer, assignment_sums
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer, assignment_sums
 from isic_vq.training.processes import Processes
 
 
@@ -40,7 +40,7 @@ class SharedCodebook:
     The quantizer records its training passes from now on, and does not learn from them by itself.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, processes: Processes):
+    def __init__(self, quantizer: VQVAEVectorQuantizer, processes: Processes):
         self.quantizer, self.processes = quantizer, processes
         quantizer.defer()
 

@@ -127,7 +127,7 @@ class VQVAETask(ImageTask):
 
 
 def rows_to_learn(model: VQVAEModel, pixel_values: Tensor, quantized: bool = True) -> Tensor:
-    """What the codebook must represent of a batch, as rows `(N, D)`; see `VectorQuantizer.rows_to_learn`."""
+    """What the codebook must represent of a batch, as rows `(N, D)`; see `VQVAEVectorQuantizer.rows_to_learn`."""
     return model.quantizer.rows_to_learn(model.embed(pixel_values.to(model.device, model.dtype)), quantized)
 
 
