@@ -51,7 +51,10 @@ RENAMED = {
     "ood": {"--model": "model", "--split": "--data"},
     "sheets": {"--model": "model"},
     "onnx": {"--model": "model", "--output": "output"},
-    "study utility": {"--model": "model", "--train": "--train-data", "--test": "--data", "--split": "--data"},
+    "study utility": {
+        **{"--model": "model", "--train": "--train-data", "--test": "--data", "--split": "--data"},
+        **{"--auc-of": "--positive", "--steps": "--smoke", "--limit": "--smoke"},
+    },
     "study realism": {"--model": "model", "--train": "--train-data", "--test": "--data", "--split": "--data"},
 }
 

@@ -27,11 +27,9 @@ STUDENT = Student(steps=60, batch_size=12, image_size=16, learning_rate=1e-2, co
 @pytest.fixture(scope="module")
 def study(coloured_sets, noise_generator, tmp_path_factory):
     """A finished study: its folder and its lines by name."""
-    folder = tmp_path_factory.mktemp("realism")
+    folder, (train, test) = tmp_path_factory.mktemp("realism"), coloured_sets
     lines = evaluate_realism(
-        ClassifierStudy(
-            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
-        ),
+        ClassifierStudy(noise_generator, train, {"validation": test}, folder, seeds=2, student=STUDENT),
         resamples=100,
     )
     return folder, {line.text: line for line in lines}
@@ -108,16 +106,14 @@ def test_samples_are_for_the_diagnoses_of_the_real_images(study):
 def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
     study, coloured_sets, noise_generator, tmp_path
 ):
-    finished, found = study
+    (finished, found), (train, test) = study, coloured_sets
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder)
     (folder / "real-samples-seed1.json").unlink()
     shutil.rmtree(folder / "samples-test")
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-seed*.json")}
     lines = evaluate_realism(
-        ClassifierStudy(
-            noise_generator, *coloured_sets, folder, seeds=2, student=STUDENT, split="validation"
-        ),
+        ClassifierStudy(noise_generator, train, {"validation": test}, folder, seeds=2, student=STUDENT),
         resamples=100,
     )
     assert {line.text: line for line in lines} == found
@@ -125,15 +121,14 @@ def test_a_killed_study_goes_on_and_ends_as_the_uninterrupted_one(
 
 
 def test_other_settings_and_a_single_seed_are_refused(study, coloured_sets, noise_generator, tmp_path):
-    folder, _ = study
+    (folder, _), (train, test) = study, coloured_sets
+    sets = train, {"validation": test}
     with pytest.raises(ValueError, match="begun with student.* and this is"):
-        ClassifierStudy(
-            noise_generator, *coloured_sets, folder, seeds=2, student=Student(steps=3, image_size=16)
-        )
+        ClassifierStudy(noise_generator, *sets, folder, seeds=2, student=Student(steps=3, image_size=16))
     with pytest.raises(ValueError, match="expected at least 2"):
-        ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=1, student=STUDENT)
+        ClassifierStudy(noise_generator, *sets, tmp_path, seeds=1, student=STUDENT)
     with pytest.raises(ValueError, match="steps is 0: expected at least 1"):
-        ClassifierStudy(noise_generator, *coloured_sets, tmp_path, seeds=2, student=Student(steps=0))
+        ClassifierStudy(noise_generator, *sets, tmp_path, seeds=2, student=Student(steps=0))
 
 
 @pytest.mark.slow

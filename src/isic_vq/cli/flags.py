@@ -23,6 +23,7 @@ TYPES = {
     "Path": Path,
     "Collection[str]": list[str],
     "Sequence[str]": list[str],
+    "Sequence[int]": list[int],
     "tuple[str, ...]": list[str],
 }
 HELP = r"^ {4}(\w+): (.*?)(?=^ {0,4}\S|\n\n|\Z)"
@@ -77,9 +78,9 @@ def _literal(node: ast.expr | None) -> Any:
 def _parameter(setting: Setting, option: str, panel: str | None) -> inspect.Parameter:
     kind: Any = TYPES[setting.annotation.removesuffix(" | None")]
     default = setting.default
-    several = kind == list[str]
+    several = kind in (list[str], list[int])
     if several:
-        kind, default = list[str] | None, None
+        kind, default = kind | None, None
     elif default is None:
         kind = kind | None
     names = [f"--{option}", *([SHORT[setting.name]] if setting.name in SHORT else [])]

@@ -24,7 +24,7 @@ OPTIONS = {
     ),
     "ood": ("train_codes", "non_skin", "limit", "seed", "max_corrupt_share"),
     "realism": ("train_data", "work_dir", "seeds", "steps", "limit"),
-    "utility": ("train_data", "work_dir", "seeds", "steps", "limit", "auc_of"),
+    "utility": ("train_data", "work_dir", "seeds", "sizes", "ratios", "positive", "planted", "smoke"),
     "sheets": ("particles", "seed", "max_corrupt_share"),
 }
 
@@ -39,8 +39,15 @@ OPTIONS = {
 @options_of("figures/sheets.py:write_sheets", "particles", "With --only sheets")
 @options_of(
     "evaluation/utility.py:utility_report",
-    "work_dir seeds steps limit auc_of",
-    "With --only realism or utility (limit: ood, too; auc-of: utility alone)",
+    "sizes ratios positive planted smoke",
+    "With --only utility",
+    sizes="size",
+    ratios="ratio",
+)
+@options_of(
+    "evaluation/realism.py:realism_report",
+    "work_dir seeds steps limit",
+    "With --only realism (work-dir and seeds: utility, too; limit: ood, too)",
 )
 @options_of("evaluation/out_of_distribution.py:evaluate_out_of_distribution", "non_skin", "With --only ood")
 @options_of(
@@ -97,7 +104,7 @@ def evaluate(
     what = "evaluate" if only is None else f"evaluate --only {only}"
     if not sets and only != "sheets":
         raise ValueError(f"{what} needs --data")
-    if only is not None and len(sets) > 1:
+    if only not in (None, "utility") and len(sets) > 1:
         raise ValueError(f"{what} takes one --data, got {len(sets)}")
     if train_codes is None and only == "ood":
         raise ValueError(f"{what} needs --train-codes")
@@ -137,10 +144,11 @@ def _write_measured(
     from isic_vq.evaluation.report_tables import report_lines
     from isic_vq.evaluation.utility import utility_report
     from isic_vq.figures.evaluation import write_evaluation_page, write_gallery
+    from isic_vq.figures.gain_curves import write_gain_curves
     from isic_vq.figures.score_plots import write_score_histograms
     from isic_vq.figures.write import check_matplotlib
 
-    if only in (None, "ood"):
+    if only in (None, "ood", "utility"):
         check_matplotlib()
     (split, data), progress, paths = sets[0], sys.stderr.isatty(), []
     if only is None:
@@ -148,9 +156,10 @@ def _write_measured(
         report = evaluation.report
     elif only == "ood":
         report = evaluate_out_of_distribution(model, data, split=split, progress=progress, **settings)
+    elif only == "utility":
+        report = utility_report(model, settings.pop("train_data"), dict(sets), **settings)
     else:
-        measure: Any = utility_report if only == "utility" else realism_report
-        report = measure(model, settings.pop("train_data"), data, split=split, **settings)
+        report = realism_report(model, settings.pop("train_data"), data, split=split, **settings)
     report.save(output)
     for line in report_lines(report):
         typer.echo(line)
@@ -160,6 +169,8 @@ def _write_measured(
     elif only == "ood":
         write_score_histograms(report, output.with_suffix(".png"))
         paths = [output.with_suffix(".png")]
+    elif only == "utility":
+        paths = write_gain_curves(report, output)
     for path in (output, *paths):
         typer.echo(f"wrote {path}")
 

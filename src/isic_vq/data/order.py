@@ -1,6 +1,7 @@
 """Seeded orders: random subsets, and epochs that read few prepared shards at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,32 @@ WINDOW = 16  # shards whose rows are mixed
 def seeded_subset(number: int, limit: int, seed: int) -> Tensor:
     """Draw at most `limit` of `number` rows: int64 in the order of a random permutation, the same in every process."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed))[:limit]
+
+
+def stratified_subset(groups: Sequence[Any] | NDArray[Any], size: int, seed: int) -> NDArray[np.int64]:
+    """Draw `size` rows at random so that every group has its share of them, up to one row.
+
+    Args:
+        groups: the group of each row, `(N,)`.
+        size: how many of the N rows.
+        seed: of the draw; how many rows each group gets is the same for all.
+
+    Returns:
+        Rows in rising order, int64 `(size,)`.
+
+    Raises:
+        ValueError: there are fewer rows.
+
+    Examples:
+        >>> stratified_subset(["a", "a", "a", "b", "b", "b"], 4, seed=0).shape
+        (4,)
+    """
+    number = len(groups)
+    if not 0 <= size <= number:
+        raise ValueError(f"a subset of {size} of {number} rows: expected at most as many")
+    order = np.lexsort((np.random.default_rng(seed).random(number), np.asarray(groups)))
+    # Evenly spaced places of an order in which groups stay together.
+    return np.sort(order[(2 * np.arange(size) + 1) * number // max(2 * size, 1)])
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> NDArray[np.int64]:

@@ -47,14 +47,28 @@ def realism_report(
 ) -> Report:
     """Open a checkpoint, and train classifiers to tell its images from real ones; see `evaluate_realism`.
 
-    Arguments and errors are those of `utility_report`; the defaults are 3 seeds, 600 steps and the folder runs/realism.
+    Args:
+        model: folder or Hub id; None is the shipped checkpoint.
+        train: URI of real training images.
+        test: URI of other real images, which the model was not trained on either.
+        work_dir: folder of generated images and finished classifiers, by which a killed call is resumed; by default
+            in runs/.
+        seeds: how often each classifier is trained, at least 2; by default 3 for realism, for utility 10 up to 100 real
+            images, 5 up to 1,000 and 3 above.
+        steps: optimizer steps of each classifier; by default 600.
+        limit: largest number of images of each set, a seeded subset; by default all, for ood 300.
+        split: what the report calls the test images.
+        device: as `load_model` takes it.
+
+    Raises:
+        ModelError, ValueError, DataError: as `load_model`, `ClassifierStudy` and `evaluate_realism`.
     """
     generator = load_model(IsicVQModel, model, device)
     student = default_student(generator)
     student = student if steps is None else replace(student, steps=steps)
     folder = work_dir or Path("runs/realism")
     study = ClassifierStudy(
-        generator, train, test, folder, seeds=seeds or 3, student=student, limit=limit, split=split
+        generator, train, {split: test}, folder, seeds=seeds or 3, student=student, limit=limit
     )
     return study.report(evaluate_realism(study))
 
@@ -72,18 +86,20 @@ def evaluate_realism(study: ClassifierStudy, resamples: int = 1000) -> list[Metr
     """
     sets: dict[str, dict[str, Tensor]] = {}
     model, size = study.model, study.student.image_size
-    for seed, (part, records) in enumerate(study.records.items()):
+    for seed, (part, (name, records)) in enumerate(
+        zip(("train", "test"), study.records.items(), strict=True)
+    ):
         originals = study.read(records, model.config.vqvae_config.image_size).pixels
         sets[part] = {
             "real": study.read(records).pixels,
             "reconstructions": reconstructed(model, originals, size),
-            "samples": study.read(study.generated(f"samples-{part}", part, seed)).pixels,
+            "samples": study.read(study.generated(f"samples-{part}", name, seed)).pixels,
         }
-    metrics = []
+    metrics, (on,) = [], study.on.values()
     for pair in PAIRS:
         tested, images = _labelled_pair(sets["test"], pair), partial(_labelled_pair, sets["train"], pair)
         logits = [study.logits("-".join(pair), seed, images, pair, tested.pixels) for seed in study.seeds]
-        metrics += realism_metrics(pair, logits, tested.labels, study.on, resamples)
+        metrics += realism_metrics(pair, logits, tested.labels, on, resamples)
     return metrics
 
 

@@ -6,15 +6,18 @@ mean over several of them.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ResNetForImageClassification
 
 from isic_vq.data.augmentation import dihedral, random_views
@@ -59,14 +62,18 @@ SMALL_RESNET = {  # fields of `ResNetConfig`
 
 @dataclass(frozen=True)
 class Student:
-    """Settings of a training. Images are augmented as in `ClassifierRecipe`."""
+    """Settings of a training."""
 
     steps: int = 1500
+    passes: float | None = None  # how often each image is shown; it decides the number of steps
     batch_size: int = 32
     image_size: int = 64  # side in pixels
     learning_rate: float = 2e-3  # peak: after a warm-up of a tenth of the steps a cosine falls to zero
     weight_decay: float = 0.05
+    augment: bool = True  # show each image in a random dihedral view, its colours changed at random
     colour_strength: float = 0.15  # see `random_colours`
+    # Weigh each image's cross-entropy by one over its class's share, instead of the logit adjustment.
+    class_weights: bool = False
     model: dict[str, Any] = field(default_factory=lambda: dict(SMALL_RESNET))
 
 
@@ -93,26 +100,43 @@ def train_student(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=student.learning_rate, weight_decay=student.weight_decay, fused=True
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_scale(step, max(1, student.steps // 10), student.steps)
-    )
     number, size = len(images.labels), min(student.batch_size, len(images.labels))
+    steps = student.steps if student.passes is None else max(1, round(student.passes * number / size))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_scale(step, max(1, steps // 10), steps)
+    )
     generator = torch.Generator().manual_seed(seed)
-    for step in range(student.steps):
+    for step in range(steps):
         epoch, batch = divmod(step, number // size)
         if batch == 0:
             order = torch.randperm(number, generator=generator)
             views = random_views(number, seed, epoch)
             colours = random_colours(number, student.colour_strength, seed, epoch)
         rows = order[batch * size : (batch + 1) * size]
-        pixel_values = dihedral(images.pixels[rows], views[rows]).to(place).float() / 255
-        pixel_values = recoloured(pixel_values, colours[rows].to(place))
+        pixels = dihedral(images.pixels[rows], views[rows]) if student.augment else images.pixels[rows]
+        pixel_values = pixels.to(place).float() / 255
+        if student.augment:
+            pixel_values = recoloured(pixel_values, colours[rows].to(place))
         logits = model(normalised(pixel_values).contiguous(memory_format=torch.channels_last)).logits
+        labels = images.labels[rows].to(place)
         optimizer.zero_grad(set_to_none=True)
-        balanced_cross_entropy(logits, images.labels[rows].to(place), log_shares).backward()
+        if student.class_weights:
+            loss = F.cross_entropy(logits, labels, weight=(-log_shares).exp())
+        else:
+            loss = balanced_cross_entropy(logits, labels, log_shares)
+        loss.backward()
         optimizer.step()
         scheduler.step()
     return model
+
+
+def training_operations(student: Student, num_classes: int) -> float:
+    """Floating-point operations of a student's forward and backward pass, per image; a multiplication and an addition are two."""
+    model = build_classifier(student.model, [str(index) for index in range(num_classes)])
+    side = student.image_size
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, side, side)).logits.sum().backward()
+    return float(counter.get_total_flops() / 2)
 
 
 def two_level_interval(
@@ -149,23 +173,22 @@ class ClassifierStudy:
     """Real images, generated ones of the same diagnoses, and the classifiers trained on them with several seeds.
 
     The work folder holds `settings.json`, folders of shards of generated images, and for each classifier a JSON file of the test
-    images' logits. Finished files are not made again, so the same call resumes a killed run.
+    images' logits and of the processor seconds it took. Finished files are not made again, so the same call resumes a killed run.
 
     Args:
         model: generates images; in eval mode.
         train: URI of the real training images; those labelled `unknown` are left out.
-        test: URI of other real images, which `model` was not trained on either; those of other diagnoses than the
-            training images' are left out.
+        tests: URIs of other real images, which `model` was not trained on either, by what the report calls them; those of
+            other diagnoses than the training images' are left out.
         work_dir: the study's folder.
         seeds: how often each classifier is trained, at least 2; seeds 0, 1, ...
         student: how each classifier is trained.
         limit: largest number of training images, and of test images, each a seeded subset; for a quick try.
-        split: what the report's lines call the test images.
 
     Attributes:
-        records: of the real images, "train" and "test".
+        records: of the real images: "train", and the tests by name.
         classes: the training images' diagnoses.
-        on: the test images' split and data set.
+        on: split and data set of each test.
 
     Raises:
         ValueError: fewer than two seeds, or the folder was begun with other settings.
@@ -176,24 +199,24 @@ class ClassifierStudy:
         self,
         model: IsicVQModel,
         train: str,
-        test: str,
+        tests: Mapping[str, str],
         work_dir: Path,
         *,
         seeds: int,
         student: Student,
         limit: int | None = None,
-        split: str = "test",
     ):
         if seeds < 2:
             raise ValueError(f"seeds is {seeds}: expected at least 2, to tell how much a seed decides")
         expect(student.steps >= 1, "steps", student.steps, "at least 1")
         self.model, self.work_dir, self.seeds, self.student = model, work_dir, range(seeds), student
         self.limit, self.labels = limit, Classes.of_model(model.config.class_names.values())
-        train_records, self.classes, train_about = study_records(train, None, limit, self.labels)
-        test_records, _, test_about = study_records(test, self.classes, limit, self.labels)
-        self.records = {"train": train_records, "test": test_records}
-        self.on = MeasuredOn(split, test_about["name"])
-        begin(work_dir, {"train": train_about, "test": test_about, "student": asdict(student)})
+        records, self.classes, about = study_records(train, None, limit, self.labels)
+        self.records, abouts = {"train": records}, {"train": about}
+        for split, uri in tests.items():
+            self.records[split], _, abouts[split] = study_records(uri, self.classes, limit, self.labels)
+        self.on = {split: MeasuredOn(split, abouts[split]["name"]) for split in tests}
+        begin(work_dir, {**abouts, "student": asdict(student)})
 
     def report(self, metrics: list[Metric]) -> Report:
         """A report of what was measured, which names the model and how the classifiers were trained."""
@@ -226,14 +249,21 @@ class ClassifierStudy:
         images: Callable[[], LabelledImages],
         classes: Sequence[str],
         pixels: Tensor,
+        student: Student | None = None,
     ) -> Tensor:
-        """A classifier's logits `(N, C)` of test images `(N, 3, H, W)` uint8, from its file; if missing, it is trained first."""
-        path = self.work_dir / f"{name}-seed{seed}.json"
+        """A classifier's logits `(N, C)` of test images `(N, 3, H, W)` uint8, from its file; if missing, it is trained first.
+
+        `student` is how, by default as the study's.
+        """
+        path, student = self.work_dir / f"{name}-seed{seed}.json", student or self.student
         if not path.is_file():
-            classifier = train_student(images(), classes, self.student, seed, str(self.model.device))
-            batches = (batch.float() / 255 for batch in pixels.split(self.student.batch_size))
-            write_atomically(path, json.dumps({"logits": predict(classifier, batches).tolist()}).encode())
-            logger.info("trained %s", path.stem)
+            begun = time.process_time()
+            classifier = train_student(images(), classes, student, seed, str(self.model.device))
+            batches = (batch.float() / 255 for batch in pixels.split(student.batch_size))
+            logits = predict(classifier, batches).tolist()
+            seconds = time.process_time() - begun
+            write_atomically(path, json.dumps({"seconds": seconds, "logits": logits}).encode())
+            logger.info("trained %s in %.1f s", path.stem, seconds)
         return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["logits"])
 
 

@@ -51,6 +51,7 @@ class Curve:
     x: Sequence[float]
     y: Sequence[float]  # of several seeds, their mean
     each: Sequence[Sequence[float]] = ()  # values of every seed, a sequence per seed, drawn as dots
+    intervals: Sequence[Sequence[float]] = ()  # low and high of each value, drawn as a shaded band
 
 
 def batch_loss(columns: Columns, title: str, unit: str, window: int) -> Figure:
@@ -214,9 +215,14 @@ def curves(
     x: str,
     x_values: Sequence[float],
     mark: str | None = None,
+    line: float | None = None,
+    columns: int = 3,
 ) -> Figure:
-    """Draw panels (title, unit, curves) over one setting on a logarithmic axis; their curves share one legend."""
-    columns = min(3, len(panels))
+    """Draw panels (title, unit, curves) over one setting on a logarithmic axis, with a horizontal line such as 0.
+
+    Their curves share one legend, the first panel's.
+    """
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = new_figure(4.4 * columns, 3.6 * rows, columns, rows)
     all_axes = grid.ravel()
@@ -227,8 +233,16 @@ def curves(
             color = PALETTE[index % len(PALETTE)]
             for seed in curve.each:
                 axes.plot(curve.x, seed, "o", color=color, markersize=4, alpha=0.45)
-            axes.plot(curve.x, curve.y, color=color, linewidth=1.8, label=curve.label)
+            if curve.intervals:
+                lows, highs = zip(*curve.intervals, strict=True)
+                axes.fill_between(curve.x, lows, highs, color=color, alpha=0.15, linewidth=0)
+            marker = "o" if curve.intervals else None
+            axes.plot(
+                curve.x, curve.y, color=color, linewidth=1.8, marker=marker, markersize=4, label=curve.label
+            )
         finish(axes, title, x, unit, legend=False)
+        if line is not None:
+            axes.axhline(line, color=INK, linewidth=1, linestyle=":")
         axes.set_xscale("log")
         axes.set_xticks(list(x_values), [f"{value:g}" for value in x_values])
         axes.minorticks_off()
