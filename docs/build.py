@@ -37,6 +37,7 @@ from isic_vq.hub.card import (
     read_provenance,
     read_reports,
 )
+from utility_page import utility_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
@@ -364,6 +365,10 @@ def sections() -> dict[tuple[str, str], str]:
         ("docs/evaluation.md", "unusual"): unusual_images_table(Report.load(UNUSUAL_REPORT)),
         ("docs/codec.md", "results"): codec_section(Report.load(CODEC_REPORT)),
         ("docs/next-scale.md", "results"): next_scale_section(),
+        **{
+            ("docs/utility.md", mark): section
+            for mark, section in utility_sections(reports["memorization.json"]).items()
+        },
     }
 
 

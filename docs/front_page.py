@@ -12,6 +12,7 @@ from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.figures.grid import BACKGROUND, image_grid
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 
+UTILITY_REPORT = Path(__file__).parent / "utility" / "ham10000.json"
 YARDSTICK = "derm-resnet"  # nothing was trained or chosen in it
 GENERATED_AT_ONCE = "16"
 PICTURES_OF_A_CLASS = 3
@@ -67,15 +68,14 @@ def models_table(folders: tuple[Path, ...]) -> str:
 
 def results_table(reports: dict[str, Report]) -> str:
     """Five questions about a checkpoint, and what its reports answer, in two or three digits."""
-    evaluation, audit, utility = (
-        reports[name] for name in ("evaluation.json", "memorization.json", "utility.json")
-    )
+    evaluation, audit = reports["evaluation.json"], reports["memorization.json"]
+    utility = Report.load(UTILITY_REPORT)
 
     def agreement(images: str) -> str:
         return f"{evaluation.value('agreement', images=images, yardstick=YARDSTICK):.0%}"
 
     def auc(arm: str) -> str:
-        return f"{utility.value('auc', arm=arm, positive='melanoma'):.2f}"
+        return f"{utility.value('auc', 'validation', real='200', arm=arm):.2f}"
 
     copies = [metric for metric in audit.metrics if metric.name == "pairs_found"]
     rows = [
@@ -100,9 +100,9 @@ def results_table(reports: dict[str, Report]) -> str:
             f"likelihood tells training from held-out images with AUROC {audit.value('membership_auc'):.2f} (chance: 0.50)",
         ],
         [
-            "Do images train a classifier?",
-            f"melanoma AUC {auc('synthetic')} from generated images alone, {auc('real+synthetic')} with real ones",
-            f"{auc('real')} from real ones alone",
+            "Do they help a site that has 200 images?",
+            f"a classifier's melanoma AUC is {auc('same mix 3:1')} with three generated images beside each real one",
+            f"{auc('flips')} with the real ones alone ([more](docs/utility.md))",
         ],
     ]
     return markdown_table(["question", "isic-vq-128", "compare with"], rows, texts=3)

@@ -102,6 +102,35 @@ def test_the_results_are_the_reports(build):
     }
 
 
+def test_the_utility_page_says_what_its_reports_found():
+    verdicts = {}
+    for site in ("ham10000", "rosendahl"):
+        report = Report.load(ROOT / "docs" / "utility" / f"{site}.json")
+        assert report.model["smoke"] is False
+        for row in report.tables["comparisons"]:
+            verdicts[site, row["test"], row["real"], row["name"]] = row["verdict"]
+            if row["added"] == "noise":
+                assert row["interval"][0] <= 0
+            if row["added"] == "held-out real images":
+                assert row["interval"][0] > 0
+
+    def said(site, test, real, kind, ratios):
+        return {verdicts[site, test, real, f"{kind} {ratio}:1"] for ratio in ratios}
+
+    assert said("ham10000", "validation", 200, "same mix", (3, 10)) == {"gain"}
+    assert said("ham10000", "uda1", 50, "same mix", (3, 10)) == {"gain"}
+    for test in ("validation", "uda1"):
+        for kind in ("same mix", "rare alone"):
+            assert said("ham10000", test, 1000, kind, (1, 3)) == {"not told"}
+    for test in ("rosendahl", "uda1"):
+        assert said("rosendahl", test, 200, "rare alone", (3, 10)) == {"loss"}
+    for real in (50, 200):
+        assert said("rosendahl", "rosendahl", real, "same mix", (1, 3, 10)) == {"not told"}
+    assert said("rosendahl", "uda1", 200, "same mix", (3, 10)) == {"gain"}
+    baselines = ("no augmentation", "oversampling", "class weights", "longer")
+    assert {verdict for key, verdict in verdicts.items() if key[3] in baselines} <= {"not told", "loss"}
+
+
 def test_both_studies_are_there():
     assert STUDIES == ["generalization", "granularity"]
 
