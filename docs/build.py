@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODEC_REPORT = ROOT / "benchmarks" / "reports" / "codec.json"
 SAMPLING_REPORT = ROOT / "benchmarks" / "reports" / "sampling.json"
 UNUSUAL_REPORT = ROOT / "examples" / "reports" / "ood-isic-vq-128.json"
+VAR_SAMPLING_REPORT = ROOT / "benchmarks" / "reports" / "sampling-var.json"
 NEXT_SCALE_REPORT = ROOT / "benchmarks" / "reports" / "next_scale.json"
 CHECKPOINT = ROOT / "model_cards" / "isic-vq-128"
 VAR_CHECKPOINT = ROOT / "model_cards" / "isic-vq-128-var"
@@ -170,7 +171,7 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         told(f"seconds per image, {batch} at a time", seconds)
     operations = speed["gflops_per_image"]
     told(
-        "GFLOP per image, noise to pixels",
+        "GFLOP per image, noise to pixels, without guidance",
         [
             operations["VAR"] + operations["decoding, VAR"],
             operations["PixelCNN, eager"] + operations["decoding, PixelCNN"],
@@ -249,11 +250,40 @@ def speed_section(speed: dict[str, Any]) -> str:
     return f"{table}\n\n{times}"
 
 
+def settings_section(report: Report) -> str:
+    """Samples by how codes are drawn, from a report of `examples/studies/sampling_study.py`."""
+    measures = {
+        "frechet_distance": ("Frechet distance", {}),
+        "recall": ("recall", {}),
+        "agreement": ("agreement on melanoma", {"diagnosis": "melanoma"}),
+    }
+    spaces = sorted({metric.labels["yardstick"] for metric in report.metrics})
+    drawn = [
+        {
+            m.labels["images"]: m
+            for m in report.metrics
+            if m.name == name and m.labels == {**labels, "images": m.labels["images"], "yardstick": space}
+        }
+        for name, (_, labels) in measures.items()
+        for space in spaces
+    ]
+    rows = [[images, *(metric_cell(column[images]) for column in drawn)] for images in drawn[0]]
+    heads = [f"{title}, {space}" for title, _ in measures.values() for space in spaces]
+    return markdown_table(["settings", *heads], rows)
+
+
 def next_scale_section() -> str:
-    """The comparison, and how fast codes are drawn."""
+    """The comparison, how settings change samples, and how fast codes are drawn."""
     speed = read_json(NEXT_SCALE_REPORT)
+    sampling = Report.load(VAR_SAMPLING_REPORT)
     return "\n\n".join(
-        [comparison((VAR_CHECKPOINT, CHECKPOINT), speed), "How fast codes are drawn:", speed_section(speed)]
+        [
+            comparison((VAR_CHECKPOINT, CHECKPOINT), speed),
+            "Samples of the VAR by how its codes are drawn, another seed than above (`plain`: temperature 1, no guidance):",
+            settings_section(sampling),
+            "How fast codes are drawn without guidance, and images by each checkpoint's own settings:",
+            speed_section(speed),
+        ]
     )
 
 
