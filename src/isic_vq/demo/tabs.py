@@ -38,17 +38,12 @@ EDITOR_SIZE = 384  # pixels of the canvas, larger than the image so that its pix
 BRUSH = gr.Brush(default_size=20, colors=[("#1a66ff", 0.6)], color_mode="fixed")
 
 
-def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
-    """Lay out the tab Generate, which opens on an image of each class.
-
-    Returns:
-        The states of the images and of the number that was clicked last.
-    """
-    generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
-    usual = demo.model.default_sampling
+def generate_fields(demo: DemoModel) -> SimpleNamespace:
+    """Lay out the settings and pictures of the tab Generate."""
+    field, usual = SimpleNamespace(), demo.model.default_sampling
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            fields = [
+            field.settings = [
                 diagnosis_field(demo),
                 slider(1, MAX_IMAGES, 4, "Number of images", "More take longer."),
                 seed_field(),
@@ -62,7 +57,7 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
                 ),
             ]
             with gr.Accordion("Advanced", open=False):
-                fields += [
+                field.settings += [
                     slider(
                         0,
                         5,
@@ -87,10 +82,23 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
                         0.05,
                     ),
                 ]
-            button = gr.Button("Generate", variant="primary")
+            field.button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3, min_width=320):
-            images = gallery("Generated images: click one to enlarge it, and to use it in the other tabs")
-            command = gr.Textbox(label="The same images from the command line", interactive=False)
+            field.images = gallery(
+                "Generated images: click one to enlarge it, and to use it in the other tabs"
+            )
+            field.command = gr.Textbox(label="The same images from the command line", interactive=False)
+    return field
+
+
+def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
+    """Lay out the tab Generate, which opens on an image of each class.
+
+    Returns:
+        The states of the images and of the number that was clicked last.
+    """
+    generated, selected = gr.State(None, time_to_live=STATE_SECONDS), gr.State(0)
+    field = generate_fields(demo)
 
     def show(made: Generated) -> tuple[Pictures, str, Generated, int]:
         return list(zip(made.images, made.captions, strict=True)), made.command, made, 0
@@ -137,10 +145,10 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
     def select(event: gr.SelectData) -> int:
         return event.index
 
-    outputs = [images, command, generated, selected]
-    gr.on(None, open_page, None, outputs, show_progress_on=images, **COMPUTING)  # when a page is loaded
-    button.click(generate, fields, outputs, show_progress_on=images, **public("generate"))
-    images.select(select, None, selected, **PRIVATE)
+    outputs = [field.images, field.command, generated, selected]
+    gr.on(None, open_page, None, outputs, show_progress_on=field.images, **COMPUTING)  # when a page is loaded
+    field.button.click(generate, field.settings, outputs, show_progress_on=field.images, **public("generate"))
+    field.images.select(select, None, selected, **PRIVATE)
     return generated, selected
 
 
