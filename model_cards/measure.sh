@@ -18,7 +18,8 @@ timed isic-vq evaluate "$model" --data "validation=$validation" --data "uda1=$ud
 timed isic-vq audit -m "$model" --train-codes "$codes/train.parquet" --held-out-codes "$codes/validation.parquet" \
   "${features[@]}" --out "$reports/memorization.json"
 timed isic-vq evaluate "$model" --only realism --train-data "$train" --data "validation=$validation" --out "$reports/realism.json"
-timed isic-vq evaluate "$model" --only utility --size 200 --ratio 3 --train-data "$train" --data "validation=$validation" --out "$reports/utility.json"
+timed isic-vq evaluate "$model" --only utility --size 200 --ratio 3 --train-data "$train" --data "validation=$validation" --data "uda1=$uda1" \
+  --out "$reports/utility.json"
 timed isic-vq evaluate "$model" --only sheets --out runs/sheets
 timed python benchmarks/next_scale.py
 timed isic-vq card "$model"

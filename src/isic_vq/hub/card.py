@@ -40,8 +40,8 @@ KNOWN: tuple[tuple[str, dict[str, str], str], ...] = (
     ("frechet_distance", {"images": "reconstructions"}, "Frechet distance of reconstructions"),
     ("frechet_distance", {"images": "samples"}, "Frechet distance of generated images"),
     ("recall", {"images": "samples"}, "Recall of generated images"),
-    ("auc", {"arm": "real", "positive": "melanoma"}, "AUROC for melanoma, trained on real images"),
-    ("auc", {"arm": "synthetic", "positive": "melanoma"}, "AUROC for melanoma, trained on generated images"),
+    ("auc", {"real": "200", "arm": "flips"}, "AUROC for melanoma, trained on 200 real images"),
+    ("auc", {"real": "200", "arm": "same mix 3:1"}, "AUROC for melanoma, 600 generated images added"),
 )
 STAGE_TITLES = {
     "vqvae": "tokenizer",
