@@ -249,8 +249,12 @@ def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr(sys, "unraisablehook", interrupt_again)
-    with pytest.raises(KeyboardInterrupt):
-        work()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test's worker may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_bug_says_that_it_is_one(run, monkeypatch, tmp_path):

@@ -224,7 +224,7 @@ def test_nothing_has_no_duplicates(images):
 
 
 def test_signature_of_another_length_is_refused(signatures):
-    with pytest.raises(ValueError, match=f"row 1 has 3 bytes, expected {SIGNATURE_BYTES}"):
+    with pytest.raises(ValueError, match=f"signature 1 has 3 bytes, expected {SIGNATURE_BYTES}"):
         find_duplicates([signatures[0], b"abc"])
 
 

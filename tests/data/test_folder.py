@@ -49,7 +49,7 @@ def test_table_of_another_name_counts_if_it_is_the_only_one(tmp_path):
     assert _found(tmp_path) == {"a": "nevus", "b": "unknown"}
     _table(tmp_path / "more.csv", {"image_id": "b", "dx": "mel"})
     with pytest.raises(
-        DataError, match=r"has several tables \(labels.jsonl, more.csv\). Join them in one metadata.csv"
+        DataError, match=r"has several tables \(labels.jsonl, more.csv\). Join them in one, metadata.csv"
     ):
         read_folder(tmp_path)
     _table(tmp_path / "metadata.csv", {"file_name": "a.png", "dx": "df"})

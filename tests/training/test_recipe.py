@@ -26,6 +26,7 @@ from isic_vq.training.recipe import (
     public_recipe,
 )
 from isic_vq.training.run import build_config
+from leave_one_out import LeaveOneOutRecipe
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "configs").glob("*.yaml"))
 # The recipe of each stage, and the config that its `model` section fills, if it builds a model of its own.
@@ -36,6 +37,7 @@ STAGES = {
     "classifier": (ClassifierRecipe, ResNetConfig),
     "granularity": (GranularityRecipe, None),
     "generalization": (GeneralizationRecipe, None),
+    "leave-one-out": (LeaveOneOutRecipe, None),
 }
 
 

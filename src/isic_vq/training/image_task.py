@@ -73,7 +73,9 @@ class ImageTask(Task):
         """Count corrupt images; DataError if too many are, or all of this batch."""
         self.skipped.count(cast(Batch, batch))
         if not batch["size"]:
-            raise DataError(f"every image of a batch is corrupt ({batch['skipped'][0]}): replace them")
+            raise DataError(
+                f"every image of a batch is corrupt ({batch['skipped'][0]}): replace them, or raise loop.batch_size"
+            )
 
     def before_epoch(self, epoch: int) -> None:
         self.views = self.train_set.views(self.loop.seed, epoch)
