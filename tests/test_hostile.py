@@ -228,7 +228,12 @@ def test_ctrl_c_during_start_up_is_one_line(tmp_path):
     command = [sys.executable, "-c", start, "score", "synthetic:2000", "-o", str(tmp_path)]
     for seconds in (0.3, 0.6, 1.5, 3):
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell's background job, as these tests may be, ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             try:
                 assert process.stdout.readline() == "begun\n"

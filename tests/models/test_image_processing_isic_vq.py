@@ -781,6 +781,7 @@ processor.save_pretrained({str(copy)!r})
         assert str(tmp_path) not in saved
         assert json.loads(saved) == {
             "auto_map": {"AutoImageProcessor": "image_processing_isic_vq.IsicVQImageProcessor"},
+            "do_convert_rgb": True,
             "image_processor_type": "IsicVQImageProcessor",
             "size": {"height": SIDE, "width": SIDE},
         }

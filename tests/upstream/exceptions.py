@@ -30,7 +30,6 @@ EXCEPTIONS = {
     },
     "composite-* test_load_save_without_tied_weights": "weights lie in a folder for each part, not in one file at the root",
     "image-processor test_call_numpy_4_channels": "pixel values are RGB: the processor has two settings, size and do_convert_rgb",
-    "image-processor test_image_processor_from_dict_with_kwargs_has_attributes": "the processor has two settings, size and do_convert_rgb",
     "image-processor test_new_models_require_torchvision_backend": "torchvision is no requirement: Pillow does it all",
     "pipeline-* test_loading_with_variants": VARIANT,
     "pipeline-* test_loading_with_incorrect_variants_raises_error": VARIANT,
