@@ -188,7 +188,7 @@ def sample_labels(ids: Tensor, num_samples: int) -> Tensor:
 def generate_samples(
     model: IsicVQModel, train: CodeCache, num_samples: int, seed: int, progress: bool = False
 ) -> Samples:
-    """Draw samples whose classes are in proportion to those of the training images, by the model's own distribution."""
+    """Draw samples whose classes are in proportion to those of the training images, as the checkpoint draws by default."""
     labels = sample_labels(class_ids(model, train.diagnoses), num_samples)
     with tqdm(total=model.num_steps(num_samples), unit="step", desc="sampling", disable=not progress) as bar:
         generated: Any = model.generate(num_samples, labels, seed=seed, on_step=bar.update)  # type: ignore[arg-type]

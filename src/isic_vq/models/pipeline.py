@@ -97,7 +97,7 @@ class IsicVQPipeline(DiffusionPipeline):
             num_images: how many; by default one per label.
             seed: makes image i a function of (seed, i); random without seed and generator.
             generator: one for all images, or one per image, instead of a seed.
-            guidance_scale: 1, the default, is off; larger values follow the label more closely.
+            guidance_scale: 1 is off, larger values follow the label more closely; by default as the prior says (`config.sampling`).
             output_type: "pil", "np" (float `(N, H, W, 3)` in [0, 1]), "pt" (float `(N, 3, H, W)` in [0, 1]) or
                 "latent" (the codes, int64 `(N, h, w)`).
             return_dict: False returns the tuple `(images,)`.
