@@ -1,5 +1,6 @@
 """The generator of the utility study that never saw one collection: which images go where, and that it is trained on the others."""
 
+import pytest
 import yaml
 from tiny_study import PRIOR, VQVAE
 
@@ -37,3 +38,17 @@ def test_the_left_out_collection_is_split_by_diagnosis_and_the_generator_sees_no
     before = (model / "config.json").stat().st_mtime_ns
     leave_one_out.main([str(config)])
     assert (model / "config.json").stat().st_mtime_ns == before, "what is trained is not trained again"
+
+
+def test_a_control_sees_the_site_and_not_its_test_images(two_sources, tmp_path):
+    recipe = leave_one_out.LeaveOneOutRecipe(
+        output_dir=str(tmp_path), **two_sources, left_out="south", site_images=9, generator_sees_site=True
+    )
+    paths = leave_one_out.write_images(recipe)
+    ids = {part: set(open_source(f"parquet:{path}")["isic_id"]) for part, path in paths.items()}
+    assert ids["site"] < ids["train"]
+    assert len(ids["train"]) == 12 + 9
+    assert not ids["test"] & ids["train"]
+    recipe.generator_sees_site = False
+    with pytest.raises(ValueError, match="begun with generator_sees_site"):
+        leave_one_out.write_images(recipe)

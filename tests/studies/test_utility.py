@@ -128,6 +128,7 @@ def test_cost_counts_every_image_shown(study):
         shown += 2 * images * utility.passes(number)
     assert report.tables["cost"]["images_shown"] == pytest.approx(shown, abs=1)
     assert report.tables["cost"]["classifiers"] == 36
+    assert report.tables["cost"]["images_generated"] == 160, "one pool has enough for every cell"
     assert report.tables["cost"]["seconds"] > 0
     counted = report.tables["cost"]["operations"] / shown
     # Of 16 x 16 pixels: a first layer of 7 x 7 x 3 x 4 at 8 x 8 positions, forward and to its weights, is the least.
@@ -161,10 +162,16 @@ def test_large_sites_have_fewer_seeds_and_no_ratio_above_three(study):
         number: [arm.name for arm in utility.arms(number, 5387, (1, 3, 10), True)]
         for number in (200, 1000, 5387)
     }
-    assert "held-out real images 10:1" in names[200]
-    assert "noise 3:1" in names[200]
+    planted = {
+        number: [name for name in found if name.startswith(("held-out", "noise"))]
+        for number, found in names.items()
+    }
+    assert planted == {
+        200: ["held-out real images 10:1", "noise 3:1"],
+        1000: ["held-out real images 3:1", "noise 3:1"],
+        5387: ["noise 3:1"],  # no real image is left over
+    }
     assert "same mix 10:1" in names[1000]
-    assert not any(name.startswith("held-out") for name in names[1000]), "too few are left over"
     assert "same mix 3:1" in names[5387]
     assert "same mix 10:1" not in names[5387]
     made = UtilityStudy(made.study, "melanoma", sizes=["20"])

@@ -85,15 +85,17 @@ PLANTED = ("held-out real images", "noise")
 
 
 def arms(number: int, of: int, ratios: Sequence[int], planted: bool) -> list[Arm]:
-    """The arms for `number` real images of a site's `of`; planted ones where enough real images are left over."""
+    """The arms for `number` real images of a site's `of`; held-out real images in the highest ratio that there are enough of."""
     allowed = [ratio for ratio in sorted(set(ratios)) if ratio > 0 and (ratio <= 3 or number <= MANY)]
     generated = [Arm(f"{kind} {ratio}:1", kind, ratio) for ratio in allowed for kind in GENERATED]
-    most = max(allowed, default=0)
+    left_over = [ratio for ratio in allowed if (ratio + 1) * number <= of]
+    highest = max(left_over, default=0), min(max(allowed, default=0), 3)
     checks = [
         Arm(f"{kind} {ratio}:1", kind, ratio)
-        for kind, ratio in zip(PLANTED, (most, min(most, 3)), strict=True)
+        for kind, ratio in zip(PLANTED, highest, strict=True)
+        if planted and ratio
     ]
-    return [*BASELINES, *generated, *(checks if planted and allowed and (most + 1) * number <= of else [])]
+    return [*BASELINES, *generated, *checks]
 
 
 def passes(number: int) -> float:
@@ -355,7 +357,7 @@ class UtilityStudy:
         return table
 
     def _cost(self) -> dict[str, float]:
-        """What training all classifiers of the report took: operations, and processor seconds where each was trained."""
+        """What the report took: images of its pools, and of all classifiers, operations and processor seconds where each was trained."""
         images, seconds, number = 0.0, 0.0, 0
         for size, cell in self.cells.items():
             for arm in cell:
@@ -366,6 +368,7 @@ class UtilityStudy:
                     number += 1
         return {
             "classifiers": number,
+            "images_generated": len(self.diagnoses) * self.pool.cache_info().currsize,
             "images_shown": round(images),
             "operations": images * training_operations(self.study.student, num_classes=2),
             "seconds": seconds,
