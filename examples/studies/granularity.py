@@ -17,7 +17,7 @@ from isic_vq.data.code_cache import read_code_cache
 from isic_vq.data.sources import find_source
 from isic_vq.evaluation.bits_per_code import unigram_bits
 from isic_vq.evaluation.codebook import codebook_metrics
-from isic_vq.evaluation.cost import MODEL, flops_per_image, seconds
+from isic_vq.evaluation.cost import MODEL, seconds
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.measures import code_counts
 from isic_vq.evaluation.report import Metric
@@ -25,7 +25,7 @@ from isic_vq.evaluation.report_tables import markdown_table
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, IsicVQModel
 from isic_vq.models.vector_quantizer import usage_and_perplexity
-from measure import Difference, measure_chain, paired_difference
+from measure import Difference, flops_per_image, measure_chain, paired_difference
 from page import SMOKE, StudyPage, over_seeds, recipe_table
 from smoke import smoke_recipe
 

@@ -1,12 +1,16 @@
 """Measure the models of a study image by image, once, so that they can be compared image by image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from chain import Chain
 from isic_vq.data.sources import find_source
@@ -104,3 +108,31 @@ def unpaired_difference(first: list[Tensor], second: list[Tensor]) -> Difference
         means.append(mean)
         intervals.append((mean - 1.96 * error, mean + 1.96 * error))
     return Difference(means, intervals)
+
+
+def flops_per_image(model: IsicVQModel) -> dict[str, int]:
+    """Floating-point operations of a forward pass of one image.
+
+    Returns:
+        `tokenizer`: encoder and decoder. `decoder`: it alone. `prior`: one pass over all codes, which is what training
+        takes, and incremental sampling, too.
+    """
+    config = model.config.vqvae_config
+    pixel_values = torch.zeros(1, 3, config.image_size, config.image_size)
+    codes = model.encode(pixel_values)
+    decoder = count_flops(lambda: model.decode(codes))
+    return {
+        "tokenizer": count_flops(lambda: model.encode(pixel_values)) + decoder,
+        "decoder": decoder,
+        "prior": count_flops(lambda: model.predict(codes.clone())),  # a normal tensor: gradients are recorded
+    }
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of products and convolutions that torch does in a call.
+
+    Attention is computed as two products, because the counter ignores its fused kernels for CPUs.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()

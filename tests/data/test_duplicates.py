@@ -321,14 +321,3 @@ def test_report_counts_pairs_by_what_they_join():
     assert report["sources"] == {"unknown / x": 1, "unknown / y": 1, "x / x": 1, "x / y": 1}
     assert report["splits"] == {"test / train": 2, "train / train": 1, "train / validation": 1}
     assert report["views"] == {"0": 2, "1": 1, "4": 1}
-    assert report["pairs"][1] == {
-        "first": 0,
-        "second": 3,
-        "view": 4,
-        "distance": 0,
-        "similarity": 0.97,
-        "names": ["a", "a"],
-        "relation": "same isic_id",
-        "sources": "unknown / x",
-        "splits": "test / train",
-    }

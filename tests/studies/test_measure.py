@@ -7,11 +7,12 @@ import pytest
 import scipy.stats
 import torch
 
-from isic_vq.evaluation.cost import count_flops, flops_per_image
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 from isic_vq.models.modeling_isic_vq import IsicVQModel
 from measure import (
     Difference,
+    count_flops,
+    flops_per_image,
     measure_chain,
     paired_difference,
     unpaired_difference,

@@ -27,7 +27,7 @@ arXiv 2401.14497.
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import imagehash
@@ -155,28 +155,16 @@ def duplicate_report(pairs: Sequence[DuplicatePair], rows: Sequence[Mapping[str,
     Returns:
         `num_images`; `num_pairs`; pairs counted by `relations` ("same isic_id", "same lesion", "different lesions", or
         "unknown lesion" without both lesion ids), by `sources` and `splits` (of both images, in alphabetical order) and
-        by `views`; and the `pairs` with the names of their images.
+        by `views`.
     """
-    listed = []
-    for pair in pairs:
-        first, second = rows[pair.first], rows[pair.second]
-        listed.append(
-            {
-                **asdict(pair),
-                "names": [first["isic_id"], second["isic_id"]],
-                "relation": _relation(first, second),
-                "sources": _both(first["source"], second["source"]),
-                "splits": _both(first["split"], second["split"]),
-            }
-        )
+    both = [(rows[pair.first], rows[pair.second]) for pair in pairs]
     return {
         "num_images": len(rows),
-        "num_pairs": len(listed),
-        "relations": _counts(entry["relation"] for entry in listed),
-        "sources": _counts(entry["sources"] for entry in listed),
-        "splits": _counts(entry["splits"] for entry in listed),
-        "views": _counts(str(entry["view"]) for entry in listed),
-        "pairs": listed,
+        "num_pairs": len(pairs),
+        "relations": _counts(_relation(*images) for images in both),
+        "sources": _counts(_joined(images, "source") for images in both),
+        "splits": _counts(_joined(images, "split") for images in both),
+        "views": _counts(str(pair.view) for pair in pairs),
     }
 
 
@@ -273,8 +261,8 @@ def _relation(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return "same lesion" if first["lesion_id"] == second["lesion_id"] else "different lesions"
 
 
-def _both(first: str | None, second: str | None) -> str:
-    return " / ".join(sorted(name or "unknown" for name in (first, second)))
+def _joined(images: Sequence[Mapping[str, Any]], column: str) -> str:
+    return " / ".join(sorted(image[column] or "unknown" for image in images))
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:

@@ -196,8 +196,6 @@ def _finish(
     strata = stratified_report(kept, [Assignment(row["split"]) for row in kept])
     for warning in few_images(strata):
         logger.warning("%s", warning)
-    report = duplicate_report(pairs, everything)
-    report.pop("pairs")
     manifest = Manifest(
         settings=settings,
         sources=[*(old.sources if old else []), *infos],
@@ -209,7 +207,7 @@ def _finish(
             if (row["reason"] or "").startswith(UNREADABLE)
         },
         strata=[asdict(stratum) for stratum in strata],
-        duplicates=report,
+        duplicates=duplicate_report(pairs, everything),
         classes=_classes([source.classes for _, source in sources], old, everything),
     )
     write_images(output, everything)

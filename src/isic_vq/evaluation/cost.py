@@ -7,11 +7,8 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric
@@ -69,31 +66,3 @@ def seconds(action: Callable[[], object], device: torch.device) -> torch.Tensor:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return torch.tensor(times[1:], dtype=torch.float64)
-
-
-def flops_per_image(model: IsicVQModel) -> dict[str, int]:
-    """Floating-point operations of a forward pass of one image.
-
-    Returns:
-        `tokenizer`: encoder and decoder. `decoder`: it alone. `prior`: one pass over all codes, which is what training
-        takes, and incremental sampling, too.
-    """
-    config = model.config.vqvae_config
-    pixel_values = torch.zeros(1, 3, config.image_size, config.image_size)
-    codes = model.encode(pixel_values)
-    decoder = count_flops(lambda: model.decode(codes))
-    return {
-        "tokenizer": count_flops(lambda: model.encode(pixel_values)) + decoder,
-        "decoder": decoder,
-        "prior": count_flops(lambda: model.predict(codes.clone())),  # a normal tensor: gradients are recorded
-    }
-
-
-def count_flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of products and convolutions that torch does in a call.
-
-    Attention is computed as two products, because the counter ignores its fused kernels for CPUs.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
