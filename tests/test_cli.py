@@ -146,7 +146,10 @@ def test_generate_writes_images_a_grid_and_what_they_are(run, tiny_run, tmp_path
         tmp_path,
     ]
     code, stdout, _ = run(*arguments)
-    assert (code, stdout) == (0, f"wrote 2 images and {tmp_path / 'grid.png'}\n")
+    assert (code, stdout) == (
+        0,
+        f"wrote 2 images to {tmp_path}; all in one picture: {tmp_path / 'grid.png'}\n",
+    )
     assert set(pngs(tmp_path)) == {"image-00000.png", "image-00001.png", "grid.png"}
     image = Image.open(tmp_path / "image-00001.png")
     assert (image.size, image.mode) == ((16, 16), "RGB")
@@ -266,13 +269,16 @@ def test_encode_writes_the_codes_that_the_library_writes(run, tiny_run, tmp_path
 
 
 def test_train_both_stages_from_their_recipes(run, tiny_run, tmp_path):
-    for stage, said in (("vqvae", "validation images; wrote"), ("prior", "bits per code on validation")):
+    for stage, said, following in (
+        ("vqvae", "validation images; wrote", "encode {} --data SOURCE --part train -o train.parquet"),
+        ("prior", "bits per code on validation", "generate -m {}"),
+    ):
         output = tmp_path / stage
         options = [tiny_run.configs[stage], f"output_dir={output}", "loop.max_steps=3"]
         code, stdout, _ = run("train", *options)
         assert code == 0
         assert said in stdout
-        assert stdout.endswith(f"wrote {output}/model\n")
+        assert stdout.endswith(f"wrote {output}/model\nnext: isic-vq {following.format(f'{output}/model')}\n")
         assert (output / "model" / "config.json").is_file()
         assert yaml.safe_load((output / "recipe.yaml").read_text())["loop"]["max_steps"] == 3
 
@@ -349,14 +355,31 @@ def test_info_describes_the_model(run, tiny_run):
 
 
 def test_export_evaluate_card_makes_a_repository(run, tiny_run, tmp_path):
-    folder, data = tmp_path / "my-model", f"folder:{tiny_run.images['validation']}"
+    folder, data = (
+        tmp_path / "my-model",
+        f"folder:{shutil.copytree(tiny_run.images['validation'], tmp_path / 'clinic_b')}",
+    )
     codes = ["--train-codes", tiny_run.codes["train"]]
-    assert run("export", tiny_run.prior / "model", folder, *codes)[0] == 0
-    assert run("evaluate", folder, "--data", data, *codes, "-o", folder / "reports" / "a.json")[0] == 0
+    report, push = folder / "reports" / "evaluation.json", f"next: isic-vq push {folder} USER/my-model\n"
+    code, stdout, stderr = run("export", tiny_run.prior / "model", folder, *codes)
+    assert code == 0, stderr
+    assert stdout.endswith(f"next: isic-vq evaluate {folder} --data SOURCE -o {report}\n")
+    code, stdout, stderr = run("evaluate", folder, "--data", data, *codes, "-o", report)
+    assert code == 0, stderr
+    assert stdout.endswith(f"wrote {report.with_suffix('.html')}\nnext: isic-vq card {folder}\n")
+    measured = {
+        (metric.split, metric.dataset) for metric in Report.load(report).metrics if metric.name == "psnr"
+    }
+    assert measured == {("clinic_b", "folder:clinic_b")}
     code, stdout, stderr = run("card", folder)
     assert code == 0, stderr
-    assert stdout.startswith(f"wrote {folder / 'README.md'}; next: ")
-    assert run("card", folder, "--check")[0] == 0
+    assert stdout == f"wrote {folder / 'README.md'}; {push}"
+    card = (folder / "README.md").read_text()
+    assert "| metric | clinic_b (n = " in card
+    assert "\n      split: clinic_b\n" in card
+    code, stdout, _ = run("card", folder, "--check")
+    assert code == 0
+    assert stdout.endswith(push)
     stdout = run("info", folder)[1]
     assert "licence    weights cc0-1.0" in stdout
     assert "measured   PSNR " in stdout, "info shows the reports of a repository"

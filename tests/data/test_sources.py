@@ -15,6 +15,7 @@ from isic_vq.data.schema import DataError
 from isic_vq.data.sites import canonical_site
 from isic_vq.data.sources import SourceInfo, describe_source, find_source, open_source
 from isic_vq.data.synthetic_images import synthetic_image, synthetic_metadata, synthetic_record
+from isic_vq.data.uri import set_name
 from source_contract import CONTRACT, rows_of
 
 
@@ -393,3 +394,33 @@ def test_untouched_archive_files_open_as_a_folder(data_dir):
     dataset = open_source("${ISIC_VQ_DATA}/raw")
     assert dataset.num_rows == 12
     assert all(name.startswith("ISIC_") for name in dataset["isic_id"])
+
+
+def test_a_set_without_a_name_is_called_by_its_source():
+    called = {
+        "folder:data/my_test_images": "my_test_images",
+        "photos/": "photos",
+        "folder:data/test": "test",
+        "folder:train/clinic": "clinic",
+        "folder:test_2024.v1": "test_2024-v1",
+        "prepared:ham:validation": "validation",
+        "challenge:2018:test": "test",
+        "challenge:2018": "challenge-2018",
+        "hub:me/moles@v1": "moles-v1",
+        "hub:me/moles?diagnosis=kind&split=test": "test",
+        "parquet:${DATA}/uda1/test-*.parquet": "test",
+        "parquet:skin/*.parquet": "skin",
+        "parquet:codes/clinic.parquet": "clinic",
+        "webdataset:https://host/shards/a-{000..009}.tar": "shards",
+        "synthetic:40:3": "synthetic-40-3",
+        "parquet:*.parquet": "images",
+    }
+    assert {uri: set_name(uri) for uri in called} == called
+
+
+def test_sets_of_one_name_are_refused(run):
+    code, _, stderr = run("evaluate", "--data", "synthetic:1", "--data", "synthetic:1", "--only", "utility")
+    assert code == 1
+    assert (
+        "data sets are called synthetic-1, synthetic-1: name each differently, --data NAME=SOURCE" in stderr
+    )

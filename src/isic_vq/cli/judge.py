@@ -9,6 +9,7 @@ import typer
 
 from isic_vq.cli.app import DeviceOption, ModelOption, app, check_first, open_model, quiet_transformers
 from isic_vq.cli.flags import options_of
+from isic_vq.data.uri import set_name
 
 # What evaluate measures with --only, and the options that each takes; None is the usual evaluation.
 OPTIONS = {
@@ -63,8 +64,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--data",
-            help="[NAME=]SOURCE: images, and what the report calls them; repeat it for several. NAME: validation by "
-            "default; SOURCE: as for encode. Of sheets: real images, shown beside generated ones instead of other sheets.",
+            help="[NAME=]SOURCE: images, and what the report calls them; repeat it for several. NAME: by "
+            "default the split, folder or file of SOURCE, which is as for encode. Of sheets: real images, shown beside generated ones instead of other sheets.",
         ),
     ] = None,
     only: Annotated[
@@ -102,6 +103,11 @@ def evaluate(
         model, *settings.get("features", ()), sources=sources, codes=[train_codes], seed=settings["seed"]
     )
     what = "evaluate" if only is None else f"evaluate --only {only}"
+    names = [name for name, _ in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"data sets are called {', '.join(names)}: name each differently, --data NAME=SOURCE"
+        )
     if not sets and only != "sheets":
         raise ValueError(f"{what} needs --data")
     if only not in (None, "utility") and len(sets) > 1:
@@ -173,11 +179,19 @@ def _write_measured(
         paths = write_gain_curves(report, output)
     for path in (output, *paths):
         typer.echo(f"wrote {path}")
+    _name_next(output)
+
+
+def _name_next(report: Path) -> None:
+    """Of a report in a repository folder: the command that puts it into the card."""
+    folder = report.absolute().parent.parent
+    if report.absolute().parent.name == "reports" and (folder / "provenance.json").is_file():
+        typer.echo(f"next: isic-vq card {report.parent.parent}")
 
 
 def _named(text: str) -> tuple[str, str]:
     match = re.match(r"([\w-]+)=(.+)", text, re.DOTALL)
-    return (match[1], match[2]) if match else ("validation", text)
+    return (match[1], match[2]) if match else (set_name(text), text)
 
 
 def _check_options(context: typer.Context, only: str | None) -> None:
@@ -245,3 +259,4 @@ def audit(
     for path in (*write_pairs(result, pairs, train_images), output):
         typer.echo(f"wrote {path}")
     typer.echo(result.report.tables["verdict"])
+    _name_next(output)

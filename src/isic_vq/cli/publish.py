@@ -49,15 +49,14 @@ def export(
         if train_codes is not None or bf16 or onnx or sampling:
             raise ValueError("a classifier is exported as it is: leave out all options")
         export_classifier(Path(model), output)
-        typer.echo(f"wrote {output}")
+        typer.echo(f"wrote {output}; next: {_push_command(output)}")
     elif train_codes is not None:
         from isic_vq.hub.export import export_repository
 
         quiet_transformers()
         export_repository(model, output, train_codes, bf16, onnx, **sampling)
-        typer.echo(
-            f"wrote {output}; next: isic-vq evaluate {output} --data ... -o {output}/reports/..., isic-vq card {output}"
-        )
+        report = output / "reports" / "evaluation.json"
+        typer.echo(f"wrote {output}; next: isic-vq evaluate {output} --data SOURCE -o {report}")
     elif onnx and not bf16 and not sampling:
         check_first(model)
         from isic_vq.hub.onnx_export import export_onnx, known_license
@@ -107,7 +106,7 @@ def card(
         from isic_vq.hub.card import write_card
 
         write_card(folder)
-        typer.echo(f"wrote {folder / 'README.md'}; next: isic-vq card {folder} --check")
+        typer.echo(f"wrote {folder / 'README.md'}; next: {_push_command(folder)}")
         return
     from isic_vq.hub.card_check import check_card
 
@@ -116,7 +115,11 @@ def card(
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{folder / 'README.md'} says what the reports say")
+    typer.echo(f"{folder / 'README.md'} says what the reports say; next: {_push_command(folder)}")
+
+
+def _push_command(folder: Path) -> str:
+    return f"isic-vq push {folder} USER/{folder.resolve().name}"
 
 
 @app.command(epilog="Example:\n\n  isic-vq push model_cards/my-model user/my-model --dry-run")

@@ -21,6 +21,13 @@ from isic_vq.cli.app import (
 )
 from isic_vq.cli.flags import options_of
 
+# What one does with a stage's model.
+NEXT = {
+    "vqvae": "encode {model} --data SOURCE --part train -o train.parquet",
+    "prior": "generate -m {model}",
+    "decoder": "reconstruct SOURCE -m {model}",
+    "classifier": "export {run} DIR",
+}
 CHANGED = {"frechet_distance": "Frechet distance", "feature_distance": "feature distance", "psnr": "PSNR"}
 
 
@@ -52,7 +59,9 @@ def train(
     quiet_transformers()
     result = getattr(stage, f"train_{recipe.stage}")(recipe, resume)
     if result is not None:  # of several processes, the main one tells
-        typer.echo(f"{_summary(recipe.stage, result)}; wrote {recipe.output_dir}/model")
+        model = f"{recipe.output_dir}/model"
+        typer.echo(f"{_summary(recipe.stage, result)}; wrote {model}")
+        typer.echo(f"next: isic-vq {NEXT[recipe.stage].format(run=recipe.output_dir, model=model)}")
 
 
 def _summary(stage: str, result: Any) -> str:

@@ -76,7 +76,9 @@ def generate(
     write_generated(
         loaded, output, labels=labels, sampling=sampling, progress=sys.stderr.isatty(), **settings
     )
-    typer.echo(f"wrote {settings['num_images']} images and {output / 'grid.png'}")
+    typer.echo(
+        f"wrote {settings['num_images']} images to {output}; all in one picture: {output / 'grid.png'}"
+    )
     return None
 
 

@@ -103,6 +103,23 @@ def _files(path: str, suffix: str) -> list[str]:
 LOCAL = {"folder": find_folder, "parquet": find_parquet, "webdataset": find_tars}
 
 
+def set_name(uri: str) -> str:
+    """Name the images of a URI for a report: by the split that it says, otherwise by its folder, file or data set.
+
+    Examples:
+        >>> set_name("folder:data/my_test_images"), set_name("challenge:2018:test"), set_name("hub:me/moles?split=test")
+        ('my_test_images', 'test', 'test')
+    """
+    split = re.search(
+        r"[?&]split=([\w-]+)|[:/\\](train|validation|test)(?:-[^/\\]*)?(?:\.parquet|\.tar)?$", uri
+    )
+    if split:
+        return split[1] or split[2]
+    parts = [part for part in re.split(r"[/\\]", uri.partition("?")[0]) if not re.search(r"[*?${}]|^$", part)]
+    name = re.sub(r"^(folder|parquet|webdataset|prepared):|\.(parquet|tar)$", "", parts[-1] if parts else "")
+    return re.sub(r"[^\w-]+", "-", name).strip("-") or "images"
+
+
 def is_url(text: str) -> bool:
     """Whether a text is an http(s) address."""
     return re.match(r"https?://", text, re.IGNORECASE) is not None
