@@ -22,7 +22,7 @@ from front_page import (
     unusual_images_table,
 )
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table, report_tables
+from isic_vq.evaluation.report_tables import markdown_table, number_text, report_tables
 from isic_vq.figures.png import png_content
 from isic_vq.figures.report_page import Plot, report_plots
 from isic_vq.files import write_atomically
@@ -36,6 +36,7 @@ from isic_vq.hub.card import (
     metric_cell,
     read_provenance,
     read_reports,
+    seeds_of,
 )
 from utility_page import utility_sections
 
@@ -139,10 +140,8 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         metrics = tuple(report.find(name, split, **labels) for report in found)
         rows.append([title, *map(metric_cell, metrics), better(metrics, most)])
 
-    def told(title: str, values: list[float], text: str = "{:,.4g}") -> None:
-        rows.append(
-            [title, *(text.format(value) for value in values), "VAR" if values[0] < values[1] else "PixelCNN"]
-        )
+    def told(title: str, values: list[float]) -> None:
+        rows.append([title, *map(number_text, values), "VAR" if values[0] < values[1] else "PixelCNN"])
 
     told(
         "bits per image, codes stored as they are",
@@ -181,7 +180,6 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         told(
             f"parameters, {part}",
             [report.value("parameters", part=part) for report in found],
-            "{:,.0f}",
         )
     for part, title in (("vqvae", "tokenizer"), ("prior", "prior")):
         told(
@@ -192,12 +190,10 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         told(
             f"training, {title}, hours in steps",
             [sum(r["hours"] for r in stages) for stages in runs],
-            "{:.2g}",
         )
         told(
             f"training, {title}, optimizer steps",
             [sum(r["steps"] for r in stages) for stages in runs],
-            "{:,}",
         )
     weights = [origin["training"]["vqvae"]["recipe"].get("ssim_weight", 0) for origin in origins]
     rows.append(
@@ -208,7 +204,8 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
         [
             f"Beside `{folders[1].name}`, which has a PixelCNN over one grid. Both were trained on the same images on "
             f"{machine['cores']} CPU cores ({machine['device']}), and measured on the same ones. The numbers in brackets are "
-            "95 % intervals; where two of them overlap, neither model is called the better one. Reconstructions are what perfect priors "
+            "95 % intervals; where two of them overlap, neither model is called the better one. What is random has seed "
+            f"{seeds_of(m for report in found for m in report.metrics)}. Reconstructions are what perfect priors "
             "would reach: the ceiling; other real images are the floor.",
             markdown_table(["", "VAR", "PixelCNN", "better, or less"], rows),
         ]
@@ -279,7 +276,7 @@ def next_scale_section() -> str:
     return "\n\n".join(
         [
             comparison((VAR_CHECKPOINT, CHECKPOINT), speed),
-            "Samples of the VAR by how its codes are drawn, another seed than above (`plain`: temperature 1, no guidance):",
+            f"Samples of the VAR by how its codes are drawn, seed {seeds_of(sampling.metrics)} (`plain`: temperature 1, no guidance):",
             settings_section(sampling),
             "How fast codes are drawn without guidance, and images by each checkpoint's own settings:",
             speed_section(speed),
@@ -289,14 +286,15 @@ def next_scale_section() -> str:
 
 def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     """Every metric of whole data sets, and plots of parts of them, topic by topic."""
+    metrics = [metric for report in reports.values() for metric in report.metrics]
     parts = [
         "# Results of isic-vq-128",
         "Written by `python docs/build.py` from the [reports](../model_cards/isic-vq-128/reports), which hold the numbers of "
         "diagnoses, sources, sexes and body sites, too. What the names mean, and the commands: "
         "[evaluation.md](evaluation.md).",
-        f"Measured with: {measured_on(reports.values())}. In brackets: 95 % intervals, which treat images as independent.",
+        f"Measured with: {measured_on(reports.values())}. In brackets: 95 % intervals, which treat images as independent. "
+        f"What is random has seed {seeds_of(metrics)}.",
     ]
-    metrics = [metric for report in reports.values() for metric in report.metrics]
     for table in report_tables(metrics, column_title):
         parts.append(f"## {table.title}")
         if table.title == "Memorisation":

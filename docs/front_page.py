@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table
+from isic_vq.evaluation.report_tables import markdown_table, number_text, rounded
 from isic_vq.figures.grid import BACKGROUND, image_grid
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 
@@ -32,9 +32,9 @@ SCORES = {
 }
 
 
-def rounded(metric: Metric) -> str:
-    """Three digits; two of numbers below one."""
-    return f"{metric.value:.2g}" if abs(metric.value) < 1 else f"{metric.value:.3g}"
+def short(metric: Metric) -> str:
+    """A value to the digits that its interval leaves, three at most."""
+    return number_text(float(rounded(metric)[0].replace(",", "")))
 
 
 def models_table(folders: tuple[Path, ...]) -> str:
@@ -46,7 +46,7 @@ def models_table(folders: tuple[Path, ...]) -> str:
         sides = config.vqvae_config.sides
         grids = f"{sides[0]}x{sides[0]}" + (f" to {sides[-1]}x{sides[-1]}" if len(sides) > 1 else "")
         distances = [
-            rounded(report.find("frechet_distance", images=images, yardstick=YARDSTICK))
+            short(report.find("frechet_distance", images=images, yardstick=YARDSTICK))
             for images in ("samples", "floor", "reconstructions")
         ]
         parameters = sum(report.value("parameters", part=part) for part in ("vqvae", "prior"))
@@ -56,9 +56,9 @@ def models_table(folders: tuple[Path, ...]) -> str:
                 f"[`{folder.name}`](model_cards/{folder.name}/README.md)",
                 f"{grids} of {config.vqvae_config.num_codes}",
                 f"{parameters / 1e6:.1f} M",
-                rounded(report.find("psnr", "validation")),
+                short(report.find("psnr", "validation")),
                 "{} ({} to {})".format(*distances),
-                rounded(seconds),
+                short(seconds),
                 str(config.license).upper().replace("CC-BY-NC-", "CC BY-NC "),
             ]
         )
@@ -81,13 +81,13 @@ def results_table(reports: dict[str, Report]) -> str:
     rows = [
         [
             "How close are reconstructions?",
-            f"PSNR {rounded(evaluation.find('psnr', 'validation'))} dB on held-out images",
-            f"{rounded(evaluation.find('psnr', 'uda1'))} dB on images of another source",
+            f"PSNR {short(evaluation.find('psnr', 'validation'))} dB on held-out images",
+            f"{short(evaluation.find('psnr', 'uda1'))} dB on images of another source",
         ],
         [
             "How well does the prior predict codes?",
-            f"{rounded(evaluation.find('bits_per_code', 'validation'))} bits per code",
-            f"{rounded(evaluation.find('bits_per_code_unigram', 'validation'))} by the codes' frequencies alone",
+            f"{short(evaluation.find('bits_per_code', 'validation'))} bits per code",
+            f"{short(evaluation.find('bits_per_code_unigram', 'validation'))} by the codes' frequencies alone",
         ],
         [
             "Do images show the class asked for?",

@@ -15,7 +15,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from isic_vq.evaluation.intervals import MeasuredOn
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import number_text
+from isic_vq.evaluation.report_tables import rounded
 from isic_vq.figures.png import png_content
 from isic_vq.figures.report_page import PICTURES, Plot, write_report_page
 
@@ -85,8 +85,7 @@ def test_every_number_of_whole_sets_is_in_a_cell_with_its_interval_and_seed(page
     cells = [re.sub(r"\s+", " ", cell).strip() for cell in Page((page[0] / "report.html").read_text()).cells]
     for metric in evaluation_report().metrics:
         if metric.group is None:
-            parts = [number_text(metric.value)]
-            parts += ["{:.5g} to {:.5g}".format(*metric.interval)] if metric.interval else []
+            parts = [text for text in rounded(metric) if text is not None]
             parts += [f"seed {metric.seed}"] if metric.seed is not None else []
             assert " ".join(parts) in cells
     assert "test (n = 40)" in cells

@@ -1,5 +1,7 @@
 """Metrics in tables: each once, under its topic, parts of the images left out."""
 
+from dataclasses import replace
+
 import pytest
 
 from isic_vq.evaluation.report import Metric
@@ -9,6 +11,7 @@ from isic_vq.evaluation.report_tables import (
     OTHER,
     number_text,
     report_tables,
+    rounded,
     topic_of,
 )
 
@@ -85,10 +88,35 @@ def test_the_same_number_twice_is_refused():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1537939, "1,537,939"), (0.00055528, "0.00055528"), (33.73504, "33.735"), (1.0, "1"), (0, "0")],
+    [
+        (1537939, "1,537,939"),
+        (0.00055528, "0.000555"),
+        (33.73504, "33.7"),
+        (1.0, "1"),
+        (0, "0"),
+        (3774.4, "3,774"),
+        (999.6, "1,000"),
+    ],
 )
 def test_numbers_are_rounded_and_integers_are_not(value, text):
     assert number_text(value) == text
+
+
+def test_a_value_has_the_digits_that_its_interval_leaves():
+    def shown(value, *interval):
+        return rounded(replace(metric("psnr", value), interval=list(interval) or None))
+
+    assert shown(32.952, 32.78, 33.13) == ("32.95", "32.78 to 33.13")
+    assert shown(3.1316, 2.097, 4.167) == ("3.1", "2.1 to 4.2")
+    assert shown(0.79623, 0.7914, 0.8011) == ("0.796", "0.791 to 0.801")
+    assert shown(433.87, 425.6, 442.1) == ("434", "426 to 442")
+    assert shown(-0.0004, -0.0172, 0.0142) == ("0.000", "-0.017 to 0.014"), "no negative zero"
+    assert shown(4, 1.558, 10.19) == ("4", "2 to 10"), "counts stay whole"
+    assert shown(12345.6, 11000.0, 13000.0) == ("12,346", "11,000 to 13,000")
+    assert shown(0.5, 0.5, 0.5) == ("0.5", "0.5")
+    assert shown(0.53674) == ("0.537", None)
+    for half_width, digits in ((3.54, 1), (3.56, 0), (0.0354, 3), (0.036, 2)):
+        assert shown(0.0, -half_width, half_width)[0] == f"{0:.{digits}f}"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A report's numbers as tables, one per topic, for pages and model cards."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -57,8 +58,23 @@ def topic_of(metric: Metric) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number rounded for reading: five digits, or all of an integer."""
-    return f"{value:,}" if type(value) is int else f"{value:.5g}"
+    """A number rounded for reading: three digits, or all before the point; all of an integer."""
+    if type(value) is int:
+        return f"{value:,}"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def rounded(metric: Metric) -> tuple[str, str | None]:
+    """A metric's value and its interval for reading, to the one or two digits that the interval's half-width has.
+
+    Two digits of a half-width that begins with 1, 2 or 3 (up to 3.54, as the Particle Data Group rounds), one of others.
+    """
+    low, high = metric.interval or (0.0, 0.0)
+    if low == high:
+        return number_text(metric.value), number_text(low) if metric.interval else None
+    digits = max(0, -math.floor(math.log10((high - low) / 2 / 3.55)))
+    value = number_text(metric.value) if type(metric.value) is int else f"{metric.value:z,.{digits}f}"
+    return value, f"{low:z,.{digits}f} to {high:z,.{digits}f}"
 
 
 def report_tables(metrics: Iterable[Metric], measured_on: Callable[[Metric], str]) -> list[Table]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import APPEARANCE, number_text, report_tables, topic_of
+from isic_vq.evaluation.report_tables import APPEARANCE, report_tables, rounded, topic_of
 from isic_vq.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -60,7 +60,7 @@ def write_report_page(report: Report, path: Path, pictures: Sequence[Plot] = ())
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     title = report.model.get("name", "report")
     page = template.render(
-        title=title, about=origin, tables=tables, shown=shown, number=number_text, pictures=PICTURES
+        title=title, about=origin, tables=tables, shown=shown, rounded=rounded, pictures=PICTURES
     )
     write_atomically(path, page.encode())
     return [path, *written]

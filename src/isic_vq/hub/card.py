@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from isic_vq.data.licenses import weights_license
 from isic_vq.data.provenance import BY_STAGE, licenses_of
 from isic_vq.evaluation.report import Metric, Report
-from isic_vq.evaluation.report_tables import markdown_table, number_text, topic_of
+from isic_vq.evaluation.report_tables import markdown_table, rounded, topic_of
 from isic_vq.files import MAX_PREVIEWS, preview_name, write_atomically
 from isic_vq.hub.pretrained import read_object
 from isic_vq.models.configuration_isic_vq import TASK, IsicVQConfig
@@ -115,6 +115,7 @@ def render_card(folder: Path, name: str) -> str:
         data_diagnoses=counts_text(data["diagnoses"]),
         topics={topic_of(metric) for report in reports.values() for metric in report.metrics},
         table=known_table(metrics),
+        seeds=seeds_of(metrics),
         environments=measured_on(reports.values()),
         training=training_table(origin),
         stages=training_data_table(origin),
@@ -220,10 +221,14 @@ def known_table(metrics: Iterable[Metric]) -> str:
 
 
 def metric_cell(metric: Metric) -> str:
-    """Format a value with its interval and seed, rounded for reading."""
-    about = [] if metric.interval is None else ["{:.4g} to {:.4g}".format(*metric.interval)]
-    about += [] if metric.seed is None else [f"seed {metric.seed}"]
-    return number_text(metric.value) + (f" ({', '.join(about)})" if about else "")
+    """Format a value with its interval, rounded for reading."""
+    value, interval = rounded(metric)
+    return value if interval is None else f"{value} ({interval})"
+
+
+def seeds_of(metrics: Iterable[Metric]) -> str:
+    """The seeds of what metrics were drawn with, such as "0, 1"; nothing without any."""
+    return ", ".join(map(str, sorted({metric.seed for metric in metrics if metric.seed is not None})))
 
 
 def measured_on(reports: Iterable[Report]) -> str:
