@@ -202,12 +202,12 @@ def comparison(folders: tuple[Path, Path], speed: dict[str, Any]) -> str:
     machine = origins[0]["training"]["prior"]["environment"]
     return "\n\n".join(
         [
-            f"Beside `{folders[1].name}`, which has a PixelCNN over one grid. Both were trained on the same images on "
+            f"Compared with `{folders[1].name}`, which has a PixelCNN over one grid. Both were trained on the same images on "
             f"{machine['cores']} CPU cores ({machine['device']}), and measured on the same ones. The numbers in brackets are "
-            "95 % intervals; where two of them overlap, neither model is called the better one. What is random has seed "
+            "95 % intervals; where two of them overlap, neither model is called the better one. Seed of random choices: "
             f"{seeds_of(m for report in found for m in report.metrics)}. Reconstructions are what perfect priors "
             "would reach: the ceiling; other real images are the floor.",
-            markdown_table(["", "VAR", "PixelCNN", "better, or less"], rows),
+            markdown_table(["", "VAR", "PixelCNN", "better or cheaper"], rows),
         ]
     )
 
@@ -289,11 +289,10 @@ def results_page(reports: dict[str, Report], plots: list[Plot]) -> str:
     metrics = [metric for report in reports.values() for metric in report.metrics]
     parts = [
         "# Results of isic-vq-128",
-        "Written by `python docs/build.py` from the [reports](../model_cards/isic-vq-128/reports), which hold the numbers of "
-        "diagnoses, sources, sexes and body sites, too. What the names mean, and the commands: "
-        "[evaluation.md](evaluation.md).",
+        "Written by `python docs/build.py` from the [reports](../model_cards/isic-vq-128/reports), which also hold the numbers of "
+        "diagnoses, sources, sexes and body sites. The names and the commands are explained in [Evaluation](evaluation.md).",
         f"Measured with: {measured_on(reports.values())}. In brackets: 95 % intervals, which treat images as independent. "
-        f"What is random has seed {seeds_of(metrics)}.",
+        f"Seed of random choices: {seeds_of(metrics)}.",
     ]
     for table in report_tables(metrics, column_title):
         parts.append(f"## {table.title}")

@@ -119,9 +119,9 @@ def test_the_table_has_a_column_per_data_set_and_seeds_stand_below(repository):
         "| PSNR of reconstructions (dB) | 30 | 28.25 (28.00 to 28.50) |",
         "| Bits per code | 5.5 |  |",
     ]
-    assert "What is random has seed" not in render_card(repository, "tiny")
-    add_report(repository, "random", [metric("fid", seed=3), metric("fad", seed=0)])
-    assert "What is random has seed 0, 3." in render_card(repository, "tiny")
+    assert "Seed of random choices: 0." in render_card(repository, "tiny")
+    add_report(repository, "random", [metric("bits_per_code", seed=3)])
+    assert "Seed of random choices: 0, 3." in render_card(repository, "tiny")
 
 
 def test_a_thing_measured_twice_is_refused():

@@ -35,9 +35,11 @@ def report_lines(report: Report) -> list[str]:
     width = max(28, *(len(metric.text) for metric in shown))
     lines = []
     for metric in shown:
-        low_high = "" if metric.interval is None else f"[{metric.interval[0]:.5g}, {metric.interval[1]:.5g}]"
+        value, interval = rounded(metric)
+        unit = "" if metric.unit == "1" else metric.unit
         lines.append(
-            f"  {metric.text:<{width}} {metric.value:>10.5g} {low_high:<20} {metric.unit:<30} {metric.split}, n = {metric.n}"
+            f"  {metric.text:<{width}} {value:>10} {f'({interval})' if interval else '':<20} {unit:<30} {metric.split}, "
+            f"n = {metric.n}"
         )
     return lines
 
