@@ -17,8 +17,7 @@ All commands of `isic-vq`, with their options. Written by `python docs/build.py`
 `isic-vq --debug COMMAND` shows the traceback of an error, `isic-vq --version` the version. Commands that load a model take
 `isic-vq-128` (the included checkpoint, also the default), a folder, or the id of a Hub repository.
 
-The examples below are not run here: they need images, models or servers of yours. The tests parse each of them, and
-run every command."""
+The examples need images, models or servers of yours."""
 
 
 def cli_page() -> str:
@@ -58,7 +57,7 @@ def command_section(words: str, command: Any) -> list[str]:
         markdown_table(["parameter", "default", "what it does"], rows, texts=3),
     ]
     examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
-    return [*parts, "\n".join(["```bash", "# not run here: see the head of this page", *examples, "```"])]
+    return [*parts, "\n".join(["```bash", *examples, "```"])]
 
 
 def option_cell(parameter: Any) -> str:

@@ -1,8 +1,8 @@
 """The code in README, docs and cards runs as it stands, offline; the README's in the fast part, the others' in the slow one.
 
 A Python block is a program of its own; one that trusts a repository's code runs where `isic_vq` cannot be imported. The shell blocks
-of README run one after the other in one folder, with smaller numbers (`reduced`), but for those whose first line is `# not run
-here: REASON`. Those are parsed, as are the shell blocks of docs, cards and examples.
+of README run one after the other in one folder, with smaller numbers (`reduced`); the
+shell blocks of docs, cards and examples are parsed.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ README = ROOT / "README.md"
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RUNNER = Path(__file__).with_name("snippet_runner.py")
-NOT_RUN = "# not run here: "
 # Ways to open a model that a card must show, with the package and without it.
 DOORS = {
     True: [
@@ -125,7 +124,6 @@ def python_programs(paths):
         (title(path) if path.is_relative_to(ROOT) else path.name, index): (code, needs_package(code))
         for path in paths
         for index, code in enumerate(blocks(path, "python"))
-        if not code.startswith(NOT_RUN)
     }
 
 
@@ -168,17 +166,14 @@ def test_python_blocks_of_docs_and_cards_run(readme_commands, place, tiny_card):
     assert failures(outcomes) == {}
 
 
-def test_every_block_is_run_or_says_why_not():
-    found = [
-        (title(path), language, text)
-        for path in (README, *DOCS)
-        for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
-    ]
-    assert {language for _, language, _ in found} <= {"bash", "python", "text", "bibtex"}
-    reasons = [
-        text.partition("\n")[0].removeprefix(NOT_RUN) for *_, text in found if text.startswith(NOT_RUN)
-    ]
-    assert all(len(reason.split()) >= 3 for reason in reasons)
+def test_every_block_is_of_a_language_that_tests_read():
+    pages = "\n".join(path.read_text() for path in (README, *DOCS))
+    assert set(re.findall(r"^```(\w*)\n.*?^```$", pages, re.DOTALL | re.MULTILINE)) <= {
+        "bash",
+        "python",
+        "text",
+        "bibtex",
+    }
     ci = (ROOT / ".ci" / "run").read_text()
     assert 'pip install --quiet -c constraints.txt -e ".[dev]"' in ci
     assert "pytest -n 2 --dist worksteal" in ci, "the README's installation and tests run there"
@@ -209,8 +204,6 @@ def run_commands(path, folder):
     """Run the shell blocks of a file in a folder; what failed, and how."""
     failed = []
     for block in blocks(path, "bash"):
-        if block.startswith(NOT_RUN):
-            continue
         for words in words_of(block):
             if words[0] in ("pip", "pytest"):
                 continue  # .ci/run does that
@@ -251,8 +244,9 @@ def test_cards_show_every_way_of_loading():
 
 
 def command_lines(path):
-    """The words of each `isic-vq` command in a file's shell blocks."""
+    """The words of each `isic-vq` command in a file's shell blocks, also of those that launchers start."""
     text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
+    text = re.sub(r"^torchrun .*-m isic_vq\b", "isic-vq", text, flags=re.MULTILINE)
     lines = [part.strip() for line in text.splitlines() for part in re.split(r"&&|;|\|", line)]
     return [shlex.split(line, comments=True) for line in lines if re.match(r"isic-vq\b", line)]
 
@@ -279,6 +273,26 @@ def test_shell_commands_parse():
             violations.append(f"{path}: {shlex.join(words)}: {error!r}")
     assert len(lines) > 5
     assert violations == []
+
+
+def options_of(command):
+    """The options of a command and of all commands below it."""
+    below = (options_of(inner) for inner in getattr(command, "commands", {}).values())
+    return {
+        name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }.union(*below)
+
+
+def test_every_option_that_the_pages_name_exists():
+    others = {"--help", "--nproc-per-node", "--dist"}  # click's, torchrun's, pytest's
+    known = options_of(typer.main.get_command(cli.app)) | others
+    named = {
+        (title(path), option)
+        for path in (README, *DOCS, *CARDS)
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text())
+    }
+    assert len(named) > 50
+    assert [pair for pair in sorted(named) if pair[1] not in known] == []
 
 
 def test_the_first_command_of_the_readme_generates_images(run, tmp_path, monkeypatch):
