@@ -51,7 +51,7 @@ def test_sampling_has_no_defaults_of_the_command_but_the_checkpoints(command):
 
 def test_help_is_the_docstring_without_its_references():
     text = options("generate")["guidance_scale"].help
-    assert text == "1 is off, more follows the label more."
+    assert text == "1 is off, larger values follow the label more closely."
     assert "guidance_share" in settings_of("models/sampling.py:Sampling")["guidance_power"].help
 
 

@@ -102,8 +102,8 @@ ClassesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--classes",
-        help="Your own classes, with commas between them (ISIC's are known beside them); auto takes every name that is "
-        "there, none no label. Default: ISIC's eight.",
+        help="Your own classes beside ISIC's, separated by commas; auto: every name that occurs; none: no labels. "
+        "Default: ISIC's eight.",
     ),
 ]
 OtherClassesOption = Annotated[

@@ -88,7 +88,7 @@ def evaluate(
     gallery: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the worst reconstructions beside their originals: not to be published where those are not."
+            help="Folder for the worst reconstructions beside their originals: keep it private if the images are."
         ),
     ] = None,
     device: DeviceOption = None,

@@ -39,7 +39,7 @@ def train(
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG", help="YAML recipe, whose stage: says what is trained; or stage=STAGE."
+            metavar="CONFIG", help="YAML recipe; its key stage says what is trained. Or stage=STAGE."
         ),
     ],
     overrides: Overrides = None,

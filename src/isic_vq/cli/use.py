@@ -46,7 +46,7 @@ def generate(
 ) -> None:
     """Generate images and write them as PNGs, with one grid of all of them, or as shards of a large set.
 
-    With --shards an interrupted call goes on where it was.
+    With --shards, the same command resumes an interrupted set.
     """
     labels = settings.pop("labels", [])
     if shards is None and shard_size is not None:
@@ -129,7 +129,7 @@ def edit(
     image: Annotated[Path, typer.Argument(help="Image file.")],
     box: Annotated[
         str | None,
-        typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Redraw this; in the image's pixels."),
+        typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Region to redraw, in the image's pixels."),
     ] = None,
     model: ModelOption = None,
     output: OutputOption = Path("edited"),
@@ -204,7 +204,7 @@ def compress(
 ) -> None:
     """Compress images to a few hundred bytes each; lossy, at the model's resolution.
 
-    What comes back is the tokenizer's reconstruction: never the only copy of an image.
+    Decompressing gives the tokenizer's reconstructions: keep the originals.
     """
     check_first(model, sources=[data])
     from isic_vq.codec.image_archive import compress_images

@@ -27,7 +27,7 @@ class Sampling:
         temperature: below 1 sharpens, above 1 flattens the distributions.
         top_k: keep this many most likely codes; by default all.
         top_p: keep the most likely codes that hold this much probability; by default all.
-        guidance_scale: 1 is off, more follows the label more; see `guided_logits`.
+        guidance_scale: 1 is off, larger values follow the label more closely; see `guided_logits`.
         guidance_power: exponent of guidance that grows over the codes, see `guidance_share`; by default as the prior has it.
 
     Raises:
