@@ -32,7 +32,6 @@ RANKS = {
     "hub.onnx_export": 3,
     "codec": 3,
     "generate": 3,
-    "figures.closest_pairs": 4,
     "figures.evaluation": 4,  # shows what an evaluation measured; the other figures are given numbers
     "figures.sheets": 4,
     "pictures": 4,

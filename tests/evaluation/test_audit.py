@@ -24,7 +24,7 @@ from isic_vq.evaluation.audit import (
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.measured_images import class_ids
 from isic_vq.evaluation.report import Report
-from isic_vq.figures.closest_pairs import named_images, pair_images
+from isic_vq.figures.evaluation import named_images, pair_images
 from isic_vq.hub.pretrained import load_model
 from isic_vq.models.likelihood import score_codes
 from isic_vq.models.modeling_isic_vq import IsicVQModel

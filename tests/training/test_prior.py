@@ -25,12 +25,18 @@ from isic_vq.models.modeling_isic_vq import IsicVQModel
 from isic_vq.models.modeling_pixelcnn import PixelCNNModel
 from isic_vq.models.modeling_prior import PriorOutput
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.load import load_recipe
-from isic_vq.training.prior import CodeGrids, PriorTask, known_to_training, open_task, train_prior
+from isic_vq.training.prior import (
+    CodeGrids,
+    PriorTask,
+    SampleQuality,
+    fit_clusters,
+    known_to_training,
+    open_task,
+    train_prior,
+)
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
-from isic_vq.training.sample_quality import SampleQuality
 
 
 def cache_of(diagnoses, views=8, num_codes=8):

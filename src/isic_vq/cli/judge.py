@@ -247,7 +247,7 @@ def audit(
     )
     from isic_vq.evaluation.audit import audit_checkpoint
     from isic_vq.evaluation.report_tables import report_lines
-    from isic_vq.figures.closest_pairs import write_pairs
+    from isic_vq.figures.evaluation import write_pairs
 
     quiet_transformers()
     result = audit_checkpoint(

@@ -25,6 +25,13 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 COMPUTING: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
 # A file of 20 MB may be an image of 0.6 GB: one at a time, but not behind computations.
 READING: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "files"}
+PICTURES: dict[str, Any] = {
+    "format": "png",
+    "buttons": ["download", "fullscreen"],
+    "interactive": False,
+    "elem_classes": "pictures",
+    "min_width": 140,
+}
 
 
 def on_gpu(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +59,11 @@ def with_messages(callback: Callable[..., Any]) -> Callable[..., Any]:
     return shown
 
 
+def computed(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that computes with the model an event's: on a lent GPU where there is one, its errors shown."""
+    return with_messages(on_gpu(callback))
+
+
 def step_counter(progress: gr.Progress, total: int) -> Callable[[], None]:
     """Make a function that moves the progress bar by one of `total` sampling steps."""
     steps = iter(range(1, total + 1))
@@ -71,12 +83,8 @@ def take_button() -> gr.Button:
 def diagnosis_field(demo: DemoModel) -> gr.Dropdown:
     """Make a choice of the model's diagnoses, or none."""
     names = [(readable(name), name) for name in demo.diagnoses]
-    return gr.Dropdown(
-        [("any (unconditional)", ANY), *names],
-        value=ANY,
-        label="Diagnosis",
-        info="What the images are to show.",
-    )
+    choices, info = [("any (unconditional)", ANY), *names], "What the images are to show."
+    return gr.Dropdown(choices, value=ANY, label="Diagnosis", info=info)
 
 
 def seed_field() -> gr.Number:
@@ -94,25 +102,9 @@ def slider(
 
 def gallery(label: str) -> gr.Gallery:
     """Make a gallery of captioned pictures, sent losslessly."""
-    return gr.Gallery(
-        label=label,
-        format="png",
-        object_fit="contain",
-        buttons=["download", "fullscreen"],
-        interactive=False,
-        elem_classes="pictures",
-        min_width=140,
-    )
+    return gr.Gallery(label=label, object_fit="contain", **PICTURES)
 
 
 def picture(label: str) -> gr.Image:
     """Make a field of one picture, sent losslessly."""
-    return gr.Image(
-        label=label,
-        format="png",
-        type="pil",
-        buttons=["download", "fullscreen"],
-        interactive=False,
-        elem_classes="pictures",
-        min_width=140,
-    )
+    return gr.Image(label=label, type="pil", **PICTURES)

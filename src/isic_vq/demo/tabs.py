@@ -16,6 +16,7 @@ from isic_vq.demo.controls import (
     LENDS_GPU,
     PRIVATE,
     READING,
+    computed,
     diagnosis_field,
     gallery,
     on_gpu,
@@ -43,45 +44,34 @@ def generate_fields(demo: DemoModel) -> SimpleNamespace:
     field, usual = SimpleNamespace(), demo.model.default_sampling
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
+            warmth = "Below 1 more typical, above 1 more varied."
             field.settings = [
                 diagnosis_field(demo),
                 slider(1, MAX_IMAGES, 4, "Number of images", "More take longer."),
                 seed_field(),
-                slider(
-                    0.1,
-                    2,
-                    usual.temperature,
-                    "Temperature",
-                    "Below 1 more typical, above 1 more varied.",
+                slider(0.1, 2, usual.temperature, "Temperature", warmth, 0.05),
+            ]
+            advanced = [
+                (0, 5, usual.guidance_scale, "Guidance scale", "1 is off; more follows the diagnosis.", 0.1),
+                (
+                    0,
+                    demo.num_codes,
+                    usual.top_k or 0,
+                    "Top-k",
+                    "Draw from so many likeliest codes; 0 is off.",
+                    1,
+                ),
+                (
+                    0.05,
+                    1,
+                    usual.top_p or 1,
+                    "Top-p",
+                    "Draw from codes of so much probability; 1 is off.",
                     0.05,
                 ),
             ]
             with gr.Accordion("Advanced", open=False):
-                field.settings += [
-                    slider(
-                        0,
-                        5,
-                        usual.guidance_scale,
-                        "Guidance scale",
-                        "1 is off; more follows the diagnosis.",
-                        0.1,
-                    ),
-                    slider(
-                        0,
-                        demo.num_codes,
-                        usual.top_k or 0,
-                        "Top-k",
-                        "Draw from so many likeliest codes; 0 is off.",
-                    ),
-                    slider(
-                        0.05,
-                        1,
-                        usual.top_p or 1,
-                        "Top-p",
-                        "Draw from codes of so much probability; 1 is off.",
-                        0.05,
-                    ),
-                ]
+                field.settings += [slider(*setting) for setting in advanced]
             field.button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3, min_width=320):
             field.images = gallery(
@@ -111,8 +101,7 @@ def generate_tab(demo: DemoModel) -> tuple[gr.State, gr.State]:
     def open_page() -> tuple[Pictures, str, Generated, int]:
         return show(generate_each_class())
 
-    @with_messages
-    @on_gpu
+    @computed
     def generate(
         diagnosis: str,
         num_images: int,
@@ -176,8 +165,7 @@ def reconstruct_tab(demo: DemoModel, generated: gr.State, selected: gr.State) ->
         pictures = [square, explained.reconstruction, explained.code_map, explained.surprise]
         return (*pictures, explained.table(), use_table(explained.use, demo.colors))
 
-    @with_messages
-    @on_gpu
+    @computed
     def reconstruct(path: str | None) -> tuple[Any, ...] | list[None]:
         """Encode an image to discrete codes and decode them.
 
@@ -189,8 +177,7 @@ def reconstruct_tab(demo: DemoModel, generated: gr.State, selected: gr.State) ->
         """
         return [None] * len(outputs) if path is None else explain(demo.read_square(path))
 
-    @with_messages
-    @on_gpu
+    @computed
     def reconstruct_generated(made: Generated | None, number: int) -> tuple[Any, ...]:
         return explain(made_before(made).images[number])
 
@@ -249,8 +236,7 @@ def edit_fields(demo: DemoModel) -> SimpleNamespace:
 def inpaint_endpoint(demo: DemoModel) -> Callable[..., Pictures]:
     """Make the function that programs call to inpaint a box; the page's own takes a painted region, too."""
 
-    @with_messages
-    @on_gpu
+    @computed
     def inpaint(
         path: str | None,
         diagnosis: str,
@@ -312,8 +298,7 @@ def edit_tab(demo: DemoModel, generated: gr.State, selected: gr.State) -> None:
         image = made_before(made).images[number]
         return image, to_editor(image)
 
-    @with_messages
-    @on_gpu
+    @computed
     def edit(
         image: Image.Image | None,
         how: str,
@@ -370,8 +355,7 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
                 "are decoded from their codes, not shown as photographs."
             )
 
-    @with_messages
-    @on_gpu
+    @computed
     def search_upload(path: str | None, count: int) -> Pictures:
         """Find the training images whose codes are nearest to those of an image.
 
@@ -385,8 +369,7 @@ def nearest_tab(demo: DemoModel, index: TrainingIndex, generated: gr.State, sele
         square = chosen(None if path is None else demo.read_square(path))
         return demo.neighbours(demo.encode(square), index, count)
 
-    @with_messages
-    @on_gpu
+    @computed
     def search_generated(made: Generated | None, image: int, number: int) -> Any:
         return demo.neighbours(made_before(made).codes[image], index, number)
 

@@ -17,30 +17,33 @@ from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
 from isic_vq.evaluation.bits_per_code import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.code_noise import annealed_share, disturb_context
+from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
 from isic_vq.evaluation.features import FeatureModel
 from isic_vq.evaluation.report import Report
 from isic_vq.figures.grid import image_grid
 from isic_vq.files import write_tensors
 from isic_vq.hub.pretrained import ModelError, load_model, resolve
+from isic_vq.models.clusters import cluster_scores, code_frequencies
 from isic_vq.models.configuration_isic_vq import prior_config_class
 from isic_vq.models.configuration_prior import PriorConfig
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
-from isic_vq.models.modeling_isic_vq import PRIOR_MODELS, IsicVQModel
+from isic_vq.models.modeling_isic_vq import BLOCK_SIZE, PRIOR_MODELS, IsicVQModel
 from isic_vq.models.modeling_prior import PriorModel
 from isic_vq.models.modeling_vqvae import VQVAEModel
+from isic_vq.models.vector_quantizer import kmeans
 from isic_vq.training.feed import RowFeed
-from isic_vq.training.fit_clusters import fit_clusters
 from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe, PriorRecipe, RecipeError
 from isic_vq.training.run import build_config, known_fields, save_model
-from isic_vq.training.sample_quality import SampleQuality
 from isic_vq.training.task import Task, open_features
 
 logger = logging.getLogger(__name__)
 
 SHOWN_SAMPLES = 16  # what trackers show at each validation
+KMEANS_ITERATIONS = 50
+PSEUDO_IMAGES = 8  # of all classes' frequencies, so that a class of few images draws others' clusters, too
 
 
 class CodeGrids(torch.utils.data.TensorDataset):
@@ -51,6 +54,34 @@ class CodeGrids(torch.utils.data.TensorDataset):
         self.codes = torch.from_numpy(cache.codes.astype("int64"))
         self.labels = torch.tensor([ids.get(name, len(class_names)) for name in cache.diagnoses])
         super().__init__(self.codes, self.labels, torch.arange(len(self.codes)))
+
+
+class SampleQuality:
+    """Compares samples with decoded validation codes `(N, *code shape)` of the same labels, which no prior can surpass.
+
+    Bits alone mislead, see `PriorRecipe.select_by`. The feature space is never the one that the finished prior will be judged in.
+    """
+
+    def __init__(self, features: FeatureModel, codes: Tensor, labels: Tensor, seed: int):
+        self.features, self.codes, self.labels, self.seed = features, codes, labels, seed
+        self.reference: Tensor | None = None
+
+    @torch.no_grad()
+    def measure(self, model: IsicVQModel) -> dict[str, float]:
+        """Frechet distance and recall of samples of a model as it is; its train or eval mode is kept."""
+        self.features.to(model.device)
+        if self.reference is None:
+            blocks = self.codes.to(model.device).split(BLOCK_SIZE)
+            self.reference = self._embedded([model.decode(block) for block in blocks])
+        pixel_values = model.generate(len(self.labels), self.labels, seed=self.seed).pixel_values
+        samples = self._embedded(pixel_values.split(BLOCK_SIZE))
+        recall = precision_recall_density_coverage(self.reference, samples)["recall"]
+        return {"frechet_distance": frechet_distance(self.reference, samples), "recall": recall}
+
+    def _embedded(self, blocks: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        processor = IsicVQImageProcessor()
+        rounded = [processor.postprocess(block, output_type="pt") for block in blocks]
+        return torch.cat([self.features(block).cpu() for block in rounded])
 
 
 class PriorTask(Task):
@@ -215,6 +246,45 @@ def take_over(prior: PriorModel, trained: PriorModel) -> None:
     for name, parameter in prior.named_parameters():
         if name in missing:
             parameter.zero_()
+
+
+@torch.no_grad()
+def fit_clusters(prior: PriorModel, codebook: Tensor, codes: Tensor, labels: Tensor, seed: int) -> None:
+    """Fit a prior's cluster scores, and the clusters' frequencies given each class and without one, if it has clusters.
+
+    They are k-means of the training images' mean code vectors, the tokenizer's own, never features that samples are judged by.
+    All views of an image count.
+
+    The codebook is `(K, D)`, the training images' codes `(N, views, ...)` and labels `(N,)` are int64, N is at least C.
+    """
+    config = prior.config
+    if not config.num_clusters:
+        return
+    views = codes.shape[1]
+    frequencies = code_frequencies(codes.flatten(0, 1), config.sizes, config.num_codes)
+    means = frequencies @ codebook.double()
+    generator = torch.Generator().manual_seed(seed)
+    centres = kmeans(means, config.num_clusters, generator, KMEANS_ITERATIONS)
+    prior.cluster_scores.copy_(cluster_scores(codebook.double(), centres))
+    clusters = prior.clusters_of(codes.flatten(0, 1))
+    labels, num_classes = labels.repeat_interleave(views), config.unconditional_id
+    weights = cluster_frequencies(clusters, labels, num_classes, config.num_clusters, views)
+    prior.cluster_weights.copy_(weights)
+
+
+def cluster_frequencies(
+    clusters: Tensor, labels: Tensor, num_classes: int, num_clusters: int, views: int
+) -> Tensor:
+    """Frequencies of clusters given each class, and last without one, `(num_classes + 1, C)` int64 of at least 1.
+
+    In proportion to n(y, c) + PSEUDO_IMAGES n(c) / N within a row, in whole numbers, which a codec needs. Clusters and labels
+    are `(N * views,)` int64; the label `num_classes` is unconditional.
+    """
+    pairs = labels * num_clusters + clusters
+    counts = torch.bincount(pairs, minlength=(num_classes + 1) * num_clusters).view(-1, num_clusters)
+    total = counts.sum(0)
+    counts[-1] = total
+    return counts * len(clusters) + PSEUDO_IMAGES * views * total + 1
 
 
 def train_prior(recipe: PriorRecipe, resume: bool = False) -> Report | None:
