@@ -11,8 +11,7 @@ from fault_server import FaultServer
 from isic_vq.data.loading import iter_batches
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import find_source
-from isic_vq.data.sources.challenge import RELEASES, _open
-from isic_vq.data.sources.range_zip import RangeZip
+from isic_vq.data.sources.challenge import RELEASES, RangeZip, _open
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from source_contract import (
     assert_metadata_are_the_rows_without_images,

@@ -13,8 +13,7 @@ import pytest
 from fault_server import Answer, FaultServer, changed, etag
 
 from isic_vq.data import http
-from isic_vq.data.byte_cache import ByteCache
-from isic_vq.data.http import HttpClient, RangeFile, RemoteError, RemoteSettings, Request
+from isic_vq.data.http import ByteCache, HttpClient, RangeFile, RemoteError, RemoteSettings, Request
 from isic_vq.data.schema import DataError
 from isic_vq.data.uri import public_path
 

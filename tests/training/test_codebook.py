@@ -10,7 +10,7 @@ import torch
 from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import LoopRecipe
-from isic_vq.training.shared_codebook import SharedCodebook, SharedRows
+from isic_vq.training.vqvae import SharedCodebook, SharedRows
 
 NUM_CODES, CODE_DIM = 6, 3
 

@@ -20,17 +20,68 @@ from isic_vq.figures.grid import paired_grid
 from isic_vq.models.configuration_vqvae import VQVAEConfig
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
 from isic_vq.models.modeling_vqvae import VQVAEModel
-from isic_vq.models.vector_quantizer import assignment_sums, kmeans, nearest_codes
+from isic_vq.models.vector_quantizer import VQVAEVectorQuantizer, assignment_sums, kmeans, nearest_codes
 from isic_vq.training.image_losses import ssim_loss
 from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import VQVAERecipe
 from isic_vq.training.run import build_config
-from isic_vq.training.shared_codebook import SharedCodebook, SharedRows
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook
 REFIT_BATCHES = 64  # batches that re-estimate statistics under averaged parameters
+
+
+class SharedRows:
+    """Numbers the rows of tensors `(N_i, D)`, one per micro-batch and spread over processes, in sample order.
+
+    That is micro-batch by micro-batch, and within one process by process, as `EpochBatches` cuts a batch: a run in two
+    processes draws the latents that a run in one draws.
+    """
+
+    def __init__(self, parts: list[Tensor], processes: Processes):
+        self.parts, self.processes = parts, processes
+        sizes = torch.zeros(len(parts), processes.world, dtype=torch.float64)
+        sizes[:, processes.rank] = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+        sizes = processes.sum(sizes).cpu().long()
+        ends = sizes.flatten().cumsum(0)
+        self.total = int(ends[-1])
+        self.starts = (ends - sizes.flatten()).view_as(sizes)[:, processes.rank].tolist()
+
+    def at(self, rows: Tensor) -> Tensor:
+        """The rows `(R, D)` at numbers `(R,)`, int64 in [0, total); the same in every process."""
+        values = self.parts[0].new_zeros(len(rows), self.parts[0].shape[1])  # 0 where another process has it
+        for start, part in zip(self.starts, self.parts, strict=True):
+            local = rows.to(part.device) - start
+            here = (local >= 0) & (local < len(part))
+            values[here] = part[local[here]]
+        return self.processes.sum(values)
+
+
+class SharedCodebook:
+    """Updates a quantizer's codebook once per optimizer step, from the latents of all processes.
+
+    The quantizer records its training passes from now on, and does not learn from them by itself.
+    """
+
+    def __init__(self, quantizer: VQVAEVectorQuantizer, processes: Processes):
+        self.quantizer, self.processes = quantizer, processes
+        quantizer.defer()
+
+    @torch.no_grad()
+    def update(self) -> Tensor | None:
+        """Update the codebook; returns the perplexity of the step's codes, None if nothing was quantized."""
+        passes = self.quantizer.take_deferred()
+        if not passes:
+            return None
+        parts = [assignment_sums(latents, codes, self.quantizer.num_codes) for latents, codes in passes]
+        counts, sums = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+        totals = self.processes.sum(torch.cat([counts[:, None], sums], dim=1))
+        counts, sums = totals[:, 0], totals[:, 1:]
+        latents = [latents for latents, _ in passes]
+        self.quantizer.update(counts, sums, lambda rows: SharedRows(latents, self.processes).at(rows))
+        shares = counts / counts.sum()
+        return torch.special.entr(shares).sum().exp()
 
 
 class VQVAETask(ImageTask):
