@@ -104,9 +104,9 @@ def write_generated(
     titles = [_title(model, index) for index in result["labels"].tolist()]
     paths = [output / image_name(index) for index in range(num_images)]
     for index, (path, title) in enumerate(zip(paths, titles, strict=True)):
-        about = {"Title": title, "Source": _name(model)}
+        texts = {"Title": title, "Source": _name(model)}
         comment = f"synthetic image, seed {seed}, index {index}"
-        write_png(result["images"][index], path, {**about, "Comment": comment})
+        write_png(result["images"][index], path, {**texts, "Comment": comment})
     changes = [f"{name.replace('_', ' ')} {value}" for name, value in sampling.changes().items()]
     comment = ", ".join([f"synthetic images, seed {seed}", *changes])
     grid = image_grid(result["images"], labels=titles if labels else None)
@@ -160,12 +160,12 @@ def write_reconstructions(
 
     result = evaluate_reconstruction(tokenizer, first(), write)
     before, after = (np.stack(images) for images in zip(*shown, strict=True))
-    told = f"{_name(tokenizer)}, PSNR {result.psnr:.1f} dB over {result.num_images} images"
+    measured = f"{_name(tokenizer)}, PSNR {result.psnr:.1f} dB over {result.num_images} images"
     for name, grid, comment in (
         ("reconstructions.png", image_grid(after), "VQ-VAE reconstructions"),
         (GRID, paired_grid(before, after)[0], "originals above reconstructions"),
     ):
-        write_png(captioned(grid, f"{comment}: {told}"), output / name, {"Comment": comment})
+        write_png(captioned(grid, f"{comment}: {measured}"), output / name, {"Comment": comment})
     return result
 
 
@@ -220,14 +220,14 @@ def write_edits(
     before = processor.postprocess(torch.cat([original, shown]), output_type="np")
     after = processor.postprocess(edited.pixel_values, output_type="np")
     title = _title(model, edited.labels[0].item())
-    about = {"Title": title, "Source": _name(model)}
+    texts = {"Title": title, "Source": _name(model)}
     for index, pixels in enumerate(after):
         comment = f"edited image, seed {seed}, index {index}"
-        write_png(pixels, output / image_name(index), {**about, "Comment": comment})
+        write_png(pixels, output / image_name(index), {**texts, "Comment": comment})
     names = ["original", "redrawn part", *(f"{title} {index}" for index in range(num_images))]
-    about["Comment"] = f"an image and its edits, seed {seed}"
+    texts["Comment"] = f"an image and its edits, seed {seed}"
     grid = image_grid(np.concatenate([before, after]), labels=names)
-    write_png(captioned(grid, f"{_name(model)}: {about['Comment']}"), output / GRID, about)
+    write_png(captioned(grid, f"{_name(model)}: {texts['Comment']}"), output / GRID, texts)
     return edited
 
 

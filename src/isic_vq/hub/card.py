@@ -157,14 +157,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def captions(folder: Path) -> dict[str, str]:
     """Read the captions of a folder's PNGs (field Comment), by name without suffix; ValueError for a file that is none."""
-    found = {}
+    comments = {}
     for path in sorted(folder.glob("*.png")):
         try:
             with Image.open(path, formats=["PNG"]) as picture:
-                found[path.stem] = as_text(str(picture.info.get("Comment", "")))
+                comments[path.stem] = as_text(str(picture.info.get("Comment", "")))
         except (UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(f"{folder.name}/{path.name} is not a readable PNG: remove it") from error
-    return found
+    return comments
 
 
 def card_tags(folder: Path, config: IsicVQConfig) -> list[str]:
@@ -285,12 +285,12 @@ def training_data_table(origin: dict[str, Any]) -> str:
     stages: dict[str, Any] = {"vqvae": None, **origin.get(BY_STAGE, {"prior": origin["training_data"]})}
     columns = {}
     for stage, info in stages.items():
-        about = info or {}
-        counts = about.get("licenses", {}).items()
+        known = info or {}
+        counts = known.get("licenses", {}).items()
         columns[stage] = {
-            "images": say("{num_images:,}", about),
+            "images": say("{num_images:,}", known),
             "by licence": "; ".join(f"{as_text(name)}: {n:,}" for name, n in counts) or NOT_RECORDED,
-            "sha256 of the manifest": say("`{manifest_sha256:.16}`", about, missing=""),  # of prepared data
+            "sha256 of the manifest": say("`{manifest_sha256:.16}`", known, missing=""),  # of prepared data
         }
     return stages_table("trained on", columns)
 

@@ -38,9 +38,9 @@ def check_card(folder: Path) -> list[str]:
     return [*problems, *link_problems(card.text, folder), *picture_problems(folder)]
 
 
-def metadata_problems(found: CardData, expected: CardData) -> Iterator[str]:
+def metadata_problems(metadata: CardData, expected: CardData) -> Iterator[str]:
     """Compare the metadata, the model-index result by result."""
-    fields, wanted = found.to_dict(), expected.to_dict()
+    fields, wanted = metadata.to_dict(), expected.to_dict()
     if not fields:
         yield "README.md has no metadata between --- lines at its start: run isic-vq card"
         return
@@ -48,7 +48,7 @@ def metadata_problems(found: CardData, expected: CardData) -> Iterator[str]:
     for key in wanted.keys() - {"model-index"}:
         if fields.get(key) != wanted[key]:
             yield f"{key} is {fields.get(key)!r}: expected {wanted[key]!r}"
-    published, measured = found.get("eval_results") or [], expected.get("eval_results") or []
+    published, measured = metadata.get("eval_results") or [], expected.get("eval_results") or []
     for result in published:
         if result not in measured:
             yield f"model-index says {_text(result)}, which no report does: run isic-vq card"

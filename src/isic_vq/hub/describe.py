@@ -28,10 +28,8 @@ def describe_model(model: str | None = None) -> list[str]:
     grids = " + ".join(f"{side}x{side}" for side in vqvae.sides)
     trained = read_training_data(folder)
     images = {
-        f"{about.num_images:,} images of {about.name} ({', '.join(about.licenses)})"
-        if about
-        else "not recorded"
-        for about in trained.values()
+        f"{info.num_images:,} images of {info.name} ({', '.join(info.licenses)})" if info else "not recorded"
+        for info in trained.values()
     }
     return [
         f"model      {folder.name}, isic-vq {__version__}: generates, encodes and decodes images of skin lesions",
@@ -51,9 +49,9 @@ def training_details(model: str | None = None) -> list[str]:
     from isic_vq.data.provenance import read_training_data
 
     lines = []
-    for stage, about in read_training_data(Path(resolve(model))).items():
-        licenses = about and ", ".join(f"{name} {count:,}" for name, count in about.licenses.items())
-        known = about and f"{about.num_images:,} images of {about.name}, by licence: {licenses}"
+    for stage, info in read_training_data(Path(resolve(model))).items():
+        licenses = info and ", ".join(f"{name} {count:,}" for name, count in info.licenses.items())
+        known = info and f"{info.num_images:,} images of {info.name}, by licence: {licenses}"
         lines.append(f"{stage} trained on {known or 'images that are not recorded'}")
     return lines
 
@@ -69,13 +67,13 @@ def read_reports(model: str | None = None) -> list[Report]:
 
 def headline(reports: list[Report]) -> str:
     """The numbers of `HEADLINES` that reports have of images which are not training images."""
-    found = (_metric(reports, name, labels) for name, labels, _ in HEADLINES)
-    told = [
+    metrics = (_metric(reports, name, labels) for name, labels, _ in HEADLINES)
+    lines = [
         form.format(metric.value, split=metric.split, yardstick=metric.labels.get("yardstick", "unnamed"))
-        for metric, (*_, form) in zip(found, HEADLINES, strict=True)
+        for metric, (*_, form) in zip(metrics, HEADLINES, strict=True)
         if metric
     ]
-    return ", ".join(told)
+    return ", ".join(lines)
 
 
 def training_warning(model: str | None = None) -> str | None:
@@ -93,7 +91,7 @@ def training_warning(model: str | None = None) -> str | None:
 def _metric(reports: list[Report], name: str, labels: dict[str, str]) -> Metric | None:
     """The first metric of a name and labels, of any yardstick."""
     for metric in (metric for report in reports for metric in report.metrics):
-        own = {key: value for key, value in metric.labels.items() if key != "yardstick"}
-        if metric.name == name and metric.split != "train" and own == labels:
+        shown_labels = {key: value for key, value in metric.labels.items() if key != "yardstick"}
+        if metric.name == name and metric.split != "train" and shown_labels == labels:
             return metric
     return None

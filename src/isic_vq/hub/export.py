@@ -112,19 +112,19 @@ def training_data_by_stage(model: Path, runs: dict[str, Path], prior: dict[str, 
 
     Older runs describe their data in `run.json` alone. DataError if the prior was trained on other codes than `prior` says.
     """
-    found: dict[str, Any] = {"vqvae": None}
+    stages: dict[str, Any] = {"vqvae": None}
     for stage, run in runs.items():
         if (run / "run.json").is_file():
-            found[stage] = read_object(run / "run.json")["data"]["train"]
+            stages[stage] = read_object(run / "run.json")["data"]["train"]
     for stage, info in read_training_data(model).items():
         if info is not None:
-            found[stage] = dataclasses.asdict(info)
-    if found.get("prior", prior) != prior:
+            stages[stage] = dataclasses.asdict(info)
+    if stages.get("prior", prior) != prior:
         raise DataError(
             f"the codes are those of {prior['name']} ({prior['num_images']} images), and the prior was trained on "
-            f"{found['prior']['name']} ({found['prior']['num_images']} images): name the codes that it was trained on"
+            f"{stages['prior']['name']} ({stages['prior']['num_images']} images): name the codes that it was trained on"
         )
-    return {**found, "prior": prior}
+    return {**stages, "prior": prior}
 
 
 def provenance(cache: CodeCache, stages: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def provenance(cache: CodeCache, stages: dict[str, Any]) -> dict[str, Any]:
 def write_provenance(folder: Path, content: dict[str, Any]) -> None:
     """Write a repository folder's provenance; ValueError if it names an absolute path, which may not be published."""
     text = json.dumps(content, indent=2) + "\n"
-    if found := ABSOLUTE_PATH.search(text):
-        raise ValueError(f"{PROVENANCE_FILE} would name an absolute path ({found[0].strip()}...): shorten it")
+    if path := ABSOLUTE_PATH.search(text):
+        raise ValueError(f"{PROVENANCE_FILE} would name an absolute path ({path[0].strip()}...): shorten it")
     write_atomically(folder / PROVENANCE_FILE, text.encode())
 
 
@@ -226,8 +226,8 @@ def write_license(folder: Path, license: str) -> None:
 def check_same_weights(trained: IsicVQModel, shipped: IsicVQModel, folder: Path) -> None:
     """Raise ValueError unless each parameter of `shipped` is the trained one, or that in bfloat16."""
     for name, parameter in trained.named_parameters():
-        found = shipped.get_parameter(name)
-        if not (torch.equal(found, parameter) or torch.equal(found, parameter.bfloat16().float())):
+        stored = shipped.get_parameter(name)
+        if not (torch.equal(stored, parameter) or torch.equal(stored, parameter.bfloat16().float())):
             raise ValueError(f"{folder.name} holds other weights than the model ({name})")
 
 
@@ -256,8 +256,8 @@ def find_training_runs(model: Path, expected_hash: str) -> Origins:
 def read_recipe(run: Path) -> dict[str, Any]:
     """Read a run's resolved recipe; ValueError if it names an absolute path, which may not be published."""
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    if found := ABSOLUTE_PATH.search(text):
-        raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({found[0].strip()}...): shorten it")
+    if path := ABSOLUTE_PATH.search(text):
+        raise ValueError(f"{run.name}/recipe.yaml names an absolute path ({path[0].strip()}...): shorten it")
     return read_yaml(text)
 
 

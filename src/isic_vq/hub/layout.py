@@ -83,9 +83,9 @@ def check_folder(folder: Path, files: list[str]) -> None:
                 f"{folder} lacks {name}: expected a file{linked if (folder / name).is_symlink() else ''}, "
                 f"which isic-vq {command} writes"
             )
-    found = read_object(folder / "config.json").get("model_type")
-    if found != MODEL_TYPE:
-        raise ModelError(f"{folder} is a {found!r} model: expected {MODEL_TYPE!r}")
+    kind = read_object(folder / "config.json").get("model_type")
+    if kind != MODEL_TYPE:
+        raise ModelError(f"{folder} is a {kind!r} model: expected {MODEL_TYPE!r}")
     _check_code(folder, files)
     _check_weights(folder, files)
     if not read_card(folder / "README.md").data.to_dict():  # no filter of the Hub would find it
@@ -133,10 +133,10 @@ def _check_weights(folder: Path, files: list[str]) -> None:
     for path in sorted(named.union(path for path in files if path.endswith(".safetensors"))):
         try:
             with safe_open(folder / path, "np") as weights:
-                found = set(weights.keys())
+                names = set(weights.keys())
         except SafetensorError as error:
             raise ModelError(f"{folder / path} is damaged ({error}): run isic-vq export again") from error
-        odd = found ^ {name for name, file in weight_map.items() if file == path}
+        odd = names ^ {name for name, file in weight_map.items() if file == path}
         if odd:
             raise ModelError(
                 f"{folder / path} and the index disagree about {len(odd)} tensors, such as {min(odd)}: export again"
@@ -160,14 +160,14 @@ def check_picture(path: Path) -> None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            about = image.info
+            fields = image.info
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ModelError(f"{path} is not a readable PNG: remove it, or run isic-vq export") from error
-    if not str(about.get("Software")).startswith(f"{WRITER} "):
+    if not str(fields.get("Software")).startswith(f"{WRITER} "):
         raise ModelError(
             f"{path} may be a data image, as its PNG field Software does not begin with {WRITER}: remove it"
         )
-    if not str(about.get("Comment")).startswith(COMMENTS):
+    if not str(fields.get("Comment")).startswith(COMMENTS):
         raise ModelError(f"{path} may show a data image (PNG field Comment is none of {COMMENTS}): remove it")
 
 

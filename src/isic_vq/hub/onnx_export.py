@@ -191,27 +191,27 @@ def check_encoder(model: "ModelProto", tokenizer: VQVAEModel) -> None:
     grains = [torch.rand(1, tokenizer.config.num_channels, n, n, generator=generator) for n in (1, 4, size)]
     images = torch.cat([F.interpolate(grain, size=size, mode="bilinear") for grain in grains])
     for pixel_values in (images[:1], images):
-        found, expected = run(session, pixel_values), tokenizer.encode(pixel_values)
+        codes, expected = run(session, pixel_values), tokenizer.encode(pixel_values)
         with torch.no_grad():
             rows = tokenizer.quantizer.rows_to_learn(tokenizer.embed(pixel_values))
-        wrong = _wrong_codes(tokenizer, rows.double().view(len(found), -1, rows.shape[1]), found, expected)
+        wrong = _wrong_codes(tokenizer, rows.double().view(len(codes), -1, rows.shape[1]), codes, expected)
         if wrong:
             raise RuntimeError(f"{ENCODER} gives {wrong} codes otherwise than torch: {WAY_OUT}")
 
 
-def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, found: Tensor, expected: Tensor) -> int:
+def _wrong_codes(tokenizer: VQVAEModel, rows: Tensor, codes: Tensor, expected: Tensor) -> int:
     """Count codes that differ from the tokenizer's without a tie of distance, up to an image's first tie."""
     codebook, wrong = tokenizer.quantizer.codebook.double(), 0
-    comparable = torch.ones(len(found), dtype=torch.bool)
+    comparable = torch.ones(len(codes), dtype=torch.bool)
     start = 0
-    for grid, own in zip(tokenizer.code_grids(found), tokenizer.code_grids(expected), strict=True):
-        grid, own = grid.flatten(1), own.flatten(1)
+    for grid, nearest in zip(tokenizer.code_grids(codes), tokenizer.code_grids(expected), strict=True):
+        grid, nearest = grid.flatten(1), nearest.flatten(1)
         part = rows[:, start : start + grid.shape[1]]
         start += grid.shape[1]
-        excess = (part - codebook[grid]).square().sum(2) - (part - codebook[own]).square().sum(2)
-        scale = part.square().sum(2) + codebook[own].square().sum(2)
-        wrong += int(((grid != own) & (excess > TIE * scale))[comparable].sum())
-        comparable &= (grid == own).all(1)
+        excess = (part - codebook[grid]).square().sum(2) - (part - codebook[nearest]).square().sum(2)
+        scale = part.square().sum(2) + codebook[nearest].square().sum(2)
+        wrong += int(((grid != nearest) & (excess > TIE * scale))[comparable].sum())
+        comparable &= (grid == nearest).all(1)
     return wrong
 
 

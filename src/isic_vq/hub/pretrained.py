@@ -148,10 +148,10 @@ def _check_class(folder: Path, model_class: "type[PreTrainedModel]") -> None:
     """Refuse a folder whose config is neither the class's nor that of a whole that contains it."""
     config = read_object(folder / "config.json")
     wanted = model_class.config_class
-    found, part = config.get("model_type"), config.get(wanted.base_config_key)
-    if wanted.model_type not in (found, part.get("model_type") if isinstance(part, dict) else None):
+    kind, part = config.get("model_type"), config.get(wanted.base_config_key)
+    if wanted.model_type not in (kind, part.get("model_type") if isinstance(part, dict) else None):
         raise ModelError(
-            f"{folder.name} is {KINDS.get(str(found), f'a {found!r} checkpoint')}: expected "
+            f"{folder.name} is {KINDS.get(str(kind), f'a {kind!r} checkpoint')}: expected "
             f"{KINDS.get(wanted.model_type, wanted.model_type)}"
         )
 

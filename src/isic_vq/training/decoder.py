@@ -200,11 +200,11 @@ class DecoderTask(ImageTask):
         folder, before = trainer.run.folder, read_training_data(Path(resolve(self.recipe.model)))
         training_data = {"vqvae": None, **before, "decoder": self.sources["train"]}
         save_model(folder / "model", self.whole, self.processor, training_data=training_data)
-        about = {
+        description = {
             "type": self.whole.config.model_type,
             "feature_model": Path(self.recipe.feature_model).name,
         }
-        report = self.write_report(folder, about, [*self.measured_metrics(), *self.before])
+        report = self.write_report(folder, description, [*self.measured_metrics(), *self.before])
         self.write_shown_pairs(self.tokenizer, folder)
         return report
 

@@ -177,8 +177,10 @@ class PriorTask(Task):
         names = {**model.config.class_names, prior.config.unconditional_id: "unconditional"}
         counts, codes = self.train_set.cache.counts(), self.validation_set.codes[:, 0]
         metrics = likelihood_metrics(model, counts, codes, self.validation_set.labels, self.validation)
-        about = {"type": "isic_vq", "prior": prior.config.model_type}
-        return self.write_report(folder, about, metrics, sample_labels=[names[y] for y in labels.tolist()])
+        description = {"type": "isic_vq", "prior": prior.config.model_type}
+        return self.write_report(
+            folder, description, metrics, sample_labels=[names[y] for y in labels.tolist()]
+        )
 
 
 def open_task(recipe: PriorRecipe) -> PriorTask:

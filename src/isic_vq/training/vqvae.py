@@ -132,10 +132,10 @@ class VQVAETask(ImageTask):
         return {"reconstructions": pairs, "codebook": Image.open(io.BytesIO(histogram)).convert("RGB")}
 
     def conclude(self, trainer: Trainer) -> Reconstruction:
-        about = {"type": "isic_vqvae", "weights": self.choose_best(trainer, "mse_loss", "vqvae")}
+        description = {"type": "isic_vqvae", "weights": self.choose_best(trainer, "mse_loss", "vqvae")}
         metrics = reconstruction_metrics(self.validated, self.validation)
         counts = self.validated.codebook_counts
-        self.write_report(trainer.run.folder, about, metrics, codebook_counts=counts)
+        self.write_report(trainer.run.folder, description, metrics, codebook_counts=counts)
         self.write_shown_pairs(self.model, trainer.run.folder)
         return self.validated
 
