@@ -96,6 +96,13 @@ def test_numbers_of_fed_isic2019_are_the_classes_in_their_order():
     assert tuple(found) == diagnosis.DIAGNOSES[:8]
 
 
+@pytest.mark.parametrize("number", [8, -2, "3"])
+def test_a_class_id_without_a_name_is_refused(number):
+    names = {"label": ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC"]}
+    with pytest.raises(DataError, match=f"row 0: label is {number!r}, expected 0 to 7 for MEL, NV.*classes="):
+        normalise({"label": number}, "row 0", names)
+
+
 def test_levels_of_the_archive_s_tables_are_read():
     row = {
         "isic_id": "ISIC_1",

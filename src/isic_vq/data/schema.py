@@ -20,7 +20,16 @@ from isic_vq.data.errors import DataError
 from isic_vq.data.sites import archive_site, canonical_site
 from isic_vq.models.diagnosis import archive_diagnosis, is_one_hot, one_hot_diagnosis
 
-__all__ = ["COLUMN_ALIASES", "FEATURES", "DataError", "is_label", "is_read", "normalise", "without_image"]
+__all__ = [
+    "COLUMN_ALIASES",
+    "FEATURES",
+    "DataError",
+    "is_label",
+    "is_read",
+    "named_classes",
+    "normalise",
+    "without_image",
+]
 
 FEATURES = Features(
     {
@@ -79,11 +88,7 @@ def normalise(
         DataError: the diagnosis or the age cannot be read; the message names the row.
     """
     reading = reading or Reading()
-    named = {
-        column: None if record[column] is None or record[column] < 0 else names[record[column]]
-        for column, names in (class_names or {}).items()
-    }
-    record = _lower_columns({**record, **named})
+    record = _lower_columns(named_classes(record, class_names or {}, where))
     values = {name: _first_present(record, aliases) for name, aliases in COLUMN_ALIASES.items()}
     if values["isic_id"] is None:
         values["isic_id"] = _file_stem(record)
@@ -97,6 +102,25 @@ def normalise(
     site = normal["site"]
     normal["site"] = archive_site(_levels(record, SITE_LEVELS)) if site is None else canonical_site(site)
     return {"image": record["image"], **normal} if "image" in record else normal
+
+
+def named_classes(
+    record: Mapping[str, Any], class_names: Mapping[str, list[str]], where: str
+) -> dict[str, Any]:
+    """Copy a record with names in place of the class ids in some columns; DataError for an id without a name."""
+    named = dict(record)
+    for column, names in class_names.items():
+        number = record[column]
+        if number is None or number == -1:  # `datasets` writes -1 for a missing class
+            named[column] = None
+        elif isinstance(number, int) and 0 <= number < len(names):
+            named[column] = names[number]
+        else:
+            raise DataError(
+                f"{where}: {column} is {number!r}, expected 0 to {len(names) - 1} for {', '.join(names)}. Correct the row, or "
+                "name all classes in order (of a hub: source by classes=A,B,...)."
+            )
+    return named
 
 
 def without_image(record: Mapping[str, Any]) -> dict[str, Any]:

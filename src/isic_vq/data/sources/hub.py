@@ -36,7 +36,7 @@ from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from isic_vq.data.classes import Classes, Reading
-from isic_vq.data.schema import DataError, normalise
+from isic_vq.data.schema import DataError, named_classes, normalise
 from isic_vq.data.sources.base import Source, cached_dataset
 from isic_vq.data.sources.hub_columns import KNOWN_SETS, Columns, check_columns, class_names_of, parse_query
 from isic_vq.data.sources.parquet import Part, read_group, row_groups
@@ -192,27 +192,12 @@ class HubSource(Source):
             rows = read_group(file, group, self.columns.names["image"], with_images)
             for number, row in enumerate(rows, start=first):
                 where = f"{self.repo}, split {self.split}, row {number}"
-                record = normalise(self._named(row, where), where, reading=reading)
+                named = self.columns.rename(named_classes(row, self.class_names, where))
+                record = normalise(named, where, reading=reading)
                 isic_id = record["isic_id"] or f"{self.repo.partition('/')[2]}-{self.split}-{number:06d}"
                 image = record["image"]
                 content = image.get("bytes") if isinstance(image, Mapping) else image  # its path is remote
                 yield {**record, "isic_id": isic_id, "image": content}
-
-    def _named(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """A row with class names in place of class ids, and columns that `normalise` reads."""
-        named = dict(row)
-        for column, names in self.class_names.items():
-            value = row[column]
-            if value is None or value == -1:  # `datasets` writes -1 for a missing class
-                named[column] = None
-            elif isinstance(value, int) and 0 <= value < len(names):
-                named[column] = names[value]
-            else:
-                raise DataError(
-                    f"{where}: {column} is {value!r}, expected 0 to {len(names) - 1} for {', '.join(names)}. "
-                    "Name the classes in order: classes=A,B,..."
-                )
-        return self.columns.rename(named)
 
 
 def _declared_files(hub: Connection, config: str | None, commit: str) -> dict[str, list[str]]:
