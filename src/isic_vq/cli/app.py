@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from isic_vq import __version__
 from isic_vq.allocator import keep_freed_memory
+from isic_vq.data.uri import SCHEMES
 
 
 @contextmanager
@@ -90,14 +91,7 @@ app = typer.Typer(
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model folder or Hub id; default: the shipped checkpoint.")
 ]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="isic-archive[:FILTERS], challenge:YEAR[:PART], hub:OWNER/NAME, webdataset:PATTERN, parquet:PATTERN, "
-        "folder:DIR, prepared:DIR[:SPLIT], synthetic:NUM[:SEED] or a path.",
-    ),
-]
+DataOption = Annotated[str, typer.Option("--data", help=f"{SCHEMES}.")]
 ClassesOption = Annotated[
     list[str] | None,
     typer.Option(
