@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def generate_shards(
         OSError: a file cannot be written; it is named.
     """
     check_process(rank, world)
-    sampling = replace(sampling or model.default_sampling, **settings)
+    sampling = (sampling or model.default_sampling).changed(settings)
     several = isinstance(labels, Sequence) and not isinstance(labels, str)
     ids = model.label_ids(labels, len(labels) if several else 1)  # type: ignore[arg-type]
     asked = {

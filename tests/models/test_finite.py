@@ -66,6 +66,52 @@ def test_pixels_that_are_not_finite_have_no_codes(composites):
                     action(pixels)
 
 
+def test_images_of_another_range_or_type_have_no_codes_and_no_score(composites):
+    pixels = torch.rand(2, 3, 16, 16)
+    wrong = {
+        r"pixel_values lie in \[0.*, 2\d\d.*\]: expected RGB in \[0, 1\].*divide": pixels * 255,
+        r"pixel_values lie in \[-.*, .*\]: expected RGB.*\(x \+ 1\) / 2": pixels * 2 - 1,
+        "pixel_values are torch.uint8: expected a tensor of floats": (pixels * 255).to(torch.uint8),
+    }
+    for model in composites.values():
+        for text, images in wrong.items():
+            for action in (model.encode, model.vqvae.encode, model.score):
+                with pytest.raises(ValueError, match=text):
+                    action(images)
+        with pytest.raises(ValueError, match='pixel_values are ndarray: .*return_tensors="pt"'):
+            model.encode(pixels.numpy())
+        noisy = pixels.clone()
+        noisy[0, 0, 0, :2] = torch.tensor(
+            [-0.001, 1.001]
+        )  # resampling noise, as the image processor takes it
+        assert model.encode(noisy).shape == model.encode(pixels).shape
+        for dtype in (torch.bfloat16, torch.float64):  # both ends are in the range
+            model.encode(torch.tensor([0, 1], dtype=dtype).repeat(3, 16, 8)[None])
+
+
+def test_no_images_have_no_codes_and_no_scores(composites):
+    for model in composites.values():
+        nothing = torch.rand(0, 3, 16, 16)
+        codes, scores = model.encode(nothing), model.score(nothing)
+        assert (
+            len(codes) == len(scores.bits_per_code) == len(scores.bits_map) == len(model.decode(codes)) == 0
+        )
+
+
+def test_codes_that_are_none_make_no_images(composites):
+    flat = composites["pixelcnn"].encode(torch.rand(2, 3, 16, 16)).flatten(1)
+    for codes in (flat, flat.unflatten(1, (4, 4))[0]):  # of a table, and of one image
+        with pytest.raises(ValueError, match=r"codes have shape .*expected \(batch, height, width\)"):
+            composites["pixelcnn"].decode(codes)
+    for model in composites.values():
+        codes = model.encode(torch.rand(2, 3, 16, 16))
+        for dtype in (torch.float32, torch.bool):
+            with pytest.raises(ValueError, match=f"codes are {dtype}: expected whole numbers"):
+                model.decode(codes.to(dtype))
+        for dtype in (torch.uint8, torch.int16, torch.int32):  # as they are stored
+            assert torch.equal(model.decode(codes.to(dtype)), model.decode(codes))
+
+
 def test_latents_that_overflow_float16_have_no_codes(composite):
     tokenizer = copy.deepcopy(composite.vqvae)
     with torch.no_grad():

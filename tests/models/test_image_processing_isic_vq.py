@@ -9,9 +9,11 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -197,6 +199,12 @@ def test_batch_equals_single_for_mixed_sizes_and_kinds(processor, tmp_path):
     batch = processor(images, return_tensors="pt").pixel_values
     single = [processor(image, return_tensors="pt").pixel_values[0] for image in images]
     assert torch.equal(batch, torch.stack(single))
+
+
+def test_a_column_of_a_data_set_is_a_list_of_images(processor):
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    column = Dataset.from_dict({"image": pictures}, Features({"image": datasets.Image()}))["image"]
+    assert np.array_equal(processor(column).pixel_values, processor(pictures).pixel_values)
 
 
 def test_four_dimensional_input_is_a_list_of_images(processor):

@@ -3,6 +3,7 @@ import os
 import shutil
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -256,6 +257,33 @@ def test_labels_may_be_one_per_image(composite, labels):
     assert composite.generate(3, labels, seed=0).labels.tolist() == [0, 1, 2]
 
 
+def test_labels_come_in_any_container_and_set_the_number_of_images(composite):
+    names, ids = ["nevus", "melanoma"], torch.tensor([1, 0])
+    expected = codes_of(composite, 2, names, seed=0)
+    containers = (
+        names,
+        tuple(names),
+        np.array(names),
+        pandas.Series(names, index=[5, 7]),
+        ids,
+        ids.numpy(),
+        ids.int(),
+    )
+    for labels in containers:
+        assert torch.equal(codes_of(composite, labels=labels, seed=0), expected), labels
+    one = codes_of(composite, np.int64(2), torch.tensor(1), seed=0)
+    assert torch.equal(one, codes_of(composite, 2, 1, seed=0))
+    for labels in (
+        {"nevus", "melanoma"},
+        1.0,
+        iter(names),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([True, False]),
+    ):
+        with pytest.raises(ValueError, match="label"):  # no order, or no class ids
+            composite.generate(2, labels, seed=0)
+
+
 def test_no_label_is_the_unconditional_id(composite):
     output = composite.generate(2, seed=0)
     assert output.labels.tolist() == [3, 3]
@@ -306,8 +334,8 @@ def test_generated_tensors_can_be_trained_on(make_composite):
         ({"labels": "bcc"}, r"label 'bcc' \(basal_cell_carcinoma\) is not a class of this model. Classes: 0 = melanoma, 1 = nevus"),
         ({"labels": 3}, "label 3 is not a class id of this model. Classes: 0 = melanoma"),
         ({"labels": True}, "label True is a bool"),
-        ({"labels": ["melanoma", "nevus"]}, "2 labels for 1 images: give one, or one per image"),
-        ({"labels": torch.tensor([0, 1])}, r"expected \(1,\), one per image"),
+        ({"num_images": 1, "labels": ["melanoma", "nevus"]}, "2 labels for 1 images: give one, or one per image"),
+        ({"num_images": 1, "labels": torch.tensor([0, 1])}, r"expected \(1,\), one per image"),
         ({"labels": torch.tensor([9])}, "expected class ids below 3"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given: give one"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images: give one per image"),
@@ -318,6 +346,29 @@ def test_generated_tensors_can_be_trained_on(make_composite):
 def test_generation_refuses_what_has_no_meaning(composite, arguments, text):
     with pytest.raises(ValueError, match=text):
         composite.generate(**arguments)
+
+
+def test_settings_of_another_type_are_refused_by_name(composite):
+    wrong = {
+        "seed": (1.5, "0", True, torch.tensor(3)),
+        "first_index": (-1, 1.5),
+        "batch_size": (2.5, None, True),
+        "temperature": ("1", None),
+        "top_k": (1.5, "3"),
+        "top_p": ("0.5",),
+        "guidance_scale": (None, "2"),
+        "guidance_power": ("1",),
+        "generator": (3, [1]),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            arguments = {name: value} if name in ("seed", "generator") else {"seed": 0, name: value}
+            with pytest.raises(ValueError, match=f"{name} is .*: expected"):
+                composite.generate(**arguments)
+    with pytest.raises(
+        TypeError, match="'num_inference_steps': beside those of its call this takes temperature, top_k"
+    ):
+        composite.generate(num_inference_steps=5)
 
 
 # --- the parts through the whole -----------------------------------------------------------------------------------

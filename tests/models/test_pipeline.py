@@ -59,7 +59,8 @@ def test_a_tuple_is_returned_on_request(pipe, expected):
 
 
 def test_one_image_per_label_by_default(pipe):
-    assert len(pipe(["nevus", "melanoma"], seed=0).images) == 2
+    for labels in (["nevus", "melanoma"], np.array(["nevus", "melanoma"]), torch.tensor([1, 0])):
+        assert len(pipe(labels, seed=0).images) == 2
 
 
 def test_one_generator_serves_all_images(pipe, composite):

@@ -118,7 +118,8 @@ def test_batch_size_changes_no_code(pipe, batch_size):
 
 
 def test_labels_set_the_number_of_images(pipe):
-    assert len(pipe(["mel", "nv", "df"], seed=0)) == 3
+    for labels in (["mel", "nv", "df"], np.array(["mel", "nv", "df"]), torch.tensor([0, 1, 0])):
+        assert len(pipe(labels, seed=0)) == 3
 
 
 @pytest.mark.parametrize("label", ["nevus", "NV", 1, "1"])

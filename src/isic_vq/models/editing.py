@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .checks import check_finite, damaged_or_overflow, expect, is_positive_int
+from .checks import check_finite, damaged_or_overflow, expect, is_whole
 from .modeling_prior import Walk
 from .modes import exactly, weights_at_hand
 from .sampling import draw, image_generators, position_uniforms
@@ -203,7 +203,7 @@ def redraw_codes(
     clusters is given that of all the image's codes. `codes` are `(B, h, w)` or `(B, L)`, a `mask` of their shape is True
     somewhere in every image, `labels` are class ids `(B,)`; the seeds of `generators`, one per image, determine the noise.
     """
-    expect(is_positive_int(num_particles), "num_particles", num_particles, "a whole number of at least 1")
+    expect(is_whole(num_particles, 1), "num_particles", num_particles, "a whole number of at least 1")
     prior = model.prior
     chosen, sets = [], []
     with weights_at_hand(prior), exactly(prior), torch.inference_mode():

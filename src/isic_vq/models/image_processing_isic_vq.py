@@ -25,13 +25,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import SizeDict
 
+from .checks import HALF_LEVEL
+
 # Pixels; below this an image is an icon or an accident, and upsampling it would invent everything.
 MIN_SIDE = 16
 MAX_PIXELS = 2**26  # 8192 x 8192: the largest that is decoded, in about 0.6 GB
 # Average down to three times the target, then BICUBIC: nearly BICUBIC alone (Pillow's manual), twice as fast.
 REDUCING_GAP = 3.0
-# A float this far outside [0, 1] still rounds to 0 or 255: resampling noise, not a wrong range.
-HALF_LEVEL = 0.5 / 255
 CHANNELS = (1, 2, 3, 4)  # grey, grey + alpha, RGB, RGB + alpha
 # What transformers keeps in preprocessor_config.json for itself.
 SERVICE_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
@@ -222,7 +222,10 @@ def _square_size(size: int | Mapping[str, int] | SizeDict) -> SizeDict:
 
 def _as_list(images: Any) -> list[Any]:
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    batch = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
+    is_list = isinstance(images, Sequence) and not isinstance(
+        images, (str, bytes)
+    )  # a column of `datasets`, too
+    batch = list(images) if is_batch or is_list else [images]
     if not batch:
         raise ImageError("images: expected at least one image, got an empty list; skip empty batches")
     return batch

@@ -75,6 +75,8 @@ def score_codes(
         raise ValueError("class_weights are given without marginalize: they weigh the classes of a mixture")
     if labels is not None and marginalize:
         raise ValueError("labels and marginalize are both given: a mixture is over all classes, give one")
+    if not len(codes):
+        return torch.zeros(codes.shape, dtype=torch.float64)
     with evaluating(model):
         if not marginalize:
             return _nats(model, codes, labels, batch_size) / math.log(2)

@@ -1,10 +1,10 @@
 """The composite model: a tokenizer and a prior in one folder, each weight stored once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checks import expect, is_positive_int
+from .checks import expect, is_whole
 from .configuration_isic_vq import IsicVQConfig
 from .diagnosis import resolve_label
 from .editing import BLENDS, IsicVQEditOutput, blended, central_region, code_masks, pixel_mask, redraw_codes
@@ -22,7 +22,7 @@ from .modeling_prior import PriorModel
 from .modeling_var import VARModel
 from .modeling_vqvae import VQVAEModel, VQVAEOutput
 from .repository import SavedInParts
-from .sampling import Sampling, image_generators, position_uniforms
+from .sampling import Sampling, image_generators, num_labelled, position_uniforms
 from .strict_loading import StrictLoading
 
 PRIOR_MODELS: dict[str, type[PriorModel]] = {
@@ -183,9 +183,9 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         if labels is None:
             return torch.full((num_images,), self.prior.config.unconditional_id)
         if isinstance(labels, Tensor):  # class ids already, the unconditional one among them
+            labels = labels if labels.ndim else labels.expand(num_images)
             return self.prior.checked_labels(labels, num_images)
-        if isinstance(labels, (Integral, str)):  # numpy integers too
-            labels = [labels] * num_images
+        labels = labels if np.ndim(labels) else [labels] * num_images  # type: ignore[assignment, list-item]
         if len(labels) != num_images:
             raise ValueError(
                 f"there are {len(labels)} labels for {num_images} images: give one, or one per image"
@@ -206,7 +206,12 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         return clusters
 
     def generate(
-        self, num_images: int = 1, labels: Labels = None, *, seed: int | None = None, **settings: Any
+        self,
+        num_images: int | None = None,
+        labels: Labels = None,
+        *,
+        seed: int | None = None,
+        **settings: Any,
     ) -> IsicVQGenerationOutput:
         """Sample code grids from the prior and decode them.
 
@@ -216,7 +221,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         differently, which now and then moves a draw.
 
         Args:
-            num_images: how many, at least 1.
+            num_images: how many, at least 1; by default one per label.
             labels: a diagnosis name, alias or id for all images, one per image, or None for unconditional.
             seed: makes image i a function of (seed, first_index + i); random without seed and generator.
             settings: all others of `generate_blocks`, and the fields of `Sampling`.
@@ -232,7 +237,7 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
     @torch.no_grad()
     def generate_blocks(
         self,
-        num_images: int = 1,
+        num_images: int | None = None,
         labels: Labels = None,
         *,
         seed: int | None = None,
@@ -265,20 +270,29 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
         Raises:
             ValueError, TypeError: as `generate`.
         """
-        expect(is_positive_int(num_images), "num_images", num_images, "a whole number of at least 1")
+        num_images = num_labelled(labels) if num_images is None else num_images
+        expect(is_whole(num_images, 1), "num_images", num_images, "a whole number of at least 1")
         at_most = f"at most {MAX_IMAGES} in one call; first_index goes on from there"
         expect(num_images <= MAX_IMAGES, "num_images", num_images, at_most)
-        expect(1 <= batch_size <= MAX_BATCH, "batch_size", batch_size, f"1 to {MAX_BATCH}")
+        is_size = is_whole(batch_size, 1) and batch_size <= MAX_BATCH
+        expect(is_size, "batch_size", batch_size, f"1 to {MAX_BATCH}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator are both given: give one of them")
-        sampling = replace(sampling or self.default_sampling, **settings)
+        sampling = (sampling or self.default_sampling).changed(settings)
         if seed is None and generator is None:
             seed = torch.Generator().seed() % 2**63  # torch.seed() would reseed torch itself
             batch_size = min(batch_size, num_images)  # nobody can ask for these images again
         ids = self.label_ids(labels, num_images)
         clusters = self.cluster_ids(cluster, num_images)
-        uniforms = self._noise(num_images, seed, first_index, generator)
-        if self.config.prior_config.num_clusters:
+        if generator is None:
+            generator = image_generators(seed, num_images, first_index)  # type: ignore[arg-type]
+        config = self.config.prior_config
+        uniforms = position_uniforms(generator, config.num_positions + (config.num_clusters > 0), num_images)
+        if len(uniforms) != num_images:
+            raise ValueError(
+                f"there are {len(uniforms)} generators for {num_images} images: give one per image"
+            )
+        if config.num_clusters:  # the last number of each image draws its cluster
             uniforms, of_clusters = uniforms[:, :-1], uniforms[:, -1]
             clusters = self.prior.draw_clusters(ids, of_clusters) if clusters is None else clusters
         if backend == "auto":
@@ -308,27 +322,6 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
     def num_steps(self, num_images: int, batch_size: int = BLOCK_SIZE) -> int:
         """Count the calls of `on_step` that `generate` makes for so many images from the first of a seed."""
         return self.config.prior_config.num_steps * -(-num_images // batch_size)
-
-    def _noise(
-        self,
-        num_images: int,
-        seed: int | None,
-        first_index: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-    ) -> Tensor:
-        """Uniforms `(num_images, L)` from a seed or generators; with clusters `L + 1`, the last for the cluster."""
-        config = self.config.prior_config
-        num_positions = config.num_positions + (config.num_clusters > 0)
-        if generator is None:
-            return position_uniforms(image_generators(seed, num_images, first_index), num_positions)
-        if isinstance(generator, torch.Generator):
-            shape = (num_images, num_positions)
-            return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-        if len(generator) != num_images:
-            raise ValueError(
-                f"there are {len(generator)} generators for {num_images} images: give one per image"
-            )
-        return position_uniforms(generator, num_positions)
 
     @torch.no_grad()
     def inpaint(

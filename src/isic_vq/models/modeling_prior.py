@@ -5,7 +5,7 @@ A prior takes codes and, as a tensor, the tokenizer's features of coarser scales
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -93,11 +93,13 @@ class PriorModel(StrictLoading, PreTrainedModel):
         """Return class ids `(B,)` on the model's device; None becomes the unconditional id.
 
         Raises:
-            ValueError: wrong shape, or an id outside [0, number of classes].
+            ValueError: wrong shape or type, or an id outside [0, number of classes].
         """
         last = self.config.unconditional_id
         if labels is None:
             return torch.full((batch_size,), last, dtype=torch.long, device=self.device)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are {labels.dtype}: expected class ids, whole numbers")
         if labels.shape != (batch_size,):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}: expected ({batch_size},), one per image"
@@ -249,7 +251,7 @@ class PriorModel(StrictLoading, PreTrainedModel):
                 f"uniforms have shape {tuple(uniforms.shape)}: expected (batch, {self.config.num_positions})"
             )
         warn_if_slow(self.device.type, self.dtype)
-        sampling = replace(sampling or self.config.default_sampling, **settings)
+        sampling = (sampling or self.config.default_sampling).changed(settings)
         with weights_at_hand(self), torch.inference_mode():
             conditions = self.conditions(self.checked_labels(labels, len(uniforms)), clusters)
             if sampling.guided:

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checks import check_finite, damaged_or_overflow
+from .checks import check_finite, check_pixels, damaged_or_overflow
 from .configuration_vqvae import VQVAEConfig
 from .modes import evaluating, warn_if_slow, weights_at_hand
 from .residual_quantizer import VQVAEPhi, VQVAEResidualQuantizer
@@ -268,11 +268,10 @@ class VQVAEModel(StrictLoading, PreTrainedModel):
         They are `(B, h, w)` or, of several scales, `(B, L)`; see `code_grids`.
 
         Raises:
-            ValueError: images of another shape, or pixels or latents that are not finite.
+            ValueError: images of another shape or range, or pixels or latents that are not finite.
         """
         warn_if_slow(self.device.type, self.dtype)
-        pixel_values = pixel_values.to(self.dtype)
-        check_finite(pixel_values, "pixel_values", "expected RGB in [0, 1], as the image processor makes it")
+        pixel_values = check_pixels(pixel_values, self.dtype)
         with weights_at_hand(self.quantizer), evaluating(self):
             latents = self.embed(pixel_values)
             check_finite(latents, "latents", damaged_or_overflow(self.dtype))

@@ -9,6 +9,7 @@ from importlib import import_module
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -113,8 +114,7 @@ class IsicVQPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
         model = self.model
         if num_images is None:
-            one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
-            num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
+            num_images = len(labels) if np.ndim(labels) else 1  # type: ignore[arg-type]
         if guidance_scale is not None:
             settings["guidance_scale"] = guidance_scale
         how = {"seed": seed, "generator": generator, "batch_size": batch_size, **settings}

@@ -13,7 +13,7 @@ from transformers import Pipeline
 
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import BLOCK_SIZE
-from .sampling import Sampling
+from .sampling import Sampling, num_labelled
 
 SETTINGS = (*(field.name for field in fields(Sampling)), "sampling", "cluster", "backend")
 
@@ -70,8 +70,7 @@ class UnconditionalImageGenerationPipeline(Pipeline):
             ValueError: an argument outside its range, or an unknown label.
         """
         if num_images is None:
-            one_each = isinstance(labels, Sequence) and not isinstance(labels, str)
-            num_images = len(labels) if one_each else 1  # type: ignore[arg-type]
+            num_images = num_labelled(labels)
         batch_size = self._batch_size or BLOCK_SIZE if batch_size is None else batch_size
         inputs = {
             "num_images": num_images,

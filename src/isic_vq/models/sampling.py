@@ -8,13 +8,15 @@ Salimans, arXiv 2207.12598, written as u + s (c - u): scale 1 is off.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import expect
+from .checks import expect, is_whole
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -45,13 +47,25 @@ class Sampling:
         positive = (
             "more than 0 (top_k=1 takes the most likely code), and no smaller or larger than float32 holds"
         )
-        expect(FLOAT32.tiny <= temperature <= FLOAT32.max, "temperature", temperature, positive)
-        expect(top_k is None or top_k >= 1, "top_k", top_k, "at least 1, or None for all codes")
-        expect(top_p is None or 0 < top_p <= 1, "top_p", top_p, "a probability in (0, 1], or None")
+        is_temperature = isinstance(temperature, Real) and FLOAT32.tiny <= temperature <= FLOAT32.max
+        expect(is_temperature, "temperature", temperature, positive)
+        is_number = top_k is None or is_whole(top_k, 1)
+        expect(is_number, "top_k", top_k, "at least 1, or None for all codes; a whole number")
+        is_share = top_p is None or (isinstance(top_p, Real) and 0 < top_p <= 1)
+        expect(is_share, "top_p", top_p, "a probability in (0, 1], or None")
         at_least = "at least 0; 1 is off; and no more than float32 holds"
-        expect(0 <= scale <= FLOAT32.max, "guidance_scale", scale, at_least)
-        is_power = power is None or 0 < power <= FLOAT32.max
+        is_scale = isinstance(scale, Real) and 0 <= scale <= FLOAT32.max
+        expect(is_scale, "guidance_scale", scale, at_least)
+        is_power = power is None or (isinstance(power, Real) and 0 < power <= FLOAT32.max)
         expect(is_power, "guidance_power", power, "more than 0, or None for the prior's default")
+
+    def changed(self, settings: dict[str, Any]) -> "Sampling":
+        """Copy with other values of some fields; TypeError for the name of none."""
+        for name in settings.keys() - vars(self).keys():
+            raise TypeError(
+                f"unexpected argument {name!r}: beside those of its call this takes {', '.join(vars(self))}"
+            )
+        return replace(self, **settings)
 
     def changes(self, usual: "Sampling | None" = None) -> dict[str, float]:
         """The fields that differ from another's, by default from those of a draw from the prior's own distribution."""
@@ -116,9 +130,15 @@ class Sampling:
             )
 
 
+def num_labelled(labels: Any) -> int:
+    """Number of images that labels are for where nobody says: one per label; 1 of a single label or None."""
+    return len(labels) if np.ndim(labels) else 1
+
+
 def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[torch.Generator]:
     """Make one CPU generator per image, a function of (seed, image index) alone."""
-    expect(seed >= 0, "seed", seed, "0 or more")
+    for name, value in {"seed": seed, "first_index": first_index}.items():
+        expect(is_whole(value, 0), name, value, "0 or more, a whole number")
     states = [
         np.random.SeedSequence(seed, spawn_key=(first_index + index,)).generate_state(1, np.uint64)[0]
         for index in range(num_images)
@@ -126,8 +146,24 @@ def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[t
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
-def position_uniforms(generators: Sequence[torch.Generator], num_positions: int) -> Tensor:
-    """Uniforms in [0, 1), `(len(generators), num_positions)` float64: row i is the noise of image i."""
+def position_uniforms(
+    generators: torch.Generator | Sequence[torch.Generator], num_positions: int, num_images: int = 1
+) -> Tensor:
+    """Uniforms in [0, 1), `(num_images, num_positions)` float64: row i is the noise of image i.
+
+    Args:
+        generators: one per image, or one for all.
+        num_positions: uniforms of an image.
+        num_images: of one generator.
+
+    Raises:
+        ValueError: no generators.
+    """
+    if isinstance(generators, torch.Generator):
+        shape = (num_images, num_positions)
+        return torch.rand(shape, generator=generators, dtype=torch.float64, device=generators.device)
+    is_list = isinstance(generators, Sequence) and all(isinstance(g, torch.Generator) for g in generators)
+    expect(is_list, "generator", generators, "a torch.Generator, or a list of one per image")
     return torch.stack([torch.rand(num_positions, generator=g, dtype=torch.float64) for g in generators])
 
 

@@ -226,16 +226,20 @@ class VQVAEVectorQuantizer(nn.Module):
         """Codebook vectors of shape `(B, D, h, w)` for codes of shape `(B, h, w)`.
 
         Raises:
-            ValueError: if a code lies outside [0, K).
+            ValueError: if codes have another shape or type, or one lies outside [0, K).
         """
-        return F.embedding(self.checked(codes), self.codebook).permute(0, 3, 1, 2)
+        (grid,) = self.grids(self.checked(codes))
+        return F.embedding(grid, self.codebook).permute(0, 3, 1, 2)
 
     def checked(self, codes: Tensor) -> Tensor:
-        """The codes; a compiled or exported graph does not look at them.
+        """The codes as int64; a compiled or exported graph does not look at them.
 
         Raises:
-            ValueError: one of them lies outside [0, K).
+            ValueError: they are no whole numbers, or one of them lies outside [0, K).
         """
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes are {codes.dtype}: expected whole numbers")
+        codes = codes.long()
         if torch.compiler.is_compiling():
             return codes
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
@@ -246,7 +250,9 @@ class VQVAEVectorQuantizer(nn.Module):
         return codes
 
     def grids(self, codes: Tensor) -> list[Tensor]:
-        """The code grids of an image, coarse to fine: here there is one, `(B, h, w)`."""
+        """The code grids of an image, coarse to fine: here there is one, `(B, h, w)`; ValueError for another shape."""
+        if codes.ndim != 3:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}: expected (batch, height, width)")
         return [codes]
 
     def context(self, codes: Tensor) -> Tensor:
