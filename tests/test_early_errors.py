@@ -22,8 +22,18 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps([time.process_time(), sorted({"torch", "transformers", "datasets"} & set(sys.modules))]))
 """
 SHIPPED = str(Path(__file__).resolve().parents[1] / "model_cards" / "isic-vq-128")
+FILE = f"{SHIPPED}/config.json"
 COMMANDS = [
     (["reconstruct", "nowhere/"], "Nothing matches parquet:nowhere"),
+    (["reconstruct", f"{SHIPPED}/previews/*.png"], "names images: expected the folder that they lie in"),
+    (["generate", "-o", FILE], f"{FILE} is a file: expected the name of a folder to write"),
+    (["score", SHIPPED, "-o", f"{FILE}/a/b"], f"{FILE}/a/b cannot be written: {FILE} is a file"),
+    (
+        ["encode", SHIPPED, "--data", SHIPPED, "-o", SHIPPED],
+        "is a folder: expected the name of a file to write",
+    ),
+    (["compress", SHIPPED, SHIPPED], "is a folder: expected the name of a file to write"),
+    (["evaluate", SHIPPED, "--data", SHIPPED, "-o", SHIPPED], "is a folder: expected the name of a file"),
     (["data", "summary", "folder:nowhere"], "folder:nowhere is not a directory"),
     (["data", "prepare", "out", "--data", "test=folder:nowhere"], "folder:nowhere is not a directory"),
     (["encode", SHIPPED, "--data", "prepared:nowhere:train", "-o", "x"], "nowhere has no manifest.json"),

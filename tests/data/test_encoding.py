@@ -192,6 +192,18 @@ def test_codes_of_other_images_are_replaced(expected, tmp_path):
     assert output.read_bytes() == expected
 
 
+def test_a_file_that_holds_no_codes_is_never_replaced(tmp_path):
+    output = tmp_path / "metadata.csv"
+    for content in (b"file_name,diagnosis\na.jpg,nevus\n", b""):
+        output.write_bytes(content)
+        with pytest.raises(
+            DataError, match=r"metadata.csv is there and is no parquet file: choose another name"
+        ):
+            encode_to_file(make_encoding(), output)
+        assert output.read_bytes() == content
+        assert os.listdir(tmp_path) == ["metadata.csv"]
+
+
 def test_the_number_of_threads_decides_nothing(expected, tmp_path):
     threads = torch.get_num_threads()
     try:

@@ -146,16 +146,26 @@ def check_first(
     labels: Iterable[str] = (),
     codes: Iterable[Path | None] = (),
     seed: int = 0,
+    folder: Path | None = None,
+    file: Path | None = None,
 ) -> None:
     """Refuse mistyped models, sources, labels of the first model and code caches before any large library is imported.
 
-    A model of None is the shipped checkpoint; sources and caches of None are left out.
+    So it does a `folder` or a `file` to write that is there and is the other one, or lies below a file. A model of None is
+    the shipped checkpoint; sources and caches of None are left out.
 
     Raises:
         ValueError: there is no such model, file, folder or class, or the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}: expected 0 or more")
+    for path, wanted, other in ((folder, "folder", "file"), (file, "file", "folder")):
+        if path is None:
+            continue
+        if path.exists() and path.is_file() != (wanted == "file"):
+            raise ValueError(f"{path} is a {other}: expected the name of a {wanted} to write")
+        if above := next((parent for parent in path.parents if parent.is_file()), None):
+            raise ValueError(f"{path} cannot be written: {above} is a file")
     from isic_vq.data.uri import check_uri
     from isic_vq.hub.pretrained import class_names_of, resolve
     from isic_vq.models.diagnosis import resolve_label

@@ -100,8 +100,9 @@ def evaluate(
     train_codes, train_data = settings.get("train_codes"), settings.get("train_data")
     sources = [*(uri for _, uri in sets), train_data, settings.get("floor_data"), settings.get("non_skin")]
     check_first(
-        model, *settings.get("features", ()), sources=sources, codes=[train_codes], seed=settings["seed"]
-    )
+        model, *settings.get("features", ()), sources=sources, codes=[train_codes], seed=settings["seed"],
+        file=None if only == "sheets" else output,
+    )  # fmt: skip
     what = "evaluate" if only is None else f"evaluate --only {only}"
     names = [name for name, _ in sets]
     if len(set(names)) < len(names):
@@ -243,8 +244,9 @@ def audit(
 ) -> None:
     """Tell whether samples are nearer to training images than new images are, and show the closest pairs."""
     check_first(
-        model, *settings.get("features", ()), codes=[train_codes, held_out_codes], seed=settings["seed"]
-    )
+        model, *settings.get("features", ()), codes=[train_codes, held_out_codes], seed=settings["seed"],
+        file=output, folder=pairs,
+    )  # fmt: skip
     from isic_vq.evaluation.audit import audit_checkpoint
     from isic_vq.evaluation.report_tables import report_lines
     from isic_vq.figures.evaluation import write_pairs

@@ -103,7 +103,7 @@ def encode(
     **settings: Any,
 ) -> None:
     """Write the codes of a data set: what a prior is trained on; by several processes under torchrun."""
-    check_first(model, sources=[data])
+    check_first(model, sources=[data], file=output)
     from isic_vq.data.encoding import Encoding, encode_to_file
     from isic_vq.data.parts import open_part
     from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor

@@ -1,7 +1,6 @@
 """Commands that use a model: generate, reconstruct, edit, score, compress, decompress, demo, info."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +52,7 @@ def generate(
         raise ValueError(
             "--shard-size is given without --shards: add --shards parquet or --shards webdataset"
         )
-    check_first(model, labels=labels, seed=settings["seed"])
+    check_first(model, labels=labels, seed=settings["seed"], folder=output)
     from isic_vq.hub.describe import training_warning
     from isic_vq.models.sampling import Sampling
     from isic_vq.pictures import other_images, write_generated
@@ -61,7 +60,7 @@ def generate(
     chosen = {key: settings.pop(key) for key in vars(Sampling()) if key in settings}
     Sampling(**chosen)  # refuses what has no meaning before weights are read
     loaded = open_model(model, device)
-    sampling = replace(loaded.default_sampling, **chosen)
+    sampling = loaded.default_sampling.changed(chosen)
     if warning := training_warning(model):
         typer.echo(f"warning: {warning}", err=True)
     if shards is not None:
@@ -110,7 +109,7 @@ def reconstruct(
     **settings: Any,
 ) -> None:
     """Send images through the tokenizer and back, and write both beside each other."""
-    check_first(model, sources=[data])
+    check_first(model, sources=[data], folder=output)
     from isic_vq.pictures import MAX_SHOWN, write_reconstructions
 
     result = write_reconstructions(open_model(model, device, tokenizer=True), data, output, **settings)
@@ -137,7 +136,8 @@ def edit(
     **settings: Any,
 ) -> None:
     """Redraw a part of an image so that it fits the rest, in several variants."""
-    check_first(model, labels=[settings["label"]] if "label" in settings else [], seed=settings["seed"])
+    labels = [settings["label"]] if "label" in settings else []
+    check_first(model, labels=labels, seed=settings["seed"], folder=output)
     if box is not None:
         settings["box"] = _numbers(box)
     from tqdm import tqdm
@@ -179,7 +179,7 @@ def score(
     **settings: Any,
 ) -> None:
     """Measure how likely the prior finds images, and map where they surprise it."""
-    check_first(model, sources=[data], codes=[settings.get("train_codes")])
+    check_first(model, sources=[data], codes=[settings.get("train_codes")], folder=output)
     from isic_vq.pictures import write_scores
 
     scorer = open_model(model, device)
@@ -206,7 +206,7 @@ def compress(
 
     Decompressing gives the tokenizer's reconstructions: keep the originals.
     """
-    check_first(model, sources=[data])
+    check_first(model, sources=[data], file=output)
     from isic_vq.codec.image_archive import compress_images
 
     coder = open_model(model, device)
@@ -232,7 +232,7 @@ def decompress(
     device: DeviceOption = None,
 ) -> None:
     """Write the images of a compressed file as PNGs; of a damaged file, those of every intact block."""
-    check_first(model)
+    check_first(model, folder=output)
     from isic_vq.codec.image_archive import decompress_images
 
     coder = open_model(model, device)

@@ -115,10 +115,16 @@ def encode_to_file(
     output until it is written; an output that already holds these codes stays as it is.
 
     Raises:
-        DataError: too many images are corrupt, or none is left; or the folder was begun with other settings.
+        DataError: too many images are corrupt, or none is left; the folder was begun with other settings; or the output is
+            another file.
         InUseError: another launch writes the same output.
         OSError: a file, which is named, cannot be written.
     """
+    if output.exists():
+        with output.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        if not is_parquet:
+            raise DataError(f"{output} is there and is no parquet file: choose another name for the codes")
     chunks, folder = encoding.chunks(), output.with_name(f"{output.name}.parts")
     names = [f"chunk-{number:06d}.parquet" for number in range(len(chunks))]
     work = Work(folder, names, "chunks", rank, world)

@@ -44,6 +44,8 @@ def _scheme_of_path(target: str) -> str:
         return "prepared"
     if os.path.isdir(path) and not any(Path(path).glob("*.parquet")):
         return "webdataset" if any(Path(path).glob("*.tar")) else "folder"
+    if Path(path).suffix.lower() in IMAGE_SUFFIXES and glob.glob(path):
+        raise DataError(f"{public_path(target)!r} names images: expected the folder that they lie in")
     return "webdataset" if path.endswith(".tar") else "parquet"
 
 
@@ -71,7 +73,8 @@ def find_parquet(target: str) -> list[str]:
     files = _files(expand_path(target), ".parquet")
     if not files:
         raise DataError(
-            f"Nothing matches parquet:{public_path(target)}: expected a file, directory or pattern."
+            f"Nothing matches parquet:{public_path(target)}: expected a file, directory or pattern of parquet files, or "
+            "folder:DIR for images."
         )
     return files
 
