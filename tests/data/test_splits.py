@@ -17,6 +17,7 @@ from isic_vq.data.splits import (
     few_images,
     split_rows,
     stratified_report,
+    warn_of_shared,
 )
 from isic_vq.data.synthetic_images import synthetic_image
 
@@ -51,6 +52,21 @@ def test_a_lesion_and_a_patient_are_one_group_over_any_bridge():
 def test_record_without_ids_cannot_be_split():
     with pytest.raises(DataError, match="none of lesion_id, patient_id, isic_id"):
         components([row()])
+
+
+def test_ids_that_validation_shares_with_training_are_told(caplog):
+    train = {"lesion_id": ["L1", None, "L3"], "isic_id": ["a", "b", "c"]}
+    warn_of_shared(train, {"lesion_id": [None, "L2"], "isic_id": ["d", None]})  # unknown is no id
+    assert not caplog.records
+    warn_of_shared(train, {"lesion_id": ["L3", "L2", None, "L1"], "isic_id": ["d", "b", "e", "a"]})
+    warn_of_shared({"isic_id": ["a"]}, {"isic_id": ["b", "a"]})
+    assert (
+        "3 of 4 validation images share an id with training images, such as lesion_id L3:"
+        in caplog.messages[0]
+    )
+    assert (
+        "1 of 2 validation images share an id with training images, such as isic_id a:" in caplog.messages[1]
+    )
 
 
 def test_assignment_is_pinned():

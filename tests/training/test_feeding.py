@@ -215,6 +215,13 @@ def test_rows_that_no_step_sees_are_counted(make_trainer):
     assert [record["train/dropped_images"] for record in records(trainer.run.folder, "epoch")] == [2, 2]
 
 
+def test_validation_images_that_are_training_images_are_told(tiny_run, caplog):
+    same = ["data.train=synthetic:20:0", "data.validation=synthetic:20:0"]
+    recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], same)
+    open_images(recipe.data, IsicVQImageProcessor(size=16))
+    assert "20 of 20 validation images share an id with training images" in caplog.text
+
+
 def test_prepared_images_are_read_shard_by_shard(tiny_run, small_prepared):
     """Sixteen of the 24 shards are open at a time; the first 320 rows of an epoch are theirs."""
     recipe = load_recipe(

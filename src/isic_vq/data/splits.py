@@ -12,7 +12,7 @@ The same lesion under two ids (HAM10000 has some: Abhishek et al., arXiv 2401.14
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,23 @@ SHARED_COLUMNS = GROUP_COLUMNS[:2]  # ids that several records may have
 FEW = 10  # images of a class in a split; metrics of a class with fewer mean little
 
 Key = tuple[str, str]  # a column of GROUP_COLUMNS and the id in it
+
+
+def warn_of_shared(train: Mapping[str, Iterable], validation: Mapping[str, Iterable]) -> None:
+    """Warn of validation images that share an id with a training image; both are columns of ids, None where unknown."""
+    known = {name: set(ids) - {None} for name, ids in train.items()}
+    rows = list(zip(*validation.values(), strict=True))
+    shared = [
+        pairs[0]
+        for row in rows
+        if (pairs := [(n, i) for n, i in zip(validation, row, strict=True) if i in known[n]])
+    ]
+    if shared:
+        logger.warning(
+            "%d of %d validation images share an id with training images, such as %s %s: what is measured on them does not "
+            "tell how the model does on new images (isic-vq data prepare splits by lesion and patient)",
+            len(shared), len(rows), *shared[0],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from isic_vq.data.provenance import TrainingData
 from isic_vq.data.schema import DataError
 from isic_vq.data.sources import Source, SourceInfo, find_source
 from isic_vq.data.sources.prepared import PreparedSource
+from isic_vq.data.splits import GROUP_COLUMNS, warn_of_shared
 from isic_vq.data.streaming import StreamedImages, read_into_memory
 from isic_vq.files import write_tensors
 from isic_vq.models.image_processing_isic_vq import IsicVQImageProcessor
@@ -153,7 +154,11 @@ def open_data(recipe: DataRecipe) -> "tuple[Source, Dataset | None, Dataset, dic
     infos = {"train": train.describe()}
     validation, infos["validation"] = open_validation(recipe, infos["train"])
     records = validation.dataset() if validation.has_random_access else read_into_memory(validation)
-    return train, None if is_streamed else train.dataset(), records, infos
+    if is_streamed:
+        return train, None, records, infos
+    rows = train.dataset()
+    warn_of_shared(*({name: part[name] for name in GROUP_COLUMNS} for part in (rows, records)))
+    return train, rows, records, infos
 
 
 def open_validation(recipe: DataRecipe, train: SourceInfo) -> tuple[Source, SourceInfo]:

@@ -15,6 +15,7 @@ from isic_vq.data.classes import counted, new_classes
 from isic_vq.data.code_cache import CodeCache, check_tokenizer, read_code_cache
 from isic_vq.data.provenance import TrainingData, read_training_data
 from isic_vq.data.schema import DataError
+from isic_vq.data.splits import warn_of_shared
 from isic_vq.evaluation.bits_per_code import bits_per_code, likelihood_metrics
 from isic_vq.evaluation.code_noise import annealed_share, disturb_context
 from isic_vq.evaluation.distances import frechet_distance, precision_recall_density_coverage
@@ -192,6 +193,7 @@ def open_task(recipe: PriorRecipe) -> PriorTask:
     train, validation = (read_code_cache(Path(p)) for p in (recipe.train_codes, recipe.validation_codes))
     check_tokenizer(train, tokenizer, "train_codes")
     check_tokenizer(validation, tokenizer, "validation_codes")
+    warn_of_shared({"isic_id": train.isic_ids}, {"isic_id": validation.isic_ids})
     class_names = train.class_names()
     validation = known_to_training(validation, class_names, recipe.drop_other_classes)
     for name, cache in (("train", train), ("validation", validation)):
