@@ -1,6 +1,7 @@
 """Read YAML that others wrote: numbers as YAML 1.2 has them, aliases only as far as they stay small."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -28,6 +29,11 @@ class _Loader(yaml.SafeLoader):
         self.sizes[id(node)] = 1 + sum(self.sizes[id(child)] for pair in pairs for child in pair)
         if self.sizes[id(node)] > MAX_NODES:
             raise yaml.YAMLError(f"it holds more than {MAX_NODES:,} values with its aliases written out")
+        if isinstance(node, yaml.MappingNode) and not is_alias:  # the first of two would be lost
+            keys = Counter(str(key.value) for key, _ in node.value)
+            for key, number in keys.items():
+                if number > 1:
+                    raise yaml.YAMLError(f"it names {key!r} {number} times: write one")
         return node
 
 

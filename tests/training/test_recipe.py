@@ -214,6 +214,8 @@ def test_recipe_of_the_other_stage_is_refused(config):
         (None, "is not a file: expected a YAML recipe, such as one of examples/configs"),
         ("- a\n- b\n", "holds a list: expected keys and values"),
         ("loop: [1\n", "is not YAML"),
+        ("loop:\n  seed: 1\ndata: {}\nloop:\n  seed: 2\n", "is not YAML: it names 'loop' 2 times: write one"),
+        ("data: {train: a, cache: no, train: b}\n", "is not YAML: it names 'train' 2 times: write one"),
     ],
 )
 def test_file_that_is_no_recipe_is_named(tmp_path, content, message):
