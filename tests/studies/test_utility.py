@@ -201,7 +201,7 @@ def test_a_verdict_needs_the_correction_and_every_seed():
         row(0.04, [0.1, 0.1], "noise"),
     ]
     correct(rows)
-    assert [each["verdict"] for each in rows] == ["gain", "not told", "loss", "loss", "gain"]
+    assert [each["verdict"] for each in rows] == ["gain", "not significant", "loss", "loss", "gain"]
     assert [each["corrected"] for each in rows] == pytest.approx([0.003, 0.003, 0.02, 0.0004, 0.04])
 
 
@@ -219,6 +219,23 @@ def test_bad_designs_are_refused(study, design, message):
         UtilityStudy(made.study, "melanoma", **design)
     with pytest.raises(ValueError, match="positive is 'x': expected one of"):
         UtilityStudy(made.study, "x")
+
+
+@pytest.mark.parametrize(("melanomas", "others"), [(1, 9), (9, 1), (0, 9)])
+def test_a_test_of_too_few_images_is_refused_before_anything_is_trained(
+    site, noise_generator, tmp_path, melanomas, others
+):
+    (tmp_path / "few").mkdir()
+    names = ["melanoma"] * melanomas + ["nevus"] * others
+    lines = [f"{index}.png,ISIC_{index},{name}" for index, name in enumerate(names)]
+    for index in range(len(names)):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "few" / f"{index}.png")
+    (tmp_path / "few" / "metadata.csv").write_text("\n".join(["file_name,isic_id,diagnosis", *lines]) + "\n")
+    tests = {"own": site[1]["own"], "few": f"folder:{tmp_path / 'few'}"}
+    message = f"few has {melanomas} images of melanoma and {others} others: expected at least two of each"
+    with pytest.raises(ValueError, match=message):
+        measured((site[0], tests), noise_generator, tmp_path / "work", 2, sizes=["20"])
+    assert not list((tmp_path / "work").glob("n*.json"))
 
 
 # Resuming

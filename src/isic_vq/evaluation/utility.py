@@ -158,7 +158,7 @@ class UtilityStudy:
         positive, sizes, ratios, seeds, planted: as `utility_report` takes them.
 
     Raises:
-        ValueError: a size that is no number of the images, or too few images of the class.
+        ValueError: a size that is no number of the images, or too few images of the class to train on or to test.
     """
 
     def __init__(
@@ -173,6 +173,13 @@ class UtilityStudy:
         self.study, self.positive, self.seeds = study, positive, seeds
         if positive not in study.classes:
             raise ValueError(f"positive is {positive!r}: expected one of {', '.join(study.classes)}")
+        for split in study.on:
+            positives = list(study.records[split]["diagnosis"]).count(positive)
+            others = len(study.records[split]) - positives
+            if min(positives, others) < 2:
+                raise ValueError(
+                    f"{split} has {positives} images of {positive} and {others} others: expected at least two of each; test on more"
+                )
         self.diagnoses = np.array(study.records["train"]["diagnosis"])
         total = len(self.diagnoses)
         try:
@@ -404,14 +411,14 @@ def correct(comparisons: list[dict[str, Any]]) -> None:
     """Add to each comparison `corrected`, its p-value corrected for their number, and `verdict`.
 
     Planted arms are a family of their own. The verdict is "gain" or "loss" where the corrected p-value is below `FAMILY`
-    and every seed's difference has that sign, else "not told".
+    and every seed's difference has that sign, else "not significant".
     """
     for family in (False, True):
         mine = [row for row in comparisons if (row["added"] in PLANTED) == family]
         for row, corrected in zip(mine, holm([row["p_value"] for row in mine]), strict=True):
             agree = set(np.sign(row["seeds"]).astype(int).tolist())
-            told = corrected < FAMILY and len(agree) == 1
+            significant = corrected < FAMILY and len(agree) == 1
             row |= {
                 "corrected": corrected,
-                "verdict": {1: "gain", -1: "loss"}[agree.pop()] if told else "not told",
+                "verdict": {1: "gain", -1: "loss"}[agree.pop()] if significant else "not significant",
             }
