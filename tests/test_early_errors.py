@@ -28,6 +28,8 @@ COMMANDS = [
     (["reconstruct", f"{SHIPPED}/previews/*.png"], "names images: expected the folder that they lie in"),
     (["generate", "-o", FILE], f"{FILE} is a file: expected the name of a folder to write"),
     (["score", SHIPPED, "-o", f"{FILE}/a/b"], f"{FILE}/a/b cannot be written: {FILE} is a file"),
+    (["reconstruct", SHIPPED, "-o", SHIPPED], f"{SHIPPED} lies in {SHIPPED}, whose images are read"),
+    (["score", f"folder:{SHIPPED}", "-o", f"{SHIPPED}/new/a"], "choose a folder outside of it with --output"),
     (
         ["encode", SHIPPED, "--data", SHIPPED, "-o", SHIPPED],
         "is a folder: expected the name of a file to write",
@@ -42,6 +44,10 @@ COMMANDS = [
     (["generate", "-m", SHIPPED, "-l", "psoriasis"], "label 'psoriasis' is not a class of this model"),
     (["audit", "--train-codes", "nowhere.parquet", "--held-out-codes", "x"], "nowhere.parquet is not a file"),
     (["train", "stage=vqvae", "data.train=folder:nowhere"], "folder:nowhere is not a directory"),
+    (
+        ["train", "stage=vqvae", "data.train=synthetic:8:0", f"output_dir={FILE}"],
+        f"{FILE} is a file: expected the name of a folder to write",
+    ),
     (["train", "stage=prior", "tokenizer=nowhere"], "nowhere is neither a model folder nor a Hub id"),
     (
         ["train", "stage=vqvae", "image_size=64", "loop.max_steps=x", "data.trian=y"],

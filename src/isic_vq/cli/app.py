@@ -151,11 +151,12 @@ def check_first(
 ) -> None:
     """Refuse mistyped models, sources, labels of the first model and code caches before any large library is imported.
 
-    So it does a `folder` or a `file` to write that is there and is the other one, or lies below a file. A model of None is
-    the shipped checkpoint; sources and caches of None are left out.
+    So it does a `folder` or a `file` to write that is there and is the other one, or lies below a file, and a `folder` in
+    one of images that are read, whose next reading would count what is written. A model of None is the shipped checkpoint;
+    sources and caches of None are left out.
 
     Raises:
-        ValueError: there is no such model, file, folder or class, or the seed is negative.
+        ValueError: there is no such model, file, folder or class, the folder lies in a source, or the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}: expected 0 or more")
@@ -172,7 +173,12 @@ def check_first(
 
     for uri in sources:
         if uri is not None and not Path(uri).is_file():
-            check_uri(uri)
+            for place in check_uri(uri):
+                if folder is not None and folder.resolve().is_relative_to(Path(place).resolve()):
+                    raise ValueError(
+                        f"{folder} lies in {uri}, whose images are read: what is written there would be read the next time; "
+                        "choose a folder outside of it with --output"
+                    )
     for path in codes:
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is not a file: write it with isic-vq encode")

@@ -55,6 +55,7 @@ def train(
     changes = [*([] if is_file else [config]), *(overrides or [])]
     recipe = load_stage(Path(config) if is_file else None, changes, resume)
     check_places(recipe)
+    check_first(folder=Path(recipe.output_dir))
     stage = import_module(f"isic_vq.training.{recipe.stage}")  # imports torch
     quiet_transformers()
     result = getattr(stage, f"train_{recipe.stage}")(recipe, resume)

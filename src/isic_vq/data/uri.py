@@ -49,15 +49,19 @@ def _scheme_of_path(target: str) -> str:
     return "webdataset" if path.endswith(".tar") else "parquet"
 
 
-def check_uri(uri: str) -> None:
-    """Raise DataError for an unknown scheme or a missing local file or folder; remote files are not looked up."""
+def check_uri(uri: str) -> list[str]:
+    """Return the files, or the folder of images, that a URI names; DataError for an unknown scheme or a missing local one.
+
+    Remote files are not looked up.
+    """
     scheme, target = parse_uri(uri, re.findall(r"[a-z-]+(?=[\[:])", SCHEMES))
     if scheme in LOCAL:
-        LOCAL[scheme](target)
-    elif scheme == "prepared":
+        return LOCAL[scheme](target)
+    if scheme == "prepared":
         folder = Path(_SPLIT.sub("", expand_path(target)))
         if not (folder / MANIFEST).is_file():
             raise DataError(f"{folder.name} has no {MANIFEST}: isic-vq data prepare writes it last")
+    return []
 
 
 def find_folder(target: str) -> list[str]:
