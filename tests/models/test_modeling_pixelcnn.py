@@ -423,6 +423,7 @@ def test_sampling_settings_are_checked(model):
         # With these ids len(id2label) = 2 would be both "nevus" and "no class".
         ({"id2label": {1: "melanoma", 2: "nevus"}}, r"id2label has the ids \[1, 2\]: expected 0, 1, 2"),
         ({"id2label": {"0": "melanoma", "2": "nevus"}}, r"id2label has the ids \[0, 2\]"),
+        ({"id2label": {0: "nevus", 1: "nevus"}}, r"id2label names \['nevus'\] more than once"),
     ],
 )
 def test_settings_that_make_no_prior_are_refused(settings, text):

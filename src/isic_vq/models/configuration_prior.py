@@ -107,6 +107,12 @@ class PriorConfig(PreTrainedConfig):
             raise ValueError(
                 f"id2label has the ids {ids}: expected 0, 1, 2 and so on; the id after the last is unconditional"
             )
+        names = list((self.id2label or {}).values())
+        twice = sorted(name for name in {*names} if names.count(name) > 1)
+        if twice:
+            raise ValueError(
+                f"id2label names {twice} more than once: expected a name of its own for each class"
+            )
         for name in ("dropout", "class_dropout"):
             expect(0 <= getattr(self, name) < 1, name, getattr(self, name), "a probability in [0, 1)")
         expect(self.num_clusters >= 0, "num_clusters", self.num_clusters, "at least 0")
