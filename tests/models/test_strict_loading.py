@@ -72,6 +72,24 @@ def test_settings_of_from_pretrained_are_passed_on(composite_folder):
     assert model.dtype == torch.float64
 
 
+@pytest.mark.parametrize("load", OPENERS)
+def test_classes_that_are_not_the_weights_are_refused_by_name(composite_folder, load):
+    """transformers would put them in the composite's config, where nothing reads them."""
+    for settings in ({"id2label": {0: "a", 1: "b"}}, {"label2id": {"a": 0}}, {"num_labels": 2}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is given: .*prior_config.id2label"):
+            load(composite_folder, **settings)
+
+
+def test_classes_can_be_renamed_after_loading(composite_folder, tmp_path):
+    model = IsicVQModel.from_pretrained(composite_folder)
+    names = {index: f"class {index}" for index in model.config.class_names}
+    model.config.prior_config.id2label = names
+    model.save_pretrained(tmp_path)
+    reopened = IsicVQModel.from_pretrained(tmp_path)
+    assert reopened.config.class_names == names
+    assert reopened.generate(1, "class 1", seed=0).labels.tolist() == [1]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027])
 def test_saved_weights_have_the_mode_that_the_umask_gives(composite, var_composite, tmp_path, mask):
     old = os.umask(mask)

@@ -62,6 +62,16 @@ class IsicVQConfig(PreTrainedConfig):
             self.prior_config = prior_config_class(fields)(**fields)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build as transformers does, for every `from_pretrained`; ValueError for classes, which are the prior's alone."""
+        for name in {"id2label", "label2id", "num_labels"} & kwargs.keys():
+            raise ValueError(
+                f"{name} is given: the classes are those of the prior's weights. Rename them after loading, in "
+                "model.config.prior_config.id2label, or train a prior of your own classes with isic-vq train"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def class_names(self) -> dict[int, str]:
         """Diagnoses the prior can be asked for, id to name."""
