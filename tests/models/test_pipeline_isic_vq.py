@@ -49,6 +49,13 @@ def test_pipeline_takes_a_model_object(composite):
     assert len(pipeline(TASK, model=composite)(num_images=2, seed=0)) == 2
 
 
+def test_pipeline_refuses_a_part(composite, tmp_path):
+    composite.vqvae.save_pretrained(tmp_path)
+    for part, kind in ((tmp_path, "isic_vqvae"), (composite.prior, "isic_pixelcnn")):
+        with pytest.raises(ValueError, match=f"the model is an {kind}: .* one isic_vq.*from_parts"):
+            pipeline(TASK, model=part)
+
+
 # --- what comes out ------------------------------------------------------------------------------------------------
 
 

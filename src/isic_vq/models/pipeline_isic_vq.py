@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import Pipeline
 
+from .configuration_isic_vq import IsicVQConfig
 from .image_processing_isic_vq import IsicVQImageProcessor
 from .modeling_isic_vq import BLOCK_SIZE
 from .sampling import Sampling, num_labelled
@@ -35,6 +36,16 @@ class UnconditionalImageGenerationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _pipeline_calls_generate = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Take what transformers' `pipeline` gives; ValueError for a model that is not a composite."""
+        super().__init__(*args, **kwargs)
+        kind = self.model.config.model_type
+        if kind != IsicVQConfig.model_type:
+            raise ValueError(
+                f"the model is an {kind}: generating needs a tokenizer and a prior in one {IsicVQConfig.model_type}. Name the "
+                "folder of a whole model, such as that of a trained prior, or join the two with IsicVQModel.from_parts"
+            )
 
     def __call__(
         self,
