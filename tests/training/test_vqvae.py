@@ -25,6 +25,7 @@ from isic_vq.training.processes import Processes
 from isic_vq.training.recipe import RecipeError, VQVAERecipe
 from isic_vq.training.run import Run
 from isic_vq.training.vqvae import (
+    open_task,
     refit_batch_norm,
     refit_codebook,
     rows_to_learn,
@@ -257,6 +258,20 @@ def test_codebook_starts_at_kmeans_centroids_when_the_warmup_is_over(make_task):
     )
     assert quantizer.cluster_size.sum().item() == pytest.approx(4 * 16), "latents that one step brings"
     torch.testing.assert_close(quantizer.code_sums, quantizer.codebook * quantizer.cluster_size[:, None])
+
+
+def test_more_codes_than_the_kmeans_start_has_latents_are_refused_before_the_first_step(tiny_run, tmp_path):
+    recipe = load_recipe(VQVAERecipe, tiny_run.configs["vqvae"], [f"output_dir={tmp_path / 'run'}"])
+    recipe.model["num_codes"] = 256  # of 16 images with 16 codes each
+    open_task(recipe)
+    recipe.model["num_codes"] = 257
+    with pytest.raises(
+        RecipeError, match="num_codes is 257: expected at most 256, the latents of the 16 images"
+    ):
+        train_vqvae(recipe)
+    assert not (tmp_path / "run").exists()
+    recipe.codebook_start = "random"
+    open_task(recipe)
 
 
 def test_codebook_start_is_the_same_on_every_call(make_task):

@@ -25,7 +25,7 @@ from isic_vq.training.image_losses import ssim_loss
 from isic_vq.training.image_task import ImageTask, open_images
 from isic_vq.training.loop import Trainer, run_stage
 from isic_vq.training.processes import Processes
-from isic_vq.training.recipe import VQVAERecipe
+from isic_vq.training.recipe import RecipeError, VQVAERecipe
 from isic_vq.training.run import build_config
 
 KMEANS_BATCHES = 8  # batches whose latents start the codebook
@@ -234,11 +234,23 @@ def refit_codebook(model: VQVAEModel, batches: Iterator[Tensor]) -> None:
     quantizer.start_from(codebook, counts / num_batches)
 
 
+def check_kmeans(recipe: VQVAERecipe, config: VQVAEConfig, num_images: int) -> None:
+    """Raise RecipeError if the codebook is to start at more centroids than the images for it have latents."""
+    num_images = min(KMEANS_BATCHES, num_images // recipe.loop.batch_size) * recipe.loop.batch_size
+    latents = num_images * config.num_positions
+    if recipe.codebook_start == "kmeans" and 0 < latents < config.num_codes:
+        raise RecipeError(
+            f"model.num_codes is {config.num_codes}: expected at most {latents}, the latents of the {num_images} images that its "
+            "k-means start takes; lower it, raise loop.batch_size, give more images, or set codebook_start=random"
+        )
+
+
 def open_task(recipe: VQVAERecipe) -> VQVAETask:
     """The images of a recipe, and a new tokenizer."""
     config = build_config(VQVAEConfig, recipe.model)
     processor = IsicVQImageProcessor(size=config.image_size)
     train_set, validation_set, sources = open_images(recipe.data, processor)
+    check_kmeans(recipe, config, train_set.num_images)
     torch.manual_seed(recipe.loop.seed)
     model = VQVAEModel(config).to(memory_format=torch.channels_last)
     task = VQVAETask(model, processor, train_set, validation_set, recipe)
