@@ -201,6 +201,20 @@ def test_wandb_is_told_what_metrics_jsonl_holds(make_trainer, quiet_wandb):
     assert (run.project, run.run_id, run.display_name) == ("mine", "0123abcd", "run-0123abcd")
 
 
+def test_wandb_without_a_login_is_told_before_the_first_step(
+    make_trainer, quiet_wandb, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    quiet_wandb.teardown()  # what it read of the environment at this process's first run
+    trainer = make_trainer(trackers=["wandb"])
+    with pytest.raises(TrainingError, match="log in with wandb login, or set WANDB_MODE=offline"):
+        trainer.train()
+    assert trainer.progress.step == 0
+    quiet_wandb.teardown()
+
+
 def test_wandb_knows_a_resumed_run_as_the_same_run(make_trainer, quiet_wandb):
     task = LineTask()
     task.before = interrupt_at(3)

@@ -36,20 +36,31 @@ class MetricLog:
 
         Drops records past the step, those of epochs that have not ended (a checkpoint of an epoch's last step comes before its
         validation), and a last line that a killed run left half-written.
+
+        TrainingError if wandb knows no login, or metrics.jsonl is damaged.
         """
         if self.recipe.trackers:
             run_dir, name = self.path.parent, f"{self.path.parent.name}-{self.run_id}"
             scalars = (bool, int, float, str)  # all that TensorBoard takes
             shown = {key: v if isinstance(v, scalars) else str(v) for key, v in self.settings.items()}
-            self.processes.accelerator.init_trackers(
-                self.recipe.project,
-                config=None if step else shown,
-                init_kwargs={
-                    "wandb": {"dir": str(run_dir), "id": self.run_id, "name": name, "resume": "allow"},
-                    "tensorboard": {"purge_step": step + 1 if step else None},
-                    "trackio": {"name": name, "resume": "allow"},
-                },
-            )
+            try:
+                self.processes.accelerator.init_trackers(
+                    self.recipe.project,
+                    config=None if step else shown,
+                    init_kwargs={
+                        "wandb": {"dir": str(run_dir), "id": self.run_id, "name": name, "resume": "allow"},
+                        "tensorboard": {"purge_step": step + 1 if step else None},
+                        "trackio": {"name": name, "resume": "allow"},
+                    },
+                )
+            except Exception as error:
+                if not type(error).__module__.startswith(
+                    "wandb."
+                ):  # its errors are neither ValueError nor RuntimeError
+                    raise
+                raise TrainingError(
+                    f"loop.trackers: wandb cannot begin a run ({error}): log in with wandb login, or set WANDB_MODE=offline"
+                ) from error
         if not self.processes.is_main or not self.path.exists():
             return []
         try:
