@@ -411,7 +411,7 @@ def test_a_set_without_a_name_is_called_by_its_source():
         "parquet:${DATA}/uda1/test-*.parquet": "test",
         "parquet:skin/*.parquet": "skin",
         "parquet:codes/clinic.parquet": "clinic",
-        "webdataset:https://host/shards/a-{000..009}.tar": "shards",
+        "webdataset:https://example.org/shards/a-{000..009}.tar": "shards",
         "synthetic:40:3": "synthetic-40-3",
         "parquet:*.parquet": "images",
     }
