@@ -392,10 +392,7 @@ def sections() -> dict[tuple[str, str], str]:
         ("docs/evaluation.md", "unusual"): unusual_images_table(Report.load(UNUSUAL_REPORT)),
         ("docs/codec.md", "results"): codec_section(Report.load(CODEC_REPORT)),
         ("docs/next-scale.md", "results"): next_scale_section(),
-        **{
-            ("docs/utility.md", mark): section
-            for mark, section in utility_sections(reports["memorization.json"]).items()
-        },
+        **{("docs/utility.md", mark): section for mark, section in utility_sections().items()},
     }
 
 

@@ -12,7 +12,6 @@ from isic_vq.evaluation.report_tables import markdown_table, number_text, rounde
 from isic_vq.figures.grid import BACKGROUND, image_grid
 from isic_vq.models.configuration_isic_vq import IsicVQConfig
 
-UTILITY_REPORT = Path(__file__).parent / "utility" / "ham10000.json"
 YARDSTICK = "derm-resnet"  # nothing was trained or chosen in it
 GENERATED_AT_ONCE = "16"
 PICTURES_OF_A_CLASS = 3
@@ -69,13 +68,12 @@ def models_table(folders: tuple[Path, ...]) -> str:
 def results_table(reports: dict[str, Report]) -> str:
     """Five questions about a checkpoint, and what its reports answer, in two or three digits."""
     evaluation, audit = reports["evaluation.json"], reports["memorization.json"]
-    utility = Report.load(UTILITY_REPORT)
 
     def agreement(images: str) -> str:
         return f"{evaluation.value('agreement', images=images, yardstick=YARDSTICK):.0%}"
 
     def auc(arm: str) -> str:
-        return f"{utility.value('auc', 'validation', real='200', arm=arm):.2f}"
+        return f"{reports['utility.json'].value('auc', 'validation', real='200', arm=arm):.2f}"
 
     copies = [metric for metric in audit.metrics if metric.name == "pairs_found"]
     rows = [
