@@ -4,7 +4,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isic_vq.codec.container import (
@@ -54,6 +54,7 @@ def header_of(content):
     return json.loads(zlib.decompress(content[len(MAGIC) + 8 : len(MAGIC) + 8 + length], wbits=-15))
 
 
+@example([Block(["a"], "prior", MAGIC, 0)])
 @given(
     st.lists(
         st.builds(

@@ -12,6 +12,7 @@ size: entries by the bytes of their checksums, images by the bytes of their bloc
 """
 
 import json
+import re
 import struct
 import zlib
 from collections import Counter
@@ -108,10 +109,12 @@ def read_container(content: bytes) -> tuple[Settings, list[Entry], list[Block | 
     place = len(content) - len(END) - _FRAME.size
     first = _header(content, len(MAGIC), False) if content.startswith(MAGIC) else None
     last = _header(content, place, True) if content.endswith(END) else None
-    joined = content.find(MAGIC, 1)
-    if joined > 0 or (first and last and first != last):
+    # A block may hold the magic bytes by chance, but not with a header after them.
+    starts = (match.start() for match in re.finditer(re.escape(MAGIC), content) if match.start())
+    joined = next((start for start in starts if _header(content, start + len(MAGIC), False)), 0)
+    if joined or (first and last and first != last):
         raise CodecError(
-            f"{'at byte ' + str(joined) if joined > 0 else 'at its end'} is another .ivq file: cut them apart, and "
+            f"{'at byte ' + str(joined) if joined else 'at its end'} is another .ivq file: cut them apart, and "
             "decompress each"
         )
     header = first or last
