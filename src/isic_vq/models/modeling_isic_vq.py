@@ -288,10 +288,6 @@ class IsicVQModel(SavedInParts, StrictLoading, PreTrainedModel):
             generator = image_generators(seed, num_images, first_index)  # type: ignore[arg-type]
         config = self.config.prior_config
         uniforms = position_uniforms(generator, config.num_positions + (config.num_clusters > 0), num_images)
-        if len(uniforms) != num_images:
-            raise ValueError(
-                f"there are {len(uniforms)} generators for {num_images} images: give one per image"
-            )
         if config.num_clusters:  # the last number of each image draws its cluster
             uniforms, of_clusters = uniforms[:, :-1], uniforms[:, -1]
             clusters = self.prior.draw_clusters(ids, of_clusters) if clusters is None else clusters

@@ -147,23 +147,27 @@ def image_generators(seed: int, num_images: int, first_index: int = 0) -> list[t
 
 
 def position_uniforms(
-    generators: torch.Generator | Sequence[torch.Generator], num_positions: int, num_images: int = 1
+    generators: torch.Generator | Sequence[torch.Generator], num_positions: int, num_images: int | None = None
 ) -> Tensor:
     """Uniforms in [0, 1), `(num_images, num_positions)` float64: row i is the noise of image i.
 
     Args:
         generators: one per image, or one for all.
         num_positions: uniforms of an image.
-        num_images: of one generator.
+        num_images: how many; by default one per generator.
 
     Raises:
-        ValueError: no generators.
+        ValueError: no generators, or another number of them than of images.
     """
     if isinstance(generators, torch.Generator):
-        shape = (num_images, num_positions)
+        shape = (num_images or 1, num_positions)
         return torch.rand(shape, generator=generators, dtype=torch.float64, device=generators.device)
     is_list = isinstance(generators, Sequence) and all(isinstance(g, torch.Generator) for g in generators)
     expect(is_list, "generator", generators, "a torch.Generator, or a list of one per image")
+    if num_images not in (None, len(generators)):
+        raise ValueError(
+            f"there are {len(generators)} generators for {num_images} images: give one per image"
+        )
     return torch.stack([torch.rand(num_positions, generator=g, dtype=torch.float64) for g in generators])
 
 
