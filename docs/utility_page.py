@@ -5,12 +5,11 @@ from typing import Any
 
 from isic_vq.evaluation.report import Report
 from isic_vq.evaluation.report_tables import markdown_table
+from isic_vq.evaluation.utility import GENERATED, PLANTED
 
 FOLDER = Path(__file__).parent / "utility"
 SITES = {"ham10000": "HAM10000", "rosendahl": "rosendahl, unseen", "rosendahl-seen": "rosendahl, seen"}
 TESTS = {"validation": "its own held-out images", "rosendahl": "its own other images", "uda1": "UDA-1"}
-MIXES = ("same mix", "rare alone")
-PLANTED = ("held-out real images", "noise")
 SECONDS_PER_GPU_STEP = 0.003  # assumed: launching some 200 kernels, none of which fills the device
 
 
@@ -104,7 +103,7 @@ def significant_table(reports: dict[str, Report]) -> str:
             ]
             for name, report in reports.items()
             for row in report.tables["comparisons"]
-            if row["added"] in MIXES and row["verdict"] != "not significant"
+            if row["added"] in GENERATED and row["verdict"] != "not significant"
         ],
         texts=3,
     )
